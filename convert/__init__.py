@@ -1,0 +1,164 @@
+"""Prefuse, split and verify Mixture-of-Experts checkpoints. The library behind the `convert` command.
+
+    import convert
+
+    plan = convert.plan("in", "out", prefuse=True)   # headers only, prints nothing
+    report = convert.prefuse("in", "out")            # wi_0, wi_1 -> wi (E, K, 2N)
+    report = convert.split("out", "again")           # the exact inverse
+    report = convert.verify("in", "out")             # equal weights, equal grouped GEMMs
+
+Nothing here prints or exits; progress goes to a callback. Heavy libraries are imported when a function needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from convert.planner import Plan
+    from convert.report import Report
+    from convert.verifier import Verdict
+
+__all__ = [
+    "ConvertError",
+    "InputError",
+    "OutputError",
+    "PlanError",
+    "StorageError",
+    "UsageError",
+    "plan",
+    "prefuse",
+    "prefuse_params",
+    "split",
+    "split_params",
+    "verify",
+]
+
+DEFAULT_MEMORY = 2 << 30
+DEFAULT_SHARD = 5_000_000_000
+
+
+def plan(
+    source: str | Path,
+    out: str | Path,
+    *,
+    prefuse: bool = False,
+    split: bool = False,
+    layout: str = "concat",
+    family: str | None = None,
+    source_layout: str | None = None,
+) -> Plan:
+    """Plan a conversion from names and shapes alone, writing nothing.
+
+    Raises:
+        UsageError: not exactly one of `prefuse` and `split`.
+        InputError: the checkpoint is missing or corrupt.
+        PlanError: no lossless plan exists.
+    """
+    from convert.run import open_and_plan
+
+    if prefuse == split:
+        raise UsageError("give exactly one of prefuse=True and split=True")
+    reader, planned = open_and_plan(
+        source, out, "prefuse" if prefuse else "split", layout=layout, family=family, source_layout=source_layout
+    )
+    reader.close()
+    return planned
+
+
+def prefuse(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str = "concat",
+    family: str | None = None,
+    source_layout: str | None = None,
+    jobs: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    max_shard_size: int = DEFAULT_SHARD,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Write `source` to `out` with gate and up of every expert in one tensor; `memory` and `max_shard_size` are in bytes.
+
+    Raises:
+        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+    """
+    from convert.run import Options, convert_checkpoint
+
+    options = Options(
+        jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite
+    )
+    return convert_checkpoint(
+        source, out, "prefuse", options, progress, layout=layout, family=family, source_layout=source_layout
+    )
+
+
+def split(
+    source: str | Path,
+    out: str | Path,
+    *,
+    family: str | None = None,
+    source_layout: str | None = None,
+    jobs: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    max_shard_size: int = DEFAULT_SHARD,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """The inverse of `prefuse`: every tensor bit for bit, and for HF the original files byte for byte.
+
+    Raises:
+        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+    """
+    from convert.run import Options, convert_checkpoint
+
+    options = Options(
+        jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite
+    )
+    return convert_checkpoint(source, out, "split", options, progress, family=family, source_layout=source_layout)
+
+
+def verify(
+    a: str | Path, b: str | Path | None = None, *, progress: Callable[[int], None] | None = None, gemm: bool = True
+) -> Verdict:
+    """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
+
+    With one path, re-check the digests in its manifest instead.
+
+    Raises:
+        InputError, PlanError: one of them cannot be read or described.
+    """
+    from convert.verifier import verify_checkpoints, verify_manifest
+
+    if b is None:
+        return verify_manifest(Path(a), progress)
+    return verify_checkpoints(Path(a), Path(b), progress, gemm=gemm)
+
+
+def prefuse_params(params: Any) -> Any:
+    """Fuse sibling leaves `wi_0`, `wi_1` (E, ..., K, N) of a parameter pytree into `wi` (E, ..., K, 2N), in memory.
+
+    Raises:
+        PlanError: no such siblings, or they differ in shape or type.
+    """
+    from convert.params import fuse
+
+    return fuse(params)
+
+
+def split_params(params: Any) -> Any:
+    """The inverse of `prefuse_params`.
+
+    Raises:
+        PlanError: no leaf `wi`, or one whose last dimension is odd.
+    """
+    from convert.params import unfuse
+
+    return unfuse(params)

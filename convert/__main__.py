@@ -1,0 +1,7 @@
+"""`python -m convert` is the `convert` command."""
+
+import sys
+
+from convert.cli import main
+
+sys.exit(main())

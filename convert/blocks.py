@@ -1,0 +1,112 @@
+"""Fill any block of a target tensor from its sources: the one copy that all conversions are made of.
+
+Memory is bounded: a source is read in slabs of at most `SLAB` bytes and its pages are released after each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.planner import Piece, Target
+from layouts.checkpoint import Reader, bits
+from layouts.pattern import Box
+
+SLAB = 32 << 20
+"""Bytes of a source that one worker may hold at a time."""
+_BAND, _LINE, _ROWS, _PAD, _SMALL = 1024, 256, 1024, 32, 4096
+"""The transpose: bytes of a packed row and of a written run, packed rows, padding and least size in elements (measured)."""
+
+
+def assemble(target: Target, box: Box, reader: Reader) -> NDArray[Any]:
+    """The block `box` of a target as bits, one dimension per axis, C-contiguous.
+
+    A block that lies in one piece in its source is returned as a view of it, without a copy: release it after use.
+    """
+    pieces = list(target.pieces(box))
+    dtype = bits(target.spec.dtype)
+    if len(pieces) == 1 and pieces[0].target_box == dict(box):
+        view = _read(target, pieces[0], reader)
+        if view.flags.c_contiguous:
+            return view
+    out = np.empty([len(box[axis]) for axis in target.target.pattern.axes], dtype)
+    for piece in pieces:
+        for slab in _slabs(target, piece, dtype.itemsize):
+            into = tuple(
+                slice(slab.target_box[a].start - box[a].start, slab.target_box[a].stop - box[a].start)
+                for a in target.target.pattern.axes
+            )
+            copy_block(out[into], _read(target, slab, reader))
+            reader.release(slab.source)
+    return out
+
+
+def _read(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
+    """A piece in the target's axes: read where it is stored, split, cut, transposed; no value is touched."""
+    source, wanted = target.source.pattern, target.target.pattern.axes
+    window = source.window(target.sizes, piece.source_box)
+    block = reader.read(piece.source, window.slices).reshape(window.shape)[window.inside]
+    kept = [axis for axis in wanted if axis in source.axes]
+    only_source = tuple(i for i, axis in enumerate(source.axes) if axis not in wanted)
+    order = [axis for axis in source.axes if axis in wanted]
+    block = block.squeeze(only_source).transpose([order.index(axis) for axis in kept])
+    return block[tuple(slice(None) if axis in source.axes else np.newaxis for axis in wanted)]
+
+
+def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
+    """Cut a piece along the first source axis that has a range, so that each part spans at most `SLAB` bytes of the source."""
+    axes = target.source.pattern.axes
+    cut = next((i for i, axis in enumerate(axes) if len(piece.source_box[axis]) > 1), None)
+    if cut is None:
+        yield piece
+        return
+    inner = itemsize
+    for axis in axes[cut + 1 :]:
+        inner *= target.sizes[axis]
+    axis, step = axes[cut], max(1, SLAB // max(1, inner))
+    whole = piece.source_box[axis]
+    for start in range(whole.start, whole.stop, step):
+        part = range(start, min(start + step, whole.stop))
+        yield Piece(
+            source=piece.source,
+            source_box={**piece.source_box, axis: part},
+            target_box={a: part if a == axis else span for a, span in piece.target_box.items()},
+        )
+
+
+def copy_block(target: NDArray[Any], source: NDArray[Any]) -> None:
+    """Copy between two views of one shape, through the cache where their fastest axes differ.
+
+    A plain NumPy assignment of a transposed view misses the cache on every element: 1.4 GB/s where this does 10 (2-byte
+    elements, read + written, one thread). Rows of the source are first packed into a scratch that stays in L2 and whose rows
+    are padded, because row strides that are powers of two fall on the same cache lines; the transpose then runs from there.
+    """
+    fast = min(range(source.ndim), key=lambda axis: _stride(source, axis), default=0)
+    if source.ndim < 2 or fast == source.ndim - 1 or source.size < _SMALL:
+        target[...] = source
+        return
+    into, of = np.moveaxis(target, fast, -2), np.moveaxis(source, fast, -2)
+    for outer in np.ndindex(into.shape[:-2]):
+        _transpose(into[outer], of[outer])
+
+
+def _transpose(target: NDArray[Any], source: NDArray[Any]) -> None:
+    """Both (A, B); `target` runs along B, `source` along A."""
+    band, line = _BAND // source.itemsize, _LINE // source.itemsize
+    scratch = np.empty((min(_ROWS, source.shape[1]), band + _PAD), source.dtype)
+    for a in range(0, source.shape[0], band):
+        for b in range(0, source.shape[1], _ROWS):
+            part = source[a : a + band, b : b + _ROWS].T
+            packed = scratch[: part.shape[0], : part.shape[1]]
+            packed[...] = part
+            into = target[a : a + band, b : b + _ROWS]
+            for row in range(0, part.shape[0], line):
+                into[:, row : row + line] = packed[row : row + line].T
+
+
+def _stride(array: NDArray[Any], axis: int) -> int:
+    """The step of an axis; one of length 1 has none worth having."""
+    return abs(array.strides[axis]) if array.shape[axis] > 1 else 1 << 62

@@ -1,0 +1,33 @@
+"""Every error a user can meet, and its exit code. Each message says what is wrong, where, and what to do.
+
+    ConvertError                 70  a bug of ours, when nothing more exact is raised
+    |- UsageError                 2  the call contradicts itself
+    |- InputError                 3  the input is missing, corrupt or unsafe   (raised by `layouts` too)
+    |- PlanError                  4  no lossless plan: unknown family or layout, experts unlike each other
+    |- OutputError                5  the output exists, is in use, or overlaps the input
+    `- StorageError               6  the disk is full or failing; run the same command again
+
+Codes 0 (done, equal) and 1 (`--verify` found a difference) are results, not errors; 130 and 143 are SIGINT and SIGTERM.
+"""
+
+from layouts.errors import ConvertError, InputError, PlanError
+
+__all__ = ["ConvertError", "InputError", "OutputError", "PlanError", "StorageError", "UsageError"]
+
+
+class UsageError(ConvertError):
+    """The call contradicts itself, or names something that does not exist."""
+
+    exit_code = 2
+
+
+class OutputError(ConvertError):
+    """The output exists already, another run is writing it, or it overlaps the input."""
+
+    exit_code = 5
+
+
+class StorageError(ConvertError):
+    """Reading or writing failed for a reason outside the checkpoint, such as a full disk."""
+
+    exit_code = 6

@@ -1,0 +1,103 @@
+"""What a person reads: the plan, the summary of a run, the families."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from convert.planner import Plan, Target
+from layouts.families import FAMILIES
+from layouts.pattern import Template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of a conversion."""
+
+    plan: Plan
+    seconds: float
+    resumed: int
+    """Tensors that an earlier, interrupted run had finished."""
+
+    def __str__(self) -> str:
+        plan = self.plan
+        rate = plan.nbytes / max(self.seconds, 1e-9)
+        lines = [
+            f"{_headline(plan)}",
+            f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s ({size(rate)}/s)",
+        ]
+        if self.resumed:
+            lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
+        return "\n".join(lines)
+
+
+def _headline(plan: Plan) -> str:
+    moved = [target for target in plan.targets if target.role != "verbatim"]
+    blocks = {tuple((k, v) for k, v in t.index.items() if k not in "eg") for t in moved}
+    experts = max((target.sizes["e"] for target in moved), default=0)
+    verbatim = len(plan.targets) - len(moved)
+    return (
+        f"{plan.action}  {plan.source} ({plan.format}, {plan.family}) -> layout {plan.layout}: {len(blocks)} MoE blocks of "
+        f"{experts} experts, {len(moved)} expert tensors, {verbatim} others copied as they are"
+    )
+
+
+def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
+    """The plan as `--dry-run` prints it: one line per kind of tensor, with layers and experts folded into ranges."""
+    lines = [_headline(plan), ""]
+    for (source, target, shape, dtype), group in _fold(plan.targets).items():
+        lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}")
+    lines.append("")
+    lines.append("copied as they are:")
+    for name, count, nbytes in _fold_names([t for t in plan.targets if t.role == "verbatim"]):
+        lines.append(f"  {name}  x{count}  {size(nbytes)}")
+    lines.append(f"side files: {', '.join(plan.side_files) or 'none'}")
+    lines.append("")
+    lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes)}; nothing was written")
+    lines.append(f"memory: at most {size(peak)} with {jobs} workers")
+    return "\n".join(lines)
+
+
+def _fold(targets: Iterable[Target]) -> dict[tuple[str, str, str, str], list[Target]]:
+    folded: dict[tuple[str, str, str, str], list[Target]] = defaultdict(list)
+    for t in targets:
+        if t.role != "verbatim":
+            source = f"{t.source.key.text}  '{t.source.pattern.text}'"
+            target = f"{t.target.key.text}  '{t.target.pattern.text}'"
+            folded[source, target, str(t.spec.shape), t.spec.dtype].append(t)
+    return folded
+
+
+def _fold_names(targets: Iterable[Target]) -> list[tuple[str, int, int]]:
+    """Names with their numbers replaced by `*`, how many there are, and their bytes."""
+    counts: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        folded = ".".join("*" if part.isdigit() else part for part in target.spec.name.split("."))
+        count, nbytes = counts.get(folded, (0, 0))
+        counts[folded] = (count + 1, nbytes + target.spec.nbytes)
+    return [(name, count, nbytes) for name, (count, nbytes) in counts.items()]
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: decimal units, as disks and `ls --si` use them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def families_table() -> str:
+    """The table of families, as `--families` prints it."""
+    rows = [("family", "model_type", "gate and up", "axes", "down")]
+    for family in FAMILIES:
+        wi, wo = (family.native[role].place(family.experts) for role in ("wi", "wo"))
+        types = ", ".join(family.model_types) or "(told by structure)"
+        rows.append((family.name, types, wi.key.text, wi.pattern.text, _below(wo.key, family.experts)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _below(key: Template, place: str) -> str:
+    return key.text.removeprefix(place)

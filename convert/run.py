@@ -1,0 +1,90 @@
+"""One conversion from end to end: open, describe, plan, execute, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert import manifest
+from convert.commit import check_output, staging
+from convert.errors import UsageError
+from convert.execute import make_budget
+from convert.planner import Action, Plan, make_plan
+from convert.report import Report
+from layouts.checkpoint import Reader, open_checkpoint
+from layouts.targets import DEFAULT, TARGETS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What does not change the tensors, only how they are written. Sizes in bytes."""
+
+    jobs: int | None
+    memory: int
+    max_shard_size: int
+    resume: bool
+    overwrite: bool
+
+
+def open_and_plan(
+    source: str | Path,
+    out: str | Path,
+    action: Action,
+    *,
+    layout: str = DEFAULT,
+    family: str | None = None,
+    source_layout: str | None = None,
+) -> tuple[Reader, Plan]:
+    """Open a checkpoint and plan its conversion; the caller closes the reader.
+
+    Raises:
+        UsageError: an unknown layout.
+        InputError, PlanError: see `convert.errors`.
+    """
+    for name in {layout, source_layout or layout}:
+        if name not in TARGETS:
+            raise UsageError(f"no layout is called {name!r}; known: {', '.join(TARGETS)}")
+    reader = open_checkpoint(source)
+    try:
+        return reader, make_plan(reader, Path(out), action, layout=layout, family=family, source_layout=source_layout)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    action: Action,
+    options: Options,
+    progress: Callable[[int], None] | None,
+    **choices: Any,
+) -> Report:
+    """Plan and write; see `convert.prefuse` for what it raises."""
+    started = time.monotonic()
+    check_output(Path(source), Path(out), overwrite=options.overwrite)
+    reader, plan = open_and_plan(source, out, action, **choices)
+    with closing(reader):
+        return write_plan(plan, reader, options, progress or (lambda done: None), started)
+
+
+def write_plan(
+    plan: Plan, reader: Reader, options: Options, progress: Callable[[int], None], started: float
+) -> Report:
+    """Execute a plan into a staging directory and publish it."""
+    budget = make_budget(options.memory, options.jobs)
+    mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
+    with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite) as stage:
+        if plan.format == "hf":
+            from convert import write_hf
+
+            write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)
+        else:
+            from convert import write_orbax
+
+            write_orbax.write(plan, reader, stage, budget, progress)
+    return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(stage.done))

@@ -1,0 +1,96 @@
+"""Write a plan as a Hugging Face checkpoint: shards, index, config, side files, manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from convert import manifest
+from convert.commit import Stage, copy_file, write_text
+from convert.execute import Budget, Progress, write_tensors
+from convert.planner import Plan
+from convert.shards import File, index_text, pack, restore
+from layouts.hf import CONFIG, INDEX, RECORD, HFReader
+
+REWRITTEN = (CONFIG, INDEX, manifest.NAME)
+"""Files that are made anew; every other file that holds no tensors is copied as it is."""
+
+
+def plan_files(plan: Plan, reader: HFReader, limit: int) -> tuple[File, ...]:
+    """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed."""
+    original = manifest.original_files(plan.source) if plan.action == "split" else None
+    if original:
+        files = restore(original.headers)
+        if _headers_fit(plan, original.headers):
+            return files
+    metadata = _metadata(reader)
+    if plan.record:
+        metadata[RECORD] = json.dumps(plan.record)
+    return pack(plan.targets, limit=limit, metadata=metadata)
+
+
+def _headers_fit(plan: Plan, headers: Any) -> bool:
+    """Whether the remembered headers hold exactly the planned tensors; they do not once somebody has edited the checkpoint."""
+    found = {
+        name: (entry["dtype"], tuple(entry["shape"]))
+        for header in headers.values()
+        for name, entry in json.loads(header).items()
+        if name != "__metadata__"
+    }
+    return found == {target.spec.name: (target.spec.dtype, target.spec.shape) for target in plan.targets}
+
+
+def _metadata(reader: HFReader) -> dict[str, str]:
+    """The `__metadata__` of the input without our record; the first shard speaks for all, as loaders take it."""
+    metadata: dict[str, str] = dict(json.loads(reader.shards[0].header).get("__metadata__", {}))
+    metadata.pop(RECORD, None)
+    return metadata
+
+
+def write(
+    plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int
+) -> None:
+    """Fill the staging directory; everything in it is durable on return.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    files = plan_files(plan, reader, max_shard_size)
+    digests = write_tensors(plan.targets, files, reader, stage, budget, progress)
+    texts = _texts(plan, reader, files)
+    for name, text in texts.items():
+        write_text(stage.path / name, text)
+    for name in plan.side_files:
+        if name not in REWRITTEN:
+            copy_file(plan.source / name, stage.path / name)
+    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, _original(plan, reader)))
+
+
+def _texts(plan: Plan, reader: HFReader, files: Sequence[File]) -> dict[str, str]:
+    """Index and config. A split restores the original texts if what they say is still what the checkpoint says."""
+    original = manifest.original_files(plan.source) if plan.action == "split" else None
+    old = original.texts if original else {}
+    config = {key: value for key, value in reader.config.items() if key != RECORD}
+    texts: dict[str, str] = {}
+    if plan.record:
+        config[RECORD] = dict(plan.record)
+    if CONFIG in old and json.loads(old[CONFIG]) == config:
+        texts[CONFIG] = old[CONFIG]
+    elif config:
+        texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    same_files = original is not None and {file.name for file in files} == set(original.headers)
+    index = old.get(INDEX) if same_files else index_text(plan.targets, files)
+    if index:
+        texts[INDEX] = index
+    return texts
+
+
+def _original(plan: Plan, reader: HFReader) -> manifest.Original | None:
+    """What a later split needs; re-laying a checkpoint that we prefused keeps what it remembers."""
+    if plan.action == "split":
+        return None
+    if reader.record and (kept := manifest.original_files(plan.source)):
+        return kept
+    texts = {name: (plan.source / name).read_text() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
+    return manifest.Original(headers={shard.name: shard.header for shard in reader.shards}, texts=texts)

@@ -1,0 +1,187 @@
+"""Read Hugging Face checkpoints: a directory of safetensors files.
+
+The safetensors parser validates every header before we trust it, because a plain JSON reading accepts what it refuses
+(overlaps, holes, wrong sizes). Data is mapped, never loaded: `read` gives views.
+
+Source: https://github.com/huggingface/safetensors (format), transformers 5 (index file).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from layouts.checkpoint import TensorSpec, bits
+from layouts.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+RECORD = "moe_layout"
+"""The key under which our record stands in `config.json`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One safetensors file: its header as text, so that it can be written again byte for byte, and where data begins."""
+
+    name: str
+    header: str
+    start: int
+    offsets: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, TensorSpec]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the directory holds safetensors files or their index."""
+    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+
+
+def read_shard(path: Path) -> Shard:
+    """Parse one file's header.
+
+    Raises:
+        InputError: not a sound safetensors file; says why when the reason is a common one.
+    """
+    try:
+        with safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(size).decode()
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a sound safetensors file: {error}{_common_cause(path)}") from None
+    entries.pop("__metadata__", None)
+    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    tensors = {n: TensorSpec(name=n, dtype=e["dtype"], shape=tuple(e["shape"])) for n, e in ordered}
+    offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
+    return Shard(name=path.name, header=text, start=8 + size, offsets=offsets, tensors=tensors)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in the header")
+    return found
+
+
+def _common_cause(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return ". It is a git-lfs pointer: run 'git lfs pull' where it came from"
+    return ". Download or copy it again"
+
+
+@dataclass(slots=True, kw_only=True)
+class HFReader:
+    """An open Hugging Face checkpoint; see `layouts.checkpoint.Reader`."""
+
+    path: Path
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    format: str = "hf"
+    _home: dict[str, Shard] = field(default_factory=dict)
+    _maps: dict[str, mmap.mmap] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> HFReader:
+        """Read all headers and compare them with the index.
+
+        Raises:
+            InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
+        """
+        index = read_json(path / INDEX) if (path / INDEX).exists() else None
+        names = sorted(set(index["weight_map"].values())) if index else sorted(p.name for p in path.glob("*.safetensors"))
+        for name in names:
+            if os.path.basename(name) != name or not (path / name).is_file():
+                raise InputError(f"{path / name}: the index names this shard, but there is no such file here")
+        shards = tuple(read_shard(path / name) for name in names)
+        home: dict[str, Shard] = {}
+        for shard in shards:
+            for name in shard.tensors:
+                if name in home:
+                    raise InputError(f"{path}: {name} stands in both {home[name].name} and {shard.name}")
+                home[name] = shard
+        if index:
+            _compare_index(path, index["weight_map"], home)
+        config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+        tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
+        return cls(path=path, shards=shards, config=config, tensors=tensors, _home=home)
+
+    @property
+    def record(self) -> Mapping[str, Any] | None:
+        """What this tool wrote into `config.json` about the layout."""
+        return self.config.get(RECORD)
+
+    @property
+    def side_files(self) -> list[str]:
+        """Every file but the shards and their index."""
+        weights = {shard.name for shard in self.shards} | {INDEX}
+        files = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+        return [file for file in files if file not in weights]
+
+    def where(self, name: str) -> str:
+        """The shard that holds a tensor."""
+        return self._home[name].name
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+        """A block as a read-only view of the mapped file."""
+        shard = self._home[name]
+        spec = shard.tensors[name]
+        begin, _ = shard.offsets[name]
+        dtype = bits(spec.dtype)
+        if not spec.nbytes:
+            return np.empty(spec.shape, dtype)[slices]
+        flat = np.frombuffer(self._map(shard), dtype, spec.nbytes // dtype.itemsize, shard.start + begin)
+        return flat.reshape(spec.shape)[slices]
+
+    def _map(self, shard: Shard) -> mmap.mmap:
+        # Two threads may both map a file the first time; the loser's mapping is dropped with its last view.
+        if shard.name not in self._maps:
+            with (self.path / shard.name).open("rb") as file:
+                self._maps.setdefault(shard.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._maps[shard.name]
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from this process (they stay in the page cache, where others may use them)."""
+        shard = self._home[name]
+        begin, end = shard.offsets[name]
+        first = (shard.start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        if name and end > begin and shard.name in self._maps:
+            self._maps[shard.name].madvise(mmap.MADV_DONTNEED, first, shard.start + end - first)
+
+    def close(self) -> None:
+        """Forget the mappings; the system unmaps each with its last view."""
+        self._maps.clear()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of the checkpoint.
+
+    Raises:
+        InputError: unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str, Shard]) -> None:
+    for name, shard in weight_map.items():
+        if name not in home:
+            raise InputError(f"{path}: the index puts {name} into {shard}, but it is not there")
+        if home[name].name != shard:
+            raise InputError(f"{path}: the index puts {name} into {shard}, but it is in {home[name].name}")
+    if extra := sorted(set(home) - set(weight_map)):
+        raise InputError(f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)")
