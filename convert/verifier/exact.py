@@ -1,0 +1,100 @@
+"""The proof: every logical weight of two checkpoints is equal bit for bit, and so is every other tensor.
+
+Floating-point comparison would call NaN unlike itself and -0.0 like 0.0; bits do neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from convert.verifier.logical import Block, expert, pair
+from convert.verifier.verdict import Level
+from layouts.checkpoint import Reader
+from layouts.describe import Description, identity
+
+PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
+STRIP = 4 << 20
+"""Elements of a tensor compared at a time."""
+
+
+def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None]) -> Level:
+    """Compare every expert of every MoE layer; differences name layer, expert and projection."""
+    differences = [f"{label}: only one of the two has this MoE layer" for label in sorted(a.keys() ^ b.keys())]
+    layers = experts = 0
+    for one, other in pair(a, b):
+        layers, experts = layers + 1, max(experts, one.experts)
+        if problem := _unlike(one, other):
+            differences.append(problem)
+            continue
+        for e in range(one.experts):
+            differences.extend(_compare_expert(one, other, e, progress))
+    return Level(
+        name="exact",
+        covered=f"{layers} MoE layers x {experts} experts, gate, up and down, bit for bit",
+        differences=tuple(differences),
+    )
+
+
+def _unlike(a: Block, b: Block) -> str | None:
+    for role in PROJECTIONS:
+        one, other = (
+            (block.groups[role].dtype, *(block.groups[role].sizes[axis] for axis in "ekn")) for block in (a, b)
+        )
+        if one != other:
+            return f"{a.label}: {role} is {one[0]} with (E, K, N) {one[1:]} in one, {other[0]} {other[1:]} in the other"
+    return None
+
+
+def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None]) -> Iterator[str]:
+    for role, projections in PROJECTIONS.items():
+        one, other = expert(a, role, e), expert(b, role, e)
+        parts = zip(one, other, strict=True) if role == "wi" else [(one, other)]
+        for projection, (x, y) in zip(projections, parts, strict=True):
+            unequal = np.not_equal(x, y)
+            if count := int(np.count_nonzero(unequal)):
+                first = tuple(int(i) for i in np.argwhere(unequal)[0])
+                axes = "(k, n)" if role == "wi" else "(n, k)"
+                yield f"{a.label}, expert {e}, {projection}: {count} of {x.size} elements, first at {axes} = {first}"
+        progress(other.nbytes)
+    for block in (a, b):
+        for role in PROJECTIONS:
+            release(block, role, e)
+
+
+def release(block: Block, role: str, e: int) -> None:
+    """Let the reader drop what it holds of this expert's tensors."""
+    placed, index = block.groups[role].placed, block.groups[role].index
+    for g in range(2 if "g" in placed.key.slots else 1):
+        block.reader.release(placed.key.render({**index, "e": e, "g": g}))
+
+
+def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:
+    """Compare every tensor that is no expert weight, by name."""
+    differences = []
+    left, right = set(ones.verbatim), set(others.verbatim)
+    for name in sorted(left ^ right):
+        differences.append(f"{name} is only in {(a if name in left else b).path}")
+    for name in sorted(left & right):
+        differences.extend(_compare_tensor(a, b, name, progress))
+    covered = f"{len(left & right)} other tensors (attention, norms, routers, embeddings, dense and shared MLPs)"
+    return Level(name="others", covered=covered, differences=tuple(differences))
+
+
+def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], None]) -> Iterator[str]:
+    one, other = a.tensors[name], b.tensors[name]
+    if one != other:
+        yield f"{name}: {one.dtype} {one.shape} in one, {other.dtype} {other.shape} in the other"
+        return
+    pattern = identity(len(one.shape))
+    count = 0
+    for box in pattern.strips(dict(zip(pattern.axes, one.shape, strict=True)), STRIP):
+        slices = tuple(slice(span.start, span.stop) for span in box.values())
+        block = b.read(name, slices)
+        count += int(np.count_nonzero(a.read(name, slices) != block))
+        progress(block.nbytes)
+        a.release(name)
+        b.release(name)
+    if count:
+        yield f"{name}: {count} elements differ"

@@ -1,0 +1,82 @@
+"""The in-memory calls: bits preserved, structure kept, sharding kept, errors clear."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+
+
+def tree(make):
+    rng = np.random.default_rng(0)
+    bits = [rng.integers(0, 1 << 16, (3, 2, 5, 7), dtype=np.uint16) for _ in range(2)]
+    gate, up = (make(b.view(ml_dtypes.bfloat16)) for b in bits)
+    moe = {"gate": {"kernel": np.ones((5, 3))}, "wi_0": gate, "wi_1": up, "wo": make(bits[0].view(ml_dtypes.bfloat16))}
+    return {"decoder": {"moe": moe, "mlp": {"wi_0": {"kernel": np.ones((5, 7))}}}, "list": [dict(moe), None]}
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_fuse_and_split_keep_every_bit_and_the_structure(make):
+    params = tree(make)
+    fused = convert.prefuse_params(params)
+    moe = fused["decoder"]["moe"]
+    assert list(moe) == ["gate", "wi", "wo"]
+    assert isinstance(moe["wi"], type(make(np.ones(1))))
+    wanted = np.concatenate([np.asarray(params["decoder"]["moe"][w]).view(np.uint16) for w in ("wi_0", "wi_1")], -1)
+    np.testing.assert_array_equal(np.asarray(moe["wi"]).view(np.uint16), wanted)
+    assert fused["list"][0]["wi"].shape == (3, 2, 5, 14)
+    assert moe["wo"] is params["decoder"]["moe"]["wo"]
+    again = convert.split_params(fused)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        assert new.dtype == old.dtype
+        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"wo": np.ones((1, 2, 2))}, "no arrays wi_0 and wi_1"),
+        ({"m": {"wi_0": np.ones((1, 2, 2))}}, "m: expected arrays wi_0 and wi_1"),
+        ({"m": {"wi_0": np.ones((1, 2, 2)), "wi_1": np.ones((1, 2, 3))}}, "m: wi_0 is float64"),
+        ({"m": {"wi_0": np.ones((1, 2, 2)), "wi_1": np.ones((1, 2, 2)), "wi": 1}}, "no wi"),
+    ],
+)
+def test_fuse_refuses_what_it_cannot_fuse(params, message):
+    with pytest.raises(convert.PlanError, match=message):
+        convert.prefuse_params(params)
+
+
+@pytest.mark.parametrize("params", [{"m": {"wi": np.ones((1, 2, 3))}}, {"wi": {"kernel": np.ones((2, 2))}}])
+def test_split_refuses_what_it_cannot_split(params):
+    with pytest.raises(convert.PlanError):
+        convert.split_params(params)
+
+
+SHARDED = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax, numpy as np, convert
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("expert", "model"))
+for spec in (P("expert"), P("expert", None, "model")):
+    gate, up = (np.arange(8 * 4 * 6, dtype=np.float32).reshape(8, 4, 6) * sign for sign in (1, -1))
+    put = lambda a: jax.device_put(a, NamedSharding(mesh, spec))
+    fused = convert.prefuse_params({"wi_0": put(gate), "wi_1": put(up)})
+    assert fused["wi"].sharding.spec == spec, fused["wi"].sharding
+    assert (np.asarray(fused["wi"]) == np.concatenate((gate, up), -1)).all()
+    split = convert.split_params(fused)
+    assert split["wi_1"].sharding.spec == spec and (np.asarray(split["wi_1"]) == up).all()
+print("sharded")
+"""
+
+
+def test_sharded_arrays_stay_sharded():
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False)
+    assert done.stdout == "sharded\n", done.stderr
