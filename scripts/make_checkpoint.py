@@ -1,0 +1,284 @@
+"""Make a MoE checkpoint to try the tool on, so that nobody needs a download.
+
+    python scripts/make_checkpoint.py OUT --family qwen3_moe --format hf --size tiny
+
+Hugging Face ones are sharded as transformers shards them (down, gate and up of a layer lie together, so gate and up of one expert
+are routinely in different files), with index, config and side files. Orbax ones are laid out as MaxText lays them out and saved
+by Orbax itself. Values are never all zero; `identity` gives each element a hash of its place, so that misplacement shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts._checkpoint_tables import (
+    DENSE,
+    EXPERTS,
+    HF_MODELS,
+    MAXTEXT_DENSE,
+    MAXTEXT_MODELS,
+    NORMS,
+    SCANNED_ATTENTION,
+    Row,
+)
+
+DTYPES: Mapping[str, Any] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "fp8": ml_dtypes.float8_e4m3fn}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """The dimensions of a model; `shard` is the size of an HF file in bytes."""
+
+    experts: int = 12
+    embed: int = 64
+    mlp: int = 40
+    layers: int = 3
+    vocab: int = 160
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    shard: int = 200_000
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        """The sizes of a row's letters; see `scripts/_checkpoint_tables.py`."""
+        h, j, d = self.heads, self.kv_heads, self.head_dim
+        rank = max(8, self.embed // 4)
+        sizes = {"E": self.experts, "K": self.embed, "N": self.mlp, "F": 2 * self.mlp, "V": self.vocab, "1": 1}
+        sizes |= {"H": h, "J": j, "D": d, "Q": h * d, "G": j * d, "R": rank, "P": rank + d, "W": 2 * h * d}
+        return tuple(sizes[letter] for letter in letters)
+
+
+SIZES: Mapping[str, Size] = {
+    "tiny": Size(),
+    "small": Size(experts=16, embed=256, mlp=192, layers=4, vocab=1024, head_dim=64, shard=5_000_000),
+    # Qwen3-30B-A3B's experts: 1.2 GB a layer
+    "bench": Size(experts=128, embed=2048, mlp=768, layers=4, vocab=8192, heads=32, kv_heads=4, head_dim=128, shard=10**9),
+}
+
+
+def make_checkpoint(
+    out: Path,
+    *,
+    family: str,
+    format: str = "hf",  # noqa: A002
+    size: str = "tiny",
+    dtype: str = "bf16",
+    values: str = "random",
+    seed: int = 0,
+    scanned: bool = True,
+    train_state: bool = False,
+    **overrides: int,
+) -> Path:
+    """Write a checkpoint to `out`, which must not exist, and return its path; overrides are fields of `Size`.
+
+    Raises:
+        FileExistsError: `out` exists.
+        KeyError: a family, size or type that the tables do not have.
+    """
+    dims = replace(SIZES[size], **overrides)
+    fill = _Values(values, DTYPES[dtype], seed)
+    if format == "hf":
+        HF_MODELS[family]
+        out.mkdir(parents=True)
+        _write_hf(out, family, dims, fill)
+    else:
+        MAXTEXT_MODELS[family]
+        out.mkdir(parents=True)
+        _write_orbax(out, family, dims, fill, scanned=scanned, train_state=train_state)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    kind: str
+    dtype: Any
+    seed: int
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: Any = None) -> NDArray[Any]:
+        """The tensor called `name`: the same for the same name, shape and seed, whatever else is written."""
+        kind = np.dtype(dtype or self.dtype)
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        if self.kind == "normal":
+            return (0.02 * rng.standard_normal(shape, np.float32)).astype(kind)
+        count = int(np.prod(shape, dtype=np.int64))
+        if self.kind == "identity":
+            # A product with an odd number is a bijection: within 2 ** bits elements, no two places have the same bits.
+            place = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            bits = (place + np.uint64(rng.integers(1 << 62))) >> np.uint64(64 - 8 * kind.itemsize)
+            return bits.astype(f"u{kind.itemsize}").reshape(shape).view(kind)
+        bits = np.frombuffer(rng.bytes(count * kind.itemsize), f"u{kind.itemsize}").reshape(shape)
+        return _finite(bits, kind)
+
+
+def _finite(bits: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Random bits without NaN, infinity and zero: the top bit of the exponent off, the lowest bit of the mantissa on."""
+    width = 8 * kind.itemsize
+    return ((bits & ~bits.dtype.type(1 << (width - 2))) | bits.dtype.type(1)).view(kind)
+
+
+def _write_hf(out: Path, family: str, dims: Size, fill: _Values) -> None:
+    rows = list(_hf_tensors(family, dims))
+    item = np.dtype(fill.dtype).itemsize
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, shape in rows:
+        nbytes = int(np.prod(shape)) * item
+        if shards[-1] and filled + nbytes > dims.shard:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, shape))
+        filled += nbytes
+    total, parameters, weight_map = 0, 0, {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {name: fill(name, shape, np.float32 if "e_score" in name else None) for name, shape in shard}
+        (out / file).write_bytes(save(tensors, metadata={"format": "pt"}))
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        parameters += sum(tensor.size for tensor in tensors.values())
+    if len(shards) > 1:
+        metadata = {"total_parameters": parameters, "total_size": total}
+        _write_json(out / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    _write_side_files(out, family, dims, fill)
+
+
+def _hf_tensors(family: str, dims: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in the order of transformers' files: of a layer's experts first all down, then all gate, then all up."""
+    model = HF_MODELS[family]
+    for layer in range(dims.layers):
+        dense = layer < model.dense_layers
+        if not dense:
+            for word in model.experts:
+                shape = dims.shape("KN" if word == model.experts[0] else "NK")
+                for e in sorted(range(dims.experts), key=str):
+                    yield f"model.layers.{layer}.{model.module}.experts.{e}.{word}.weight", shape
+        rows = (*model.attention, *NORMS, *(DENSE if dense else (*model.router, *model.others)))
+        for name, letters in rows:
+            yield f"model.layers.{layer}.{name}", dims.shape(letters)
+    for name, letters in (("model.embed_tokens.weight", "VK"), ("model.norm.weight", "K"), ("lm_head.weight", "VK")):
+        yield name, dims.shape(letters)
+
+
+def _write_side_files(out: Path, family: str, dims: Size, fill: _Values) -> None:
+    model = HF_MODELS[family]
+    config = {
+        "architectures": [model.architecture],
+        "model_type": family,
+        model.count_key: dims.experts,
+        "dtype": np.dtype(fill.dtype).name,
+        "hidden_size": dims.embed,
+        "intermediate_size": dims.mlp if family in ("mixtral", "olmoe") else 2 * dims.mlp,
+        "moe_intermediate_size": dims.mlp,
+        "num_hidden_layers": dims.layers,
+        "num_attention_heads": dims.heads,
+        "num_key_value_heads": dims.kv_heads,
+        "head_dim": dims.head_dim,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": model.dense_layers,
+        "vocab_size": dims.vocab,
+        **model.config,
+    }
+    _write_json(out / "config.json", config)
+    _write_json(out / "generation_config.json", {"eos_token_id": 2})
+    _write_json(out / "tokenizer.json", {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
+    _write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    _write_json(out / "original" / "params.json", {"dim": dims.embed})
+    (out / "README.md").write_text(f"A random {family} checkpoint made by scripts/make_checkpoint.py\n")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_orbax(out: Path, family: str, dims: Size, fill: _Values, *, scanned: bool, train_state: bool) -> None:
+    """One step as MaxText saves it: OUT/0/items with the tree params.params, step and, on wish, Adam's moments."""
+    import orbax.checkpoint as ocp
+
+    flat = dict(_maxtext_tensors(family, dims, fill, scanned=scanned))
+    weights = _nest(flat)
+    state: dict[str, Any] = {"params": {"params": weights}, "step": np.int32(7), "opt_state": {}}
+    if train_state:
+        moments = {m: {"params": _nest({n: fill(f"{m}.{n}", a.shape) for n, a in flat.items()})} for m in ("mu", "nu")}
+        state["opt_state"] = [{"count": np.int32(7), **moments}, None, {"count": np.int32(7)}]
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(out.absolute(), options=options) as manager:
+        manager.save(0, args=ocp.args.Composite(items=ocp.args.PyTreeSave(state)))
+
+
+def _maxtext_tensors(
+    family: str, dims: Size, fill: _Values, *, scanned: bool
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    model = MAXTEXT_MODELS[family]
+    dense_layers = 1 if model.dense else 0
+    experts = tuple((f"{model.block}.{name}", letters) for name, letters in EXPERTS)
+    stacks: list[tuple[str, int, Sequence[Row]]] = [
+        (model.moe, dims.layers - dense_layers, (*SCANNED_ATTENTION, *experts, *model.others))
+    ]
+    if model.dense:
+        stacks.append((model.dense, dense_layers, (*SCANNED_ATTENTION, *MAXTEXT_DENSE)))
+    for stack, count, rows in stacks:
+        for name, letters in rows:
+            shape = dims.shape(letters)
+            if scanned:  # param_scan_axis = 1
+                yield f"decoder.{stack}.{name}", fill(f"{stack}.{name}", (shape[0], count, *shape[1:]))
+            else:
+                for i in range(count):
+                    yield f"decoder.{stack}_{i}.{name}", fill(f"{stack}_{i}.{name}", shape)
+    yield "decoder.decoder_norm.scale", fill("decoder_norm", dims.shape("K"))
+    yield "decoder.logits_dense.kernel", fill("logits_dense", dims.shape("KV"))
+    yield "token_embedder.embedding", fill("token_embedder", dims.shape("VK"))
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def main() -> None:
+    """Read the command line and write one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--family", required=True, choices=sorted(HF_MODELS))
+    parser.add_argument("--format", default="hf", choices=["hf", "orbax"])
+    parser.add_argument("--size", default="tiny", choices=list(SIZES))
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--values", default="random", choices=["random", "normal", "identity"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unscanned", action="store_true", help="orbax: one subtree per layer instead of stacked layers")
+    parser.add_argument("--train-state", action="store_true", help="orbax: with Adam's moments")
+    for field in ("experts", "embed", "mlp", "layers", "vocab", "heads", "kv_heads", "head_dim", "shard"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, help=f"instead of the size's own {field}")
+    arguments = vars(parser.parse_args())
+    overrides = {field: value for field in Size.__slots__ if (value := arguments.pop(field)) is not None}
+    if arguments["format"] == "orbax" and arguments["family"] not in MAXTEXT_MODELS:
+        parser.error(f"--format orbax knows {', '.join(MAXTEXT_MODELS)}")
+    if arguments["out"].exists():
+        parser.error(f"{arguments['out']} exists already")
+    scanned = not arguments.pop("unscanned")
+    print(f"wrote {make_checkpoint(**arguments, scanned=scanned, **overrides)}")
+
+
+if __name__ == "__main__":
+    main()
