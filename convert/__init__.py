@@ -91,9 +91,7 @@ def prefuse(
     """
     from convert.run import Options, convert_checkpoint
 
-    options = Options(
-        jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite
-    )
+    options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
     return convert_checkpoint(
         source, out, "prefuse", options, progress, layout=layout, family=family, source_layout=source_layout
     )
@@ -119,9 +117,7 @@ def split(
     """
     from convert.run import Options, convert_checkpoint
 
-    options = Options(
-        jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite
-    )
+    options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
     return convert_checkpoint(source, out, "split", options, progress, family=family, source_layout=source_layout)
 
 

@@ -62,7 +62,7 @@ def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> It
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if not resume:
-                _empty(path)
+                empty(path)
             yield Stage(path=path, done=_read_journal(path))
             _publish(path, out, overwrite=overwrite)
     except OSError as error:
@@ -85,7 +85,8 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def _empty(path: Path) -> None:
+def empty(path: Path) -> None:
+    """Remove what earlier runs left in a staging directory."""
     for entry in path.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 

@@ -72,9 +72,7 @@ def convert_checkpoint(
         return write_plan(plan, reader, options, progress or (lambda done: None), started)
 
 
-def write_plan(
-    plan: Plan, reader: Reader, options: Options, progress: Callable[[int], None], started: float
-) -> Report:
+def write_plan(plan: Plan, reader: Reader, options: Options, progress: Callable[[int], None], started: float) -> Report:
     """Execute a plan into a staging directory and publish it."""
     budget = make_budget(options.memory, options.jobs)
     mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})

@@ -16,7 +16,6 @@ from typing import Any
 from convert.planner import Target
 from layouts.checkpoint import itemsize
 
-
 SINGLE = "model.safetensors"
 
 
@@ -86,5 +85,3 @@ def index_text(targets: Iterable[Target], files: Sequence[File]) -> str | None:
     total = sum(target.spec.nbytes for target in targets)
     weight_map = {name: file.name for file in files for name in file.offsets}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-
-

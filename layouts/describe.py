@@ -75,7 +75,9 @@ def _accepted(reader: Reader, family: Family, source_layout: str | None) -> list
     record = reader.record
     if record and not source_layout:
         if record.get("version") != VERSION:
-            raise PlanError(f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}")
+            raise PlanError(
+                f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}"
+            )
         return [{role: Layout(record[role]["key"], record[role]["pattern"]) for role in ROLES}]
     name = source_layout or UNMARKED.get(reader.format)
     return [TARGETS[name]] if name else []
@@ -124,15 +126,15 @@ def _group(reader: Reader, role: str, placed: Placed, index: Index, names: Seque
     specs = [reader.tensors[name] for name in names]
     _check_equal(reader, specs)
     first = specs[0]
-    grid = [slot for slot in placed.key.slots if slot in ROLES[role]]
-    known = {"g": 2}
-    if grid:
-        known |= _check_grid(reader, placed.key, index, grid, names)
+    grid = _check_grid(reader, role, placed.key, index, names)
     try:
         pattern = placed.pattern.expand(len(first.shape))
-        sizes = {axis: known[axis] for axis in grid} | pattern.sizes(first.shape, known)
+        sizes = grid | pattern.sizes(first.shape, {"g": 2})
     except ValueError as error:
         raise PlanError(f"{reader.path}: {first.name} (in {reader.where(first.name)}): {error}") from None
+    stated = expert_count(reader.config)
+    if stated and sizes["e"] != stated:
+        raise InputError(f"{reader.path}: {first.name} is of {sizes['e']} experts, but config.json says {stated}")
     return Group(
         role=role, placed=Placed(placed.key, pattern), index=index, sizes=sizes, dtype=first.dtype, names=tuple(names)
     )
@@ -148,14 +150,11 @@ def _check_equal(reader: Reader, specs: Sequence[TensorSpec]) -> None:
             )
 
 
-def _check_grid(
-    reader: Reader, key: Template, index: Index, grid: Sequence[str], names: Sequence[str]
-) -> dict[str, int]:
-    """Experts 0..E-1, each with every projection, and as many as `config.json` says."""
-    found = [key.parse(name) or {} for name in names]
-    stated = expert_count(reader.config)
-    experts = max([int(entry["e"]) + 1 for entry in found if "e" in entry] + ([stated] if stated else []), default=1)
-    counts = {"e": experts, "g": 2}
+def _check_grid(reader: Reader, role: str, key: Template, index: Index, names: Sequence[str]) -> dict[str, int]:
+    """Experts 0..E-1, each with every projection; the sizes of the axes that the names hold."""
+    grid = [slot for slot in key.slots if slot in ROLES[role]]
+    seen = [int((key.parse(name) or {}).get("e", 0)) + 1 for name in names]
+    counts = {"e": max(*seen, expert_count(reader.config) or 1, 1), "g": 2}
     have = set(names)
     wanted = (
         key.render({**index, **dict(zip(grid, point, strict=True))})
@@ -163,12 +162,10 @@ def _check_grid(
     )
     if missing := [name for name in wanted if name not in have]:
         raise InputError(
-            f"{reader.path}: {missing[0]} is missing ({len(missing)} of {len(missing) + len(have)} tensors of this layer's "
-            f"experts; {stated or 'no number of'} experts in config.json). Its neighbours are in {reader.where(names[0])}"
+            f"{reader.path}: {missing[0]} is missing, and so {len(missing)} of the {len(missing) + len(have)} tensors of "
+            f"{counts['e']} experts; the others are in {', '.join(sorted({reader.where(name) for name in names}))}"
         )
-    if stated and experts != stated:
-        raise InputError(f"{reader.path}: {names[0]} and its kin are {experts} experts, but config.json says {stated}")
-    return counts
+    return {axis: counts[axis] for axis in grid}
 
 
 def _check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
@@ -183,7 +180,9 @@ def _check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
         wi, wo = block["wi"], block["wo"]
         if any(wi.sizes[axis] != wo.sizes[axis] for axis in "ekn"):
             sizes = [{axis: group.sizes[axis] for axis in "ekn"} for group in (wi, wo)]
-            raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
+            raise PlanError(
+                f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}"
+            )
 
 
 def identity(rank: int) -> Pattern:

@@ -13,9 +13,7 @@ TARGETS: Mapping[str, Layouts] = {
     # MaxText CONCAT, jax.lax.ragged_dot, megablox: wi (E, K, 2N) gate first, wo (E, N, K)
     "concat": layouts(wi=("{experts}.wi", "e ... k (g n)"), wo=("{experts}.wo", "e ... n k")),
     # transformers 5, vLLM w13 / w2, CUTLASS MoEGEMM: gate_up_proj (E, 2N, K), down_proj (E, K, N)
-    "transformers": layouts(
-        wi=("{experts}.gate_up_proj", "e ... (g n) k"), wo=("{experts}.down_proj", "e ... k n")
-    ),
+    "transformers": layouts(wi=("{experts}.gate_up_proj", "e ... (g n) k"), wo=("{experts}.down_proj", "e ... k n")),
 }
 
 DEFAULT = "concat"

@@ -37,7 +37,12 @@ from scripts._checkpoint_tables import (
     Row,
 )
 
-DTYPES: Mapping[str, Any] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "fp8": ml_dtypes.float8_e4m3fn}
+DTYPES: Mapping[str, Any] = {
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
+    "fp8": ml_dtypes.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +72,9 @@ SIZES: Mapping[str, Size] = {
     "tiny": Size(),
     "small": Size(experts=16, embed=256, mlp=192, layers=4, vocab=1024, head_dim=64, shard=5_000_000),
     # Qwen3-30B-A3B's experts: 1.2 GB a layer
-    "bench": Size(experts=128, embed=2048, mlp=768, layers=4, vocab=8192, heads=32, kv_heads=4, head_dim=128, shard=10**9),
+    "bench": Size(
+        experts=128, embed=2048, mlp=768, layers=4, vocab=8192, heads=32, kv_heads=4, head_dim=128, shard=10**9
+    ),
 }
 
 
@@ -117,10 +124,9 @@ class _Values:
             return (0.02 * rng.standard_normal(shape, np.float32)).astype(kind)
         count = int(np.prod(shape, dtype=np.int64))
         if self.kind == "identity":
-            # A product with an odd number is a bijection: within 2 ** bits elements, no two places have the same bits.
-            place = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            bits = (place + np.uint64(rng.integers(1 << 62))) >> np.uint64(64 - 8 * kind.itemsize)
-            return bits.astype(f"u{kind.itemsize}").reshape(shape).view(kind)
+            # Multiplying by an odd number is a bijection: within 2 ** bits elements, no two places have the same value.
+            place = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B1) + np.uint64(rng.integers(1 << 62))
+            return place.astype(f"u{kind.itemsize}").reshape(shape).view(kind)
         bits = np.frombuffer(rng.bytes(count * kind.itemsize), f"u{kind.itemsize}").reshape(shape)
         return _finite(bits, kind)
 
@@ -221,9 +227,7 @@ def _write_orbax(out: Path, family: str, dims: Size, fill: _Values, *, scanned: 
         manager.save(0, args=ocp.args.Composite(items=ocp.args.PyTreeSave(state)))
 
 
-def _maxtext_tensors(
-    family: str, dims: Size, fill: _Values, *, scanned: bool
-) -> Iterator[tuple[str, NDArray[Any]]]:
+def _maxtext_tensors(family: str, dims: Size, fill: _Values, *, scanned: bool) -> Iterator[tuple[str, NDArray[Any]]]:
     model = MAXTEXT_MODELS[family]
     dense_layers = 1 if model.dense else 0
     experts = tuple((f"{model.block}.{name}", letters) for name, letters in EXPERTS)
@@ -266,7 +270,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--values", default="random", choices=["random", "normal", "identity"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unscanned", action="store_true", help="orbax: one subtree per layer instead of stacked layers")
+    parser.add_argument(
+        "--unscanned", action="store_true", help="orbax: one subtree per layer instead of stacked layers"
+    )
     parser.add_argument("--train-state", action="store_true", help="orbax: with Adam's moments")
     for field in ("experts", "embed", "mlp", "layers", "vocab", "heads", "kv_heads", "head_dim", "shard"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, help=f"instead of the size's own {field}")

@@ -35,7 +35,7 @@ def test_values_are_finite_or_unique(values, dtype, tmp_path):
         with safe_open(file, framework="np") as shard:
             for name in shard.keys():  # noqa: SIM118
                 tensor = shard.get_tensor(name)
-                assert tensor.any()
+                assert any(tensor.tobytes())
                 if values != "identity":
                     assert np.isfinite(tensor).all()
                 elif dtype == "f32":

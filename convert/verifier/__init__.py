@@ -56,7 +56,9 @@ def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
     """
     found = manifest.read(path) if path.is_dir() else None
     if not found:
-        raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
+        raise InputError(
+            f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare"
+        )
     expected = {name: entry["xxh3_128"] for name, entry in found["tensors"].items()}
     differences = []
     with closing(open_checkpoint(path)) as reader:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from convert.verifier.logical import Block, expert, pair
+from convert.verifier.logical import Block, expert, pair, unlike
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
 from layouts.describe import Description, identity
@@ -21,13 +21,10 @@ STRIP = 4 << 20
 
 def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None]) -> Level:
     """Compare every expert of every MoE layer; differences name layer, expert and projection."""
-    differences = [f"{label}: only one of the two has this MoE layer" for label in sorted(a.keys() ^ b.keys())]
+    differences = unlike(a, b)
     layers = experts = 0
     for one, other in pair(a, b):
         layers, experts = layers + 1, max(experts, one.experts)
-        if problem := _unlike(one, other):
-            differences.append(problem)
-            continue
         for e in range(one.experts):
             differences.extend(_compare_expert(one, other, e, progress))
     return Level(
@@ -35,16 +32,6 @@ def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Ca
         covered=f"{layers} MoE layers x {experts} experts, gate, up and down, bit for bit",
         differences=tuple(differences),
     )
-
-
-def _unlike(a: Block, b: Block) -> str | None:
-    for role in PROJECTIONS:
-        one, other = (
-            (block.groups[role].dtype, *(block.groups[role].sizes[axis] for axis in "ekn")) for block in (a, b)
-        )
-        if one != other:
-            return f"{a.label}: {role} is {one[0]} with (E, K, N) {one[1:]} in one, {other[0]} {other[1:]} in the other"
-    return None
 
 
 def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None]) -> Iterator[str]:
@@ -70,7 +57,9 @@ def release(block: Block, role: str, e: int) -> None:
         block.reader.release(placed.key.render({**index, "e": e, "g": g}))
 
 
-def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:
+def compare_others(
+    a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]
+) -> Level:
     """Compare every tensor that is no expert weight, by name."""
     differences = []
     left, right = set(ones.verbatim), set(others.verbatim)

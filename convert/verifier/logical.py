@@ -55,8 +55,23 @@ def _unstack(reader: Reader, place: str, groups: Mapping[str, Group]) -> Iterato
 
 
 def pair(a: Mapping[str, Block], b: Mapping[str, Block]) -> Iterator[tuple[Block, Block]]:
-    """The MoE layers that both checkpoints have, side by side; `convert.verifier.exact` reports the others."""
-    yield from ((block, b[label]) for label, block in a.items() if label in b)
+    """The MoE layers that can be compared weight by weight, side by side; `unlike` names the others."""
+    yield from ((block, b[label]) for label, block in a.items() if label in b and not _difference(block, b[label]))
+
+
+def unlike(a: Mapping[str, Block], b: Mapping[str, Block]) -> list[str]:
+    """The MoE layers that only one checkpoint has, or that differ in E, K, N or element type, in words."""
+    found = [f"{label}: only one of the two has this MoE layer" for label in sorted(a.keys() ^ b.keys())]
+    differences = (_difference(block, b[label]) for label, block in a.items() if label in b)
+    return found + [difference for difference in differences if difference]
+
+
+def _difference(a: Block, b: Block) -> str | None:
+    for role in LOGICAL:
+        one, other = ((g.dtype, *(g.sizes[axis] for axis in "ekn")) for g in (a.groups[role], b.groups[role]))
+        if one != other:
+            return f"{a.label}: {role} is {one[0]} with (E, K, N) {one[1:]} in one, {other[0]} {other[1:]} in the other"
+    return None
 
 
 def expert(block: Block, role: str, e: int) -> NDArray[Any]:
