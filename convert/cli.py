@@ -64,19 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--families", action="store_true", help="print the model families in the table")
     parser.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
     parser.add_argument("--layout", default="concat", help="target of --prefuse: concat (default) or transformers")
-    parser.add_argument(
-        "--source-layout", metavar="NAME", help="the layout of a fused input that does not say so itself"
-    )
+    parser.add_argument("--source-layout", metavar="NAME", help="the layout of a fused input that does not say so itself")
     parser.add_argument("--family", metavar="NAME", help="take this family instead of what config.json says")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="workers (default: one per CPU, at most 8)")
     parser.add_argument("--memory", type=_bytes, default="2GiB", metavar="SIZE", help="memory budget (default: 2GiB)")
-    parser.add_argument(
-        "--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="data per shard (default: 5GB)"
-    )
-    parser.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after an interruption"
-    )
+    parser.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="data per shard (default: 5GB)")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after an interruption")
     parser.add_argument("--overwrite", action="store_true", help="replace CKPT_OUT once the new one is complete")
     parser.add_argument("--no-gemm", action="store_true", help="--verify: compare the weights only")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -162,7 +156,11 @@ def _progress(total: int | None, quiet: bool) -> Iterator[Callable[[int], None] 
     from tqdm import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
-        yield lambda done: bar.update(done) and None
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        yield advance
 
 
 class _Stopped(BaseException):
@@ -175,7 +173,7 @@ class _Stopped(BaseException):
 def _signals() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into one exception, so that workers stop tidily and the run can be resumed."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, _: FrameType | None) -> None:
         raise _Stopped(number)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

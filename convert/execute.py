@@ -26,6 +26,11 @@ from layouts.checkpoint import Reader, itemsize
 Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call, from one thread at a time."""
 
+
+def ignore(done: int) -> None:
+    """Progress that nobody watches."""
+
+
 STRIP = 8 << 20
 """Bytes of a strip: large enough to hide the cost of a call, small enough that many workers fit a small budget."""
 SYNC = 1 << 30

@@ -49,17 +49,17 @@ def _walk(node: Any, change: Any, path: tuple[str, ...]) -> tuple[Any, int]:
         here, count = change(dict(node), path)
         inner = {key: _walk(child, change, (*path, str(key))) for key, child in here.items()}
         return {key: child for key, (child, _) in inner.items()}, count + sum(n for _, n in inner.values())
-    if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
+    if isinstance(node, list | tuple):
         items = [_walk(child, change, (*path, str(i))) for i, child in enumerate(node)]
-        return type(node)(child for child, _ in items), sum(n for _, n in items)
-    if isinstance(node, tuple):
-        items = [_walk(child, change, (*path, name)) for name, child in zip(node._fields, node, strict=True)]
-        return type(node)(*(child for child, _ in items)), sum(n for _, n in items)
+        children = [child for child, _ in items]
+        rebuild: Any = type(node)  # a named tuple, such as an optax state, takes its fields one by one
+        return rebuild(*children) if hasattr(node, "_fields") else rebuild(children), sum(n for _, n in items)
     return node, 0
 
 
 def _fuse_pair(node: dict[str, Any], path: tuple[str, ...]) -> tuple[dict[str, Any], int]:
-    gate, up = node.get(GATE), node.get(UP)
+    gate: Any = node.get(GATE)
+    up: Any = node.get(UP)
     if not (_is_expert(gate) or _is_expert(up)):
         return node, 0
     where = ".".join(path)
@@ -72,7 +72,7 @@ def _fuse_pair(node: dict[str, Any], path: tuple[str, ...]) -> tuple[dict[str, A
 
 
 def _split_one(node: dict[str, Any], path: tuple[str, ...]) -> tuple[dict[str, Any], int]:
-    fused = node.get(FUSED)
+    fused: Any = node.get(FUSED)
     if not _is_expert(fused):
         return node, 0
     if fused.shape[-1] % 2 or GATE in node or UP in node:

@@ -151,13 +151,9 @@ def _check_names(reader: Reader, targets: list[Target]) -> None:
         if target.spec.name in seen:
             raise PlanError(f"{reader.path}: two tensors of the output would be called {target.spec.name}")
         seen.add(target.spec.name)
-    bytes_in, bytes_out = (
-        sum(s.nbytes for s in specs) for specs in (reader.tensors.values(), (t.spec for t in targets))
-    )
+    bytes_in, bytes_out = (sum(s.nbytes for s in specs) for specs in (reader.tensors.values(), (t.spec for t in targets)))
     if bytes_in != bytes_out:
-        raise PlanError(
-            f"{reader.path}: the plan reads {bytes_in} bytes but writes {bytes_out}; this is a bug, report it"
-        )
+        raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {bytes_out}; this is a bug, report it")
 
 
 def _record(layout: str, described: Description, wanted: Layouts) -> dict[str, Any]:

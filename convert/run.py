@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert import manifest
-from convert.commit import check_output, staging
+from convert.commit import Stage, check_output, staging
 from convert.errors import UsageError
-from convert.execute import make_budget
+from convert.execute import Budget, Progress, ignore, make_budget
 from convert.planner import Action, Plan, make_plan
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
+from layouts.hf import HFReader
 from layouts.targets import DEFAULT, TARGETS
 
 
@@ -61,7 +61,7 @@ def convert_checkpoint(
     out: str | Path,
     action: Action,
     options: Options,
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
     **choices: Any,
 ) -> Report:
     """Plan and write; see `convert.prefuse` for what it raises."""
@@ -69,20 +69,27 @@ def convert_checkpoint(
     check_output(Path(source), Path(out), overwrite=options.overwrite)
     reader, plan = open_and_plan(source, out, action, **choices)
     with closing(reader):
-        return write_plan(plan, reader, options, progress or (lambda done: None), started)
+        return write_plan(plan, reader, options, progress or ignore, started)
 
 
-def write_plan(plan: Plan, reader: Reader, options: Options, progress: Callable[[int], None], started: float) -> Report:
+def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress, started: float) -> Report:
     """Execute a plan into a staging directory and publish it."""
     budget = make_budget(options.memory, options.jobs)
     mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
     with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite) as stage:
-        if plan.format == "hf":
-            from convert import write_hf
-
-            write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)
-        else:
-            from convert import write_orbax
-
-            write_orbax.write(plan, reader, stage, budget, progress)
+        _write(plan, reader, stage, budget, progress, options)
     return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(stage.done))
+
+
+def _write(plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, options: Options) -> None:
+    """The one place that tells the formats apart when writing; Orbax is imported only if it is needed."""
+    if isinstance(reader, HFReader):
+        from convert import write_hf
+
+        return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)
+    from convert import write_orbax
+    from layouts.orbax import OrbaxReader
+
+    if not isinstance(reader, OrbaxReader):
+        raise NotImplementedError(f"no writer for {type(reader).__name__}")
+    return write_orbax.write(plan, reader, stage, budget, progress)

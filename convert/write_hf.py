@@ -48,9 +48,7 @@ def _metadata(reader: HFReader) -> dict[str, str]:
     return metadata
 
 
-def write(
-    plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int
-) -> None:
+def write(plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int) -> None:
     """Fill the staging directory; everything in it is durable on return.
 
     Raises:

@@ -1,7 +1,7 @@
 """Write a plan as an Orbax checkpoint that Orbax itself saves, although it may be larger than memory.
 
-Orbax is given a tree of lazy leaves. Our type handler writes each leaf chunk by chunk through TensorStore, within a budget of its
-own; Orbax keeps writing the tree's metadata and does the commit. On disk it is an ordinary NumPy leaf.
+Orbax is given a tree of lazy leaves. Our type handler writes each leaf chunk by chunk through TensorStore, within a budget
+of its own; Orbax keeps writing the tree's metadata and does the commit. On disk it is an ordinary NumPy leaf.
 
 Source: the public handler API of orbax-checkpoint 0.12 (`ocp.type_handlers`).
 """
@@ -61,11 +61,7 @@ class _Lazy:
         depth = next((i for i, g in enumerate(groups) if len(g) > 1 or inner[i] <= limit), len(groups) - 1)
         if not groups:
             return ()
-        run = (
-            self.shape[depth]
-            if len(groups[depth]) > 1
-            else max(1, min(self.shape[depth], limit // max(1, inner[depth])))
-        )
+        run = self.shape[depth] if len(groups[depth]) > 1 else max(1, min(self.shape[depth], limit // max(1, inner[depth])))
         return (1,) * depth + (run,) + self.shape[depth + 1 :]
 
     def boxes(self) -> Iterator[tuple[tuple[slice, ...], dict[str, range]]]:
@@ -125,7 +121,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
             if self._stop.is_set():
                 return
             block = assemble(lazy.target, box, self._reader)
-            digest.update(block)
+            digest.update(block.data)
             if pending:  # one chunk is compressed and written while the next is put together
                 pending.result()
             shape = [cut.stop - cut.start for cut in slices]

@@ -122,15 +122,15 @@ def open_checkpoint(path: str | Path) -> Reader:
     Raises:
         InputError: there is none, or it is corrupt.
     """
-    from layouts import hf
+    from layouts.hf import HFReader, is_checkpoint
 
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
-    if hf.is_checkpoint(path):
-        return hf.HFReader.open(path)
-    from layouts import orbax
+    if is_checkpoint(path):
+        return HFReader.open(path)
+    from layouts.orbax import OrbaxReader, find_item
 
-    if (item := orbax.find_item(path)) is not None:
-        return orbax.OrbaxReader.open(path, item)
+    if (item := find_item(path)) is not None:
+        return OrbaxReader.open(path, item)
     raise InputError(f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here")

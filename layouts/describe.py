@@ -49,16 +49,14 @@ def describe(reader: Reader, *, family: str | None = None, source_layout: str | 
         InputError: experts are missing, or differ in shape or element type.
     """
     found = _family(reader, family)
-    candidates = [*_accepted(reader, found, source_layout), found.native]
+    candidates = [*_accepted(reader, source_layout), found.native]
     matched, verbatim = _match(reader, found, candidates)
     if not matched:
         raise PlanError(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts}). "
             f"If it is another family, name it with --family"
         )
-    groups = tuple(
-        _group(reader, role, placed, dict(index), names) for (role, index), (placed, names) in matched.items()
-    )
+    groups = tuple(_group(reader, role, placed, dict(index), names) for (role, index), (placed, names) in matched.items())
     _check_blocks(reader, groups)
     return Description(family=found, groups=groups, verbatim=tuple(verbatim))
 
@@ -70,14 +68,12 @@ def _family(reader: Reader, override: str | None) -> Family:
     return next(family for family in FAMILIES if family.format == reader.format)
 
 
-def _accepted(reader: Reader, family: Family, source_layout: str | None) -> list[Layouts]:
+def _accepted(reader: Reader, source_layout: str | None) -> list[Layouts]:
     """The fused layouts that this checkpoint may be in: what our record says, what the user says, or what its producer owns."""
     record = reader.record
     if record and not source_layout:
         if record.get("version") != VERSION:
-            raise PlanError(
-                f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}"
-            )
+            raise PlanError(f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}")
         return [{role: Layout(record[role]["key"], record[role]["pattern"]) for role in ROLES}]
     name = source_layout or UNMARKED.get(reader.format)
     return [TARGETS[name]] if name else []
@@ -135,9 +131,7 @@ def _group(reader: Reader, role: str, placed: Placed, index: Index, names: Seque
     stated = expert_count(reader.config)
     if stated and sizes["e"] != stated:
         raise InputError(f"{reader.path}: {first.name} is of {sizes['e']} experts, but config.json says {stated}")
-    return Group(
-        role=role, placed=Placed(placed.key, pattern), index=index, sizes=sizes, dtype=first.dtype, names=tuple(names)
-    )
+    return Group(role=role, placed=Placed(placed.key, pattern), index=index, sizes=sizes, dtype=first.dtype, names=tuple(names))
 
 
 def _check_equal(reader: Reader, specs: Sequence[TensorSpec]) -> None:
@@ -180,9 +174,7 @@ def _check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
         wi, wo = block["wi"], block["wo"]
         if any(wi.sizes[axis] != wo.sizes[axis] for axis in "ekn"):
             sizes = [{axis: group.sizes[axis] for axis in "ekn"} for group in (wi, wo)]
-            raise PlanError(
-                f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}"
-            )
+            raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
 
 
 def identity(rank: int) -> Pattern:

@@ -101,9 +101,7 @@ class HFReader:
             InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
         """
         index = read_json(path / INDEX) if (path / INDEX).exists() else None
-        names = (
-            sorted(set(index["weight_map"].values())) if index else sorted(p.name for p in path.glob("*.safetensors"))
-        )
+        names = sorted(set(index["weight_map"].values())) if index else sorted(p.name for p in path.glob("*.safetensors"))
         for name in names:
             if os.path.basename(name) != name or not (path / name).is_file():
                 raise InputError(f"{path / name}: the index names this shard, but there is no such file here")
@@ -186,6 +184,4 @@ def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str,
         if home[name].name != shard:
             raise InputError(f"{path}: the index puts {name} into {shard}, but it is in {home[name].name}")
     if extra := sorted(set(home) - set(weight_map)):
-        raise InputError(
-            f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)"
-        )
+        raise InputError(f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)")

@@ -177,7 +177,8 @@ class Pattern:
         Reading `array[w.slices].reshape(w.shape)[w.inside]` gives the box with one dimension per axis, without a copy when
         the array is in memory.
         """
-        slices, covers = [], []
+        slices: list[slice] = []
+        covers: list[tuple[range, range]] = []
         for group in self.groups:
             cover = _cover(group, sizes, box)
             start = 0
@@ -207,7 +208,7 @@ class Pattern:
 
 
 def _cover(group: Sequence[str], sizes: Mapping[str, int], box: Box) -> dict[str, range]:
-    """The smallest run of a composed dimension that holds the box: from the first axis with a real range inwards, all of it."""
+    """The smallest run of a composed dimension that holds the box: from the first real range inwards, all of it."""
     cover: dict[str, range] = {}
     inner = False
     for axis in group:

@@ -1,7 +1,7 @@
 """Which tensors a model of each family has, under the names that transformers and MaxText write.
 
-Kept apart from `layouts/` on purpose: the tool is tested on checkpoints that do not come from its own tables. Sizes are letters:
-E experts, K embed, N expert mlp, F dense mlp, V vocabulary, Q query heads x D, G key/value heads x D, D head width.
+Kept apart from `layouts/` on purpose: the tool is tested on checkpoints that do not come from its own tables. Sizes are
+letters: E experts, K embed, N expert mlp, F dense mlp, V vocabulary, Q query heads x D, G key/value heads x D, D head width.
 """
 
 from __future__ import annotations

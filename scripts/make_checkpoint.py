@@ -2,8 +2,8 @@
 
     python scripts/make_checkpoint.py OUT --family qwen3_moe --format hf --size tiny
 
-Hugging Face ones are sharded as transformers shards them (down, gate and up of a layer lie together, so gate and up of one expert
-are routinely in different files), with index, config and side files. Orbax ones are laid out as MaxText lays them out and saved
+Hugging Face ones are sharded as transformers shards them (down, gate and up of a layer lie together, so gate and up of one
+expert are routinely in different files), with index, config and side files. Orbax ones are laid out as MaxText lays them out and saved
 by Orbax itself. Values are never all zero; `identity` gives each element a hash of its place, so that misplacement shows.
 """
 
@@ -72,9 +72,7 @@ SIZES: Mapping[str, Size] = {
     "tiny": Size(),
     "small": Size(experts=16, embed=256, mlp=192, layers=4, vocab=1024, head_dim=64, shard=5_000_000),
     # Qwen3-30B-A3B's experts: 1.2 GB a layer
-    "bench": Size(
-        experts=128, embed=2048, mlp=768, layers=4, vocab=8192, heads=32, kv_heads=4, head_dim=128, shard=10**9
-    ),
+    "bench": Size(experts=128, embed=2048, mlp=768, layers=4, vocab=8192, heads=32, kv_heads=4, head_dim=128, shard=10**9),
 }
 
 
@@ -270,9 +268,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--values", default="random", choices=["random", "normal", "identity"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--unscanned", action="store_true", help="orbax: one subtree per layer instead of stacked layers"
-    )
+    parser.add_argument("--unscanned", action="store_true", help="orbax: one subtree per layer instead of stacked layers")
     parser.add_argument("--train-state", action="store_true", help="orbax: with Adam's moments")
     for field in ("experts", "embed", "mlp", "layers", "vocab", "heads", "kv_heads", "head_dim", "shard"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, help=f"instead of the size's own {field}")

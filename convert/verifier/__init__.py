@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from convert import manifest
 from convert.errors import InputError, PlanError
+from convert.execute import Progress, ignore
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.describe import describe, identity
@@ -18,8 +19,6 @@ __all__ = ["Level", "Verdict", "verify_checkpoints", "verify_manifest"]
 
 STRIP = 4 << 20
 """Elements hashed at a time."""
-
-Progress = Callable[[int], None]
 
 
 def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, *, gemm: bool = True) -> Verdict:
@@ -30,7 +29,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, *, ge
     """
     from convert.verifier import exact, logical
 
-    report = progress or (lambda done: None)
+    report = progress or ignore
     with ExitStack() as stack:
         one, other = (stack.enter_context(closing(open_checkpoint(path))) for path in (a, b))
         if one.format != other.format:
@@ -56,9 +55,7 @@ def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
     """
     found = manifest.read(path) if path.is_dir() else None
     if not found:
-        raise InputError(
-            f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare"
-        )
+        raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
     expected = {name: entry["xxh3_128"] for name, entry in found["tensors"].items()}
     differences = []
     with closing(open_checkpoint(path)) as reader:
@@ -66,7 +63,7 @@ def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
             where = "the manifest" if name in expected else "the checkpoint"
             differences.append(f"{name} is only in {where}")
         for name in sorted(set(expected) & set(reader.tensors)):
-            if _digest(reader, name, progress or (lambda done: None)) != expected[name]:
+            if _digest(reader, name, progress or ignore) != expected[name]:
                 differences.append(f"{name} (in {reader.where(name)}) is not what was written")
     level = Level(name="digests", covered=f"{len(expected)} tensors, xxh3-128", differences=tuple(differences))
     return Verdict(subject=str(path), levels=(level,))
@@ -78,7 +75,7 @@ def _digest(reader: Reader, name: str, progress: Progress) -> str:
     digest = xxhash.xxh3_128()
     for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), STRIP):
         block = reader.read(name, tuple(slice(span.start, span.stop) for span in box.values()))
-        digest.update(block.copy(order="C"))
+        digest.update(np.asarray(block, order="C").data)
         progress(block.nbytes)
         reader.release(name)
     return digest.hexdigest()

@@ -57,9 +57,7 @@ def release(block: Block, role: str, e: int) -> None:
         block.reader.release(placed.key.render({**index, "e": e, "g": g}))
 
 
-def compare_others(
-    a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]
-) -> Level:
+def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:
     """Compare every tensor that is no expert weight, by name."""
     differences = []
     left, right = set(ones.verbatim), set(others.verbatim)

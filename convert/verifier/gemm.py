@@ -117,7 +117,8 @@ def _load(block: Block, experts: range) -> Loaded:
 
 def _run(x: Any, loaded: Loaded, groups: Any) -> jax.Array:
     wi, up_axes, wo, down_axes = loaded
-    return ffn(jnp.asarray(x, wi.dtype), wi, wo, jnp.asarray(groups), up_axes=up_axes, down_axes=down_axes)
+    out: jax.Array = ffn(jnp.asarray(x, wi.dtype), wi, wo, jnp.asarray(groups), up_axes=up_axes, down_axes=down_axes)
+    return out
 
 
 def _distance(a: Any, b: Any, k: int) -> tuple[float, set[int]]:

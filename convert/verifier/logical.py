@@ -100,9 +100,7 @@ def operand(block: Block, role: str, experts: range) -> tuple[NDArray[Any], str]
     return np.stack([expert(block, role, e) for e in experts]), f"e {LOGICAL[role]}"
 
 
-def _pinned(
-    block: Block, role: str, at: Mapping[str, int], spans: Mapping[str, int | range]
-) -> tuple[NDArray[Any], str]:
+def _pinned(block: Block, role: str, at: Mapping[str, int], spans: Mapping[str, int | range]) -> tuple[NDArray[Any], str]:
     """Read a tensor with some dimensions cut to a range, or to one index and then left out; and the axes that remain."""
     placed, index = block.groups[role].placed, block.groups[role].index
     slices, dropped, axes = [], [], []

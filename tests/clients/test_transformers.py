@@ -27,8 +27,12 @@ SMALL = {
 }
 MODELS = {
     "mixtral": {"num_local_experts": 12, "intermediate_size": 96},
-    "qwen2_moe": {"num_experts": 12, "moe_intermediate_size": 40, "intermediate_size": 96, "shared_expert_intermediate_size": 56},
-    "qwen3_moe": {"num_experts": 12, "moe_intermediate_size": 40, "intermediate_size": 96, "head_dim": 16, "mlp_only_layers": [1]},
+    "qwen2_moe": {
+        "num_experts": 12, "moe_intermediate_size": 40, "intermediate_size": 96, "shared_expert_intermediate_size": 56,
+    },
+    "qwen3_moe": {
+        "num_experts": 12, "moe_intermediate_size": 40, "intermediate_size": 96, "head_dim": 16, "mlp_only_layers": [1],
+    },
     # 2N == K: a forgotten transpose shows in the values only
     "qwen3_moe-square-tied": {
         "num_experts": 11, "moe_intermediate_size": 32, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": True,
