@@ -6,6 +6,7 @@ Memory is bounded: a source is read in slabs of at most `SLAB` bytes and its pag
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from convert.planner import Piece, Target
 from layouts.checkpoint import Reader, bits
-from layouts.pattern import Box
+from layouts.pattern import Box, Window
 
 SLAB = 32 << 20
 """Bytes of a source that one worker may hold at a time."""
@@ -21,39 +22,43 @@ _BAND, _LINE, _ROWS, _PAD, _SMALL = 1024, 256, 1024, 32, 4096
 """The transpose: bytes of a packed row and of a written run, packed rows, padding and least size in elements (measured)."""
 
 
-def assemble(target: Target, box: Box, reader: Reader) -> NDArray[Any]:
-    """The block `box` of a target as bits, one dimension per axis, C-contiguous.
+@contextmanager
+def assembled(target: Target, box: Box, reader: Reader) -> Iterator[NDArray[Any]]:
+    """The block `box` of a target as bits, one dimension per axis, C-contiguous; good inside the `with` only.
 
-    A block that lies in one piece in its source is returned as a view of it, without a copy: release it after use.
+    A block that lies in one piece in its source is a view of the source, without a copy.
     """
     pieces = list(target.pieces(box))
-    dtype = bits(target.spec.dtype)
     if len(pieces) == 1 and pieces[0].target_box == dict(box):
-        view = _read(target, pieces[0], reader)
+        window = target.source.pattern.window(target.sizes, pieces[0].source_box)
+        view = _read(target, pieces[0], window, reader)
         if view.flags.c_contiguous:
-            return view
-    out = np.empty([len(box[axis]) for axis in target.target.pattern.axes], dtype)
+            yield view
+            reader.release(pieces[0].source, window.slices)
+            return
+    out = np.empty([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
     for piece in pieces:
-        for slab in _slabs(target, piece, dtype.itemsize):
-            into = tuple(
-                slice(slab.target_box[a].start - box[a].start, slab.target_box[a].stop - box[a].start)
-                for a in target.target.pattern.axes
-            )
-            copy_block(out[into], _read(target, slab, reader))
-            reader.release(slab.source)
-    return out
+        for slab in _slabs(target, piece, out.itemsize):
+            window = target.source.pattern.window(target.sizes, slab.source_box)
+            copy_block(out[_inside(target, slab, box)], _read(target, slab, window, reader))
+            reader.release(slab.source, window.slices)
+    yield out
 
 
-def _read(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
+def _inside(target: Target, piece: Piece, box: Box) -> tuple[slice, ...]:
+    """Where a piece lies in the block `box`."""
+    spans = ((piece.target_box[axis], box[axis].start) for axis in target.target.pattern.axes)
+    return tuple(slice(span.start - start, span.stop - start) for span, start in spans)
+
+
+def _read(target: Target, piece: Piece, window: Window, reader: Reader) -> NDArray[Any]:
     """A piece in the target's axes: read where it is stored, split, cut, transposed; no value is touched."""
     source, wanted = target.source.pattern, target.target.pattern.axes
-    window = source.window(target.sizes, piece.source_box)
     block = reader.read(piece.source, window.slices).reshape(window.shape)[window.inside]
-    kept = [axis for axis in wanted if axis in source.axes]
     only_source = tuple(i for i, axis in enumerate(source.axes) if axis not in wanted)
     order = [axis for axis in source.axes if axis in wanted]
-    block = block.squeeze(only_source).transpose([order.index(axis) for axis in kept])
-    return block[tuple(slice(None) if axis in source.axes else np.newaxis for axis in wanted)]
+    block = block.squeeze(only_source).transpose([order.index(axis) for axis in wanted if axis in order])
+    return block[tuple(slice(None) if axis in order else np.newaxis for axis in wanted)]
 
 
 def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:

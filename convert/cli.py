@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--verify", action="store_true", help="compare two checkpoints, or re-check one's digests")
     action.add_argument("--families", action="store_true", help="print the model families in the table")
     parser.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
-    parser.add_argument("--layout", default="concat", help="target of --prefuse: concat (default) or transformers")
+    parser.add_argument("--layout", metavar="NAME", help="target of --prefuse: concat (default) or transformers")
     parser.add_argument("--source-layout", metavar="NAME", help="the layout of a fused input that does not say so itself")
     parser.add_argument("--family", metavar="NAME", help="take this family instead of what config.json says")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
@@ -87,10 +87,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verify:
         return _verify(arguments)
     source, out = _two_paths(arguments.paths)
+    if arguments.split and arguments.layout:
+        raise UsageError("--layout is for --prefuse; --split restores the family's own layout. Did you mean --source-layout?")
     if arguments.dry_run:
         return _dry_run(arguments, source, out)
     call = convert.prefuse if arguments.prefuse else convert.split
-    extra = {"layout": arguments.layout} if arguments.prefuse else {}
+    extra = {"layout": arguments.layout} if arguments.layout else {}
     total = None if arguments.quiet else _input_bytes(source)
     with _progress(total, arguments.quiet) as progress:
         report = call(
@@ -119,7 +121,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         out,
         prefuse=arguments.prefuse,
         split=arguments.split,
-        layout=arguments.layout,
+        layout=arguments.layout or "concat",
         family=arguments.family,
         source_layout=arguments.source_layout,
     )
@@ -191,7 +193,7 @@ def _bytes(text: str) -> int:
     unit = number[len(digits) :]
     try:
         value = int(float(digits) * UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MiB or 5GB") from None
     if value <= 0:
         raise argparse.ArgumentTypeError("a size must be above zero")

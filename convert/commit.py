@@ -1,39 +1,46 @@
 """Durability: the output is absent or complete.
 
 Everything is written into a staging directory beside the output and made durable; then one rename shows it. An interrupted
-run leaves the staging directory, whose journal names the finished tensors, and the same command takes it up again.
+run leaves the staging directory, and the same command takes it up again. It holds
+
+    new/               the output to be
+    .convert_journal   one JSON object per line: first the identity of new/, then the digests of finished tensors
+
+The journal stands beside `new/`, not in it, so that nothing is left to do to the output once it is shown; and it knows the
+inode of `new/`, because after `--overwrite` has exchanged the two, what is called `new/` is the old output.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.errors import OutputError, StorageError
 
 JOURNAL = ".convert_journal"
+NEW, OLD = "new", "old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """The staging directory and what earlier runs of the same plan finished in it: tensor name -> digest."""
+    """The directory that will be the output, and what earlier runs of the same plan finished in it: tensor name -> digest."""
 
     path: Path
     done: Mapping[str, str]
 
     def record(self, digests: Mapping[str, str]) -> None:
         """Note finished tensors whose data is durable already; the note itself is durable on return."""
-        with (self.path / JOURNAL).open("a") as journal:
-            journal.write(json.dumps(dict(digests)) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        _append(self.path.parent / JOURNAL, digests)
 
 
 def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
@@ -54,71 +61,123 @@ def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> It
     """Lock and fill a staging directory; on success publish it as `out`, on failure leave it to be resumed.
 
     Raises:
-        OutputError: another run holds the lock, or `out` has appeared meanwhile.
+        OutputError: another run is writing `out`, or it has appeared meanwhile.
         StorageError: the disk is full or failing.
     """
-    path = out.parent / f"{out.name}.partial-{fingerprint}"
+    home = out.parent / f"{out.name}.partial-{fingerprint}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        home.mkdir(parents=True, exist_ok=True)
+        with _locked(home, out):
             if not resume:
-                empty(path)
-            yield Stage(path=path, done=_read_journal(path))
-            _publish(path, out, overwrite=overwrite)
+                empty(home)
+            stage = _open_stage(home)
+            yield stage
+            _publish(stage, out, overwrite=overwrite)
+            shutil.rmtree(home, ignore_errors=True)
     except OSError as error:
         raise StorageError(
-            f"{error.strerror or error} ({error.filename or path}). The input is untouched and {out} was not changed; "
-            f"run the same command again to go on, or remove {path}"
+            f"{error.strerror or error} ({error.filename or home}). The input is untouched, and {out} is as it was or "
+            f"complete; run the same command again to go on, or remove {home}"
         ) from error
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{path} is in use by another run of the same conversion; wait for it") from None
+def _locked(home: Path, out: Path) -> Iterator[None]:
+    """Hold our staging directory, after a look at those of other plans for the same output.
+
+    Of two runs that start together, each locks its own before it looks, so that at least one sees the other.
+    """
+    with ExitStack() as held:
+        if not _lock(home, held):
+            raise OutputError(f"{home} is in use by another run of the same conversion; wait for it")
+        for other in out.parent.iterdir():
+            if other.name.startswith(f"{out.name}.partial-") and other != home and other.is_dir():
+                with ExitStack() as briefly:
+                    if not _lock(other, briefly):
+                        raise OutputError(f"{other} is in use by another run that writes {out}; wait for it")
         yield
-    finally:
-        os.close(directory)
+
+
+def _lock(path: Path, until: ExitStack) -> bool:
+    """Lock a directory; the system lets go when the process ends, however it ends."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    until.callback(os.close, directory)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # Another run may have finished and removed it between our open and our lock.
+    return path.exists() and os.path.samestat(os.fstat(directory), os.stat(path))
 
 
 def empty(path: Path) -> None:
     """Remove what earlier runs left in a staging directory."""
     for entry in path.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        _remove(entry)
 
 
-def _read_journal(path: Path) -> dict[str, str]:
-    """Finished tensors; a line cut short by a crash was not durable and does not count."""
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _open_stage(home: Path) -> Stage:
+    """Go on where an earlier run stopped, or begin with an empty `new/`."""
+    new, journal = home / NEW, home / JOURNAL
+    lines = _read_journal(journal) if new.is_dir() and journal.exists() else []
+    if not lines or lines[0] != {"inode": new.stat().st_ino}:
+        empty(home)
+        new.mkdir()
+        _append(journal, {"inode": new.stat().st_ino})
+        sync_directory(home)
+        sync_directory(home.parent)
+        lines = []
     done: dict[str, str] = {}
-    if (path / JOURNAL).exists():
-        for line in (path / JOURNAL).read_text().splitlines():
-            try:
-                done.update(json.loads(line))
-            except ValueError:
-                break
-    return done
+    for line in lines[1:]:
+        done.update(line)
+    return Stage(path=new, done=done)
 
 
-def _publish(path: Path, out: Path, *, overwrite: bool) -> None:
-    (path / JOURNAL).unlink(missing_ok=True)
-    for directory, _, _ in os.walk(path):
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; one cut short by a crash was not durable, does not count, and is cut off for the next to follow."""
+    lines, good = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+        good += len(line)
+    os.truncate(path, good)
+    return lines
+
+
+def _append(journal: Path, entry: Mapping[str, Any]) -> None:
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(entry)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(stage: Stage, out: Path, *, overwrite: bool) -> None:
+    """Show the finished directory under its name, in one step where the system has one; what stood there goes to the stage."""
+    for directory, _, _ in os.walk(stage.path):
         sync_directory(Path(directory))
-    replaced = out.parent / f"{out.name}.replaced-{path.name.rpartition('-')[2]}"
-    if overwrite and os.path.lexists(out):
-        os.rename(out, replaced)
-    try:
-        os.rename(path, out)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise
-        raise OutputError(f"{out} has appeared while this run was working; the result is in {path}") from None
+    if not (overwrite and os.path.lexists(out) and _exchange(stage.path, out)):
+        if overwrite and os.path.lexists(out):
+            os.rename(out, stage.path.with_name(OLD))
+        try:
+            os.rename(stage.path, out)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise OutputError(f"{out} has appeared while this run was working; the result is in {stage.path}") from None
     sync_directory(out.parent)
-    if os.path.lexists(replaced):
-        shutil.rmtree(replaced) if replaced.is_dir() and not replaced.is_symlink() else replaced.unlink()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where kernel or file system cannot (it is Linux's, and not for every network disk)."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return call is not None and call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
 def sync_directory(path: Path) -> None:

@@ -6,6 +6,7 @@ files are taken in turn, because two threads that write one file wait for each o
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -17,11 +18,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from convert.blocks import SLAB, assemble
+from convert.blocks import SLAB, assembled
 from convert.commit import Stage
+from convert.errors import UsageError
+from convert.manifest import SOURCE
 from convert.planner import Target
 from convert.shards import File
 from layouts.checkpoint import Reader, itemsize
+from layouts.describe import identity
 
 Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call, from one thread at a time."""
@@ -35,28 +39,43 @@ STRIP = 8 << 20
 """Bytes of a strip: large enough to hide the cost of a call, small enough that many workers fit a small budget."""
 SYNC = 1 << 30
 """Bytes written between two syncs: what a power cut can cost."""
-BASE = 160 << 20
-"""Bytes that the process needs before the first block (interpreter, NumPy, plan of a large checkpoint)."""
+BASE, EACH = 96 << 20, 3 << 10
+"""Bytes that the process needs before the first block: interpreter and NumPy, and the plan, per tensor that it names."""
+USUAL = 20_000
+"""Tensors that a plan names, when the caller does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many workers may run, and the bytes each may hold: one strip being filled and one slab of a source."""
+    """How many workers may run, and the bytes each may hold: one strip being filled and one slab of a source.
+
+    `base` is what the process holds besides.
+    """
 
     jobs: int
     strip: int
+    base: int
 
     @property
     def peak(self) -> int:
         """The bound on resident memory that the plan prints, in bytes."""
-        return BASE + self.jobs * (self.strip + SLAB)
+        return self.base + self.jobs * (self.strip + SLAB)
 
 
-def make_budget(memory: int, jobs: int | None) -> Budget:
-    """Fit as many workers as asked for (default: one per CPU, at most 8) into `memory` bytes."""
-    each = SLAB + STRIP
-    fit = max(1, (memory - BASE) // each)
-    return Budget(jobs=min(jobs or min(8, os.cpu_count() or 1), fit), strip=STRIP)
+def make_budget(memory: int, jobs: int | None, tensors: int = USUAL) -> Budget:
+    """Fit as many workers as asked for (default: one per CPU that we may use, at most 8) into `memory` bytes.
+
+    `tensors` counts those of the input and of the output.
+
+    Raises:
+        UsageError: not even one fits.
+    """
+    base = BASE + EACH * max(tensors, USUAL)
+    fit = (memory - base) // (SLAB + STRIP)
+    if fit < 1:
+        least = (base + SLAB + STRIP >> 20) + 1
+        raise UsageError(f"--memory of {memory >> 20} MiB is too little: one worker and the plan need {least} MiB")
+    return Budget(jobs=min(jobs or min(8, len(os.sched_getaffinity(0))), fit), strip=STRIP, base=base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +88,15 @@ class _Task:
 def write_tensors(
     targets: Sequence[Target], files: Sequence[File], reader: Reader, stage: Stage, budget: Budget, progress: Progress
 ) -> dict[str, str]:
-    """Write every tensor that the stage does not hold yet, and return the digest of each (xxh3-128 of its bytes, hex).
+    """Write every tensor that the stage does not hold yet, and return the digests (xxh3-128 of the bytes, hex).
+
+    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name.
 
     Raises:
         OSError: the disk is full or failing; finished tensors are journalled.
     """
-    digests = dict(stage.done)
+    digests = _kept(files, stage)
+    _check_space(files, stage.path)
     for file in files:
         _preallocate(stage.path / file.name, file)
     tasks = [task for task in _in_turn(targets, files, stage.path) if task.target.spec.name not in digests]
@@ -82,7 +104,7 @@ def write_tensors(
     stop = threading.Event()
     lock = threading.Lock()
 
-    def work(task: _Task) -> str:
+    def work(task: _Task) -> dict[str, str]:
         return _write(task, reader, budget.strip, stop, lambda done: _locked_call(lock, progress, done))
 
     with ThreadPoolExecutor(budget.jobs) as pool:
@@ -102,38 +124,72 @@ def _locked_call(lock: threading.Lock, progress: Progress, done: int) -> None:
 
 def _drain(
     pool: ThreadPoolExecutor,
-    work: Callable[[_Task], str],
+    work: Callable[[_Task], dict[str, str]],
     tasks: Sequence[_Task],
     stage: Stage,
     digests: dict[str, str],
     jobs: int,
 ) -> None:
     """Keep the workers busy, and journal what is finished once its data is on the disk."""
-    waiting: dict[Future[str], _Task] = {}
+    waiting: dict[Future[dict[str, str]], _Task] = {}
     queue = iter(tasks)
-    unsynced: list[_Task] = []
-    while True:
-        for task in itertools.islice(queue, 2 * jobs - len(waiting)):
-            waiting[pool.submit(work, task)] = task
-        if not waiting:
-            break
-        finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-        for future in finished:
-            task = waiting.pop(future)
-            digests[task.target.spec.name] = future.result()
-            unsynced.append(task)
-        if sum(task.target.spec.nbytes for task in unsynced) >= SYNC:
-            _sync(unsynced, stage, digests)
-            unsynced = []
-    _sync(unsynced, stage, digests)
+    paths: set[Path] = set()
+    fresh: dict[str, str] = {}
+    dirty = 0
+    try:
+        while True:
+            for task in itertools.islice(queue, 2 * jobs - len(waiting)):
+                waiting[pool.submit(work, task)] = task
+            if not waiting:
+                break
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in sorted(finished, key=lambda future: future.exception() is not None):  # keep what succeeded
+                task = waiting.pop(future)
+                fresh.update(future.result())
+                paths.add(task.path)
+                dirty += task.target.spec.nbytes
+            if dirty >= SYNC:
+                _sync(paths, stage, fresh, digests)
+                dirty = 0
+    except OSError:
+        _sync(paths, stage, fresh, digests)  # a full disk should not cost what is finished
+        raise
+    _sync(paths, stage, fresh, digests)
 
 
-def _sync(tasks: Sequence[_Task], stage: Stage, digests: dict[str, str]) -> None:
-    for path in sorted({task.path for task in tasks}):
+def _sync(paths: set[Path], stage: Stage, fresh: dict[str, str], digests: dict[str, str]) -> None:
+    """Make finished tensors durable, then say so in the journal."""
+    for path in sorted(paths):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    if tasks:
-        stage.record({task.target.spec.name: digests[task.target.spec.name] for task in tasks})
+    if fresh:
+        stage.record(fresh)
+    digests.update(fresh)
+    paths.clear()
+    fresh.clear()
+
+
+def _kept(files: Sequence[File], stage: Stage) -> dict[str, str]:
+    """The digests of tensors that an earlier run finished and whose file is still there, whole."""
+    kept = {key: digest for key, digest in stage.done.items() if key.startswith(SOURCE)}
+    for file in files:
+        path = stage.path / file.name
+        if path.exists() and path.stat().st_size == file.size:
+            kept.update({name: stage.done[name] for name in file.offsets if name in stage.done})
+        else:
+            path.unlink(missing_ok=True)
+    return kept
+
+
+def _check_space(files: Sequence[File], folder: Path) -> None:
+    """Find a disk that is too small before anything is reserved on it."""
+    paths = [folder / file.name for file in files]
+    needed = sum(file.size for file in files) - sum(512 * path.stat().st_blocks for path in paths if path.exists())
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        text = f"{os.strerror(errno.ENOSPC)}: {needed:,} more bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC, text, str(folder))
 
 
 def _preallocate(path: Path, file: File) -> None:
@@ -154,22 +210,39 @@ def _in_turn(targets: Sequence[Target], files: Sequence[File], stage: Path) -> I
         yield from (task for task in turn if task is not None)
 
 
-def _write(task: _Task, reader: Reader, strip: int, stop: threading.Event, progress: Progress) -> str:
-    """Write one tensor front to back."""
+def _write(task: _Task, reader: Reader, strip: int, stop: threading.Event, progress: Progress) -> dict[str, str]:
+    """Write one tensor front to back; its digest, and those of the sources that it alone is made from."""
     target, offset = task.target, task.offset
     digest = xxhash.xxh3_128()
+    sources: dict[str, str] = {}
+    whole = target.moved and not set(target.target.key.slots) & set(target.source.pattern.axes)
     descriptor = os.open(task.path, os.O_WRONLY)
     try:
         for box in target.target.pattern.strips(target.sizes, max(1, strip // itemsize(target.spec.dtype))):
             if stop.is_set():
                 raise InterruptedError("stopped")
-            block = assemble(target, box, reader).reshape(-1).view(np.uint8).data
-            digest.update(block)
-            offset += _pwrite_all(descriptor, block, offset)
-            progress(len(block))
-            reader.release(next(target.pieces(box)).source)
+            for piece in target.pieces(box) if whole else ():
+                if SOURCE + piece.source not in sources:
+                    sources[SOURCE + piece.source] = _digest(reader, piece.source)
+            with assembled(target, box, reader) as block:
+                data = block.reshape(-1).view(np.uint8).data
+                digest.update(data)
+                offset += _pwrite_all(descriptor, data, offset)
+                progress(len(data))
     finally:
         os.close(descriptor)
+    return {**sources, target.spec.name: digest.hexdigest()}
+
+
+def _digest(reader: Reader, name: str) -> str:
+    """Hash a source tensor; a small one stays in memory, because its copy comes next."""
+    spec = reader.tensors[name]
+    pattern, digest = identity(len(spec.shape)), xxhash.xxh3_128()
+    for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), SLAB // itemsize(spec.dtype)):
+        slices = tuple(slice(span.start, span.stop) for span in box.values())
+        digest.update(reader.read(name, slices).reshape(-1).view(np.uint8).data)
+        if spec.nbytes > SLAB // 2:
+            reader.release(name, slices)
     return digest.hexdigest()
 
 

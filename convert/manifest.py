@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from convert.planner import Plan
+from layouts.errors import InputError
 from layouts.hf import read_json
 
 NAME = "convert_manifest.json"
 VERSION = 1
+SOURCE = "source:"
+"""What stands before the name of a source tensor where digests of sources and targets are kept together."""
 TOOL = "1.0.0.dev0"
 """This tool's version, written into every manifest."""
 
@@ -51,10 +54,22 @@ def render(plan: Plan, digests: Mapping[str, str], original: Original | None) ->
         "layout": plan.layout,
         "record": plan.record,
         "tensors": tensors,
+        "sources": _sources(plan, digests),
     }
     if original:
         content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
     return json.dumps(content, indent=1) + "\n"
+
+
+def _sources(plan: Plan, digests: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the tensors that this was made from, in the order of their names.
+
+    A tensor that is copied as it is has the digest of its copy. One that is taken apart into several (`--split`) has none here:
+    it would have to be read twice, and the input's own manifest has it.
+    """
+    copied = {t.spec.name: digests[t.spec.name] for t in plan.targets if not t.moved}
+    fused = {key.removeprefix(SOURCE): value for key, value in digests.items() if key.startswith(SOURCE)}
+    return dict(sorted({**copied, **fused}.items()))
 
 
 def read(path: Path) -> Mapping[str, Any] | None:
@@ -71,10 +86,17 @@ def read(path: Path) -> Mapping[str, Any] | None:
 
 def original_files(path: Path) -> Original | None:
     """What the manifest remembers of the original files, if it does."""
-    manifest = read(path) or {}
-    if "original" not in manifest:
+    manifest = read(path)
+    original = manifest.get("original") if isinstance(manifest, dict) else None
+    if original is None:
         return None
-    return Original(headers=manifest["original"]["headers"], texts=manifest["original"]["texts"])
+    try:
+        headers, texts = dict(original["headers"]), dict(original["texts"])
+    except (KeyError, TypeError, ValueError):
+        headers, texts = {"?": None}, {}
+    if not all(isinstance(text, str) for text in (*headers.values(), *texts.values())):
+        raise InputError(f"{path / NAME}: 'original' should hold the headers and texts of files; remove it to go without")
+    return Original(headers=headers, texts=texts)
 
 
 def fingerprint(plan: Plan, options: Mapping[str, Any]) -> str:
@@ -84,6 +106,8 @@ def fingerprint(plan: Plan, options: Mapping[str, Any]) -> str:
     for directory, folders, files in os.walk(plan.source):
         folders.sort()
         for file in sorted(files):
-            status = os.stat(os.path.join(directory, file))
-            digest.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+            path = os.path.join(directory, file)
+            status = os.stat(path)
+            name = os.path.relpath(path, plan.source)
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()[:8]

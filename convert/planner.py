@@ -109,7 +109,7 @@ def make_plan(
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
     found += [_verbatim(reader.tensors[name]) for name in described.verbatim]
     _check_names(reader, found)
-    first = {id(t): order[next(t.pieces(t.target.pattern.whole(t.sizes))).source] for t in found}
+    first = {id(t): order[_first_source(t)] for t in found}
     return Plan(
         source=reader.path,
         out=out,
@@ -139,8 +139,14 @@ def _targets(group: Group, described: Description, wanted: Layouts) -> Iterator[
         yield Target(spec=spec, role=group.role, index=index, sizes=group.sizes, source=group.placed, target=target)
 
 
+def _first_source(target: Target) -> str:
+    if target.role == "verbatim":
+        return target.spec.name
+    return next(target.pieces(target.target.pattern.whole(target.sizes))).source
+
+
 def _verbatim(spec: TensorSpec) -> Target:
-    same = Placed(Template(spec.name), identity(len(spec.shape)))
+    same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
     sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
     return Target(spec=spec, role="verbatim", index={}, sizes=sizes, source=same, target=same)
 

@@ -49,9 +49,8 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     for (source, target, shape, dtype), group in _fold(plan.targets).items():
         lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}")
     lines.append("")
-    lines.append("copied as they are:")
-    for name, count, nbytes in _fold_names([t for t in plan.targets if t.role == "verbatim"]):
-        lines.append(f"  {name}  x{count}  {size(nbytes)}")
+    verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(plan.targets)]
+    lines += ["copied as they are:", *(verbatim or ["  nothing"])]
     lines.append(f"side files: {', '.join(plan.side_files) or 'none'}")
     lines.append("")
     lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes)}; nothing was written")
@@ -70,9 +69,9 @@ def _fold(targets: Iterable[Target]) -> dict[tuple[str, str, str, str], list[Tar
 
 
 def _fold_names(targets: Iterable[Target]) -> list[tuple[str, int, int]]:
-    """Names with their numbers replaced by `*`, how many there are, and their bytes."""
+    """Names of verbatim tensors with their numbers replaced by `*`, how many there are, and their bytes."""
     counts: dict[str, tuple[int, int]] = {}
-    for target in targets:
+    for target in (t for t in targets if t.role == "verbatim"):
         folded = ".".join("*" if part.isdigit() else part for part in target.spec.name.split("."))
         count, nbytes = counts.get(folded, (0, 0))
         counts[folded] = (count + 1, nbytes + target.spec.nbytes)

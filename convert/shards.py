@@ -9,6 +9,7 @@ Source of the format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +62,30 @@ def _file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> 
     return _with_head(name, text + b" " * (-len(text) % 8), offsets, end)
 
 
-def restore(files: Mapping[str, str]) -> tuple[File, ...]:
-    """The files of an original checkpoint, from the headers that its prefused form remembers: the same bytes again."""
+def restore(headers: Mapping[str, str], targets: Iterable[Target]) -> tuple[File, ...] | None:
+    """The files of an original checkpoint, from the headers that its prefused form remembers: the same bytes again.
+
+    None when the headers do not hold exactly these tensors, each once and without gaps: somebody has edited the checkpoint or
+    what it remembers, which is input like any other and not to be trusted with a path or an offset.
+    """
+    wanted = {target.spec.name: target.spec for target in targets}
     restored = []
-    for name, header in files.items():
-        entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        offsets = {key: entry["data_offsets"][0] for key, entry in entries.items()}
+    for name, header in headers.items():
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            return None
+        offsets, end = {}, 0
+        try:
+            entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+            for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                spec = wanted.pop(key)
+                found = (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"])
+                if found != (spec.dtype, spec.shape, [end, end + spec.nbytes]):
+                    return None
+                offsets[key], end = end, end + spec.nbytes
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
         restored.append(_with_head(name, header.encode(), offsets, end))
-    return tuple(restored)
+    return None if wanted else tuple(restored)
 
 
 def _with_head(name: str, header: bytes, offsets: Mapping[str, int], data: int) -> File:

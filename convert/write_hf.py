@@ -8,6 +8,7 @@ from typing import Any
 
 from convert import manifest
 from convert.commit import Stage, copy_file, write_text
+from convert.errors import PlanError
 from convert.execute import Budget, Progress, write_tensors
 from convert.planner import Plan
 from convert.shards import File, index_text, pack, restore
@@ -20,25 +21,16 @@ REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 def plan_files(plan: Plan, reader: HFReader, limit: int) -> tuple[File, ...]:
     """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed."""
     original = manifest.original_files(plan.source) if plan.action == "split" else None
-    if original:
-        files = restore(original.headers)
-        if _headers_fit(plan, original.headers):
-            return files
-    metadata = _metadata(reader)
-    if plan.record:
-        metadata[RECORD] = json.dumps(plan.record)
-    return pack(plan.targets, limit=limit, metadata=metadata)
-
-
-def _headers_fit(plan: Plan, headers: Any) -> bool:
-    """Whether the remembered headers hold exactly the planned tensors; they do not once somebody has edited the checkpoint."""
-    found = {
-        name: (entry["dtype"], tuple(entry["shape"]))
-        for header in headers.values()
-        for name, entry in json.loads(header).items()
-        if name != "__metadata__"
-    }
-    return found == {target.spec.name: (target.spec.dtype, target.spec.shape) for target in plan.targets}
+    files = restore(original.headers, plan.targets) if original else None
+    if files is None:
+        metadata = _metadata(reader)
+        if plan.record:
+            metadata[RECORD] = json.dumps(plan.record)
+        files = pack(plan.targets, limit=limit, metadata=metadata)
+    if clash := {file.name for file in files} & set(plan.side_files):
+        name = min(clash)
+        raise PlanError(f"{plan.source / name} holds no tensor of this checkpoint, but the output needs its name; remove it")
+    return files
 
 
 def _metadata(reader: HFReader) -> dict[str, str]:
@@ -73,15 +65,32 @@ def _texts(plan: Plan, reader: HFReader, files: Sequence[File]) -> dict[str, str
     texts: dict[str, str] = {}
     if plan.record:
         config[RECORD] = dict(plan.record)
-    if CONFIG in old and json.loads(old[CONFIG]) == config:
+    if CONFIG in old and _parsed(old[CONFIG]) == config:
         texts[CONFIG] = old[CONFIG]
     elif config:
         texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    same_files = original is not None and {file.name for file in files} == set(original.headers)
-    index = old.get(INDEX) if same_files else index_text(plan.targets, files)
+    index = index_text(plan.targets, files)
+    if original and {file.name for file in files} == set(original.headers) and _agree(old.get(INDEX), index):
+        index = old.get(INDEX)
     if index:
         texts[INDEX] = index
     return texts
+
+
+def _agree(old: str | None, new: str | None) -> bool:
+    """Whether a remembered index says what the new one would; having none is as good, and so is one for a single file."""
+    if old is None or new is None:
+        return True
+    parsed = _parsed(old)
+    return isinstance(parsed, dict) and parsed.get("weight_map") == json.loads(new)["weight_map"]
+
+
+def _parsed(text: str) -> Any:
+    """What a remembered text says; nothing if somebody broke it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _original(plan: Plan, reader: HFReader) -> manifest.Original | None:

@@ -1,225 +1,136 @@
-"""Write a plan as an Orbax checkpoint that Orbax itself saves, although it may be larger than memory.
+"""Write a plan as an Orbax checkpoint: Orbax itself writes the tree and commits, this module fills the arrays.
 
-Orbax is given a tree of lazy leaves. Our type handler writes each leaf chunk by chunk through TensorStore, within a budget
-of its own; Orbax keeps writing the tree's metadata and does the commit. On disk it is an ordinary NumPy leaf.
-
-Source: the public handler API of orbax-checkpoint 0.12 (`ocp.type_handlers`).
+Every array is a lazy leaf of the tree that Orbax saves. Its handler opens the array as Orbax's own handler for NumPy arrays
+does and fills it chunk by chunk, so that memory is bounded however large an array is; on disk it is an ordinary array.
+An interrupted run starts over: Orbax has no notion of half an item.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import math
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
-import xxhash
 
 from convert import manifest
-from convert.blocks import assemble
-from convert.commit import Stage, copy_file, empty, sync_directory, write_text
+from convert.commit import Stage, copy_file, empty, write_text
 from convert.execute import Budget, Progress
+from convert.fill_arrays import Filler, LazyArray, LazyScalar, handlers
 from convert.planner import Plan, Target
-from layouts.checkpoint import itemsize, numpy_dtype
-from layouts.orbax import RECORD, Leaf, OrbaxReader
+from layouts.errors import InputError
+from layouts.hf import RECORD
+from layouts.orbax import EMPTY, Key, Leaf, OrbaxReader
 
-CHUNK = 16 << 20
-"""Bytes of a zarr chunk at most: an expert of most models is one chunk, so that a sharded restore reads only its part."""
-
-
-@dataclass(slots=True)
-class _Lazy:
-    """A leaf that has a shape and an element type for Orbax, and writes itself in chunks."""
-
-    target: Target
-    shape: tuple[int, ...] = field(init=False)
-    dtype: np.dtype[Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shape = self.target.spec.shape
-        self.dtype = numpy_dtype(self.target.spec.dtype)
-
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        """Shape of a chunk: one index of each leading dimension, a run of the next, all of the rest.
-
-        A composed dimension is never cut, so that chunks are boxes of the pattern's axes.
-        """
-        groups = self.target.target.pattern.groups
-        limit = max(1, CHUNK // itemsize(self.target.spec.dtype))
-        inner = [math.prod(self.shape[i + 1 :]) for i in range(len(groups))]
-        depth = next((i for i, g in enumerate(groups) if len(g) > 1 or inner[i] <= limit), len(groups) - 1)
-        if not groups:
-            return ()
-        run = self.shape[depth] if len(groups[depth]) > 1 else max(1, min(self.shape[depth], limit // max(1, inner[depth])))
-        return (1,) * depth + (run,) + self.shape[depth + 1 :]
-
-    def boxes(self) -> Iterator[tuple[tuple[slice, ...], dict[str, range]]]:
-        """Each chunk as slices of the stored tensor and as a box of its pattern, in storage order."""
-        pattern, sizes = self.target.target.pattern, self.target.sizes
-        starts = (range(0, size, step) for size, step in zip(self.shape, self.chunk, strict=True))
-        for corner in itertools.product(*starts):
-            ends = (min(at + step, size) for at, step, size in zip(corner, self.chunk, self.shape, strict=True))
-            slices = tuple(slice(at, end) for at, end in zip(corner, ends, strict=True))
-            box = pattern.whole(sizes)
-            for group, cut in zip(pattern.groups, slices, strict=True):
-                if len(group) == 1:
-                    box[group[0]] = range(cut.start, cut.stop)
-            yield slices, box
-
-
-class _LazyHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
-    """Write lazy leaves, `jobs` at a time, each front to back so that its digest is that of its bytes in storage order."""
-
-    def __init__(self, reader: OrbaxReader, jobs: int, progress: Progress) -> None:
-        super().__init__()
-        self._reader, self._jobs, self._progress = reader, jobs, progress
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self.digests: dict[str, str] = {}
-
-    async def serialize(self, values: Sequence[_Lazy], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
-        """Start writing; Orbax waits for the returned future before it commits."""
-        arguments = args or [ocp.SaveArgs()] * len(values)
-        work = self._write_all(values, infos, arguments)
-        return [ocp.future.CommitFutureAwaitingContractedSignals(work, name="lazy_leaves")]
-
-    async def _write_all(self, values: Sequence[_Lazy], infos: Sequence[Any], args: Sequence[Any]) -> None:
-        for info in infos:
-            await info.await_path_creation()
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(self._jobs) as pool:
-            calls = (loop.run_in_executor(pool, self._write, *each) for each in zip(values, infos, args, strict=True))
-            try:
-                await asyncio.gather(*calls)
-            except BaseException:
-                self._stop.set()
-                raise
-
-    def _write(self, lazy: _Lazy, info: Any, arg: Any) -> None:
-        spec = ocp.type_handlers.get_json_tspec_write(
-            info,
-            use_ocdbt=info.is_ocdbt_checkpoint,
-            global_shape=lazy.shape,
-            local_shape=lazy.chunk,
-            dtype=lazy.dtype,
-            process_index=0 if info.is_ocdbt_checkpoint else None,
-            arg=arg,
-        )
-        store = ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
-        digest, pending = xxhash.xxh3_128(), None
-        for slices, box in lazy.boxes():
-            if self._stop.is_set():
-                return
-            block = assemble(lazy.target, box, self._reader)
-            digest.update(block.data)
-            if pending:  # one chunk is compressed and written while the next is put together
-                pending.result()
-            shape = [cut.stop - cut.start for cut in slices]
-            pending = store[slices].write(block.reshape(shape).view(lazy.dtype))
-            with self._lock:
-                self._progress(block.nbytes)
-        if pending:
-            pending.result()
-        self.digests[lazy.target.spec.name] = digest.hexdigest()
-
-    def memory_size(self, values: Sequence[_Lazy]) -> Sequence[tuple[int, int]]:
-        """Bytes that Orbax should reckon with for these leaves: none, the handler keeps to its own budget."""
-        return [(0, 0) for _ in values]
+WORK = "convert_item"
+"""Where Orbax saves below the staging directory; the item is moved to its place when it is complete."""
+WITH_ITEM = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""What Orbax leaves in an item saved by itself; the output has the input's, or none."""
 
 
 def write(plan: Plan, reader: OrbaxReader, stage: Stage, budget: Budget, progress: Progress) -> None:
-    """Fill the staging directory; everything in it is durable on return. An interrupted item is begun anew.
+    """Fill the staging directory; everything in it is durable on return.
 
     Raises:
         OSError: the disk is full or failing.
+        InputError: data of the input cannot be read.
     """
+    # Orbax cannot go on with half an item, so what an interrupted run left is removed, its temporary directories included.
     empty(stage.path)
-    handler = _LazyHandler(reader, budget.jobs, progress)
-    scratch = stage.path.absolute() / "_item"
-    _save(scratch, _tree(plan, reader, handler), _custom_metadata(plan, reader), reader, handler)
-    _move(scratch, stage.path / reader.item.relative_to(reader.path))
+    work = stage.path.resolve() / WORK
+    tree, targets = _tree(plan, reader)
+    filler = Filler(targets=targets, reader=reader, budget=budget, progress=progress)
+    with filler.running():
+        _save(work, tree, reader, filler, _custom_metadata(plan, reader))
+    for name in WITH_ITEM:
+        (work / name).unlink(missing_ok=True)
+    _place(work, stage.path / reader.item.relative_to(reader.path))
     for name in plan.side_files:
         if name != manifest.NAME:
             copy_file(plan.source / name, stage.path / name)
-    _sync_files(stage.path)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, handler.digests, None))
+    _sync(stage.path)
+    write_text(stage.path / manifest.NAME, manifest.render(plan, filler.digests, None))
 
 
-def _save(path: Path, tree: Any, custom: Mapping[str, Any], reader: OrbaxReader, handler: _LazyHandler) -> None:
-    scalars = ocp.type_handlers.ScalarHandler()
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_Lazy, handler),
-        (np.number, scalars),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # none are saved, but Orbax warns where nothing could
+def _save(work: Path, tree: Any, reader: OrbaxReader, filler: Filler, custom_metadata: Any) -> None:
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=reader.use_ocdbt,
+        use_zarr3=reader.use_zarr3,
+        use_compression=reader.compressed,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers(filler)),
     )
-    own = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=reader.metadata.get("use_ocdbt", True),
-        use_zarr3=bool(reader.metadata.get("use_zarr3")),
-        type_handler_registry=registry,
-    )
-    with ocp.Checkpointer(own) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, custom_metadata=dict(custom) or None))
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(work, args=ocp.args.PyTreeSave(tree, custom_metadata=custom_metadata))
 
 
-def _custom_metadata(plan: Plan, reader: OrbaxReader) -> dict[str, Any]:
-    custom = {k: v for k, v in (reader.metadata.get("custom_metadata") or {}).items() if k != RECORD}
-    return custom | ({RECORD: dict(plan.record)} if plan.record else {})
+def _custom_metadata(plan: Plan, reader: OrbaxReader) -> Any:
+    """The input's own entries stay; our record comes or goes with the layout that it describes."""
+    found = reader.custom_metadata
+    if not plan.record and reader.record is None:
+        return found
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{reader.item}: custom_metadata is no JSON object, so the layout cannot be recorded there")
+    kept = {key: value for key, value in (found or {}).items() if key != RECORD}
+    return kept | ({RECORD: dict(plan.record)} if plan.record else {}) or None
 
 
-def _tree(plan: Plan, reader: OrbaxReader, handler: _LazyHandler) -> Any:
-    """The tree of the output: the input's, with new leaves beside the old ones' places and the consumed ones gone."""
+def _tree(plan: Plan, reader: OrbaxReader) -> tuple[Any, dict[str, Target]]:
+    """The tree to save, and the target of each array in it by the name that Orbax gives it."""
+    leaves: dict[tuple[Key, ...], Any] = {}
     targets = {target.spec.name: target for target in plan.targets}
-    fresh: dict[str, list[str]] = {}
-    for name in targets.keys() - reader.tensors.keys():
-        fresh.setdefault(name.rpartition(".")[0], []).append(name)
-
-    def build(node: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(node, Leaf):
-            return _leaf(targets[node.name], node, reader, handler)
-        if isinstance(node, list):
-            return [build(child, (*path, str(i))) for i, child in enumerate(node)]
-        if not isinstance(node, Mapping):
-            return node
-        kept = {k: c for k, c in node.items() if not (isinstance(c, Leaf) and c.name not in targets)}
-        built = {key: build(child, (*path, str(key))) for key, child in kept.items()}
-        added = {name.rpartition(".")[2]: _Lazy(targets[name]) for name in sorted(fresh.get(".".join(path), []))}
-        return built | added
-
-    return build(reader.tree, ())
+    for target in plan.targets:
+        leaf = reader.leaves[next(target.pieces(target.target.pattern.whole(target.sizes))).source]
+        kind = LazyScalar if leaf.kind == "scalar" else LazyArray
+        leaves[_path(target.spec.name, leaf)] = kind(name=target.spec.name, spec=target.spec)
+    for name, leaf in reader.leaves.items():
+        if leaf.kind in EMPTY:
+            leaves[leaf.path] = EMPTY[leaf.kind]
+        elif leaf.kind == "string":
+            leaves[leaf.path] = reader.strings[name]
+    return _nest(leaves, reader), targets
 
 
-def _leaf(target: Target, leaf: Leaf, reader: OrbaxReader, handler: _LazyHandler) -> Any:
-    if not leaf.scalar:
-        return _Lazy(target)
-    value = reader.read(leaf.name, ()).view(numpy_dtype(target.spec.dtype))
-    handler.digests[leaf.name] = xxhash.xxh3_128(value.tobytes()).hexdigest()
-    return value[()]
+def _path(name: str, leaf: Leaf) -> tuple[Key, ...]:
+    """Where a target hangs in the tree: below the deepest node of its first source that the two names share."""
+    for depth in range(len(leaf.path), 0, -1):
+        shared = ".".join(map(str, leaf.path[:depth]))
+        if name == shared:
+            return leaf.path[:depth]
+        if name.startswith(shared + "."):
+            return (*leaf.path[:depth], *name[len(shared) + 1 :].split("."))
+    return tuple(name.split("."))
 
 
-def _move(scratch: Path, item: Path) -> None:
-    """Put the saved item where the input has it: a directory of its own, or the checkpoint's root."""
-    if item.exists():
-        for entry in scratch.iterdir():
+def _nest(leaves: Mapping[tuple[Key, ...], Any], reader: OrbaxReader) -> Any:
+    """Dicts and lists from paths."""
+    if () in leaves:
+        return leaves[()]
+    below: dict[Key, dict[tuple[Key, ...], Any]] = {}
+    for path, value in leaves.items():
+        below.setdefault(path[0], {})[path[1:]] = value
+    nested = {key: _nest(inner, reader) for key, inner in below.items()}
+    if not all(isinstance(key, int) for key in nested):
+        return nested
+    if sorted(nested, key=int) != list(range(len(nested))):
+        raise InputError(f"{reader.item}: a list in the tree has gaps: it has entries {list(nested)}")
+    return [nested[i] for i in range(len(nested))]
+
+
+def _place(work: Path, item: Path) -> None:
+    """Move the finished item to where the input has it; when that is the checkpoint itself, its entries move up."""
+    if item == work.parent or item.resolve() == work.parent:
+        for entry in work.iterdir():
             os.rename(entry, item / entry.name)
-        scratch.rmdir()
+        work.rmdir()
         return
     item.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(scratch, item)
+    os.rename(work, item)
 
 
-def _sync_files(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Make all files durable: the arrays were written without a sync each, which costs more than one at the end."""
     for directory, _, files in os.walk(path):
         for name in files:
             with open(os.path.join(directory, name), "rb") as file:
                 os.fsync(file.fileno())
-        sync_directory(Path(directory))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ DTYPES: Mapping[str, str] = {
     "I8": "int8",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
     "U16": "uint16",
     "I16": "int16",
@@ -73,7 +76,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return int(np.prod(self.shape, dtype=np.int64)) * itemsize(self.dtype)
+        return math.prod(self.shape) * itemsize(self.dtype)
 
 
 class Reader(Protocol):
@@ -109,8 +112,8 @@ class Reader(Protocol):
     def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
         """A block of the stored tensor as bits (see `bits`); it may be a read-only view of the file."""
 
-    def release(self, name: str) -> None:
-        """Let go of memory that `read` blocks of this tensor may hold; blocks read before must no longer be used."""
+    def release(self, name: str, slices: tuple[slice, ...]) -> None:
+        """Let go of the memory behind a block; what `read` gave for these slices must no longer be used."""
 
     def close(self) -> None:
         """Let go of all."""

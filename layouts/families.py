@@ -11,9 +11,10 @@ Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`; MaxText 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from layouts.errors import PlanError
@@ -111,25 +112,42 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 """The names under which `config.json` gives the number of experts, a cross-check of what the tensors say."""
 
 
-def find_family(model_type: object, names: Iterable[str], *, override: str | None = None) -> Family:
-    """The family of an HF checkpoint: `model_type` decides, the names must agree (`convert.plan` checks that they do).
+def find_family(
+    model_type: object,
+    names: Sequence[str],
+    *,
+    where: Path,
+    format: str,  # noqa: A002
+    override: str | None = None,
+) -> Family:
+    """The family called `override`, else `model_type`; `describe` checks that the names agree with it.
 
     Raises:
-        PlanError: no such family; says what was seen and the nearest known one.
+        PlanError: no such family; says what was seen, and the nearest known one by word or else by the names of the experts.
     """
-    known = {alias: family for family in FAMILIES for alias in (family.name, *family.model_types)}
+    known = {alias: f for f in FAMILIES if f.format == format for alias in (f.name, *f.model_types)}
     wanted = override or model_type
     if isinstance(wanted, str) and wanted in known:
         return known[wanted]
-    near = get_close_matches(str(wanted), known, n=1)
-    hint = f" (nearest known: {near[0]})" if near else ""
+    seen = f"model_type {wanted!r} in config.json is" if wanted else "config.json names no model_type, so this is"
+    if override:
+        seen = f"{override!r} is"
+    near = get_close_matches(str(wanted), known, n=1) or [family.name for family in fitting(names, format)]
+    hint = f" (nearest: {', '.join(near)})" if near else ""
     raise PlanError(
-        f"config.json has model_type {wanted!r}, which is no known MoE family{hint}. Known: {', '.join(sorted(known))}. "
-        f"If it stores its experts as one of these does, say so with --family; first tensors: {sorted(names)[:3]}"
+        f"{where}: {seen} no known MoE family{hint}. Known: {', '.join(sorted(known))}. If it stores its experts as one of "
+        f"these does, say so with --family; first tensors: {', '.join(sorted(names)[:3])}"
     )
+
+
+def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
+    """The families whose table knows some of these names as experts, for hints in messages; never to choose one."""
+    found = {f.name: [layout.place(f.experts).key for layout in f.native.values()] for f in FAMILIES if f.format == format}
+    hits = {name: keys for name, keys in found.items() if any(key.parse(n) is not None for n in names for key in keys)}
+    return [family for family in FAMILIES if family.name in hits]
 
 
 def expert_count(config: Mapping[str, Any]) -> int | None:
     """The number of experts that `config.json` states, if it states one."""
-    found = [config[key] for key in EXPERT_COUNTS if isinstance(config.get(key), int)]
+    found = [config[key] for key in EXPERT_COUNTS if type(config.get(key)) is int and config[key] > 0]
     return found[0] if found else None

@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from layouts.checkpoint import TensorSpec, bits
+from layouts.checkpoint import DTYPES, TensorSpec, bits
 from layouts.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
+_FOLIO = 2 << 20
+"""The most that Linux maps around a page that is touched; what each tensor left mapped beyond its ends would add up."""
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,11 @@ def read_shard(path: Path) -> Shard:
     entries.pop("__metadata__", None)
     ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
     tensors = {n: TensorSpec(name=n, dtype=e["dtype"], shape=tuple(e["shape"])) for n, e in ordered}
+    for name, spec in tensors.items():
+        if spec.dtype not in DTYPES:
+            raise InputError(
+                f"{path}: {name} has element type {spec.dtype}, which is not supported; known: {', '.join(DTYPES)}"
+            )
     offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
     return Shard(name=path.name, header=text, start=8 + size, offsets=offsets, tensors=tensors)
 
@@ -70,12 +81,13 @@ def read_shard(path: Path) -> Shard:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in the header")
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands twice")
     return found
 
 
 def _common_cause(path: Path) -> str:
-    with path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             return ". It is a git-lfs pointer: run 'git lfs pull' where it came from"
     return ". Download or copy it again"
@@ -100,11 +112,14 @@ class HFReader:
         Raises:
             InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
         """
-        index = read_json(path / INDEX) if (path / INDEX).exists() else None
-        names = sorted(set(index["weight_map"].values())) if index else sorted(p.name for p in path.glob("*.safetensors"))
+        weight_map = _read_index(path / INDEX) if (path / INDEX).exists() else None
+        present = sorted(file.name for file in path.glob("*.safetensors"))
+        names = present if weight_map is None else sorted(set(weight_map.values()))
         for name in names:
             if os.path.basename(name) != name or not (path / name).is_file():
-                raise InputError(f"{path / name}: the index names this shard, but there is no such file here")
+                raise InputError(f"{path / INDEX}: it names the shard {name!r}, but there is no such file beside it")
+        if stale := [name for name in present if name not in names and _SHARD.fullmatch(name)]:
+            raise InputError(f"{path / stale[0]}: called like a shard, but the index does not name it; remove one or the other")
         shards = tuple(read_shard(path / name) for name in names)
         home: dict[str, Shard] = {}
         for shard in shards:
@@ -112,23 +127,23 @@ class HFReader:
                 if name in home:
                     raise InputError(f"{path}: {name} stands in both {home[name].name} and {shard.name}")
                 home[name] = shard
-        if index:
-            _compare_index(path, index["weight_map"], home)
-        config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+        if weight_map is not None:
+            _compare_index(path, weight_map, home)
+        config = _read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
         return cls(path=path, shards=shards, config=config, tensors=tensors, _home=home)
 
     @property
     def record(self) -> Mapping[str, Any] | None:
         """What this tool wrote into `config.json` about the layout."""
-        return self.config.get(RECORD)
+        record: Mapping[str, Any] | None = self.config.get(RECORD)
+        return record
 
     @property
     def side_files(self) -> list[str]:
         """Every file but the shards and their index."""
         weights = {shard.name for shard in self.shards} | {INDEX}
-        files = sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
-        return [file for file in files if file not in weights]
+        return sorted(file for file in _files(self.path) if file not in weights)
 
     def where(self, name: str) -> str:
         """The shard that holds a tensor."""
@@ -143,7 +158,8 @@ class HFReader:
         if not spec.nbytes:
             return np.empty(spec.shape, dtype)[slices]
         flat = np.frombuffer(self._map(shard), dtype, spec.nbytes // dtype.itemsize, shard.start + begin)
-        return flat.reshape(spec.shape)[slices]
+        dots: Any = ...  # they keep a tensor of rank 0 an array
+        return flat.reshape(spec.shape)[(*slices, dots)]
 
     def _map(self, shard: Shard) -> mmap.mmap:
         # Two threads may both map a file the first time; the loser's mapping is dropped with its last view.
@@ -152,13 +168,17 @@ class HFReader:
                 self._maps.setdefault(shard.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[shard.name]
 
-    def release(self, name: str) -> None:
-        """Drop the tensor's pages from this process (they stay in the page cache, where others may use them)."""
-        shard = self._home[name]
-        begin, end = shard.offsets[name]
-        first = (shard.start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        if name and end > begin and shard.name in self._maps:
-            self._maps[shard.name].madvise(mmap.MADV_DONTNEED, first, shard.start + end - first)
+    def release(self, name: str, slices: tuple[slice, ...]) -> None:
+        """Drop the block's pages from this process (they stay in the page cache, where others may use them)."""
+        block = self.read(name, slices)
+        if not block.size:
+            return
+        mapped = self._map(self._home[name])
+        low, high = np.lib.array_utils.byte_bounds(block)
+        base, end = np.lib.array_utils.byte_bounds(np.frombuffer(mapped, np.uint8))
+        first = (low - base) // _FOLIO * _FOLIO
+        last = min(-((base - high) // _FOLIO) * _FOLIO, end - base)
+        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
         """Forget the mappings; the system unmaps each with its last view."""
@@ -172,9 +192,34 @@ def read_json(path: Path) -> Any:
         InputError: unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = _read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{path}: expected an object 'weight_map' that says for each tensor in which file it is")
+    return weight_map
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Every file below a directory, relative to it; links to files count as files, as in the Hugging Face cache."""
+    for directory, folders, files in os.walk(root):
+        for name in folders + files:
+            path = Path(directory, name)
+            if path.is_file():
+                yield path.relative_to(root).as_posix()
+            elif path.is_symlink():
+                raise InputError(f"{path}: a link to a directory or to nothing; put what it stands for in its place")
 
 
 def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str, Shard]) -> None:

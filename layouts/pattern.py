@@ -20,36 +20,55 @@ Box = Mapping[str, range]
 """A block of a tensor: a range of step 1 for every axis of its pattern."""
 
 _SLOT = re.compile(r"\{([a-z]+)(?::([^{}]+))?\}")
-_INTEGER = r"(0|[1-9][0-9]*)"
+_INTEGER = r"(0|[1-9][0-9]{0,8})"
+"""Nine digits at most: no checkpoint has more of anything, and int() refuses what is much longer."""
 _PATH = r"(.+)"
+_TOKEN = re.compile(r"\(\s*\w+(?:\s+\w+)*\s*\)|\.\.\.|\w+")
+"""One stored dimension of a pattern: `(g n)`, `...` or `k`."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A tensor name with slots: `{e}` a plain index, `{g:gate,up}` a choice (its index is the axis), `{path}` any prefix.
+    """A tensor name with slots: `{e}` an index, `{g:gate,up}` a choice (its place is the index), `{path}` any text.
 
     Names match in full and indices are digits without leading zeros, so that `parse` and `render` are exact inverses.
 
     Raises:
-        ValueError: a slot is used twice, or a choice has fewer than two words.
+        ValueError: a slot is misspelt, used twice or not set off from the next, or a choice has too few words.
     """
 
     text: str
+    literal: bool = False
+    """Whether braces are only braces: a table is ours, but checkpoints choose their names themselves."""
 
     def __post_init__(self) -> None:
+        if self.literal:
+            return
         if len(set(self.slots)) != len(self.slots):
             raise ValueError(f"{self.text!r}: a slot is used twice")
-        if any(len(words) < 2 for words in self._choices.values()):
-            raise ValueError(f"{self.text!r}: a choice needs two words or more")
+        if any(len(set(words)) < max(2, len(words)) for words in self._choices.values()):
+            raise ValueError(f"{self.text!r}: a choice needs two words or more, all different")
+        if any(brace in literal for literal in self._literals for brace in "{}") or "" in self._literals[1:-1]:
+            raise ValueError(f"{self.text!r}: slots are written {{e}} or {{g:gate,up}}, with text between any two")
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        """Literal, slot, choices, literal, slot, choices, ..., literal."""
+        return [self.text] if self.literal else _SLOT.split(self.text)
+
+    @cached_property
+    def _literals(self) -> list[str]:
+        return self._parts[::3]
 
     @cached_property
     def slots(self) -> tuple[str, ...]:
         """The axes stored in the name, in order of appearance."""
-        return tuple(m[1] for m in _SLOT.finditer(self.text))
+        return tuple(self._parts[1::3])
 
     @cached_property
     def _choices(self) -> dict[str, tuple[str, ...]]:
-        return {m[1]: tuple(m[2].split(",")) for m in _SLOT.finditer(self.text) if m[2]}
+        pairs = zip(self.slots, self._parts[2::3], strict=True)
+        return {slot: tuple(words.split(",")) for slot, words in pairs if words}
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
@@ -58,11 +77,10 @@ class Template:
                 return "(" + "|".join(map(re.escape, words)) + ")"
             return _INTEGER if len(name) == 1 else _PATH
 
-        literals = _SLOT.sub("\0", self.text).split("\0")
-        pattern = re.escape(literals[0])
-        for name, literal in zip(self.slots, literals[1:], strict=True):
+        pattern = re.escape(self._literals[0])
+        for name, literal in zip(self.slots, self._literals[1:], strict=True):
             pattern += slot(name) + re.escape(literal)
-        return re.compile(pattern, re.ASCII)
+        return re.compile(pattern, re.DOTALL)
 
     def parse(self, name: str) -> dict[str, int | str] | None:
         """The index that `name` stands for, or None when the name is not of this form."""
@@ -80,13 +98,11 @@ class Template:
         Raises:
             KeyError: the index lacks a slot.
         """
-
-        def slot(match: re.Match[str]) -> str:
-            value = index[match[1]]
-            words = self._choices.get(match[1])
-            return words[int(value)] if words else str(value)
-
-        return _SLOT.sub(slot, self.text)
+        name = self._literals[0]
+        for slot, literal in zip(self.slots, self._literals[1:], strict=True):
+            words = self._choices.get(slot)
+            name += (words[int(index[slot])] if words else str(index[slot])) + literal
+        return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +127,7 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\s*(\w+|\.\.\.|\(\s*\w+(\s+\w+)*\s*\)))*\s*", self.text):
+        if _TOKEN.sub("", self.text).strip():
             raise ValueError(f"{self.text!r} is not an axis pattern")
         if len(set(self.axes)) != len(self.axes):
             raise ValueError(f"{self.text!r}: an axis is used twice")
@@ -119,8 +135,7 @@ class Pattern:
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """One tuple of axes per stored dimension, outermost first."""
-        tokens = re.findall(r"\([^)]*\)|\.\.\.|\w+", self.text)
-        return tuple(tuple(token.strip("()").split()) for token in tokens)
+        return tuple(tuple(token.strip("()").split()) for token in _TOKEN.findall(self.text))
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
@@ -138,7 +153,8 @@ class Pattern:
         extra = rank - len(self.groups) + 1
         if extra < 0:
             raise ValueError(f"a tensor of rank {rank} is not of the form '{self.text}'")
-        return Pattern(self.text.replace("...", " ".join(f"l{i}" for i in range(extra))))
+        text = self.text.replace("...", " ".join(f"l{i}" for i in range(extra)))
+        return Pattern(" ".join(text.split()))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The stored shape for these axis sizes."""
@@ -159,10 +175,10 @@ class Pattern:
         found = {axis: size for axis, size in known.items() if axis in self.axes}
         for group, size in zip(self.groups, shape, strict=True):
             free = [axis for axis in group if axis not in found]
-            if len(free) > 1:
-                raise ValueError(f"'{self.text}' leaves {free} open")
             rest = math.prod(found[axis] for axis in group if axis in found)
-            if size % rest or (not free and size != rest):
+            if len(free) > 1 or (free and not rest):
+                raise ValueError(f"'{self.text}' leaves {free} open")
+            if size % rest if free else size != rest:
                 raise ValueError(f"shape {tuple(shape)} is not of the form '{self.text}' with {dict(found)}")
             found.update((axis, size // rest) for axis in free)
         return found

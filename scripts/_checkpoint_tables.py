@@ -1,7 +1,8 @@
 """Which tensors a model of each family has, under the names that transformers and MaxText write.
 
 Kept apart from `layouts/` on purpose: the tool is tested on checkpoints that do not come from its own tables. Sizes are
-letters: E experts, K embed, N expert mlp, F dense mlp, V vocabulary, Q query heads x D, G key/value heads x D, D head width.
+letters: E experts, K embed, N expert mlp, F dense mlp, V vocabulary, Q query heads x D, G key/value heads x D, D head width,
+R latent rank, P that and a rotary head, W query heads x 2D (M = 2D: a head with and without rotation).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ QKV_BIAS: Sequence[Row] = (
 LATENT_ATTENTION: Sequence[Row] = (
     ("self_attn.q_a_proj.weight", "RK"),
     ("self_attn.q_a_layernorm.weight", "R"),
-    ("self_attn.q_b_proj.weight", "QR"),
+    ("self_attn.q_b_proj.weight", "WR"),
     ("self_attn.kv_a_proj_with_mqa.weight", "PK"),
     ("self_attn.kv_a_layernorm.weight", "R"),
     ("self_attn.kv_b_proj.weight", "WR"),
@@ -61,6 +62,8 @@ class HFModel:
     architecture: str
     count_key: str = "num_experts"
     config: Mapping[str, Any] = field(default_factory=dict)
+    widths: Mapping[str, str] = field(default_factory=dict)
+    """Keys of config.json that say a size, with its letter: without them transformers assumes the published model's."""
 
 
 _BIASED_ROUTER: Sequence[Row] = (("mlp.gate.weight", "EK"), ("mlp.gate.e_score_correction_bias", "E"))
@@ -78,6 +81,7 @@ HF_MODELS: Mapping[str, HFModel] = {
         attention=(*ATTENTION, *QKV_BIAS),
         others=(*shared("shared_expert"), ("mlp.shared_expert_gate.weight", "1K")),
         config={"decoder_sparse_step": 1, "norm_topk_prob": False},
+        widths={"shared_expert_intermediate_size": "N"},
     ),
     "qwen3_moe": HFModel(
         architecture="Qwen3MoeForCausalLM",
@@ -93,6 +97,14 @@ HF_MODELS: Mapping[str, HFModel] = {
         dense_layers=1,
         count_key="n_routed_experts",
         config={"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5},
+        widths={
+            "q_lora_rank": "R",
+            "kv_lora_rank": "R",
+            "qk_nope_head_dim": "D",
+            "qk_rope_head_dim": "D",
+            "v_head_dim": "D",
+            "num_key_value_heads": "H",
+        },
     ),
     "glm4_moe": HFModel(
         architecture="Glm4MoeForCausalLM",
@@ -104,13 +116,26 @@ HF_MODELS: Mapping[str, HFModel] = {
     ),
 }
 
+MAXTEXT_NORMS: Sequence[Row] = (
+    ("pre_self_attention_layer_norm.scale", "K"),
+    ("post_self_attention_layer_norm.scale", "K"),
+)
 SCANNED_ATTENTION: Sequence[Row] = (
     ("self_attention.query.kernel", "KHD"),
     ("self_attention.key.kernel", "KJD"),
     ("self_attention.value.kernel", "KJD"),
     ("self_attention.out.kernel", "HDK"),
-    ("pre_self_attention_layer_norm.scale", "K"),
-    ("post_self_attention_layer_norm.scale", "K"),
+    *MAXTEXT_NORMS,
+)
+SCANNED_LATENT_ATTENTION: Sequence[Row] = (
+    ("self_attention.wq_a.kernel", "KR"),
+    ("self_attention.q_norm.scale", "R"),
+    ("self_attention.wq_b.kernel", "RHM"),
+    ("self_attention.wkv_a.kernel", "KP"),
+    ("self_attention.kv_norm.scale", "R"),
+    ("self_attention.wkv_b.kernel", "RHM"),
+    ("self_attention.out.kernel", "HDK"),
+    *MAXTEXT_NORMS,
 )
 MAXTEXT_DENSE: Sequence[Row] = (("mlp.wi_0.kernel", "KF"), ("mlp.wi_1.kernel", "KF"), ("mlp.wo.kernel", "FK"))
 EXPERTS: Sequence[Row] = (("gate.kernel", "KE"), ("wi_0", "EKN"), ("wi_1", "EKN"), ("wo", "ENK"))
@@ -121,6 +146,7 @@ class MaxTextModel:
     """A family as MaxText lays it out below `params.params.decoder`; `dense` and `moe` name the stacks of layers."""
 
     block: str
+    attention: Sequence[Row] = SCANNED_ATTENTION
     moe: str = "layers"
     dense: str | None = None
     others: Sequence[Row] = ()
@@ -133,9 +159,11 @@ MAXTEXT_MODELS: Mapping[str, MaxTextModel] = {
     ),
     "deepseek_v3": MaxTextModel(
         block="DeepSeekMoeBlock_0.MoeBlock_0",
+        attention=SCANNED_LATENT_ATTENTION,
         moe="moe_layers",
         dense="dense_layers",
         others=(
+            ("DeepSeekMoeBlock_0.MoeBlock_0.gate.bias", "E"),
             ("DeepSeekMoeBlock_0.shared_experts.wi_0.kernel", "KN"),
             ("DeepSeekMoeBlock_0.shared_experts.wi_1.kernel", "KN"),
             ("DeepSeekMoeBlock_0.shared_experts.wo.kernel", "NK"),

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
 from scripts._checkpoint_tables import HF_MODELS, MAXTEXT_MODELS
-from scripts.make_checkpoint import make_checkpoint
+from scripts.make_checkpoint import DTYPES, SIZES, _Values, make_checkpoint
 
 
 @pytest.mark.parametrize("family", HF_MODELS)
@@ -36,10 +37,64 @@ def test_values_are_finite_or_unique(values, dtype, tmp_path):
             for name in shard.keys():  # noqa: SIM118
                 tensor = shard.get_tensor(name)
                 assert any(tensor.tobytes())
-                if values != "identity":
-                    assert np.isfinite(tensor).all()
-                elif dtype == "f32":
+                assert np.isfinite(tensor).all()
+                if values == "identity" and dtype == "f32":
                     assert np.unique(tensor.view("u4")).size == tensor.size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 4, 256, 192), (4, 4, 512, 256)])
+def test_identity_tells_experts_layers_and_rows_apart(dtype, shape):
+    """Sizes of which multiples are powers of two, where low bits of a product, and blocks of elements, repeat."""
+    tensor = _Values("identity", DTYPES[dtype], 0)("decoder.layers.wi_0", shape)
+    rows = {row.tobytes() for row in tensor.view(f"u{tensor.itemsize}").reshape(-1, shape[-1])}
+    assert len(rows) == np.prod(shape[:-1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_files_are_the_bytes_that_safetensors_writes(family, tmp_path):
+    path = make_checkpoint(tmp_path / "in", family=family, values="normal")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        loaded = load_file(file)
+        assert file.read_bytes() == save(loaded, metadata={"format": "pt"})
+        tensors |= loaded
+    assert index["metadata"] == {
+        "total_parameters": sum(t.size for name, t in tensors.items() if "e_score" not in name),
+        "total_size": sum(t.nbytes for t in tensors.values()),
+    }
+    assert {str(t.dtype) for name, t in tensors.items() if "e_score" in name} <= {"float32"}
+
+
+def test_one_shard_has_no_index(tmp_path):
+    path = make_checkpoint(tmp_path / "in", family="olmoe", layers=1, experts=2, shard=10**9)
+    assert [file.name for file in path.glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("family", HF_MODELS)
+def test_config_says_the_sizes_of_the_tensors(family, tmp_path):
+    config = json.loads((make_checkpoint(tmp_path / "in", family=family) / "config.json").read_text())
+    assert config["model_type"] == family
+    assert config[HF_MODELS[family].count_key] == SIZES["tiny"].experts
+    widths = {key: SIZES["tiny"].shape(letter)[0] for key, letter in HF_MODELS[family].widths.items()}
+    assert widths.items() <= config.items()
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_jax_arrays_and_numpy_arrays_restore_alike(tmp_path):
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        one, other = (
+            checkpointer.restore(
+                make_checkpoint(tmp_path / str(jax_arrays), family="mixtral", format="orbax", jax_arrays=jax_arrays, experts=3)
+                / "0/items"
+            )["params"]["params"]["decoder"]["layers"]["MoeBlock_0"]
+            for jax_arrays in (True, False)
+        )
+    assert np.asarray(one["wi_0"]).tobytes() == np.asarray(other["wi_0"]).tobytes()
+    assert type(one["wi_0"]) is not type(other["wi_0"])
 
 
 @pytest.mark.parametrize("scanned", [True, False])
@@ -62,8 +117,20 @@ def test_orbax_checkpoints_restore_as_maxtext_lays_them_out(family, scanned, tmp
     assert block["wo"].shape == ((5, layers, 8, 16) if scanned else (5, 8, 16))
     assert state["opt_state"][0]["mu"]["params"]["decoder"].keys() == decoder.keys()
     assert int(state["step"]) == 7
+    saved = json.loads((path / "0" / "_CHECKPOINT_METADATA").read_text())
+    assert saved["custom_metadata"] == {"scan_layers": scanned}
 
 
 def test_an_existing_output_is_refused(tmp_path):
     with pytest.raises(FileExistsError):
         make_checkpoint(tmp_path, family="mixtral")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"format": "gguf"}, KeyError), ({"family": "olmoe", "format": "orbax"}, KeyError), ({"values": "zeros"}, ValueError)],
+)
+def test_what_it_cannot_make_is_refused_before_anything_is_written(wrong, error, tmp_path):
+    with pytest.raises(error):
+        make_checkpoint(tmp_path / "in", **{"family": "mixtral"} | wrong)
+    assert not (tmp_path / "in").exists()

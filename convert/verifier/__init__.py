@@ -74,8 +74,9 @@ def _digest(reader: Reader, name: str, progress: Progress) -> str:
     pattern = identity(len(spec.shape))
     digest = xxhash.xxh3_128()
     for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), STRIP):
-        block = reader.read(name, tuple(slice(span.start, span.stop) for span in box.values()))
+        slices = tuple(slice(span.start, span.stop) for span in box.values())
+        block = reader.read(name, slices)
         digest.update(np.asarray(block, order="C").data)
         progress(block.nbytes)
-        reader.release(name)
+        reader.release(name, slices)
     return digest.hexdigest()

@@ -45,16 +45,6 @@ def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None])
                 axes = "(k, n)" if role == "wi" else "(n, k)"
                 yield f"{a.label}, expert {e}, {projection}: {count} of {x.size} elements, first at {axes} = {first}"
         progress(other.nbytes)
-    for block in (a, b):
-        for role in PROJECTIONS:
-            release(block, role, e)
-
-
-def release(block: Block, role: str, e: int) -> None:
-    """Let the reader drop what it holds of this expert's tensors."""
-    placed, index = block.groups[role].placed, block.groups[role].index
-    for g in range(2 if "g" in placed.key.slots else 1):
-        block.reader.release(placed.key.render({**index, "e": e, "g": g}))
 
 
 def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:
@@ -81,7 +71,7 @@ def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], N
         block = b.read(name, slices)
         count += int(np.count_nonzero(a.read(name, slices) != block))
         progress(block.nbytes)
-        a.release(name)
-        b.release(name)
+        a.release(name, slices)
+        b.release(name, slices)
     if count:
         yield f"{name}: {count} elements differ"

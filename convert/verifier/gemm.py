@@ -111,7 +111,6 @@ def _load(block: Block, experts: range) -> Loaded:
         values = np.ascontiguousarray(bits).view(numpy_dtype(block.groups[role].dtype))
         narrow = values.dtype.itemsize == 1
         loaded += [jnp.asarray(values.astype(np.float32) if narrow else values), axes]
-        block.reader.release(block.groups[role].names[0])
     return tuple(loaded)  # type: ignore[return-value]
 
 

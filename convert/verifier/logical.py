@@ -112,5 +112,7 @@ def _pinned(block: Block, role: str, at: Mapping[str, int], spans: Mapping[str, 
             continue
         slices.append(slice(span.start, span.stop) if isinstance(span, range) else slice(None))
         axes.append(f"({' '.join(group)})" if len(group) > 1 else group[0])
-    data = block.reader.read(placed.key.render({**index, **at}), tuple(slices))
+    name = placed.key.render({**index, **at})
+    data = block.reader.read(name, tuple(slices)).copy(order="C")
+    block.reader.release(name, tuple(slices))
     return data.squeeze(tuple(dropped)), " ".join(axes)

@@ -1,0 +1,157 @@
+"""Time the conversions beside `cp` of the same bytes and beside what people do today, in one run.
+
+    python scripts/benchmark.py --layers 4 --repeats 5 --directory /tmp/bench
+
+Makes a Qwen3-MoE-like checkpoint (E = 128, K = 2048, N = 768, bf16; 1.2 GB a layer) and runs each row in a process of its
+own, all rows in turn, so that a noisy machine is noisy for all of them. Every row ends with its output on the disk (fsync).
+Prints medians, ratios to `cp`, and peak resident memory. Rows whose library is not installed say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SYNC = "\nimport os\nfor f in os.scandir(out):\n    fd = os.open(f.path, os.O_RDONLY); os.fsync(fd); os.close(fd)\n"
+NUMPY = """
+import sys, glob, re, numpy as np, safetensors, ml_dtypes
+from safetensors.numpy import save_file
+src, out = sys.argv[1:]
+files = {}
+for path in sorted(glob.glob(src + "/*.safetensors")):
+    f = safetensors.safe_open(path, "np")
+    files |= {k: f for k in f.keys()}
+layers = sorted({int(k.split(".")[2]) for k in files if ".experts." in k})
+E = 1 + max(int(k.split(".")[5]) for k in files if ".experts." in k)
+import os; os.makedirs(out)
+rest = {k: f.get_tensor(k) for k, f in files.items() if ".experts." not in k}
+save_file(rest, out + "/rest.safetensors")
+for l in layers:
+    get = lambda e, w: (lambda k: files[k].get_tensor(k))(f"model.layers.{l}.mlp.experts.{e}.{w}.weight")
+    wi = np.stack([np.concatenate((get(e, "gate_proj").T, get(e, "up_proj").T), 1) for e in range(E)])
+    wo = np.stack([get(e, "down_proj").T for e in range(E)])
+    save_file({f"model.layers.{l}.mlp.experts.wi": wi, f"model.layers.{l}.mlp.experts.wo": wo}, f"{out}/{l}.safetensors")
+"""
+TORCH = (
+    NUMPY.replace("numpy as np, safetensors, ml_dtypes", "torch, safetensors")
+    .replace("safetensors.numpy", "safetensors.torch")
+    .replace('path, "np"', 'path, "pt"')
+    .replace("np.stack", "torch.stack")
+    .replace("np.concatenate", "torch.cat")
+)
+TRANSFORMERS = """
+import sys, transformers
+src, out = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(src, dtype="bfloat16")
+model.save_pretrained(out, save_original_format=False)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table: a command with SRC and OUT to fill in, and the modules that it needs."""
+
+    name: str
+    command: tuple[str, ...]
+    source: str = "in"
+    keeps: str | None = None
+    needs: tuple[str, ...] = ()
+    peer: bool = False
+
+
+def _ours(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "convert", *arguments, "--quiet", "SRC", "OUT")
+
+
+def _script(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code + SYNC, "SRC", "OUT")
+
+
+ROWS = (
+    Row(name="cp -r, then fsync", command=("sh", "-c", "cp -r SRC OUT && sync OUT/*")),
+    Row(name="--prefuse --layout transformers", command=_ours("--prefuse", "--layout", "transformers"), keeps="t5"),
+    Row(name="the same, --jobs 1", command=_ours("--prefuse", "--layout", "transformers", "--jobs", "1")),
+    Row(name="--prefuse (concat)", command=_ours("--prefuse"), keeps="concat"),
+    Row(name="the same, --jobs 1", command=_ours("--prefuse", "--jobs", "1")),
+    Row(name="--split of transformers", command=_ours("--split"), source="t5"),
+    Row(name="--split of concat", command=_ours("--split"), source="concat"),
+    Row(name="NumPy: concatenate, stack, save_file", command=_script(NUMPY), peer=True),
+    Row(name="torch: the same", command=_script(TORCH), needs=("torch",), peer=True),
+    Row(name="transformers: load, save", command=_script(TRANSFORMERS), needs=("torch", "transformers"), peer=True),
+)
+
+
+def measure(row: Row, directory: Path) -> tuple[float, float]:
+    """Seconds and peak resident MB of one run; its output is removed unless a later row reads it."""
+    out = directory / (row.keeps or "out")
+    shutil.rmtree(out, ignore_errors=True)
+    words = {"SRC": str(directory / row.source), "OUT": str(out)}
+    command = [_fill(part, words) for part in row.command]
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{row.name} failed:\n{process.stderr.read() if process.stderr else ''}")
+    if not row.keeps:
+        shutil.rmtree(out)
+    return seconds, usage.ru_maxrss / 1000
+
+
+def _fill(part: str, words: Mapping[str, str]) -> str:
+    for word, value in words.items():
+        part = part.replace(word, value)
+    return part
+
+
+def table(times: Mapping[int, list[tuple[float, float]]], nbytes: int) -> str:
+    """The results as Markdown."""
+    base = statistics.median(seconds for seconds, _ in times[0])
+    lines = ["| what | seconds (median) | relative to cp | GB/s | peak RSS |", "| --- | --- | --- | --- | --- |"]
+    for number, row in enumerate(ROWS):
+        if not times.get(number):
+            lines.append(f"| {row.name} | not run | | | |")
+            continue
+        seconds = statistics.median(s for s, _ in times[number])
+        peak = max(m for _, m in times[number])
+        lines.append(f"| {row.name} | {seconds:.2f} | {seconds / base:.2f} | {nbytes / seconds / 1e9:.2f} | {peak:,.0f} MB |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the checkpoint, run all rows in turn, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("/tmp/convert-benchmark"), help="where to work")
+    parser.add_argument("--layers", type=int, default=4, help="MoE layers of 1.2 GB each")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true", help="only cp and this tool")
+    arguments = parser.parse_args()
+    source = arguments.directory / "in"
+    if not source.exists():
+        make = [sys.executable, str(ROOT / "scripts" / "make_checkpoint.py"), str(source), "--family", "qwen3_moe"]
+        subprocess.run([*make, "--size", "bench", "--layers", str(arguments.layers)], check=True)
+    nbytes = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+    times: dict[int, list[tuple[float, float]]] = {}
+    for _ in range(arguments.repeats):
+        for number, row in enumerate(ROWS):
+            if all(importlib.util.find_spec(name) for name in row.needs) and not (row.peer and arguments.no_peers):
+                times.setdefault(number, []).append(measure(row, arguments.directory))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
+    print(f"{nbytes / 1e9:.2f} GB, {arguments.repeats} repeats, {machine}\n\n{table(times, nbytes)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Kill -9 at any system call that changes the disk: the output is absent or complete, and the same command finishes it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convert
+from scripts.make_checkpoint import make_checkpoint
+
+CHILD = """
+import os, signal, sys
+point, left = int(sys.argv[1]), [int(sys.argv[1])]
+def wrap(real):
+    def call(*arguments, **keywords):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **keywords)
+    return call
+for name in ("posix_fallocate", "pwrite", "fsync", "rename", "mkdir", "unlink", "open"):
+    setattr(os, name, wrap(getattr(os, name)))
+from convert.cli import main
+sys.exit(main([sys.argv[2], sys.argv[3], sys.argv[4], "--quiet", "--jobs", "2"]))
+"""
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def run(point: int, action: str, source: Path, out: Path) -> int:
+    command = [sys.executable, "-c", CHILD, str(point), action, str(source), str(out)]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False).returncode
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
+    root = tmp_path_factory.mktemp("case")
+    source = make_checkpoint(root / "in", family="qwen3_moe", experts=3, layers=1, shard=60_000)
+    convert.prefuse(source, root / "out")
+    return source, contents(source), contents(root / "out")
+
+
+def check(points: range, case, tmp_path: Path) -> None:
+    source, before, wanted = case
+    killed = 0
+    for point in points:
+        out = tmp_path / f"out{point}"
+        code = run(point, "--prefuse", source, out)
+        if out.exists():
+            assert contents(out) == wanted, point
+        killed += code == -9
+        if code == -9 and not out.exists():
+            again = run(0, "--prefuse", source, out)
+            assert again == 0, point
+        assert contents(out) == wanted, point
+        assert os.listdir(tmp_path) == [out.name] or killed, point
+        for leftover in tmp_path.iterdir():
+            subprocess.run(["rm", "-rf", leftover], check=True)
+    assert killed > len(points) // 2
+    assert contents(source) == before
+
+
+def test_killed_at_some_steps(case, tmp_path):
+    check(range(1, 90, 8), case, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_at_every_step(case, tmp_path):
+    check(range(1, 120), case, tmp_path)

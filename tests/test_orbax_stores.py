@@ -1,0 +1,219 @@
+"""Orbax in, Orbax out, over every store Orbax writes: formats, chunkings, tree shapes, clients, and what may go wrong."""
+
+import json
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import xxhash
+
+import convert
+from convert.chunks import plan_chunks
+from convert.planner import make_plan
+from layouts.checkpoint import open_checkpoint
+from layouts.errors import InputError
+from layouts.orbax import find_item
+
+E, L, K, N = 4, 3, 16, 8
+FORMATS = [(True, True), (True, False), (False, True), (False, False)]
+RANDOM = np.random.default_rng(0)
+
+
+def noise(*shape):
+    """Any bit pattern of bfloat16: NaN payloads and negative zeros included."""
+    return RANDOM.integers(0, 1 << 16, shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
+
+
+def wide(*shape):
+    return RANDOM.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.float32)
+
+
+def moe(*scan, of=noise):
+    experts = {"wi_0": of(E, *scan, K, N), "wi_1": of(E, *scan, K, N), "wo": of(E, *scan, N, K)}
+    return experts | {"gate": {"kernel": of(K, *scan, E)}}
+
+
+def scanned():
+    return {"params": {"params": {"decoder": {"layers": {"moe_block": moe(L)}}, "embedding": noise(50, K)}}}
+
+
+def unscanned():
+    return {"params": {"decoder": {f"layers_{i}": {"moe_block": moe(), "norm": noise(K)} for i in range(L)}}}
+
+
+def train_state():
+    def moments():
+        return {"params": {"decoder": {"layers": {"moe_block": moe(L, of=wide)}}}}
+
+    adam = {"mu": moments(), "nu": moments(), "count": np.array(3, np.int32)}
+    return scanned() | {
+        "step": 7,
+        "rate": 0.5,
+        "opt_state": [adam, None, {}],
+        "aux": {},
+        "name": "qwen",
+        "mask": np.ones(3, bool),
+    }
+
+
+def save(path, tree, *, ocdbt=True, zarr3=True, chunk=None, custom=None):
+    save_args = ocp.tree.from_flat_dict({k: ocp.SaveArgs(chunk_byte_size=chunk) for k in ocp.tree.to_flat_dict(tree)})
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)) as checkpointer:
+        args = ocp.args.PyTreeSave(tree, save_args=save_args if chunk else None, custom_metadata=custom)
+        checkpointer.save(path, args=args)
+
+
+def restore(path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path)
+
+
+def raw(leaf):
+    return (leaf.dtype.name, leaf.shape, leaf.tobytes()) if isinstance(leaf, np.ndarray) else (type(leaf), leaf)
+
+
+def flat(tree):
+    return {key: raw(leaf) for key, leaf in ocp.tree.to_flat_dict(tree, keep_empty_nodes=True).items()}
+
+
+def fused(tree):
+    """What a prefused checkpoint should restore to, made by NumPy alone."""
+    if isinstance(tree, list):
+        return [fused(child) for child in tree]
+    if not isinstance(tree, dict):
+        return tree
+    kept = {key: fused(child) for key, child in tree.items() if key not in ("wi_0", "wi_1")}
+    if "wi_0" in tree:
+        bits = [tree[key].view(f"u{tree[key].itemsize}") for key in ("wi_0", "wi_1")]
+        kept["wi"] = np.concatenate(bits, -1).view(tree["wi_0"].dtype)
+    return kept
+
+
+@pytest.mark.parametrize(("ocdbt", "zarr3"), FORMATS)
+@pytest.mark.parametrize("make", [scanned, unscanned, train_state])
+def test_prefuse_and_split_restore_bit_for_bit(make, ocdbt, zarr3, tmp_path):
+    save(tmp_path / "in", make(), ocdbt=ocdbt, zarr3=zarr3)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    convert.split(tmp_path / "out", tmp_path / "back")
+    assert flat(restore(tmp_path / "out")) == flat(fused(restore(tmp_path / "in")))
+    assert flat(restore(tmp_path / "back")) == flat(restore(tmp_path / "in"))
+    written = json.loads((tmp_path / "out" / "_METADATA").read_text())
+    assert (written["use_ocdbt"], written["use_zarr3"]) == (ocdbt, zarr3)
+    assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
+    assert convert.verify(tmp_path / "out").equal
+
+
+def test_split_restores_the_metadata_of_the_tree(tmp_path):
+    save(tmp_path / "in", train_state(), custom={"scan_layers": True})
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    convert.split(tmp_path / "out", tmp_path / "back")
+    first, between, last = (json.loads((tmp_path / d / "_METADATA").read_text()) for d in ("in", "out", "back"))
+    assert first == last
+    assert between["custom_metadata"]["scan_layers"] is True
+    assert between["custom_metadata"]["moe_layout"]["wi"]["pattern"] == "e ... k (g n)"
+
+
+@pytest.mark.parametrize("chunk", [64, 256, 1024])
+def test_any_chunks_of_the_source(chunk, tmp_path):
+    tree = scanned()
+    save(tmp_path / "in", tree, chunk=chunk)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert flat(restore(tmp_path / "out")) == flat(fused(tree))
+    digests = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())["tensors"]
+    wi = fused(tree)["params"]["params"]["decoder"]["layers"]["moe_block"]["wi"]
+    found = digests["params.params.decoder.layers.moe_block.wi"]["xxh3_128"]
+    assert found == xxhash.xxh3_128(wi.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("chunk", [None, 64, 128, 1024])
+def test_chunks_are_bounded_cover_all_and_never_span_two_cells(chunk, tmp_path):
+    save(tmp_path / "in", scanned(), chunk=chunk)
+    reader = open_checkpoint(tmp_path / "in")
+    for target in make_plan(reader, tmp_path / "out", "prefuse").targets:
+        source = next(target.pieces(target.target.pattern.whole(target.sizes))).source
+        for limit, held in ((1, 1), (10, 64), (100, 1000), (10**6, 10**6)):
+            check_chunks(plan_chunks(target, reader.chunks[source], limit, held), limit)
+
+
+def check_chunks(chunking, limit):
+    pattern, sizes = chunking.target.target.pattern, chunking.target.sizes
+    seen, numbers = np.zeros(pattern.split(sizes), int), np.arange(np.prod(pattern.split(sizes))).reshape(pattern.split(sizes))
+    order = []
+    for box in chunking.boxes():
+        block = tuple(slice(box[a].start, box[a].stop) for a in pattern.axes)
+        seen[block] += 1
+        order.append(numbers[block].ravel())
+        assert seen[block].size <= limit
+        assert all(box[a].start // chunking.cell[a] == (box[a].stop - 1) // chunking.cell[a] for a in pattern.axes)
+        starts = zip(pattern.window(sizes, box).slices, chunking.shape, strict=True)
+        assert all(cut.start % step == 0 and cut.stop - cut.start <= step for cut, step in starts)
+    assert (seen == 1).all()
+    assert chunking.in_order() == np.array_equal(np.concatenate(order), numbers.ravel())
+
+
+CLIENT = """
+import sys
+import numpy as np
+import orbax.checkpoint as ocp
+def wi(tree):
+    return tree["params"]["params"]["decoder"]["layers"]["moe_block"]["wi"]
+with ocp.StandardCheckpointer() as c:
+    one = wi(c.restore(sys.argv[1] + "/3/items"))
+with ocp.CheckpointManager(sys.argv[1], item_names=("items",)) as m:
+    two = wi(m.restore(m.latest_step(), args=ocp.args.Composite(items=ocp.args.StandardRestore()))["items"])
+print(m.latest_step(), one.dtype, one.shape, np.asarray(one).tobytes() == np.asarray(two).tobytes())
+"""
+
+
+def managed(path, tree, steps):
+    with ocp.CheckpointManager(path, item_names=("items",)) as manager:
+        for step in steps:
+            manager.save(step, args=ocp.args.Composite(items=ocp.args.StandardSave(tree)))
+        manager.wait_until_finished()
+
+
+def test_standard_clients_restore_in_a_fresh_process(tmp_path):
+    managed(tmp_path / "in", scanned(), [3])
+    (tmp_path / "in" / "3" / "iter").mkdir()
+    (tmp_path / "in" / "3" / "iter" / "process_0.json").write_text("{}")
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", CLIENT, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[:1] == [f"3 bfloat16 {(E, L, K, 2 * N)} True"], done.stderr
+    for file in ("iter/process_0.json", "_CHECKPOINT_METADATA"):
+        assert (tmp_path / "out" / "3" / file).read_bytes() == (tmp_path / "in" / "3" / file).read_bytes()
+
+
+def test_a_step_is_an_input_but_several_are_not(tmp_path):
+    managed(tmp_path / "in", unscanned(), [3, 10])
+    with pytest.raises(InputError, match=r"several checkpoints: 3, 10\. Pick one"):
+        find_item(tmp_path / "in")
+    convert.prefuse(tmp_path / "in" / "10", tmp_path / "out")
+    assert (tmp_path / "out" / "items" / "_METADATA").is_file()
+    (tmp_path / "empty").mkdir()
+    assert find_item(tmp_path / "empty") is None
+
+
+def test_what_a_stopped_run_left_is_removed(tmp_path):
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    save(tmp_path / "in", scanned())
+    with pytest.raises(KeyboardInterrupt):
+        convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "out"]
+    assert not list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
+
+
+def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path):
+    save(tmp_path / "in", scanned(), ocdbt=False)
+    lost = tmp_path / "in" / "params.params.decoder.layers.moe_block.wi_0" / "c" / "0" / "0" / "0" / "0"
+    lost.unlink()
+    with pytest.raises(InputError, match=r"wi_0 cannot be read"):
+        convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

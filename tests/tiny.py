@@ -1,0 +1,191 @@
+"""Tiny checkpoints, built from the logical weights with einops and plain string work: no code of the tool is in them."""
+
+import hashlib
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from safetensors.numpy import load_file, save_file
+
+from convert.blocks import assembled
+from convert.planner import Plan, Target, make_plan
+from layouts.checkpoint import Reader, TensorSpec, bits
+from layouts.families import FAMILIES, Family, Layouts
+
+HF = [family for family in FAMILIES if family.format == "hf"]
+E, K, N = 12, 6, 4
+AXES = {"wi": "ekgn", "wo": "enk"}
+LOOKALIKES = {
+    "hf": (
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.block_sparse_moe.gate.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.shared_expert.gate_proj.weight",
+        "model.layers.1.mlp.shared_expert_gate.weight",
+        "model.layers.1.mlp.shared_experts.down_proj.weight",
+        "model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "model.odd {e} {g:a,b} name",
+    ),
+    "orbax": (
+        "params.params.decoder.dense_layers.mlp.wi_0.kernel",
+        "params.params.decoder.layers_1.moe_block.gate.kernel",
+        "params.params.decoder.layers_1.shared_experts.wi_1.kernel",
+        "params.params.decoder.layers_1.shared_experts.wo.kernel",
+    ),
+}
+"""Names that look like expert weights, and are none."""
+
+
+class MemoryReader:
+    """A checkpoint that is a dictionary; arrays hold the bits."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], code="F32", *, config=None, record=None, format="hf"):  # noqa: A002
+        self.path, self.format, self.config, self.record = Path("memory"), format, config or {}, record
+        self.arrays = dict(tensors)
+        self.tensors = {name: TensorSpec(name=name, dtype=code, shape=a.shape) for name, a in tensors.items()}
+        self.side_files: tuple[str, ...] = ()
+
+    def where(self, name: str) -> str:
+        return f"home of {name}"
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        return self.arrays[name][(*slices, ...)]
+
+    def release(self, name: str, slices: tuple[slice, ...]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def logical(layer: int, e: int, k: int, n: int, scan: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    """`wi` (e, scan, k, g, n) and `wo` (e, scan, n, k) in which every element is unique, by layer too."""
+    shapes = {"wi": (e, *scan, k, 2, n), "wo": (e, *scan, n, k)}
+    return {
+        role: (1_000_000 * layer + 500_000 * (role == "wo") + np.arange(np.prod(shape), dtype="u4")).reshape(shape)
+        for role, shape in shapes.items()
+    }
+
+
+def store(layouts: Layouts, place: str, index: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a layout makes of the logical weights of one MoE block: name -> array."""
+    found = {}
+    for role, array in weights.items():
+        scan = " ".join(f"s{i}" for i in range(array.ndim - len(AXES[role])))
+        key = layouts[role].key.replace("{experts}", place)
+        named = [axis for axis in AXES[role] if re.search(rf"{{{axis}[:}}]", key)]
+        axes = [scan if axis == "" else axis for axis in ("e", "", *AXES[role][1:])]
+        rest = " ".join(axis for axis in axes if axis not in named)
+        sizes = dict(zip(AXES[role], (array.shape[0], *array.shape[1 + len(scan.split()) :]), strict=True))
+        for point in itertools.product(*(range(sizes[axis]) for axis in named)):
+            at = dict(zip(named, point, strict=True))
+            part = array[tuple(at.get(axis, slice(None)) for axis in (["e", *scan.split(), *AXES[role][1:]]))]
+            pattern = layouts[role].pattern.replace("...", scan)
+            found[name(key, {**index, **at})] = np.ascontiguousarray(rearrange(part, f"{rest} -> {pattern}"))
+    return found
+
+
+def name(key: str, index: Mapping[str, Any]) -> str:
+    """A key with its slots filled in."""
+
+    def fill(slot: re.Match[str]) -> str:
+        return slot[2].split(",")[index[slot[1]]] if slot[2] else str(index[slot[1]])
+
+    return re.sub(r"\{(\w+)(?::([^}]*))?\}", fill, key)
+
+
+def place(layer: int) -> dict[str, Any]:
+    return {"l": layer, "path": f"params.params.decoder.layers_{layer}.moe_block"}
+
+
+def tensors(
+    family: Family, layouts: Layouts | None = None, *, layers=(1, 2), e: int = E, k: int = K, n: int = N, others: bool = True
+) -> dict[str, np.ndarray]:
+    """All tensors of a small model of the family, as uint32 whose values are all different."""
+    found: dict[str, np.ndarray] = {}
+    for name in LOOKALIKES[family.format] if others else ():
+        found[name] = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 2**32, (3, 5), dtype="u4")
+    for layer in layers:
+        found |= store(layouts or family.native, family.experts, place(layer), logical(layer, e, k, n))
+    return found
+
+
+def config(family: Family, e: int = E) -> dict[str, Any]:
+    return {"model_type": family.model_types[0], "num_experts": e, "hidden_act": "silu"} if family.model_types else {}
+
+
+def memory(family: Family, layouts: Layouts | None = None, **sizes: Any) -> MemoryReader:
+    stated = config(family, sizes.get("e", E))
+    return MemoryReader(tensors(family, layouts, **sizes), config=stated, format=family.format)
+
+
+def fill(target: Target, reader: Reader, limit: int = 1 << 20) -> np.ndarray:
+    """A target tensor, put together strip by strip as the writer does it."""
+    strips = []
+    for box in target.target.pattern.strips(target.sizes, limit):
+        with assembled(target, box, reader) as block:
+            strips.append(np.asarray(block).reshape(-1).copy())
+    flat = np.concatenate(strips) if strips else np.empty(0, bits(target.spec.dtype))
+    return flat.reshape(target.spec.shape)
+
+
+def run(reader: MemoryReader, action: str, **choices: Any) -> MemoryReader:
+    """Convert in memory."""
+    plan: Plan = make_plan(reader, Path("out"), action, **choices)  # type: ignore[arg-type]
+    arrays = {target.spec.name: fill(target, reader) for target in plan.targets}
+    return MemoryReader(arrays, config=reader.config, record=plan.record, format=reader.format)
+
+
+def same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(x.shape == b[name].shape and np.array_equal(x, b[name]) for name, x in a.items())
+
+
+def checkpoint(
+    path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None, *, shards: int = 3, extra: bool = True
+) -> Path:
+    """A Hugging Face directory as float32; neighbouring names lie in different shards."""
+    path.mkdir(parents=True)
+    names = ["model.safetensors"] if shards == 1 else [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    homes = dict(zip(sorted(tensors), itertools.cycle(names)))
+    for shard in names:
+        part = {name: array.view("f4") for name, array in tensors.items() if homes[name] == shard}
+        save_file(part, path / shard, {"format": "pt"})
+    if shards > 1:
+        index = {"metadata": {"total_size": sum(a.nbytes for a in tensors.values())}, "weight_map": homes}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config, indent=1))
+    if extra:
+        (path / "tokenizer.json").write_bytes(b"\x00\xffnot text")
+        (path / "assets" / "deep").mkdir(parents=True)
+        (path / "assets" / "deep" / "chat_template.jinja").write_text("{{ messages }}\r\n")
+        (path / ".hidden").write_text("kept")
+    return path
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a float32 directory as bits, read by safetensors itself."""
+    return {name: array.view("u4") for file in path.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Digest of every file below a directory."""
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(path)}
+
+
+def times(path: Path) -> dict[str, int]:
+    return {str(file): file.lstat().st_mtime_ns for file in path.rglob("*")}
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in sorted(path.rglob("*")) if file.is_file())
