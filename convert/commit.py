@@ -192,7 +192,7 @@ def sync_directory(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:  # line ends are the text's own
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,8 @@ and keeps a few chunks in flight, which TensorStore compresses and writes behind
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ from convert.planner import Target
 from layouts.checkpoint import TensorSpec, bits, itemsize, numpy_dtype
 from layouts.orbax import CACHE, OrbaxReader
 
+_THREADS = ("convert", "write_metadata_after_commits")
+"""Names of the threads that Orbax starts for a save: that of our handlers, and its own that waits for them."""
 _FULL = ("No space left", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 
@@ -81,16 +85,25 @@ class Filler:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around Orbax's save: an error of a worker is raised as it was, and no worker is left when this is over."""
+        """Around Orbax's save: an error of a worker is raised as it was, and no worker is left when this is over.
+
+        Orbax's threads log what they die of, with its traceback; whoever calls us gets it as an exception instead.
+        """
+        log = logging.getLogger("absl")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
         try:
             yield
         except BaseException as error:
             self._stop.set()
-            with self._busy:
-                failure = self._failure
-            if failure is not None and isinstance(error, Exception):
-                raise failure from None
+            for thread in threading.enumerate():
+                if thread.name in _THREADS:
+                    thread.join()
+            if self._failure is not None and isinstance(error, Exception):
+                raise self._failure from None
             raise
+        finally:
+            log.setLevel(level)
 
     def fill(self, specs: Mapping[str, Mapping[str, Any]]) -> None:
         """Create and fill the arrays with these TensorStore specs; the keys are names of targets.
@@ -140,7 +153,8 @@ class Filler:
             hashed = digest or self._read_back(store, target)
         except ValueError as error:
             full = any(text in str(error) for text in _FULL)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), target.spec.name) from error
+            code, text = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
+            raise OSError(code, text, target.spec.name) from error
         self.digests[target.spec.name] = hashed.hexdigest()
         if self._held(target.spec.name) * self.budget.jobs > CACHE // 2:
             self.reader.close()  # the chunks of this array must not stay beside those of the next; it opens again by itself
@@ -202,7 +216,7 @@ class _ArrayHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
     async def serialize(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         """Start the writing; Orbax waits for the future before it commits."""
         del args
-        return [future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="convert")]
+        return [future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name=_THREADS[0])]
 
     async def _write(self, values: Sequence[LazyArray], infos: Sequence[Any]) -> None:
         specs = {}

@@ -35,7 +35,7 @@ def plan_files(plan: Plan, reader: HFReader, limit: int) -> tuple[File, ...]:
 
 def _metadata(reader: HFReader) -> dict[str, str]:
     """The `__metadata__` of the input without our record; the first shard speaks for all, as loaders take it."""
-    metadata: dict[str, str] = dict(json.loads(reader.shards[0].header).get("__metadata__", {}))
+    metadata: dict[str, str] = dict(json.loads(reader.shards[0].header).get("__metadata__") or {})
     metadata.pop(RECORD, None)
     return metadata
 
@@ -99,5 +99,5 @@ def _original(plan: Plan, reader: HFReader) -> manifest.Original | None:
         return None
     if reader.record and (kept := manifest.original_files(plan.source)):
         return kept
-    texts = {name: (plan.source / name).read_text() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
+    texts = {name: (plan.source / name).read_bytes().decode() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
     return manifest.Original(headers={shard.name: shard.header for shard in reader.shards}, texts=texts)

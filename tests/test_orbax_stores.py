@@ -198,6 +198,7 @@ def test_a_step_is_an_input_but_several_are_not(tmp_path):
 
 def test_what_a_stopped_run_left_is_removed(tmp_path):
     def interrupt(done):
+        assert done
         raise KeyboardInterrupt
 
     save(tmp_path / "in", scanned())
@@ -210,10 +211,11 @@ def test_what_a_stopped_run_left_is_removed(tmp_path):
     assert not list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
 
 
-def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path):
+def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path, capfd):
     save(tmp_path / "in", scanned(), ocdbt=False)
     lost = tmp_path / "in" / "params.params.decoder.layers.moe_block.wi_0" / "c" / "0" / "0" / "0" / "0"
     lost.unlink()
     with pytest.raises(InputError, match=r"wi_0 cannot be read"):
         convert.prefuse(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capfd.readouterr().err
