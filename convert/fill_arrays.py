@@ -98,7 +98,7 @@ class Filler:
             self._stop.set()
             for thread in threading.enumerate():
                 if thread.name in _THREADS:
-                    thread.join()
+                    threading.Thread.join(thread)  # Orbax's own would raise what the thread died of
             if self._failure is not None and isinstance(error, Exception):
                 raise self._failure from None
             raise

@@ -195,3 +195,52 @@ def test_data_is_durable_before_the_journal_and_all_before_the_rename(source, tm
     assert {file.name for file in (tmp_path / "out").rglob("*") if file.is_file()} <= set(before)
     assert commit.NEW in before[-3:], "the directory is synced before it is shown"
     assert after == [tmp_path.name], "and the rename itself is synced"
+
+
+def test_a_run_with_other_options_for_the_same_output_is_kept_off_too(source, wanted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(execute, "_preallocate", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    assert prefuse(source, tmp_path / "out", "--layout", "transformers") == 6
+    monkeypatch.undo()
+    (other,) = partials(tmp_path)
+    directory = os.open(other, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    assert prefuse(source, tmp_path / "out") == 5
+    assert "in use by another run that writes" in capsys.readouterr().err
+    os.close(directory)
+    assert prefuse(source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("old", ["directory", "file", "link"])
+def test_overwrite_replaces_whatever_stands_there(source, wanted, tmp_path, monkeypatch, old, exchange):
+    if not exchange:
+        monkeypatch.setattr(commit, "_exchange", lambda *_: False)
+    (tmp_path / "elsewhere").mkdir()
+    out = tmp_path / "out"
+    {"directory": out.mkdir, "file": out.touch, "link": lambda: out.symlink_to("elsewhere")}[old]()
+    assert prefuse(source, out, "--overwrite") == 0
+    assert contents(out) == wanted
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "out"]
+
+
+def test_an_old_output_left_in_the_stage_is_not_taken_for_the_new_one(source, wanted, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    monkeypatch.setattr(commit.shutil, "rmtree", lambda *_, **__: None)
+    assert prefuse(source, out, "--overwrite") == 0
+    monkeypatch.undo()
+    assert (partials(tmp_path)[0] / "new" / "old").exists(), "as if killed between the exchange and the removal"
+    assert prefuse(source, out, "--overwrite") == 0
+    assert contents(out) == wanted
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    publish = commit._publish
+    monkeypatch.setattr(commit, "_publish", lambda *a, **k: (out.mkdir(), (out / "mine").touch(), publish(*a, **k)))
+    assert prefuse(source, out) == 5
+    assert "has appeared" in capsys.readouterr().err
+    assert os.listdir(out) == ["mine"]

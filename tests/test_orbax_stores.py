@@ -1,8 +1,12 @@
 """Orbax in, Orbax out, over every store Orbax writes: formats, chunkings, tree shapes, clients, and what may go wrong."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +16,7 @@ import xxhash
 
 import convert
 from convert.chunks import plan_chunks
+from convert.fill_arrays import _THREADS
 from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
@@ -209,6 +214,22 @@ def test_what_a_stopped_run_left_is_removed(tmp_path):
     convert.prefuse(tmp_path / "in", tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "out"]
     assert not list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
+
+
+def test_a_signal_is_raised_as_such_and_leaves_no_thread(tmp_path, capfd):
+    def interrupt(done):
+        if done and not sent:
+            sent.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    sent, threads = [], set(threading.enumerate())
+    save(tmp_path / "in", train_state())
+    with pytest.raises(KeyboardInterrupt):
+        convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
+    assert not any(thread.name in _THREADS for thread in set(threading.enumerate()) - threads)
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path, capfd):
