@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -89,6 +90,7 @@ class Filler:
 
         Orbax's threads log what they die of, with its traceback; whoever calls us gets it as an exception instead.
         """
+        others = set(threading.enumerate())
         log = logging.getLogger("absl")
         level = log.level
         log.setLevel(logging.CRITICAL)
@@ -96,9 +98,9 @@ class Filler:
             yield
         except BaseException as error:
             self._stop.set()
-            for thread in threading.enumerate():
-                if thread.name in _THREADS:
-                    threading.Thread.join(thread)  # Orbax's own would raise what the thread died of
+            # Not by join: after a signal in the midst of one, Python 3.11 takes the thread for stopped (bpo-45274).
+            while any(thread.name in _THREADS for thread in set(threading.enumerate()) - others):
+                time.sleep(0.01)
             if self._failure is not None and isinstance(error, Exception):
                 raise self._failure from None
             raise

@@ -3,7 +3,8 @@
     python scripts/benchmark.py --layers 4 --repeats 5 --directory /tmp/bench
 
 Makes a Qwen3-MoE-like checkpoint (E = 128, K = 2048, N = 768, bf16; 1.2 GB a layer) and runs each row in a process of its
-own, all rows in turn, so that a noisy machine is noisy for all of them. Every row ends with its output on the disk (fsync).
+own, all rows in turn, so that a noisy machine is noisy for all of them; a first round is thrown away. Every row ends with its
+output on the disk (fsync).
 Prints medians, ratios to `cp`, and peak resident memory. Rows whose library is not installed say so.
 """
 
@@ -145,10 +146,12 @@ def main() -> None:
         subprocess.run([*make, "--size", "bench", "--layers", str(arguments.layers)], check=True)
     nbytes = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     times: dict[int, list[tuple[float, float]]] = {}
-    for _ in range(arguments.repeats):
+    for repeat in range(arguments.repeats + 1):
         for number, row in enumerate(ROWS):
             if all(importlib.util.find_spec(name) for name in row.needs) and not (row.peer and arguments.no_peers):
-                times.setdefault(number, []).append(measure(row, arguments.directory))
+                result = measure(row, arguments.directory)
+                if repeat:  # the first round fills the page cache, and touches memory that the machine may have to fetch
+                    times.setdefault(number, []).append(result)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
     print(f"{nbytes / 1e9:.2f} GB, {arguments.repeats} repeats, {machine}\n\n{table(times, nbytes)}")
 
