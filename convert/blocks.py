@@ -62,7 +62,7 @@ def _read(target: Target, piece: Piece, window: Window, reader: Reader) -> NDArr
 
 
 def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
-    """Cut a piece along the first source axis that has a range, so that each part spans at most `SLAB` bytes of the source."""
+    """Cut a piece along the first source axes that have a range, so that each part spans at most `SLAB` bytes of the source."""
     axes = target.source.pattern.axes
     cut = next((i for i, axis in enumerate(axes) if len(piece.source_box[axis]) > 1), None)
     if cut is None:
@@ -75,11 +75,15 @@ def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
     whole = piece.source_box[axis]
     for start in range(whole.start, whole.stop, step):
         part = range(start, min(start + step, whole.stop))
-        yield Piece(
+        slab = Piece(
             source=piece.source,
             source_box={**piece.source_box, axis: part},
             target_box={a: part if a == axis else span for a, span in piece.target_box.items()},
         )
+        if inner > SLAB:
+            yield from _slabs(target, slab, itemsize)
+        else:
+            yield slab
 
 
 def copy_block(target: NDArray[Any], source: NDArray[Any]) -> None:
