@@ -129,6 +129,6 @@ def _distance(a: Any, b: Any, k: int) -> tuple[float, set[int]]:
     finite = np.isfinite(a) & np.isfinite(b)
     same = np.where(finite, True, (np.isnan(a) & np.isnan(b)) | (a == b))
     norm = np.linalg.norm(np.where(finite, a, 0), axis=-1) + np.finfo(np.float32).tiny
-    relative = np.abs(np.where(finite, a - b, 0)).max(axis=-1) / norm
+    relative = np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)).max(axis=-1) / norm
     rows = (relative > 16 * np.finfo(np.float32).eps * np.sqrt(k)) | ~same.all(axis=-1)
     return float(relative.max(initial=0)), {int(row) for row in np.flatnonzero(rows)}
