@@ -45,7 +45,7 @@ STEPS = (
 """The functions before and after which a named kill strikes; with the number of the call, counted from 1."""
 
 CHILD = """
-import importlib, os, signal, sys
+import importlib, itertools, os, signal, sys
 step, when, number, exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 import convert.commit, convert.execute, convert.write_hf
 if exchange == "no":
@@ -53,13 +53,13 @@ if exchange == "no":
 if step:
     module, name = step.rsplit(".", 1)
     module = importlib.import_module(module)
-    real, calls = getattr(module, name), [0]
+    real, calls = getattr(module, name), itertools.count(1)  # next() is atomic: workers call this too
     def wrapped(*arguments, **keywords):
-        calls[0] += 1
-        if when == "before" and calls[0] == number:
+        call = next(calls)
+        if when == "before" and call == number:
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*arguments, **keywords)
-        if calls[0] == number:
+        if call == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(module, name, wrapped)
