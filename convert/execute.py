@@ -39,6 +39,8 @@ STRIP = 8 << 20
 """Bytes of a strip: large enough to hide the cost of a call, small enough that many workers fit a small budget."""
 SYNC = 1 << 30
 """Bytes written between two syncs: what a power cut can cost."""
+AHEAD = 64
+"""Tensors handed out per worker, so that none waits while finished ones are synced."""
 BASE, EACH = 96 << 20, 3 << 10
 """Bytes that the process needs before the first block: interpreter and NumPy, and the plan, per tensor that it names."""
 USUAL = 20_000
@@ -138,7 +140,7 @@ def _drain(
     dirty = 0
     try:
         while True:
-            for task in itertools.islice(queue, 2 * jobs - len(waiting)):
+            for task in itertools.islice(queue, AHEAD * jobs - len(waiting)):
                 waiting[pool.submit(work, task)] = task
             if not waiting:
                 break

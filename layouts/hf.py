@@ -31,7 +31,9 @@ CONFIG = "config.json"
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
 _FOLIO = 2 << 20
-"""The most that Linux maps around a page that is touched; what each tensor left mapped beyond its ends would add up."""
+"""The most that Linux maps around a page that is touched, at either end of a block."""
+LINGERING = 32 << 20
+"""Bytes of released blocks that may stay mapped."""
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -104,6 +106,7 @@ class HFReader:
     format: str = "hf"
     _home: dict[str, Shard] = field(default_factory=dict)
     _maps: dict[str, mmap.mmap] = field(default_factory=dict)
+    _lingering: int = 0
 
     @classmethod
     def open(cls, path: Path) -> HFReader:
@@ -169,16 +172,17 @@ class HFReader:
         return self._maps[shard.name]
 
     def release(self, name: str, slices: tuple[slice, ...]) -> None:
-        """Drop the block's pages from this process (they stay in the page cache, where others may use them)."""
-        block = self.read(name, slices)
-        if not block.size:
-            return
-        mapped = self._map(self._home[name])
-        low, high = np.lib.array_utils.byte_bounds(block)
-        base, end = np.lib.array_utils.byte_bounds(np.frombuffer(mapped, np.uint8))
-        first = (low - base) // _FOLIO * _FOLIO
-        last = min(-((base - high) // _FOLIO) * _FOLIO, end - base)
-        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+        """Drop pages from this process now and then (they stay in the page cache, where others may use them).
+
+        Not at once: a block that is a part of each row shares its pages with the next one that is read. A thread that still
+        reads what another drops only maps it again.
+        """
+        low, high = np.lib.array_utils.byte_bounds(self.read(name, slices))
+        self._lingering += _FOLIO + high - low
+        if self._lingering > LINGERING:
+            self._lingering = 0
+            for mapped in list(self._maps.values()):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Forget the mappings; the system unmaps each with its last view."""
