@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 
@@ -49,6 +49,8 @@ def plan(
     prefuse: bool = False,
     split: bool = False,
     layout: str = "concat",
+    shards: int = 1,
+    align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
 ) -> Plan:
@@ -63,8 +65,9 @@ def plan(
 
     if prefuse == split:
         raise UsageError("give exactly one of prefuse=True and split=True")
+    action: Literal["prefuse", "split"] = "prefuse" if prefuse else "split"
     reader, planned = open_and_plan(
-        source, out, "prefuse" if prefuse else "split", layout=layout, family=family, source_layout=source_layout
+        source, out, action, layout=layout, shards=shards, align=align, family=family, source_layout=source_layout
     )
     reader.close()
     return planned
@@ -75,6 +78,8 @@ def prefuse(
     out: str | Path,
     *,
     layout: str = "concat",
+    shards: int = 1,
+    align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
     jobs: int | None = None,
@@ -84,7 +89,10 @@ def prefuse(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Write `source` to `out` with gate and up of every expert in one tensor; `memory` and `max_shard_size` are in bytes.
+    """Write `source` to `out` with gate and up of every expert in one tensor.
+
+    `memory` and `max_shard_size` are in bytes. `shards` and `align` (columns to which each shard is padded, or `maxtext`) are
+    for the layouts `per-shard` and `lane`.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
@@ -92,9 +100,8 @@ def prefuse(
     from convert.run import Options, convert_checkpoint
 
     options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
-    return convert_checkpoint(
-        source, out, "prefuse", options, progress, layout=layout, family=family, source_layout=source_layout
-    )
+    choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
+    return convert_checkpoint(source, out, "prefuse", options, progress, **choices)
 
 
 def split(

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.planner import Piece, Target
+from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, bits
-from layouts.pattern import Box, Window
+from layouts.errors import InputError
+from layouts.pattern import Box
 
 SLAB = 32 << 20
 """Bytes of a source that one worker may hold at a time."""
@@ -30,18 +31,17 @@ def assembled(target: Target, box: Box, reader: Reader) -> Iterator[NDArray[Any]
     """
     pieces = list(target.pieces(box))
     if len(pieces) == 1 and pieces[0].target_box == dict(box):
-        window = target.source.pattern.window(target.sizes, pieces[0].source_box)
-        view = _read(target, pieces[0], window, reader)
+        view = _read(target, pieces[0], reader)
         if view.flags.c_contiguous:
             yield view
-            reader.release(pieces[0].source, window.slices)
+            _release(target, pieces[0], reader)
             return
-    out = np.empty([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
+    make = np.zeros if target.target.pattern.padding else np.empty
+    out = make([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
     for piece in pieces:
         for slab in _slabs(target, piece, out.itemsize):
-            window = target.source.pattern.window(target.sizes, slab.source_box)
-            copy_block(out[_inside(target, slab, box)], _read(target, slab, window, reader))
-            reader.release(slab.source, window.slices)
+            copy_block(out[_inside(target, slab, box)], _read(target, slab, reader))
+            _release(target, slab, reader)
     yield out
 
 
@@ -51,14 +51,50 @@ def _inside(target: Target, piece: Piece, box: Box) -> tuple[slice, ...]:
     return tuple(slice(span.start - start, span.stop - start) for span, start in spans)
 
 
-def _read(target: Target, piece: Piece, window: Window, reader: Reader) -> NDArray[Any]:
+def _read(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
     """A piece in the target's axes: read where it is stored, split, cut, transposed; no value is touched."""
     source, wanted = target.source.pattern, target.target.pattern.axes
-    block = reader.read(piece.source, window.slices).reshape(window.shape)[window.inside]
+    block = _cut(target, piece, reader)
     only_source = tuple(i for i, axis in enumerate(source.axes) if axis not in wanted)
     order = [axis for axis in source.axes if axis in wanted]
     block = block.squeeze(only_source).transpose([order.index(axis) for axis in wanted if axis in order])
     return block[tuple(slice(None) if axis in order else np.newaxis for axis in wanted)]
+
+
+def _cut(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
+    """A piece in the source's axes. Padding behind it is read as well: it must be zeros, for it goes no further.
+
+    Raises:
+        InputError: it is not.
+    """
+    pattern, sizes = target.source.pattern, target.source_sizes
+    box = _with_padding(target, piece)
+    window = pattern.window(sizes, box)
+    block = reader.read(piece.source, window.slices).reshape(window.shape)[window.inside]
+    if not pattern.padding:
+        return block
+    for at, axis in enumerate(pattern.axes):
+        real = len(piece.source_box[axis])
+        if np.any(block[(slice(None),) * at + (slice(real, None),)]):
+            raise InputError(
+                f"{reader.path}: {piece.source} (in {reader.where(piece.source)}) should hold zeros behind the first "
+                f"{sizes[axis]} ({axis}) as '{pattern.text}' says, and does not; is it in another layout?"
+            )
+    return block[tuple(slice(len(piece.source_box[axis])) for axis in pattern.axes)]
+
+
+def _with_padding(target: Target, piece: Piece) -> Box:
+    pattern, sizes = target.source.pattern, target.source_sizes
+    if not pattern.padding:
+        return piece.source_box
+    stored = pattern.stored(sizes)
+    ends = {axis: stored[axis] if span.stop == sizes[axis] else span.stop for axis, span in piece.source_box.items()}
+    return {axis: range(span.start, ends[axis]) for axis, span in piece.source_box.items()}
+
+
+def _release(target: Target, piece: Piece, reader: Reader) -> None:
+    window = target.source.pattern.window(target.source_sizes, _with_padding(target, piece))
+    reader.release(piece.source, window.slices)
 
 
 def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
@@ -69,8 +105,9 @@ def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
         yield piece
         return
     inner = itemsize
+    stored = target.source.pattern.stored(target.source_sizes)
     for axis in axes[cut + 1 :]:
-        inner *= target.sizes[axis]
+        inner *= stored[axis]
     axis, step = axes[cut], max(1, SLAB // max(1, inner))
     whole = piece.source_box[axis]
     for start in range(whole.start, whole.stop, step):
@@ -78,12 +115,16 @@ def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
         slab = Piece(
             source=piece.source,
             source_box={**piece.source_box, axis: part},
-            target_box={a: part if a == axis else span for a, span in piece.target_box.items()},
+            target_box={**piece.target_box, axis: _shifted(part, piece.target_box[axis].start - whole.start)},
         )
         if inner > SLAB:
             yield from _slabs(target, slab, itemsize)
         else:
             yield slab
+
+
+def _shifted(span: range, by: int) -> range:
+    return range(span.start + by, span.stop + by)
 
 
 def copy_block(target: NDArray[Any], source: NDArray[Any]) -> None:

@@ -1,65 +1,25 @@
-"""The plan: every tensor of the output, and where each of its elements comes from. Pure; reads names and shapes only.
-
-There is one operation, whatever the two layouts are: a target block and a source block are viewed along the same axes and one
-is copied into the other. A `Target` therefore only holds both layouts and the sizes; `pieces` derives the copies.
-"""
+"""The plan: every tensor of the output, and where each of its elements comes from. Pure; reads names and shapes only."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from convert import relay
+from convert.record import make_record
+from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, TensorSpec
 from layouts.describe import Description, Group, describe, identity
 from layouts.errors import PlanError
-from layouts.families import Layouts, Placed
-from layouts.pattern import Box, Index, Template
-from layouts.targets import DEFAULT, TARGETS, VERSION
+from layouts.layout import Layouts, Placed
+from layouts.targets import DEFAULT, TAKE_SCALARS, target
+from layouts.template import Template
+
+__all__ = ["Action", "Piece", "Plan", "Target", "make_plan"]
 
 Action = Literal["prefuse", "split"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """One block copy: `source_box` of the tensor `source` goes to `target_box` of the target."""
-
-    source: str
-    source_box: Box
-    target_box: Box
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A tensor of the output. `index` is where its name puts it, `sizes` has every axis of both layouts."""
-
-    spec: TensorSpec
-    role: str
-    index: Index
-    sizes: Mapping[str, int]
-    source: Placed
-    target: Placed
-
-    @property
-    def moved(self) -> bool:
-        """Whether anything but the name's place in a file changes."""
-        return self.source != self.target
-
-    def pieces(self, box: Box) -> Iterator[Piece]:
-        """The block copies that fill `box`, a range for each axis of the target's pattern, in source order."""
-        bound = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)}
-        full = {**bound, **box}
-        named = [slot for slot in self.source.key.slots if slot in full]
-        for point in itertools.product(*(full[axis] for axis in named)):
-            at = dict(zip(named, point, strict=True))
-            one = {**full, **{axis: range(i, i + 1) for axis, i in at.items()}}
-            yield Piece(
-                source=self.source.key.render({**self.index, **at}),
-                source_box={axis: one[axis] for axis in self.source.pattern.axes},
-                target_box={axis: one[axis] for axis in self.target.pattern.axes},
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,25 +51,30 @@ def make_plan(
     action: Action,
     *,
     layout: str = DEFAULT,
+    shards: int = 1,
+    align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
 ) -> Plan:
     """Plan the conversion of an open checkpoint.
+
+    `shards` and `align` (columns, or `maxtext`) are for layouts that are cut for tensor parallelism.
 
     Raises:
         PlanError: no lossless plan exists, or there is nothing to do.
         InputError: experts are missing.
     """
     described = describe(reader, family=family, source_layout=source_layout)
-    wanted = described.family.native if action == "split" else TARGETS[layout]
-    order = {name: position for position, name in enumerate(reader.tensors)}
-    found = [target for group in described.groups for target in _targets(group, described, wanted)]
-    if not any(target.moved for target in found):
-        state = "separate" if action == "split" else f"in layout {layout!r}"
+    wanted = target(layout, described.family, shards=shards, align=align)
+    experts = list(_experts(reader, described, None if action == "split" else wanted))
+    found = [made for _, made in experts]
+    if action == "prefuse" and layout not in TAKE_SCALARS:
+        _check_scalars(reader, described.groups, layout)
+    if not any(made.moved for made in found):
+        state = "as they were published" if action == "split" else f"in layout {layout!r}"
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
     found += [_verbatim(reader.tensors[name]) for name in described.verbatim]
     _check_names(reader, found)
-    first = {id(t): order[_first_source(t)] for t in found}
     return Plan(
         source=reader.path,
         out=out,
@@ -117,26 +82,38 @@ def make_plan(
         format=reader.format,
         family=described.family.name,
         layout="native" if action == "split" else layout,
-        record=None if action == "split" else _record(layout, described, wanted),
-        targets=tuple(sorted(found, key=lambda t: (first[id(t)], t.spec.name))),
+        record=None if action == "split" else make_record(layout, described.family, wanted, experts),
+        targets=_in_reading_order(reader, found),
         side_files=tuple(reader.side_files),
     )
 
 
-def _targets(group: Group, described: Description, wanted: Layouts) -> Iterator[Target]:
-    """The tensors that hold this group's weights in the wanted layout: one per point of the axes in the key."""
-    placed = wanted[group.role].place(described.family.experts)
-    scan = sum(axis not in ("e", "k", "g", "n") for axis in group.placed.pattern.axes)
-    written = len(placed.pattern.groups) - ("..." in placed.pattern.axes)
-    target = Placed(placed.key, placed.pattern.expand(written + scan))
-    if scan and "..." not in placed.pattern.axes:
-        raise PlanError(f"{group.names[0]} has {scan} scan axes, which layout '{placed.pattern.text}' has no place for")
-    named = [slot for slot in target.key.slots if slot in group.sizes]
-    shape = target.pattern.shape(group.sizes)
-    for point in itertools.product(*(range(group.sizes[axis]) for axis in named)):
-        index = {**group.index, **dict(zip(named, point, strict=True))}
-        spec = TensorSpec(name=target.key.render(index), dtype=group.dtype, shape=shape)
-        yield Target(spec=spec, role=group.role, index=index, sizes=group.sizes, source=group.placed, target=target)
+def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[tuple[Group, Target]]:
+    """The expert tensors of the output; where nothing is wanted, as they were before, or as the family is published."""
+    beside: dict[tuple[str, Any], list[Group]] = {}
+    for group in described.groups:
+        beside.setdefault((group.role, frozenset(group.index.items())), []).append(group)
+    for groups in beside.values():
+        for group in groups:
+            before = group.native if group.relaid else described.family.native[0][group.role]
+            layout = wanted[group.role] if wanted else before
+            for made in relay.targets(reader, group, groups, layout, described.family.experts):
+                yield group, made
+
+
+def _check_scalars(reader: Reader, groups: Sequence[Group], layout: str) -> None:
+    for group in groups:
+        if group.role == "wi" and group.part and not {"in", "out", "rest"} & set(group.dims.split()):
+            raise PlanError(
+                f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; layout {layout!r} has "
+                f"room for one, and to make them one would change values. Use a layout that keeps (E, 2), as concat or vllm do"
+            )
+
+
+def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target, ...]:
+    order = {name: position for position, name in enumerate(reader.tensors)}
+    first = {id(t): order[_first_source(t)] for t in targets}
+    return tuple(sorted(targets, key=lambda t: (first[id(t)], t.spec.name)))
 
 
 def _first_source(target: Target) -> str:
@@ -148,26 +125,17 @@ def _first_source(target: Target) -> str:
 def _verbatim(spec: TensorSpec) -> Target:
     same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
     sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
-    return Target(spec=spec, role="verbatim", index={}, sizes=sizes, source=same, target=same)
+    return Target(spec=spec, role="verbatim", index={}, sizes=sizes, source_sizes=sizes, source=same, target=same)
 
 
 def _check_names(reader: Reader, targets: list[Target]) -> None:
+    """Each name is given once, and the logical sizes of what is read and written agree."""
     seen: set[str] = set()
-    for target in targets:
-        if target.spec.name in seen:
-            raise PlanError(f"{reader.path}: two tensors of the output would be called {target.spec.name}")
-        seen.add(target.spec.name)
+    for name in (made.spec.name for made in targets):
+        if name in seen:
+            raise PlanError(f"{reader.path}: two tensors of the output would be called {name}")
+        seen.add(name)
+    padded = any(side.pattern.padding for made in targets for side in (made.source, made.target))
     bytes_in, bytes_out = (sum(s.nbytes for s in specs) for specs in (reader.tensors.values(), (t.spec for t in targets)))
-    if bytes_in != bytes_out:
+    if bytes_in != bytes_out and not padded:
         raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {bytes_out}; this is a bug, report it")
-
-
-def _record(layout: str, described: Description, wanted: Layouts) -> dict[str, Any]:
-    """What the output says about itself, so that nobody has to guess: see `layouts.describe`."""
-    parts = {role: table.place(described.family.experts) for role, table in wanted.items()}
-    return {
-        "layout": layout,
-        "version": VERSION,
-        "family": described.family.name,
-        **{role: {"key": placed.key.text, "pattern": placed.pattern.text} for role, placed in parts.items()},
-    }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from convert.planner import Plan, Target
-from layouts.families import FAMILIES
-from layouts.pattern import Template
+from layouts.families import FAMILIES, NOT_GATED, SOURCES
+from layouts.layout import Layouts
+from layouts.targets import TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +89,32 @@ def size(nbytes: float) -> str:
 
 
 def families_table() -> str:
-    """The table of families, as `--families` prints it."""
-    rows = [("family", "model_type", "gate and up", "axes", "down")]
-    for family in FAMILIES:
-        wi, wo = (family.native[role].place(family.experts) for role in ("wi", "wo"))
-        types = ", ".join(family.model_types) or "(told by structure)"
-        rows.append((family.name, types, wi.key.text, wi.pattern.text, _below(wo.key, family.experts)))
+    """The tables of families and of layouts, as `--families` prints them."""
+    names = {id(table): name for name, table in SOURCES.items()}
+    families = [
+        (
+            family.name,
+            family.experts,
+            " or ".join(names[id(native)] for native in family.native),
+            ", ".join(family.model_types) or "(told by structure)",
+        )
+        for family in FAMILIES
+    ]
+    tables = (
+        [("family", "experts", "stored as", "model_type"), *families],
+        [("stored as", "gate and up", "axes", "down", "axes"), *map(_row, SOURCES.items())],
+        [("--layout", "gate and up", "axes", "down", "axes"), *map(_row, TARGETS.items())],
+        [("no gate, so nothing to fuse", ""), *NOT_GATED.items()],
+    )
+    return "\n\n".join("\n".join(_aligned(table)) for table in tables)
+
+
+def _row(entry: tuple[str, Layouts]) -> tuple[str, ...]:
+    name, table = entry
+    return (name, *(text for role in ("wi", "wo") for text in (table[role].key, table[role].pattern)))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _below(key: Template, place: str) -> str:
-    return key.text.removeprefix(place)
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

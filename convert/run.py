@@ -15,6 +15,7 @@ from convert.execute import Budget, Progress, ignore, make_budget
 from convert.planner import Action, Plan, make_plan
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
+from layouts.families import SOURCES
 from layouts.hf import HFReader
 from layouts.targets import DEFAULT, TARGETS
 
@@ -36,6 +37,8 @@ def open_and_plan(
     action: Action,
     *,
     layout: str = DEFAULT,
+    shards: int = 1,
+    align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
 ) -> tuple[Reader, Plan]:
@@ -45,15 +48,25 @@ def open_and_plan(
         UsageError: an unknown layout.
         InputError, PlanError: see `convert.errors`.
     """
-    for name in {layout, source_layout or layout}:
-        if name not in TARGETS:
-            raise UsageError(f"no layout is called {name!r}; known: {', '.join(TARGETS)}")
+    _check_choices(layout, shards, align, source_layout)
     reader = open_checkpoint(source)
+    choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
     try:
-        return reader, make_plan(reader, Path(out), action, layout=layout, family=family, source_layout=source_layout)
+        return reader, make_plan(reader, Path(out), action, **choices)  # type: ignore[arg-type]
     except BaseException:
         reader.close()
         raise
+
+
+def _check_choices(layout: str, shards: int, align: int | str, source_layout: str | None) -> None:
+    for name, known in ((layout, TARGETS), ((source_layout or layout).partition(":")[0], {**TARGETS, **SOURCES})):
+        if name not in known:
+            raise UsageError(f"no layout is called {name!r}; known: {', '.join(known)}")
+    if shards < 1 or (align != "maxtext" and (not isinstance(align, int) or align < 1)):
+        raise UsageError(f"shards and align are positive numbers, or align is 'maxtext'; found {shards} and {align!r}")
+    cut = "{shards}" in TARGETS[layout]["wi"].pattern
+    if shards > 1 and not cut:
+        raise UsageError(f"layout {layout!r} is not cut into shards; did you mean --layout per-shard?")
 
 
 def convert_checkpoint(
@@ -74,7 +87,7 @@ def convert_checkpoint(
 
 def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress, started: float) -> Report:
     """Execute a plan into a staging directory and publish it."""
-    budget = make_budget(options.memory, options.jobs)
+    budget = make_budget(options.memory, options.jobs, len(reader.tensors) + len(plan.targets))
     mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
     with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite) as stage:
         _write(plan, reader, stage, budget, progress, options)

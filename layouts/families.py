@@ -1,74 +1,63 @@
-"""The table of models: where each family keeps its expert weights.
+"""The table of models: where each family keeps its experts, and in which layouts.
 
-One entry says it all, in the language of `layouts.pattern`: `experts` is the place of the experts, and a layout gives the key
-and the axes of each role below that place. Roles and their logical axes:
+One entry says it all, in the language of `layouts.pattern`. `experts` is the place of the experts, `native` are the layouts
+that published checkpoints have (the first one is what `--split` writes if nothing is known of the original), and `others` are
+tensors that look like experts and are none.
 
-    wi   gate (`g` = 0, `wi_0`) and up (`g` = 1, `wi_1`) projections   e k g n
-    wo   down projection                                              e n k
-
-Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`; MaxText `layers/moe.py`. `nn.Linear` stores [out, in].
+Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`, published checkpoints; MaxText `layers/moe.py`.
+`nn.Linear` stores [out, in].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
 
-from layouts.errors import PlanError
-from layouts.pattern import Pattern, Template
-
-ROLES: Mapping[str, frozenset[str]] = {"wi": frozenset("ekgn"), "wo": frozenset("enk")}
-"""Every role with the axes that its key and its pattern must hold between them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How one role is stored: a key template and an axis pattern. `{experts}` stands for the family's place of experts."""
-
-    key: str
-    pattern: str
-
-    def place(self, experts: str) -> Placed:
-        """This layout below a place, ready to parse and render."""
-        return Placed(Template(self.key.replace("{experts}", experts)), Pattern(self.pattern))
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A layout with its full key."""
-
-    key: Template
-    pattern: Pattern
-
-
-Layouts = Mapping[str, Layout]
-"""A complete layout of a MoE block: one `Layout` per role."""
-
-
-def layouts(*, wi: tuple[str, str], wo: tuple[str, str]) -> Layouts:
-    """Build and check one row: each logical axis of a role is held exactly once, by the key or by the pattern.
-
-    Raises:
-        ValueError: an axis is missing, held twice, or unknown.
-    """
-    table = {"wi": Layout(*wi), "wo": Layout(*wo)}
-    for role, layout in table.items():
-        axes = [*Template(layout.key.replace("{experts}", "")).slots, *Pattern(layout.pattern).axes]
-        if sorted(set(axes) - {"..."}) != sorted(ROLES[role]) or len(axes) != len(set(axes)):
-            raise ValueError(f"{role} needs each of {sorted(ROLES[role])} once, {layout} has {axes}")
-    return table
-
+from layouts.layout import Layouts, layouts
 
 PER_EXPERT = layouts(
-    wi=("{experts}.{e}.{g:gate_proj,up_proj}.weight", "n k"),
-    wo=("{experts}.{e}.down_proj.weight", "k n"),
+    wi=("{experts}.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
+    wo=("{experts}.{e}.down_proj.{part}", "k n"),
 )
 PER_EXPERT_W123 = layouts(
-    wi=("{experts}.{e}.{g:w1,w3}.weight", "n k"),
-    wo=("{experts}.{e}.w2.weight", "k n"),
+    wi=("{experts}.{e}.{g:w1,w3}.{part}", "n k"),
+    wo=("{experts}.{e}.w2.{part}", "k n"),
+)
+UP_FIRST = layouts(
+    wi=("{experts}.{e}.gate_and_up_proj.{part}", "(-g n) k"),
+    wo=("{experts}.{e}.down_proj.{part}", "k n"),
+)
+FUSED = layouts(
+    wi=("{experts}.gate_up_proj{part}", "e (g n) k"),
+    wo=("{experts}.down_proj{part}", "e k n"),
+)
+FUSED_IN_OUT = layouts(
+    wi=("{experts}.gate_up_proj{part}", "e k (g n)"),
+    wo=("{experts}.down_proj{part}", "e n k"),
+)
+FUSED_INTERLEAVED = layouts(
+    wi=("{experts}.gate_up_proj{part}", "e k (n g)"),
+    wo=("{experts}.down_proj{part}", "e n k"),
+)
+STACKED = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}.{part}", "e n k"),
+    wo=("{experts}.down_proj.{part}", "e k n"),
+)
+FLAT = layouts(
+    wi=("{experts}.mlp.{g:w1,v1}", "(e n) k"),
+    wo=("{experts}.mlp.w2", "(e n) k"),
+)
+LINEAR = layouts(
+    wi=("{experts}.input_linear.{part}", "e (g n) k"),
+    wo=("{experts}.output_linear.{part}", "e k n"),
+)
+FC = layouts(
+    wi=("{experts}.fc1.{part}", "e k (g n)"),
+    wo=("{experts}.fc2.{part}", "e n k"),
+)
+W13_INTERLEAVED = layouts(
+    wi=("{experts}.w13_{part}", "e (n g) k"),
+    wo=("{experts}.w2_{part}", "e k n"),
 )
 MAXTEXT = layouts(
     wi=("{experts}.wi_{g:0,1}", "e ... k n"),
@@ -78,76 +67,128 @@ MAXTEXT = layouts(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A model family: its `config.json` names, where its experts are, and how it stores them when nobody fused them."""
+    """A model family: its names in `config.json`, where its experts are, and how they are stored when nobody re-laid them."""
 
     name: str
     experts: str
-    native: Layouts
+    native: tuple[Layouts, ...]
     model_types: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    transformers: Layouts | None = None
+    """What transformers 5 loads, where that is not its own fused form of all other families."""
+    changed_in: int | None = None
+    """The major version of transformers since which the second native layout stands under the keys of the first."""
+    format: str = "hf"
+    """`orbax` for trees that are told by their structure, `hf` for families that `config.json` names."""
 
-    @property
-    def format(self) -> str:
-        """`orbax` for trees that are told by their structure, `hf` for families that `config.json` names."""
-        return "hf" if self.model_types else "orbax"
+
+_MLP = "{path}.{l}.mlp.experts"
+_SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
+_FEED = "{path}.{l}.feed_forward.experts"
+_BARE = "{path}.{l}.experts"
 
 
-_MLP = "model.layers.{l}.mlp.experts"
+def _per_expert(name: str, *aliases: str, experts: str = _MLP, others: tuple[str, ...] = ()) -> Family:
+    """A family with one matrix for each expert and projection, as most are published."""
+    return Family(name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT, FUSED), others=others)
+
+
+def _w123(name: str, *aliases: str, experts: str = _SPARSE) -> Family:
+    """The same with Mixtral's words: w1 is gate, w3 is up, w2 is down."""
+    return Family(name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT_W123, FUSED))
+
+
+def _fused(name: str, *aliases: str, experts: str = _MLP, native: Layouts = FUSED, others: tuple[str, ...] = ()) -> Family:
+    """A family that is published with gate and up in one tensor, and that transformers loads as it is published."""
+    types = (name, *aliases)
+    return Family(name=name, model_types=types, experts=experts, native=(native,), others=others, transformers=native)
+
 
 FAMILIES: tuple[Family, ...] = (
+    _per_expert("qwen2_moe"),
+    _per_expert("qwen3_moe"),
+    _per_expert("qwen3_next"),
+    _per_expert("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_talker"),
+    _per_expert("olmoe"),
+    _per_expert("flex_olmo"),
+    _per_expert("deepseek_v2"),
+    _per_expert("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
+    _per_expert("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text"),
+    _per_expert("dots1", "dots3_note", others=("vision_encoder.{rest}",)),
+    _per_expert("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_moe_vl"),
+    _per_expert("hunyuan_v1_moe", "hy_v3"),
+    _per_expert("longcat_flash"),
+    _per_expert("bailing_moe", "bailing_moe_v2", "bailing_hybrid"),
+    _per_expert("afmoe"),
+    _per_expert("jamba", experts=_FEED),
+    _per_expert("exaone_moe"),
+    _per_expert("cohere2_moe"),
+    _per_expert("solar_open"),
+    _per_expert("mellum"),
+    _per_expert("mimo_v2", "mimo_v2_flash"),
+    _per_expert("laguna", others=("{path}.{l}.mlp.experts.e_score_correction_bias",)),
+    _per_expert("axk1", "axk2"),
+    _per_expert("beam"),
+    _per_expert("flint"),
+    _per_expert("kolibri", experts="{path}.{l}.{moe:mlp,moe}.experts"),
+    _per_expert("klear", "Klear"),
+    _per_expert("unlimited_ocr"),
+    _w123("mixtral"),
+    _w123("phimoe"),
+    _w123("minimax", "minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01", "minimax_m2", "minimax_m3_vl"),
+    _w123("kimi_linear"),
+    _w123("arctic"),
+    _w123("lfm2_moe", experts=_FEED),
+    _w123("deepseek_v4", experts="{path}.{l}.ffn.experts"),
+    _w123("mistral_large4", experts=_BARE),
+    Family(name="qwen3_5_moe", model_types=("qwen3_5_moe", "qwen3_5_moe_text"), experts=_MLP, native=(FUSED, PER_EXPERT)),
     Family(
-        name="mixtral",
-        model_types=("mixtral",),
-        experts="model.layers.{l}.block_sparse_moe.experts",
-        native=PER_EXPERT_W123,
+        name="qwen3_vl_moe",
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        experts=_MLP,
+        native=(FUSED_IN_OUT, FUSED),
+        changed_in=5,
     ),
-    Family(name="qwen2_moe", model_types=("qwen2_moe",), experts=_MLP, native=PER_EXPERT),
-    Family(name="qwen3_moe", model_types=("qwen3_moe",), experts=_MLP, native=PER_EXPERT),
-    Family(name="olmoe", model_types=("olmoe",), experts=_MLP, native=PER_EXPERT),
-    Family(name="deepseek_v3", model_types=("deepseek_v3", "kimi_k2"), experts=_MLP, native=PER_EXPERT),
-    Family(name="glm4_moe", model_types=("glm4_moe", "glm4_moe_lite"), experts=_MLP, native=PER_EXPERT),
-    Family(name="maxtext", experts="{path}", native=MAXTEXT),
+    Family(name="hunyuan", model_types=("hunyuan",), experts=_MLP, native=(UP_FIRST,)),
+    Family(name="step3p5", model_types=("step3p5", "step3p7"), experts="{path}.{l}.moe", native=(STACKED,)),
+    Family(name="inkling", model_types=("inkling_mm_model", "inkling2"), experts=_MLP, native=(W13_INTERLEAVED,)),
+    _fused("gemma4", "gemma4_text", "diffusion_gemma", experts=_BARE),
+    _fused("hy_v4"),
+    _fused("zaya"),
+    _fused("mistral4"),
+    _fused("muse_spark", others=("{path}.{l}.mlp.experts.post_expert_norm.weight",)),
+    _fused("granitemoe_swa", experts=_SPARSE),
+    _fused("granitemoe", "granitemoeshared", "granitemoehybrid", experts="{path}.{l}.block_sparse_moe", native=LINEAR),
+    _fused("jetmoe", experts="{path}.{l}.mlp", native=LINEAR, others=("{path}.{l}.self_attention.experts.{rest}",)),
+    _fused("llama4", "llama4_text", experts=_FEED, native=FUSED_IN_OUT),
+    _fused("aria", "aria_text", native=FC),
+    _fused("openai_privacy_filter", native=FUSED_IN_OUT),
+    _fused("gpt_oss", native=FUSED_INTERLEAVED),
+    _fused("dbrx", experts="{path}.{l}.ffn.experts", native=FLAT),
+    Family(name="maxtext", experts="{path}", native=(MAXTEXT,), format="orbax"),
 )
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""The names under which `config.json` gives the number of experts, a cross-check of what the tensors say."""
+NOT_GATED: Mapping[str, str] = {
+    "nemotron_h": "experts of an up and a down projection (relu squared)",
+    "switch_transformers": "experts of wi and wo",
+    "nllb-moe": "experts of fc1 and fc2",
+    "doge": "experts that are rows of an embedding",
+    "phi-msft": "experts of fc1 and fc2",
+}
+"""Model types whose experts have no gate, and what they have."""
 
-
-def find_family(
-    model_type: object,
-    names: Sequence[str],
-    *,
-    where: Path,
-    format: str,  # noqa: A002
-    override: str | None = None,
-) -> Family:
-    """The family called `override`, else `model_type`; `describe` checks that the names agree with it.
-
-    Raises:
-        PlanError: no such family; says what was seen, and the nearest known one by word or else by the names of the experts.
-    """
-    known = {alias: f for f in FAMILIES if f.format == format for alias in (f.name, *f.model_types)}
-    wanted = override or model_type
-    if isinstance(wanted, str) and wanted in known:
-        return known[wanted]
-    seen = f"model_type {wanted!r} in config.json is" if wanted else "config.json names no model_type, so this is"
-    if override:
-        seen = f"{override!r} is"
-    near = get_close_matches(str(wanted), known, n=1) or [family.name for family in fitting(names, format)]
-    hint = f" (nearest: {', '.join(near)})" if near else ""
-    raise PlanError(
-        f"{where}: {seen} no known MoE family{hint}. Known: {', '.join(sorted(known))}. If it stores its experts as one of "
-        f"these does, say so with --family; first tensors: {', '.join(sorted(names)[:3])}"
-    )
-
-
-def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
-    """The families whose table knows some of these names as experts, for hints in messages; never to choose one."""
-    found = {f.name: [layout.place(f.experts).key for layout in f.native.values()] for f in FAMILIES if f.format == format}
-    hits = {name: keys for name, keys in found.items() if any(key.parse(n) is not None for n in names for key in keys)}
-    return [family for family in FAMILIES if family.name in hits]
-
-
-def expert_count(config: Mapping[str, Any]) -> int | None:
-    """The number of experts that `config.json` states, if it states one."""
-    found = [config[key] for key in EXPERT_COUNTS if type(config.get(key)) is int and config[key] > 0]
-    return found[0] if found else None
+SOURCES: Mapping[str, Layouts] = {
+    "per-expert": PER_EXPERT,
+    "per-expert-w123": PER_EXPERT_W123,
+    "per-expert-up-first": UP_FIRST,
+    "stacked": STACKED,
+    "stacked-flat": FLAT,
+    "fused-out-in": FUSED,
+    "fused-in-out": FUSED_IN_OUT,
+    "fused-interleaved": FUSED_INTERLEAVED,
+    "fused-linear": LINEAR,
+    "fused-fc": FC,
+    "w13-interleaved": W13_INTERLEAVED,
+    "maxtext": MAXTEXT,
+}
+"""The names of the layouts that checkpoints come in; `--source-layout` takes them besides the targets."""

@@ -1,8 +1,12 @@
-"""The language of the tables: a layout is a key template and an axis pattern.
+"""The axes that a tensor keeps in its shape: einops notation, and three words more.
 
-Every axis of the logical weight `W[l, e, k, g, n]` is stored either in a tensor's NAME or in its SHAPE. A `Template` says
-which axes the name holds, a `Pattern` (einops notation) which axes the shape holds and in what order. Both only re-arrange,
-so both can be read in either direction: a template parses and renders, a pattern splits and merges.
+    e k (g n)          rank 3; the last dimension is `g` (outer) times `n`
+    e ... k n          `...` stands for dimensions that only come along (MaxText's scan axes)
+    e k (s=8 g n%128)  `s=8` is a fixed size; `n%128` is stored with zeros behind it, up to a multiple of 128
+    e (-g n) k         `-g` is stored in reverse: up first
+
+Every axis of the logical weight `W[l, e, k, g, n]` is stored either in a tensor's name or in its shape. Where `n` is cut into
+tensor-parallel shards (`s`) and chunks (`c`), the logical `n` is `s`, `c`, `n` in this order, whatever their order in memory.
 """
 
 from __future__ import annotations
@@ -14,95 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-Index = Mapping[str, int | str]
-"""Where a name puts its tensor: `{"l": 3, "e": 17, "g": 0}`; a path slot holds text."""
 Box = Mapping[str, range]
 """A block of a tensor: a range of step 1 for every axis of its pattern."""
 
-_SLOT = re.compile(r"\{([a-z]+)(?::([^{}]+))?\}")
-_INTEGER = r"(0|[1-9][0-9]{0,8})"
-"""Nine digits at most: no checkpoint has more of anything, and int() refuses what is much longer."""
-_PATH = r"(.+)"
-_TOKEN = re.compile(r"\(\s*\w+(?:\s+\w+)*\s*\)|\.\.\.|\w+")
+_WORD = re.compile(r"(?P<minus>-)?(?P<axis>[a-z]\w*)(?:=(?P<size>[1-9]\d*)|%(?P<multiple>[1-9]\d*|maxtext))?")
+_TOKEN = re.compile(rf"\(\s*(?:{re.sub('[?]P<[a-z]+>', '?:', _WORD.pattern)}\s*)+\)|\.\.\.|[^\s()]+")
 """One stored dimension of a pattern: `(g n)`, `...` or `k`."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """A tensor name with slots: `{e}` an index, `{g:gate,up}` a choice (its place is the index), `{path}` any text.
-
-    Names match in full and indices are digits without leading zeros, so that `parse` and `render` are exact inverses.
-
-    Raises:
-        ValueError: a slot is misspelt, used twice or not set off from the next, or a choice has too few words.
-    """
-
-    text: str
-    literal: bool = False
-    """Whether braces are only braces: a table is ours, but checkpoints choose their names themselves."""
-
-    def __post_init__(self) -> None:
-        if self.literal:
-            return
-        if len(set(self.slots)) != len(self.slots):
-            raise ValueError(f"{self.text!r}: a slot is used twice")
-        if any(len(set(words)) < max(2, len(words)) for words in self._choices.values()):
-            raise ValueError(f"{self.text!r}: a choice needs two words or more, all different")
-        if any(brace in literal for literal in self._literals for brace in "{}") or "" in self._literals[1:-1]:
-            raise ValueError(f"{self.text!r}: slots are written {{e}} or {{g:gate,up}}, with text between any two")
-
-    @cached_property
-    def _parts(self) -> list[str]:
-        """Literal, slot, choices, literal, slot, choices, ..., literal."""
-        return [self.text] if self.literal else _SLOT.split(self.text)
-
-    @cached_property
-    def _literals(self) -> list[str]:
-        return self._parts[::3]
-
-    @cached_property
-    def slots(self) -> tuple[str, ...]:
-        """The axes stored in the name, in order of appearance."""
-        return tuple(self._parts[1::3])
-
-    @cached_property
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        pairs = zip(self.slots, self._parts[2::3], strict=True)
-        return {slot: tuple(words.split(",")) for slot, words in pairs if words}
-
-    @cached_property
-    def _regex(self) -> re.Pattern[str]:
-        def slot(name: str) -> str:
-            if words := self._choices.get(name):
-                return "(" + "|".join(map(re.escape, words)) + ")"
-            return _INTEGER if len(name) == 1 else _PATH
-
-        pattern = re.escape(self._literals[0])
-        for name, literal in zip(self.slots, self._literals[1:], strict=True):
-            pattern += slot(name) + re.escape(literal)
-        return re.compile(pattern, re.DOTALL)
-
-    def parse(self, name: str) -> dict[str, int | str] | None:
-        """The index that `name` stands for, or None when the name is not of this form."""
-        match = self._regex.fullmatch(name)
-        return match and {slot: self._value(slot, text) for slot, text in zip(self.slots, match.groups(), strict=True)}
-
-    def _value(self, slot: str, text: str) -> int | str:
-        if words := self._choices.get(slot):
-            return words.index(text)
-        return int(text) if len(slot) == 1 else text
-
-    def render(self, index: Index) -> str:
-        """The name at `index`; entries that are not slots of this template are ignored.
-
-        Raises:
-            KeyError: the index lacks a slot.
-        """
-        name = self._literals[0]
-        for slot, literal in zip(self.slots, self._literals[1:], strict=True):
-            words = self._choices.get(slot)
-            name += (words[int(index[slot])] if words else str(index[slot])) + literal
-        return name
+_LEAST = 256
+"""Columns that MaxText wants each shard to have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +39,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Pattern:
-    """An einops pattern for one side: `e k (g n)` is a tensor of rank 3 whose last dimension is `g` (outer) times `n`.
-
-    `...` stands for any number of dimensions that only come along (MaxText's scan axes).
+    """An axis pattern. Sizes are logical: what an axis has without its padding.
 
     Raises:
         ValueError: the text is not a pattern, or an axis is used twice.
@@ -127,20 +48,48 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
-        if _TOKEN.sub("", self.text).strip():
+        rest = _TOKEN.sub("", self.text).strip()
+        if rest or any(axis != "..." and not _WORD.fullmatch(word) for axis, word in self._words):
             raise ValueError(f"{self.text!r} is not an axis pattern")
         if len(set(self.axes)) != len(self.axes):
             raise ValueError(f"{self.text!r}: an axis is used twice")
 
     @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The text of each stored dimension, outermost first."""
+        return tuple(_TOKEN.findall(self.text))
+
+    @cached_property
+    def _words(self) -> list[tuple[str, str]]:
+        """Axis and word, in storage order."""
+        words = " ".join(token.strip("()") for token in self.tokens).split()
+        return [(match["axis"] if (match := _WORD.match(word)) else word, word) for word in words]
+
+    @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """One tuple of axes per stored dimension, outermost first."""
-        return tuple(tuple(token.strip("()").split()) for token in _TOKEN.findall(self.text))
+        axes = iter(self.axes)
+        return tuple(tuple(itertools.islice(axes, len(token.strip("()").split()))) for token in self.tokens)
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """All axes in storage order: the shape of the tensor once every composed dimension is split."""
-        return tuple(axis for group in self.groups for axis in group)
+        return tuple(axis for axis, _ in self._words)
+
+    @cached_property
+    def fixed(self) -> Mapping[str, int]:
+        """Axes whose size the pattern gives."""
+        return {a: int(m["size"]) for a, word in self._words if (m := _WORD.match(word)) and m["size"]}
+
+    @cached_property
+    def reversed(self) -> frozenset[str]:
+        """Axes that are stored last to first."""
+        return frozenset(axis for axis, word in self._words if word.startswith("-"))
+
+    @cached_property
+    def padding(self) -> Mapping[str, str]:
+        """Axes that are stored with zeros behind them, and to what."""
+        return {a: m["multiple"] for a, word in self._words if (m := _WORD.match(word)) and m["multiple"]}
 
     def expand(self, rank: int) -> Pattern:
         """Replace `...` by as many axes as a tensor of this rank needs.
@@ -156,26 +105,38 @@ class Pattern:
         text = self.text.replace("...", " ".join(f"l{i}" for i in range(extra)))
         return Pattern(" ".join(text.split()))
 
+    def stored(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The size of each axis in memory: with its padding.
+
+        Raises:
+            ValueError: MaxText's padding does not come out even for this number of shards.
+        """
+        return {axis: _padded(self.padding.get(axis), sizes[axis], sizes.get("s", 1)) for axis in self.axes}
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The stored shape for these axis sizes."""
-        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+        stored = self.stored(sizes)
+        return tuple(math.prod(stored[axis] for axis in group) for group in self.groups)
 
     def split(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every composed dimension split: one entry per axis."""
-        return tuple(sizes[axis] for axis in self.axes)
+        """The stored shape with every composed dimension split: one entry per axis."""
+        return tuple(self.stored(sizes).values())
 
     def sizes(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
-        """Axis sizes read off a stored shape; `known` gives all but one axis of each composed dimension.
+        """Axis sizes read off a stored shape; `known` has all padded axes, and all but one of each composed dimension.
 
         Raises:
             ValueError: rank or sizes do not fit the pattern.
         """
         if len(shape) != len(self.groups):
             raise ValueError(f"shape {tuple(shape)} is not of the form '{self.text}'")
-        found = {axis: size for axis, size in known.items() if axis in self.axes}
+        found = {axis: size for axis, size in {**known, **self.fixed}.items() if axis in self.axes}
+        if unknown := self.padding.keys() - found.keys():
+            raise ValueError(f"'{self.text}' is padded, and nothing says how many {', '.join(sorted(unknown))} are real")
         for group, size in zip(self.groups, shape, strict=True):
             free = [axis for axis in group if axis not in found]
-            rest = math.prod(found[axis] for axis in group if axis in found)
+            held = (_padded(self.padding.get(axis), found[axis], found.get("s", 1)) for axis in group if axis in found)
+            rest = math.prod(held)
             if len(free) > 1 or (free and not rest):
                 raise ValueError(f"'{self.text}' leaves {free} open")
             if size % rest if free else size != rest:
@@ -184,8 +145,8 @@ class Pattern:
         return found
 
     def whole(self, sizes: Mapping[str, int]) -> dict[str, range]:
-        """The box that is the whole tensor."""
-        return {axis: range(sizes[axis]) for axis in self.axes}
+        """The box that is the whole tensor, padding and all."""
+        return {axis: range(size) for axis, size in self.stored(sizes).items()}
 
     def window(self, sizes: Mapping[str, int], box: Box) -> Window:
         """Find `box` in the stored tensor: slices that cover it, as tightly as slices of stored dimensions can.
@@ -193,13 +154,14 @@ class Pattern:
         Reading `array[w.slices].reshape(w.shape)[w.inside]` gives the box with one dimension per axis, without a copy when
         the array is in memory.
         """
+        stored = self.stored(sizes)
         slices: list[slice] = []
         covers: list[tuple[range, range]] = []
         for group in self.groups:
-            cover = _cover(group, sizes, box)
+            cover = _cover(group, stored, box)
             start = 0
             for axis in group:
-                start = start * sizes[axis] + cover[axis].start
+                start = start * stored[axis] + cover[axis].start
             slices.append(slice(start, start + math.prod(map(len, cover.values()))))
             covers.extend((cover[axis], box[axis]) for axis in group)
         return Window(
@@ -216,11 +178,31 @@ class Pattern:
             return
         depth = next((i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= limit), len(shape) - 1)
         step = max(1, limit // max(1, math.prod(shape[depth + 1 :])))
-        inner = {axis: range(sizes[axis]) for axis in self.axes[depth + 1 :]}
+        inner = {axis: range(size) for axis, size in zip(self.axes[depth + 1 :], shape[depth + 1 :], strict=True)}
         for outer in itertools.product(*map(range, shape[:depth])):
             fixed = {axis: range(i, i + 1) for axis, i in zip(self.axes, outer, strict=False)}
             for start in range(0, shape[depth], step):
                 yield {**fixed, self.axes[depth]: range(start, min(start + step, shape[depth])), **inner}
+
+
+def _padded(rule: str | None, size: int, shards: int) -> int:
+    """The stored size of an axis: a multiple of a number, or MaxText's rule for all shards of `n` together.
+
+    Source of that rule: MaxText `integration/vllm/maxtext_vllm_adapter/adapter.py`; it does without padding where each shard
+    has a multiple of 256 columns, else takes the next power of two, doubled until each shard has 256.
+    """
+    if rule is None:
+        return size
+    if rule != "maxtext":
+        return -(-size // int(rule)) * int(rule)
+    if size % _LEAST == 0:
+        return size
+    total = 1 << (size * shards - 1).bit_length()
+    while total // shards < _LEAST:
+        total *= 2
+    if total % shards:
+        raise ValueError(f"MaxText's padding of {size * shards} to {total} does not divide into {shards} shards")
+    return total // shards
 
 
 def _cover(group: Sequence[str], sizes: Mapping[str, int], box: Box) -> dict[str, range]:

@@ -16,7 +16,7 @@ from layouts.families import FAMILIES, PER_EXPERT, PER_EXPERT_W123
 from layouts.targets import TARGETS
 from tests.tiny import HF, checkpoint, config, load, same, tensors, times, tree
 
-MIXTRAL = next(family for family in HF if family.native is PER_EXPERT_W123)
+MIXTRAL = next(family for family in HF if family.native[0] is PER_EXPERT_W123)
 QWEN = next(family for family in HF if family.native is PER_EXPERT)
 MANIFEST = "convert_manifest.json"
 

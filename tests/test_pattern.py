@@ -12,7 +12,8 @@ from convert.planner import _targets
 from layouts.checkpoint import DTYPES, bits, itemsize, numpy_dtype
 from layouts.describe import Description, Group
 from layouts.families import MAXTEXT, PER_EXPERT, PER_EXPERT_W123, Family, layouts
-from layouts.pattern import Pattern, Template
+from layouts.pattern import Pattern
+from layouts.template import Template
 from layouts.targets import TARGETS
 from tests.tiny import AXES, MemoryReader, fill, same, store
 

@@ -83,6 +83,7 @@ def store(layouts: Layouts, place: str, index: Mapping[str, Any], weights: Mappi
     for role, array in weights.items():
         scan = " ".join(f"s{i}" for i in range(array.ndim - len(AXES[role])))
         key = layouts[role].key.replace("{experts}", place)
+        key = re.sub(r"(?<=[._])\{part\}", "weight", key).replace("{part}", "")
         named = [axis for axis in AXES[role] if re.search(rf"{{{axis}[:}}]", key)]
         axes = [scan if axis == "" else axis for axis in ("e", "", *AXES[role][1:])]
         rest = " ".join(axis for axis in axes if axis not in named)
@@ -104,8 +105,10 @@ def name(key: str, index: Mapping[str, Any]) -> str:
     return re.sub(r"\{(\w+)(?::([^}]*))?\}", fill, key)
 
 
-def place(layer: int) -> dict[str, Any]:
-    return {"l": layer, "path": f"params.params.decoder.layers_{layer}.moe_block"}
+def place(family: Family, layer: int) -> dict[str, Any]:
+    if family.format == "orbax":
+        return {"path": f"params.params.decoder.layers_{layer}.moe_block"}
+    return {"l": layer, "path": "model.layers", "moe": 0}
 
 
 def tensors(
@@ -116,7 +119,7 @@ def tensors(
     for name in LOOKALIKES[family.format] if others else ():
         found[name] = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 2**32, (3, 5), dtype="u4")
     for layer in layers:
-        found |= store(layouts or family.native, family.experts, place(layer), logical(layer, e, k, n))
+        found |= store(layouts or family.native[0], family.experts, place(family, layer), logical(layer, e, k, n))
     return found
 
 
