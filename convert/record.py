@@ -55,7 +55,7 @@ def _stored(targets: Iterable[Target], wanted: Layouts) -> dict[str, Any]:
 def _entry(target: Target, wanted: Layouts) -> Mapping[str, Any] | None:
     pattern = target.target.pattern
     unpadded = {axis: target.sizes[axis] for axis in pattern.padding}
-    usual = Pattern(wanted[target.role].pattern).expand(len(pattern.groups))
-    if not target.part and not unpadded and pattern == usual:
+    usual = Pattern(wanted[target.role].pattern)
+    if not target.part and not unpadded and pattern == usual.expand(len(pattern.groups)):
         return None
     return {"pattern": pattern.text, "dims": target.dims, "unpadded": unpadded}

@@ -12,7 +12,7 @@ from convert.planner import _check_names, make_plan
 from layouts.families import FAMILIES, PER_EXPERT, Family
 from layouts.lookup import find_family
 from layouts.targets import TARGETS
-from tests.tiny import HF, LOOKALIKES, E, K, MemoryReader, N, config, logical, memory, place, run, same, tensors
+from tests.tiny import HF, LOOKALIKES, E, K, MemoryReader, N, config, logical, memory, run, same, tensors
 
 SEPARATE = [f for f in FAMILIES if f.name in ("mixtral", "qwen3_moe", "deepseek_v3", "lfm2_moe", "maxtext")]
 """Families with separate experts, one of a kind; tests/test_families.py has them all, written by hand."""
@@ -225,7 +225,9 @@ def test_every_alias_finds_its_family():
 
 @EACH_HF
 def test_names_of_another_family_are_shown_with_the_family_that_has_them(family):
-    other = next(f for f in HF if (f.native[0] is PER_EXPERT) != (family.native[0] is PER_EXPERT) and f.name in ("mixtral", "qwen3_moe"))
+    other = next(
+        f for f in HF if (f.native[0] is PER_EXPERT) != (family.native[0] is PER_EXPERT) and f.name in ("mixtral", "qwen3_moe")
+    )
     reader = MemoryReader(tensors(other), config=config(family))
     with pytest.raises(PlanError, match=rf"experts.*family {family.name} does not know.* names as in .*{other.name}"):
         plan(reader)
