@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stopped.signal
     except ConvertError as error:
         return _complain(str(error), error.exit_code, arguments.debug)
+    except BrokenPipeError:
+        return _reader_left()
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or ''}", 6, arguments.debug)
     except Exception as error:
@@ -63,8 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--verify", action="store_true", help="compare two checkpoints, or re-check one's digests")
     action.add_argument("--families", action="store_true", help="print the model families in the table")
     parser.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
-    parser.add_argument("--layout", metavar="NAME", help="target of --prefuse: concat (default) or transformers")
-    parser.add_argument("--source-layout", metavar="NAME", help="the layout of a fused input that does not say so itself")
+    parser.add_argument("--layout", metavar="NAME", help="target of --prefuse (default: concat); --families lists them")
+    parser.add_argument("--shards", type=_positive, default=1, metavar="S", help="tensor-parallel shards of per-shard and lane")
+    parser.add_argument(
+        "--align", type=_align, default=128, metavar="A", help="per-shard: columns to pad to (default: 128), or maxtext"
+    )
+    parser.add_argument(
+        "--source-layout",
+        metavar="NAME",
+        help="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards",
+    )
     parser.add_argument("--family", metavar="NAME", help="take this family instead of what config.json says")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="workers (default: one per CPU, at most 8)")
@@ -92,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(arguments, source, out)
     call = convert.prefuse if arguments.prefuse else convert.split
-    extra = {"layout": arguments.layout} if arguments.layout else {}
+    cut = {"shards": arguments.shards, "align": arguments.align} if arguments.prefuse else {}
+    extra = {"layout": arguments.layout, **cut} if arguments.layout else cut
     total = None if arguments.quiet else _input_bytes(source)
     with _progress(total, arguments.quiet) as progress:
         report = call(
@@ -122,10 +134,12 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         prefuse=arguments.prefuse,
         split=arguments.split,
         layout=arguments.layout or "concat",
+        shards=arguments.shards,
+        align=arguments.align,
         family=arguments.family,
         source_layout=arguments.source_layout,
     )
-    budget = make_budget(arguments.memory, arguments.jobs)
+    budget = make_budget(arguments.memory, arguments.jobs, 2 * len(planned.targets))
     print(describe_plan(planned, budget.peak, budget.jobs))
     return 0
 
@@ -204,6 +218,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _align(text: str) -> int | str:
+    return text if text == "maxtext" else _positive(text)
+
+
+def _reader_left() -> int:
+    """Whoever read our text has seen enough (`| head`); closing stdout must not complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _complain(message: str, code: int, debug: bool) -> int:

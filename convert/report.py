@@ -10,6 +10,7 @@ from convert.planner import Plan, Target
 from layouts.families import FAMILIES, NOT_GATED, SOURCES
 from layouts.layout import Layouts
 from layouts.targets import TARGETS
+from layouts.template import Template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +64,20 @@ def _fold(targets: Iterable[Target]) -> dict[tuple[str, str, str, str], list[Tar
     folded: dict[tuple[str, str, str, str], list[Target]] = defaultdict(list)
     for t in targets:
         if t.role != "verbatim":
-            source = f"{t.source.key.text}  '{t.source.pattern.text}'"
-            target = f"{t.target.key.text}  '{t.target.pattern.text}'"
+            source, target = (f"{_bound(side.key, t)}  '{side.pattern.text}'" for side in (t.source, t.target))
             folded[source, target, str(t.spec.shape), t.spec.dtype].append(t)
     return folded
+
+
+def _bound(key: Template, target: Target) -> str:
+    """A key for people: with the path where it is, and the numbers open."""
+    known = {slot: target.index[slot] for slot in key.slots if len(slot) > 1 and slot in target.index}
+    for slot, at in known.items():
+        key = key.bind(slot, at) if isinstance(at, int) else key
+    text = key.text
+    for slot, at in known.items():
+        text = text.replace(f"{{{slot}}}", str(at))
+    return text
 
 
 def _fold_names(targets: Iterable[Target]) -> list[tuple[str, int, int]]:

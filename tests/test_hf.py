@@ -13,7 +13,7 @@ from layouts.families import PER_EXPERT
 from layouts.hf import read_shard
 from tests.tiny import HF, checkpoint, config, load, same, tensors
 
-QWEN = next(family for family in HF if family.native is PER_EXPERT)
+QWEN = next(family for family in HF if family.native[0] is PER_EXPERT)
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 GATE = "model.layers.1.mlp.experts.0.gate_proj.weight"
