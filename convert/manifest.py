@@ -84,6 +84,22 @@ def read(path: Path) -> Mapping[str, Any] | None:
     return manifest
 
 
+def is_of(plan: Plan) -> bool:
+    """Whether the output is there, complete, made by an equal plan, and no older than any file of the input.
+
+    A directory that this tool made is complete; so its manifest speaks for it.
+    """
+    found = read(plan.out)
+    if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict):
+        return False
+    made = (found.get("action"), found.get("family"), found.get("layout"), found.get("record"))
+    wanted = {target.spec.name: (target.spec.dtype, list(target.spec.shape)) for target in plan.targets}
+    have = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in found["tensors"].items()}
+    newest = max(file.stat().st_mtime_ns for file in plan.source.rglob("*") if file.is_file())
+    equal = made == (plan.action, plan.family, plan.layout, json.loads(json.dumps(plan.record))) and have == wanted
+    return equal and (plan.out / NAME).stat().st_mtime_ns >= newest
+
+
 def original_files(path: Path) -> Original | None:
     """What the manifest remembers of the original files, if it does."""
     manifest = read(path)

@@ -20,10 +20,15 @@ class Report:
     plan: Plan
     seconds: float
     resumed: int
-    """Tensors that an earlier, interrupted run had finished."""
+    """Tensors that an earlier run had finished."""
+    notes: tuple[str, ...] = ()
+    written: bool = True
+    """False if the output was there already, made by the same plan."""
 
     def __str__(self) -> str:
         plan = self.plan
+        if not self.written:
+            return f"{_headline(plan)}\n{plan.out} has been made by this plan already; nothing to do"
         rate = plan.nbytes / max(self.seconds, 1e-9)
         lines = [
             f"{_headline(plan)}",
@@ -31,7 +36,7 @@ class Report:
         ]
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def _headline(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from convert import manifest
 from convert.commit import Stage, check_output, staging
-from convert.errors import UsageError
+from convert.errors import InputError, UsageError
 from convert.execute import Budget, Progress, ignore, make_budget
 from convert.planner import Action, Plan, make_plan
 from convert.report import Report
@@ -79,9 +79,13 @@ def convert_checkpoint(
 ) -> Report:
     """Plan and write; see `convert.prefuse` for what it raises."""
     started = time.monotonic()
-    check_output(Path(source), Path(out), overwrite=options.overwrite)
+    if not (finished := (Path(out) / manifest.NAME).exists()):
+        check_output(Path(source), Path(out), overwrite=options.overwrite)
     reader, plan = open_and_plan(source, out, action, **choices)
     with closing(reader):
+        if finished and not options.overwrite and manifest.is_of(plan):
+            return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
+        check_output(Path(source), Path(out), overwrite=options.overwrite)
         return write_plan(plan, reader, options, progress or ignore, started)
 
 
@@ -90,11 +94,13 @@ def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress,
     budget = make_budget(options.memory, options.jobs, len(reader.tensors) + len(plan.targets))
     mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
     with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite) as stage:
-        _write(plan, reader, stage, budget, progress, options)
-    return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(stage.done))
+        notes = _write(plan, reader, stage, budget, progress, options)
+        if manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size}) != mark:
+            raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
+    return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(stage.done), notes=notes)
 
 
-def _write(plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, options: Options) -> None:
+def _write(plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, options: Options) -> tuple[str, ...]:
     """The one place that tells the formats apart when writing; Orbax is imported only if it is needed."""
     if isinstance(reader, HFReader):
         from convert import write_hf
@@ -105,4 +111,5 @@ def _write(plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: P
 
     if not isinstance(reader, OrbaxReader):
         raise NotImplementedError(f"no writer for {type(reader).__name__}")
-    return write_orbax.write(plan, reader, stage, budget, progress)
+    write_orbax.write(plan, reader, stage, budget, progress)
+    return ()

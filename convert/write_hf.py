@@ -40,8 +40,10 @@ def _metadata(reader: HFReader) -> dict[str, str]:
     return metadata
 
 
-def write(plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int) -> None:
-    """Fill the staging directory; everything in it is durable on return.
+def write(
+    plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int
+) -> tuple[str, ...]:
+    """Fill the staging directory; everything in it is durable on return. Gives what the user should know of it.
 
     Raises:
         OSError: the disk is full or failing.
@@ -55,6 +57,10 @@ def write(plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: 
         if name not in REWRITTEN:
             copy_file(plan.source / name, stage.path / name)
     write_text(stage.path / manifest.NAME, manifest.render(plan, digests, _original(plan, reader)))
+    original = manifest.original_files(plan.source) if plan.action == "split" else None
+    if plan.action == "split" and (original is None or {file.name for file in files} != set(original.headers)):
+        return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
+    return ()
 
 
 def _texts(plan: Plan, reader: HFReader, files: Sequence[File]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert import write_hf
 from convert.cli import main, verify_main
 from layouts.families import FAMILIES, PER_EXPERT, PER_EXPERT_W123
 from layouts.targets import TARGETS
@@ -150,6 +151,36 @@ def test_errors_have_their_code_and_one_message(source, tmp_path, capsys, argume
     assert "Traceback" not in printed.err
     assert not printed.out
     assert (tree(tmp_path), times(tmp_path)) == before
+
+
+def test_the_same_command_again_finds_its_work_done(source, tmp_path, capsys):
+    assert run("--prefuse", source, tmp_path / "fused") == 0
+    before = tree(tmp_path), times(tmp_path)
+    assert run("--prefuse", source, tmp_path / "fused") == 0
+    assert "made by this plan already" in capsys.readouterr().out
+    assert (tree(tmp_path), times(tmp_path)) == before
+    assert run("--prefuse", source, tmp_path / "fused", "--layout", "vllm") == 5
+    os.utime(source / "config.json")
+    assert run("--prefuse", source, tmp_path / "fused") == 5
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_split_that_does_not_know_the_original_files_says_so(source, family, tmp_path, capsys):
+    assert run("--prefuse", source, tmp_path / "fused") == 0
+    (tmp_path / "fused" / "convert_manifest.json").unlink()
+    assert run("--split", tmp_path / "fused", tmp_path / "back") == 0
+    assert "does not say from which files it was made" in capsys.readouterr().out
+    assert same(load(tmp_path / "back"), tensors(family[0]))
+
+
+def test_an_input_that_changes_under_the_run_gives_no_output(source, tmp_path, capsys, monkeypatch):
+    write = write_hf.write
+    monkeypatch.setattr(
+        write_hf, "write", lambda *args, **kwargs: (write(*args, **kwargs), os.utime(source / "config.json"))[0]
+    )
+    assert run("--prefuse", source, tmp_path / "fused") == 3
+    assert "has changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "fused").exists()
 
 
 def test_there_is_nothing_to_do_twice(source, tmp_path, capsys):
