@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from convert.planner import Plan, Target
+from layouts.checks import PACKED
 from layouts.families import FAMILIES, NOT_GATED, SOURCES
 from layouts.layout import Layouts
+from layouts.parts import PACKED_TYPES
 from layouts.targets import TARGETS
 from layouts.template import Template
 
@@ -54,7 +56,8 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     """The plan as `--dry-run` prints it: one line per kind of tensor, with layers and experts folded into ranges."""
     lines = [_headline(plan), ""]
     for (source, target, shape, dtype), group in _fold(plan.targets).items():
-        lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}")
+        packed = ", packed: in and out keep their order" if group[0].part in PACKED or dtype in PACKED_TYPES else ""
+        lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}{packed}")
     lines.append("")
     verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(plan.targets)]
     lines += ["copied as they are:", *(verbatim or ["  nothing"])]

@@ -39,6 +39,14 @@ FUSED_INTERLEAVED = layouts(
     wi=("{experts}.gate_up_proj{part}", "e k (n g)"),
     wo=("{experts}.down_proj{part}", "e n k"),
 )
+PROJECTION_FIRST = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}.{e}.{part}", "n k"),
+    wo=("{experts}.down_proj.{e}.{part}", "k n"),
+)
+STACKED_BARE = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}{part}", "e n k"),
+    wo=("{experts}.down_proj{part}", "e k n"),
+)
 STACKED = layouts(
     wi=("{experts}.{g:gate_proj,up_proj}.{part}", "e n k"),
     wo=("{experts}.down_proj.{part}", "e k n"),
@@ -100,8 +108,9 @@ def _w123(name: str, *aliases: str, experts: str = _SPARSE) -> Family:
 
 def _fused(name: str, *aliases: str, experts: str = _MLP, native: Layouts = FUSED, others: tuple[str, ...] = ()) -> Family:
     """A family that is published with gate and up in one tensor, and that transformers loads as it is published."""
+    natives = (native, PER_EXPERT) if native["wi"].key == FUSED["wi"].key else (native,)  # quantised ones are split up
     types = (name, *aliases)
-    return Family(name=name, model_types=types, experts=experts, native=(native,), others=others, transformers=native)
+    return Family(name=name, model_types=types, experts=experts, native=natives, others=others, transformers=native)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -181,7 +190,9 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert": PER_EXPERT,
     "per-expert-w123": PER_EXPERT_W123,
     "per-expert-up-first": UP_FIRST,
+    "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
     "stacked": STACKED,
+    "stacked-bare": STACKED_BARE,  # VeOmni
     "stacked-flat": FLAT,
     "fused-out-in": FUSED,
     "fused-in-out": FUSED_IN_OUT,
