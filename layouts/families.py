@@ -44,8 +44,8 @@ PROJECTION_FIRST = layouts(
     wo=("{experts}.down_proj.{e}.{part}", "k n"),
 )
 STACKED_BARE = layouts(
-    wi=("{experts}.{g:gate_proj,up_proj}{part}", "e n k"),
-    wo=("{experts}.down_proj{part}", "e k n"),
+    wi=("{experts}.{g:gate_proj,up_proj}", "e n k"),
+    wo=("{experts}.down_proj", "e k n"),
 )
 STACKED = layouts(
     wi=("{experts}.{g:gate_proj,up_proj}.{part}", "e n k"),
