@@ -18,7 +18,7 @@ from layouts.layout import ROLES, Layout, Placed
 from layouts.lookup import expert_counts, find_family, fitting
 from layouts.parts import CHUNKS, PARTS, forms
 from layouts.pattern import Pattern
-from layouts.targets import TARGETS
+from layouts.targets import TARGETS, target
 from layouts.template import Index, Template
 
 Block = frozenset[tuple[str, int | str]]
@@ -122,7 +122,8 @@ class _Refusal:
 
     def __init__(self, reader: Reader, family: Family) -> None:
         self.reader, self.family = reader, family
-        self.fused = [(n, layout.template(family.experts)) for n, table in TARGETS.items() for layout in table.values()]
+        tables = {name: target(name, family, shards=1, align=128) for name in TARGETS}
+        self.fused = [(name, layout.template(family.experts)) for name, table in tables.items() for layout in table.values()]
         self.others = [Template(text) for text in family.others]
         keys = {layout.key for table in family.native for layout in table.values() if "{part}" in layout.key}
         self.stems = [Template(key.replace("{experts}", family.experts).replace("{part}", "{rest}")) for key in sorted(keys)]

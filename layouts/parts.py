@@ -72,6 +72,12 @@ def words(key: str) -> str:
     return key.replace("{part}", f"{{part:{','.join(choice)}}}")
 
 
+def weight_only(key: str) -> str:
+    """A key without companions, for trees that keep theirs apart (MaxText's `wi_0_bias`, `wi_1_bias` and `wo_bias`)."""
+    before = key.partition("{part}")[0][-1:]
+    return key.replace("{part}", PARTS[0].word if before in "._" else PARTS[0].name)
+
+
 def forms(weight: Pattern, role: str, part: Part) -> list[tuple[str, Pattern]]:
     """The dims that a stored companion may have, each with its pattern."""
     order = is_in_first(weight, role) != part.turned

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from layouts.families import FUSED, Family
 from layouts.layout import Layout, Layouts, layouts
+from layouts.parts import weight_only
 
 _WO = ("{experts}.wo{part}", "e ... n k")
 _W2 = ("{experts}.w2_{part}", "e k n")
@@ -53,7 +54,8 @@ def target(name: str, family: Family, *, shards: int, align: int | str) -> Layou
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
     words = {"{shards}": str(shards), "{align}": str(align)}
-    return {role: Layout(layout.key, _fill(layout.pattern, words)) for role, layout in table.items()}
+    keep = str if family.format == "hf" else weight_only
+    return {role: Layout(keep(layout.key), _fill(layout.pattern, words)) for role, layout in table.items()}
 
 
 def _fill(text: str, words: Mapping[str, str]) -> str:

@@ -41,6 +41,9 @@ LOOKALIKES = {
         "params.params.decoder.layers_1.moe_block.gate.kernel",
         "params.params.decoder.layers_1.shared_experts.wi_1.kernel",
         "params.params.decoder.layers_1.shared_experts.wo.kernel",
+        "params.params.decoder.layers_1.moe_block.wi_0_bias",
+        "params.params.decoder.layers_1.moe_block.wi_1_bias",
+        "params.params.decoder.layers_1.moe_block.wo_bias",
     ),
 }
 """Names that look like expert weights, and are none."""
