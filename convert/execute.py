@@ -1,7 +1,7 @@
 """Write the tensors of a plan into safetensors files: the only home of threads.
 
-Each worker fills one tensor, strip by strip: assemble a strip, hash it, write it at its planned offset. Tensors of different
-files are taken in turn, because two threads that write one file wait for each other.
+Each worker writes one tensor (see `convert.copying`). Tensors of different files are taken in turn, because two threads that
+write one file wait for each other.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import xxhash
-
-from convert.blocks import SLAB, assembled
+from convert.blocks import SLAB
 from convert.commit import Stage
+from convert.copying import Extent, write_tensor
 from convert.errors import UsageError
 from convert.manifest import SOURCE
-from convert.planner import Target
 from convert.shards import File
-from layouts.checkpoint import Reader, itemsize
-from layouts.describe import identity
+from convert.targets import Target
+from layouts.checkpoint import Reader
 
 Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call, from one thread at a time."""
@@ -88,11 +85,18 @@ class _Task:
 
 
 def write_tensors(
-    targets: Sequence[Target], files: Sequence[File], reader: Reader, stage: Stage, budget: Budget, progress: Progress
+    targets: Sequence[Target],
+    files: Sequence[File],
+    reader: Reader,
+    stage: Stage,
+    budget: Budget,
+    progress: Progress,
+    extent: Extent | None = None,
 ) -> dict[str, str]:
     """Write every tensor that the stage does not hold yet, and return the digests (xxh3-128 of the bytes, hex).
 
-    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name.
+    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name. `extent` says
+    where tensors lie on the disk, if they lie there as they are read.
 
     Raises:
         OSError: the disk is full or failing; finished tensors are journalled.
@@ -106,8 +110,14 @@ def write_tensors(
     stop = threading.Event()
     lock = threading.Lock()
 
+    def told(done: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("stopped")
+        with lock:
+            progress(done)
+
     def work(task: _Task) -> dict[str, str]:
-        return _write(task, reader, budget.strip, stop, lambda done: _locked_call(lock, progress, done))
+        return write_tensor(task.target, task.path, task.offset, reader, extent, budget.strip, told)
 
     with ThreadPoolExecutor(budget.jobs) as pool:
         try:
@@ -117,11 +127,6 @@ def write_tensors(
             pool.shutdown(cancel_futures=True)
             raise
     return digests
-
-
-def _locked_call(lock: threading.Lock, progress: Progress, done: int) -> None:
-    with lock:
-        progress(done)
 
 
 def _drain(
@@ -210,46 +215,3 @@ def _in_turn(targets: Sequence[Target], files: Sequence[File], stage: Path) -> I
         queues[file.name].append(_Task(target, stage / file.name, offset))
     for turn in itertools.zip_longest(*queues.values()):
         yield from (task for task in turn if task is not None)
-
-
-def _write(task: _Task, reader: Reader, strip: int, stop: threading.Event, progress: Progress) -> dict[str, str]:
-    """Write one tensor front to back; its digest, and those of the sources that it alone is made from."""
-    target, offset = task.target, task.offset
-    digest = xxhash.xxh3_128()
-    sources: dict[str, str] = {}
-    whole = target.moved and not set(target.target.key.slots) & set(target.source.pattern.axes)
-    descriptor = os.open(task.path, os.O_WRONLY)
-    try:
-        for box in target.target.pattern.strips(target.sizes, max(1, strip // itemsize(target.spec.dtype))):
-            if stop.is_set():
-                raise InterruptedError("stopped")
-            for piece in target.pieces(box) if whole else ():
-                if SOURCE + piece.source not in sources:
-                    sources[SOURCE + piece.source] = _digest(reader, piece.source)
-            with assembled(target, box, reader) as block:
-                data = block.reshape(-1).view(np.uint8).data
-                digest.update(data)
-                offset += _pwrite_all(descriptor, data, offset)
-                progress(len(data))
-    finally:
-        os.close(descriptor)
-    return {**sources, target.spec.name: digest.hexdigest()}
-
-
-def _digest(reader: Reader, name: str) -> str:
-    """Hash a source tensor; a small one stays in memory, because its copy comes next."""
-    spec = reader.tensors[name]
-    pattern, digest = identity(len(spec.shape)), xxhash.xxh3_128()
-    for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), SLAB // itemsize(spec.dtype)):
-        slices = tuple(slice(span.start, span.stop) for span in box.values())
-        digest.update(reader.read(name, slices).reshape(-1).view(np.uint8).data)
-        if spec.nbytes > SLAB // 2:
-            reader.release(name, slices)
-    return digest.hexdigest()
-
-
-def _pwrite_all(descriptor: int, block: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(block):
-        done += os.pwrite(descriptor, block[done:], offset + done)
-    return done

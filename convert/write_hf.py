@@ -49,7 +49,7 @@ def write(
         OSError: the disk is full or failing.
     """
     files = plan_files(plan, reader, max_shard_size)
-    digests = write_tensors(plan.targets, files, reader, stage, budget, progress)
+    digests = write_tensors(plan.targets, files, reader, stage, budget, progress, reader.extent)
     texts = _texts(plan, reader, files)
     for name, text in texts.items():
         write_text(stage.path / name, text)

@@ -12,12 +12,13 @@ import json
 import mmap
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,8 @@ class HFReader:
     format: str = "hf"
     _home: dict[str, Shard] = field(default_factory=dict)
     _maps: dict[str, mmap.mmap] = field(default_factory=dict)
+    _files: dict[str, BinaryIO] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _lingering: int = 0
 
     @classmethod
@@ -164,12 +167,18 @@ class HFReader:
         dots: Any = ...  # they keep a tensor of rank 0 an array
         return flat.reshape(spec.shape)[(*slices, dots)]
 
+    def extent(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies: an open file, and the offset of its first byte in it."""
+        shard = self._home[name]
+        self._map(shard)
+        return self._files[shard.name].fileno(), shard.start + shard.offsets[name][0]
+
     def _map(self, shard: Shard) -> mmap.mmap:
-        # Two threads may both map a file the first time; the loser's mapping is dropped with its last view.
-        if shard.name not in self._maps:
-            with (self.path / shard.name).open("rb") as file:
-                self._maps.setdefault(shard.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return self._maps[shard.name]
+        with self._lock:
+            if shard.name not in self._maps:
+                file = self._files[shard.name] = (self.path / shard.name).open("rb")
+                self._maps[shard.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return self._maps[shard.name]
 
     def release(self, name: str, slices: tuple[slice, ...]) -> None:
         """Drop pages from this process now and then (they stay in the page cache, where others may use them).
@@ -185,8 +194,10 @@ class HFReader:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Forget the mappings; the system unmaps each with its last view."""
+        """Forget the mappings and close the files; the system unmaps each with its last view."""
         self._maps.clear()
+        while self._files:
+            self._files.popitem()[1].close()
 
 
 def read_json(path: Path) -> Any:

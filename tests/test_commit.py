@@ -92,7 +92,7 @@ def test_a_second_run_is_kept_off_by_a_lock(source, wanted, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == wanted
 
 
-CALLS = ("posix_fallocate", "pwrite", "fsync", "rename")
+CALLS = ("posix_fallocate", "pwrite", "copy_file_range", "fsync", "rename")
 
 
 def test_every_call_that_can_meet_a_full_disk_may(source, wanted, tmp_path, monkeypatch, capsys):
@@ -134,15 +134,15 @@ def count_calls(patch, fail_at: int) -> dict[str, int]:
 
 
 def test_finished_tensors_are_not_written_again(source, wanted, tmp_path, monkeypatch):
-    real, written = execute._write, []
+    real, written = execute.write_tensor, []
 
-    def fail_later(task, *rest):
+    def fail_later(target, *rest):
         if len(written) == 5:
             raise OSError(errno.ENOSPC, "full")
-        written.append(task.target.spec.name)
-        return real(task, *rest)
+        written.append(target.spec.name)
+        return real(target, *rest)
 
-    monkeypatch.setattr(execute, "_write", fail_later)
+    monkeypatch.setattr(execute, "write_tensor", fail_later)
     assert prefuse(source, tmp_path / "out", "--jobs", "1") == 6
     (stage,) = partials(tmp_path)
     journalled = {}
@@ -150,7 +150,7 @@ def test_finished_tensors_are_not_written_again(source, wanted, tmp_path, monkey
         journalled |= json.loads(line)
     assert sorted(name for name in journalled if not name.startswith(execute.SOURCE)) == sorted(written)
     again = []
-    monkeypatch.setattr(execute, "_write", lambda task, *rest: (again.append(task.target.spec.name), real(task, *rest))[1])
+    monkeypatch.setattr(execute, "write_tensor", lambda target, *rest: (again.append(target.spec.name), real(target, *rest))[1])
     report = convert.prefuse(source, tmp_path / "out", max_shard_size=60_000)
     assert report.resumed >= 5
     assert not set(again) & set(written)

@@ -20,7 +20,7 @@ def wrap(real):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **keywords)
     return call
-for name in ("posix_fallocate", "pwrite", "fsync", "rename", "mkdir", "unlink", "open"):
+for name in ("posix_fallocate", "pwrite", "copy_file_range", "fsync", "rename", "mkdir", "unlink", "open"):
     setattr(os, name, wrap(getattr(os, name)))
 from convert.cli import main
 sys.exit(main([sys.argv[2], sys.argv[3], sys.argv[4], "--quiet", "--jobs", "2"]))
