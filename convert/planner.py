@@ -19,7 +19,8 @@ from layouts.template import Template
 
 __all__ = ["Action", "Piece", "Plan", "Target", "make_plan"]
 
-Action = Literal["prefuse", "split"]
+Action = Literal["prefuse", "split", "convert"]
+"""What a conversion does to the experts; `convert` leaves them as the other format has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,9 @@ def make_plan(
         format=reader.format,
         family=described.family.name,
         layout="native" if action == "split" else layout,
-        record=None if action == "split" else make_record(layout, described.family, wanted, experts),
+        record=None
+        if action == "split"
+        else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
         targets=_in_reading_order(reader, found),
         side_files=tuple(reader.side_files),
     )

@@ -5,24 +5,27 @@ It stands in `config.json` and in the metadata of every shard; `layouts.candidat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from convert.targets import Target
-from layouts.describe import Group
 from layouts.families import Family
 from layouts.layout import Layout, Layouts
 from layouts.pattern import Pattern
 from layouts.targets import VERSION
 
-_Made = Sequence[tuple[Group, Target]]
+_Made = Sequence[tuple[Layout, Target]]
+"""Each target with the layout that its sources had before anybody re-laid them."""
+_SCAN = re.compile(r"\bl\d*\b")
+"""An axis of stacked layers, in a pattern."""
 
 
 def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> dict[str, Any]:
     """The record of a prefused checkpoint: for each role its layout and the ones before, and what these do not tell."""
     record: dict[str, Any] = {"layout": layout, "version": VERSION, "family": family.name}
     for role, each in wanted.items():
-        record[role] = _words(each, family) | _natives([(g, t) for g, t in made if t.role == role], family)
+        record[role] = _words(each, family) | _natives([(native, t) for native, t in made if t.role == role], family)
     if stored := _stored([target for _, target in made], wanted):
         record["stored"] = stored
     return record
@@ -33,8 +36,8 @@ def _words(layout: Layout, family: Family) -> dict[str, Any]:
 
 
 def _natives(made: _Made, family: Family) -> dict[str, Any]:
-    natives = list(dict.fromkeys(group.native for group, _ in made))
-    numbers = {target.spec.name: natives.index(group.native) for group, target in made}
+    natives = list(dict.fromkeys(native for native, _ in made))
+    numbers = {target.spec.name: natives.index(native) for native, target in made}
     later = {name: number for name, number in numbers.items() if number}
     return {"native": [_words(native, family) for native in natives], **({"native_of": later} if later else {})}
 
@@ -55,7 +58,8 @@ def _stored(targets: Iterable[Target], wanted: Layouts) -> dict[str, Any]:
 def _entry(target: Target, wanted: Layouts) -> Mapping[str, Any] | None:
     pattern = target.target.pattern
     unpadded = {axis: target.sizes[axis] for axis in pattern.padding}
-    usual = Pattern(wanted[target.role].pattern)
-    if not target.part and not unpadded and pattern == usual.expand(len(pattern.groups)):
-        return None
+    if not target.part and not unpadded:
+        usual = Pattern(wanted[target.role].pattern).expand(len(pattern.groups))
+        if _SCAN.sub("l", pattern.text) == _SCAN.sub("l", usual.text):
+            return None
     return {"pattern": pattern.text, "dims": target.dims, "unpadded": unpadded}

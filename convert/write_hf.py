@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import manifest
@@ -12,15 +12,16 @@ from convert.errors import PlanError
 from convert.execute import Budget, Progress, write_tensors
 from convert.planner import Plan
 from convert.shards import File, index_text, pack, restore
-from layouts.hf import CONFIG, INDEX, RECORD, HFReader
+from layouts.checkpoint import Reader
+from layouts.hf import CONFIG, INDEX, RECORD, HFReader, read_json
 
 REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
 
 
-def plan_files(plan: Plan, reader: HFReader, limit: int) -> tuple[File, ...]:
+def plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
     """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed."""
-    original = manifest.original_files(plan.source) if plan.action == "split" else None
+    original = _remembered(plan)
     files = restore(original.headers, plan.targets) if original else None
     if files is None:
         metadata = _metadata(reader)
@@ -33,15 +34,22 @@ def plan_files(plan: Plan, reader: HFReader, limit: int) -> tuple[File, ...]:
     return files
 
 
-def _metadata(reader: HFReader) -> dict[str, str]:
+def _remembered(plan: Plan) -> manifest.Original | None:
+    """The original files, for an output whose experts are as they were."""
+    return manifest.original_files(plan.source) if plan.record is None else None
+
+
+def _metadata(reader: Reader) -> dict[str, str]:
     """The `__metadata__` of the input without our record; the first shard speaks for all, as loaders take it."""
+    if not isinstance(reader, HFReader):
+        return {"format": "pt"}  # what transformers writes, and wants
     metadata: dict[str, str] = dict(json.loads(reader.shards[0].header).get("__metadata__") or {})
     metadata.pop(RECORD, None)
     return metadata
 
 
 def write(
-    plan: Plan, reader: HFReader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int
+    plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int
 ) -> tuple[str, ...]:
     """Fill the staging directory; everything in it is durable on return. Gives what the user should know of it.
 
@@ -49,25 +57,26 @@ def write(
         OSError: the disk is full or failing.
     """
     files = plan_files(plan, reader, max_shard_size)
-    digests = write_tensors(plan.targets, files, reader, stage, budget, progress, reader.extent)
+    extent = reader.extent if isinstance(reader, HFReader) else None
+    digests = write_tensors(plan.targets, files, reader, stage, budget, progress, extent)
     texts = _texts(plan, reader, files)
     for name, text in texts.items():
         write_text(stage.path / name, text)
     for name in plan.side_files:
         if name not in REWRITTEN:
             copy_file(plan.source / name, stage.path / name)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, _original(plan, reader)))
-    original = manifest.original_files(plan.source) if plan.action == "split" else None
-    if plan.action == "split" and (original is None or {file.name for file in files} != set(original.headers)):
+    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original_of(plan, reader)))
+    original = _remembered(plan)
+    if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
         return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
     return ()
 
 
-def _texts(plan: Plan, reader: HFReader, files: Sequence[File]) -> dict[str, str]:
+def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:
     """Index and config. A split restores the original texts if what they say is still what the checkpoint says."""
-    original = manifest.original_files(plan.source) if plan.action == "split" else None
+    original = _remembered(plan)
     old = original.texts if original else {}
-    config = {key: value for key, value in reader.config.items() if key != RECORD}
+    config = {key: value for key, value in (reader.config or _beside(plan)).items() if key != RECORD}
     texts: dict[str, str] = {}
     if plan.record:
         config[RECORD] = dict(plan.record)
@@ -81,6 +90,12 @@ def _texts(plan: Plan, reader: HFReader, files: Sequence[File]) -> dict[str, str
     if index:
         texts[INDEX] = index
     return texts
+
+
+def _beside(plan: Plan) -> Mapping[str, Any]:
+    """The `config.json` that a checkpoint of another format carries along."""
+    found = read_json(plan.source / CONFIG) if CONFIG in plan.side_files else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _agree(old: str | None, new: str | None) -> bool:
@@ -99,11 +114,13 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _original(plan: Plan, reader: HFReader) -> manifest.Original | None:
-    """What a later split needs; re-laying a checkpoint that we prefused keeps what it remembers."""
-    if plan.action == "split":
+def original_of(plan: Plan, reader: Reader) -> manifest.Original | None:
+    """What a later way back needs; a checkpoint that we made keeps what it remembers."""
+    if plan.format == "hf" and plan.record is None:
         return None
-    if reader.record and (kept := manifest.original_files(plan.source)):
+    if (reader.record or not isinstance(reader, HFReader)) and (kept := manifest.original_files(plan.source)):
         return kept
+    if not isinstance(reader, HFReader):
+        return None
     texts = {name: (plan.source / name).read_bytes().decode() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
     return manifest.Original(headers={shard.name: shard.header for shard in reader.shards}, texts=texts)

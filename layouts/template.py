@@ -14,7 +14,7 @@ from functools import cached_property
 Index = Mapping[str, int | str]
 """Where a name puts its tensor: `{"l": 3, "e": 17, "g": 0}`; a path slot holds text."""
 
-_SLOT = re.compile(r"\{([a-z]+)(?::([^{}]+))?\}")
+_SLOT = re.compile(r"\{([a-z]+)(?:\*([1-9]\d*))?(?:\+([1-9]\d*))?(?::([^{}]+))?\}")
 _INTEGER = r"(0|[1-9][0-9]{0,8})"
 """Nine digits at most: no checkpoint has more of anything, and int() refuses what is much longer."""
 _PATH = r"(.+)"
@@ -23,6 +23,8 @@ _PATH = r"(.+)"
 @dataclass(frozen=True)
 class Template:
     """A tensor name with slots: `{e}` an index, `{g:gate,up}` a choice (its place is the index), `{path}` any text.
+
+    An index may count otherwise than the name: `{l*4+1}` is 1, 5, 9, ... for `l` = 0, 1, 2, ...
 
     Names match in full and indices are digits without leading zeros, so that `parse` and `render` are exact inverses.
 
@@ -46,21 +48,27 @@ class Template:
 
     @cached_property
     def _parts(self) -> list[str]:
-        """Literal, slot, choices, literal, slot, choices, ..., literal."""
+        """Literal, slot, factor, offset, choices, literal, slot, ..., literal."""
         return [self.text] if self.literal else _SLOT.split(self.text)
 
     @cached_property
     def _literals(self) -> list[str]:
-        return self._parts[::3]
+        return self._parts[::5]
 
     @cached_property
     def slots(self) -> tuple[str, ...]:
         """The axes stored in the name, in order of appearance."""
-        return tuple(self._parts[1::3])
+        return tuple(self._parts[1::5])
+
+    @cached_property
+    def _scales(self) -> dict[str, tuple[int, int]]:
+        """Factor and offset of the slots that have them."""
+        found = zip(self.slots, self._parts[2::5], self._parts[3::5], strict=True)
+        return {slot: (int(factor or 1), int(offset or 0)) for slot, factor, offset in found if factor or offset}
 
     @cached_property
     def _choices(self) -> dict[str, tuple[str, ...]]:
-        pairs = zip(self.slots, self._parts[2::3], strict=True)
+        pairs = zip(self.slots, self._parts[4::5], strict=True)
         return {slot: tuple(words.split(",")) for slot, words in pairs if words}
 
     @cached_property
@@ -77,8 +85,15 @@ class Template:
 
     def parse(self, name: str) -> dict[str, int | str] | None:
         """The index that `name` stands for, or None when the name is not of this form."""
-        match = self._regex.fullmatch(name)
-        return match and {slot: self._value(slot, text) for slot, text in zip(self.slots, match.groups(), strict=True)}
+        if not (match := self._regex.fullmatch(name)):
+            return None
+        index = {slot: self._value(slot, text) for slot, text in zip(self.slots, match.groups(), strict=True)}
+        for slot, (factor, offset) in self._scales.items():
+            number, rest = divmod(int(index[slot]) - offset, factor)
+            if rest or number < 0:
+                return None
+            index[slot] = number
+        return index
 
     def _value(self, slot: str, text: str) -> int | str:
         if words := self._choices.get(slot):
@@ -93,8 +108,9 @@ class Template:
         """
         name = self._literals[0]
         for slot, literal in zip(self.slots, self._literals[1:], strict=True):
-            words = self._choices.get(slot)
-            name += (words[int(index[slot])] if words else str(index[slot])) + literal
+            words, (factor, offset) = self._choices.get(slot), self._scales.get(slot, (1, 0))
+            text = words[int(index[slot])] if words else str(index[slot])
+            name += (str(int(text) * factor + offset) if slot in self._scales else text) + literal
         return name
 
     def bind(self, slot: str, value: int) -> Template:

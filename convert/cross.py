@@ -1,0 +1,224 @@
+"""Plan a conversion between Hugging Face and MaxText: every tensor by its row in `layouts.maxtext`, experts by their layouts.
+
+It is the same operation as any other: two layouts of one tensor, and block copies between them. Pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convert.targets import Target
+from layouts.checkpoint import Reader, TensorSpec
+from layouts.errors import InputError, PlanError
+from layouts.families import FAMILIES, MAXTEXT, Family
+from layouts.layout import Layout, Layouts, Placed
+from layouts.maxtext import COMPUTED, HEADS, ROOT, TREES, Row, Stack, Tree
+from layouts.parts import PARTS, companion, is_in_first
+from layouts.pattern import Pattern
+from layouts.targets import target
+from layouts.template import Template
+
+_BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """The two places of one kind of tensor. `counts` are the sizes of axes that names hold on either side."""
+
+    role: str
+    part: str = ""
+    source: Placed
+    target: Placed
+    counts: Mapping[str, int]
+    optional: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sides:
+    """What a cross conversion is between: the family, its tree, and how its experts are stored on both sides."""
+
+    family: Family
+    hf: Layouts
+    maxtext: Layouts
+    scan: bool
+    to_maxtext: bool
+
+
+def tree_of(family: Family, where: object) -> Tree:
+    """The family's tree.
+
+    Raises:
+        PlanError: it has none, or its MaxText form would change values.
+    """
+    if family.name in COMPUTED:
+        raise PlanError(f"{where}: {COMPUTED[family.name]}; only layouts are converted here")
+    if family.name not in TREES:
+        raise PlanError(f"{where}: no MaxText tree is known for family {family.name}; known: {', '.join(sorted(TREES))}")
+    return TREES[family.name]
+
+
+def layouts_of(family: Family, fused: str | None, *, scan: bool, to_maxtext: bool, is_fused: bool) -> Sides:
+    """The sides; `fused` names the layout of the experts in the output, if they are to be; `is_fused` is said of the input."""
+    hf = target(fused, family, shards=1, align=128) if fused and not to_maxtext else family.native[0]
+    trees = next(family for family in FAMILIES if family.format == "orbax")
+    maxtext = target("concat", trees, shards=1, align=128) if (fused if to_maxtext else is_fused) else MAXTEXT
+    return Sides(family=family, hf=hf, maxtext=maxtext, scan=scan, to_maxtext=to_maxtext)
+
+
+def cross_targets(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]) -> list[Target]:
+    """All tensors of the output.
+
+    Raises:
+        InputError: a tensor is missing, or tensors that are stacked differ.
+        PlanError: a tensor of the input has no place on the other side.
+    """
+    used: set[str] = set()
+    found: list[Target] = []
+    heads = {axis: config[word] for axis, word in HEADS.items() if type(config.get(word)) is int}
+    for pair in _pairs(tree, sides, config):
+        names = _names(pair)
+        have = [name for name in names if name in reader.tensors]
+        if not have and pair.optional:
+            continue
+        if lost := next((name for name in names if name not in reader.tensors), None):
+            raise InputError(f"{reader.path}: {lost} is missing; {len(have)} of {len(names)} such tensors are there")
+        found += _targets(reader, pair, names, heads)
+        used.update(names)
+    if left := [name for name in reader.tensors if name not in used]:
+        raise PlanError(
+            f"{reader.path}: {len(left)} tensors have no place on the other side, first {left[0]} (in "
+            f"{reader.where(left[0])}); nothing is dropped, so there is no plan"
+        )
+    return found
+
+
+def _pairs(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pair]:
+    for row in tree.outside:
+        yield _pair(sides, _of_row(row, "", ROOT), optional=row.optional, counts={})
+    for stack in tree.stacks:
+        count = _layers(stack, config)
+        if not count:
+            continue
+        single = ROOT + (stack.scanned if sides.scan else stack.single)
+        layer = _layer(stack, config)
+        for row in stack.rows:
+            yield _pair(sides, _of_row(row, f"{layer}.", f"{single}."), optional=row.optional, counts={"l": count})
+        if stack.experts:
+            yield from _experts(sides, f"{layer}.{tree.hf_experts}", f"{single}.{stack.experts}", count, config)
+
+
+def _layers(stack: Stack, config: Mapping[str, Any]) -> int:
+    first, last = (config.get(word) if isinstance(word, str) else word for word in (stack.first, stack.last))
+    if type(first) is not int or type(last) is not int:
+        raise PlanError(f"config.json does not say {stack.first} and {stack.last}, which say how many layers there are")
+    return max(0, -(-(last - first) // stack.step))
+
+
+def _layer(stack: Stack, config: Mapping[str, Any]) -> str:
+    first = config[stack.first] if isinstance(stack.first, str) else stack.first
+    times, plus = (f"*{stack.step}" if stack.step > 1 else ""), (f"+{first}" if first else "")
+    return f"model.layers.{{l{times}{plus}}}"
+
+
+def _of_row(row: Row, hf: str, maxtext: str) -> tuple[Placed, Placed]:
+    return (
+        Placed(Template(hf + row.hf), Pattern(row.hf_axes)),
+        Placed(Template(maxtext + row.maxtext), Pattern(row.maxtext_axes)),
+    )
+
+
+def _pair(
+    sides: Sides,
+    places: tuple[Placed, Placed],
+    *,
+    counts: Mapping[str, int],
+    optional: bool,
+    role: str = "other",
+    part: str = "",
+) -> Pair:
+    hf, maxtext = places
+    if "l" in counts and sides.scan:
+        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern))
+    one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
+    return Pair(role=role, part=part, source=one, target=other, counts=counts, optional=optional)
+
+
+def _scanned(pattern: Pattern) -> Pattern:
+    """With the layers as the second axis."""
+    first, *rest = pattern.tokens
+    return Pattern(" ".join([first, "l", *rest]))
+
+
+def _experts(sides: Sides, hf: str, maxtext: str, layers: int, config: Mapping[str, Any]) -> Iterator[Pair]:
+    """Weights and biases of the experts of a stack."""
+    stated = {
+        config[word] for word in ("num_experts", "num_local_experts", "n_routed_experts") if type(config.get(word)) is int
+    }
+    if len(stated) != 1:
+        raise PlanError(f"config.json should state the number of experts once; found {sorted(stated)}")
+    counts = {"l": layers, "e": stated.pop(), "g": 2}
+    for role, (number, optional) in itertools.product(("wi", "wo"), ((0, False), (_BIAS, True))):
+        one, other = _hf_part(sides.hf[role], role, hf, number), _maxtext_part(sides.maxtext[role], role, maxtext, number)
+        if one:
+            yield _pair(sides, (one, other), counts=counts, optional=optional, role=role, part=PARTS[number].name)
+
+
+def _hf_part(layout: Layout, role: str, experts: str, number: int) -> Placed | None:
+    """A weight or a bias in a layout of Hugging Face."""
+    if number and "{part}" not in layout.key:
+        return None
+    pattern = _plain(layout)
+    if number:
+        pattern = companion(pattern, role, "out", in_first=is_in_first(pattern, role))
+    return Placed(layout.template(experts).bind("part", number), pattern)
+
+
+def _maxtext_part(layout: Layout, role: str, experts: str, number: int) -> Placed:
+    """The same in MaxText, whose biases stay apart whatever its weights are."""
+    if not number:
+        return Placed(layout.template(experts), _plain(layout))
+    key, pattern = ("wi_{g:0,1}_bias", "e n") if role == "wi" else ("wo_bias", "e k")
+    return Placed(Template(f"{experts}.{key}"), Pattern(pattern))
+
+
+def _plain(layout: Layout) -> Pattern:
+    return Pattern(" ".join(layout.pattern.replace("...", "").split()))
+
+
+def _names(pair: Pair) -> list[str]:
+    key = pair.source.key
+    points = itertools.product(*(range(pair.counts[slot]) for slot in key.slots))
+    return [key.render(dict(zip(key.slots, point, strict=True))) for point in points]
+
+
+def _targets(reader: Reader, pair: Pair, names: Sequence[str], heads: Mapping[str, int]) -> Iterator[Target]:
+    first = reader.tensors[names[0]]
+    for name in names:
+        spec = reader.tensors[name]
+        if (spec.shape, spec.dtype) != (first.shape, first.dtype):
+            raise InputError(
+                f"{reader.path}: {name} is {spec.dtype} {spec.shape}, but {first.name} {first.dtype} {first.shape}"
+            )
+    try:
+        stored = pair.source.pattern.sizes(first.shape, {**heads, **pair.counts})
+        sizes = {**pair.counts, **stored}
+        shape = pair.target.pattern.shape(sizes)
+    except (KeyError, ValueError) as error:
+        raise PlanError(f"{reader.path}: {first.name} (in {reader.where(first.name)}): {error}") from None
+    slots = pair.target.key.slots
+    for point in itertools.product(*(range(pair.counts[slot]) for slot in slots)):
+        index = dict(zip(slots, point, strict=True))
+        yield Target(
+            spec=TensorSpec(name=pair.target.key.render(index), dtype=first.dtype, shape=shape),
+            role=pair.role,
+            part=pair.part,
+            dims="out" if pair.part else "out in",
+            index=index,
+            sizes=sizes,
+            source_sizes=sizes,
+            source=pair.source,
+            target=pair.target,
+        )
