@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from convert.planner import Plan
+    from convert.planner import Action, Plan
     from convert.report import Report
     from convert.verifier import Verdict
 
@@ -33,11 +33,13 @@ __all__ = [
     "plan",
     "prefuse",
     "prefuse_params",
+    "reformat",
     "split",
     "split_params",
     "verify",
 ]
 
+Format = Literal["hf", "orbax"]
 DEFAULT_MEMORY = 2 << 30
 DEFAULT_SHARD = 5_000_000_000
 
@@ -53,22 +55,23 @@ def plan(
     align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
+    to: Format | None = None,
+    scan: bool = True,
 ) -> Plan:
     """Plan a conversion from names and shapes alone, writing nothing.
 
     Raises:
-        UsageError: not exactly one of `prefuse` and `split`.
+        UsageError: not exactly one of `prefuse` and `split`, or neither and no `to`.
         InputError: the checkpoint is missing or corrupt.
         PlanError: no lossless plan exists.
     """
     from convert.run import open_and_plan
 
-    if prefuse == split:
-        raise UsageError("give exactly one of prefuse=True and split=True")
-    action: Literal["prefuse", "split"] = "prefuse" if prefuse else "split"
-    reader, planned = open_and_plan(
-        source, out, action, layout=layout, shards=shards, align=align, family=family, source_layout=source_layout
-    )
+    if (prefuse and split) or not (prefuse or split or to):
+        raise UsageError("give exactly one of prefuse=True and split=True, or only the format to convert to")
+    action: Action = "prefuse" if prefuse else "split" if split else "convert"
+    choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
+    reader, planned = open_and_plan(source, out, action, **choices, to=to, scan=scan)  # type: ignore[arg-type]
     reader.close()
     return planned
 
@@ -82,6 +85,8 @@ def prefuse(
     align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
+    to: Format | None = None,
+    scan: bool = True,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -92,7 +97,8 @@ def prefuse(
     """Write `source` to `out` with gate and up of every expert in one tensor.
 
     `memory` and `max_shard_size` are in bytes. `shards` and `align` (columns to which each shard is padded, or `maxtext`) are
-    for the layouts `per-shard` and `lane`.
+    for the layouts `per-shard` and `lane`. `to` is the format of the output if it is another than the input's; `scan` says
+    whether a MaxText tree that is made has its layers stacked.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
@@ -101,7 +107,7 @@ def prefuse(
 
     options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
     choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
-    return convert_checkpoint(source, out, "prefuse", options, progress, **choices)
+    return convert_checkpoint(source, out, "prefuse", options, progress, **choices, to=to, scan=scan)
 
 
 def split(
@@ -110,6 +116,8 @@ def split(
     *,
     family: str | None = None,
     source_layout: str | None = None,
+    to: Format | None = None,
+    scan: bool = True,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -125,7 +133,33 @@ def split(
     from convert.run import Options, convert_checkpoint
 
     options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
-    return convert_checkpoint(source, out, "split", options, progress, family=family, source_layout=source_layout)
+    choices = {"family": family, "source_layout": source_layout, "to": to, "scan": scan}
+    return convert_checkpoint(source, out, "split", options, progress, **choices)
+
+
+def reformat(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Format,
+    family: str | None = None,
+    scan: bool = True,
+    jobs: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    max_shard_size: int = DEFAULT_SHARD,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Write a Hugging Face checkpoint as an Orbax (MaxText) one or back, every tensor, the experts unfused.
+
+    Raises:
+        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+    """
+    from convert.run import Options, convert_checkpoint
+
+    options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
+    return convert_checkpoint(source, out, "convert", options, progress, family=family, to=to, scan=scan)
 
 
 def verify(

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    action = parser.add_mutually_exclusive_group(required=True)
+    action = parser.add_mutually_exclusive_group()
     action.add_argument("--prefuse", action="store_true", help="write CKPT_IN to CKPT_OUT with one fused tensor wi")
     action.add_argument("--split", action="store_true", help="write CKPT_IN to CKPT_OUT with separate gate and up")
     action.add_argument("--verify", action="store_true", help="compare two checkpoints, or re-check one's digests")
@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--align", type=_align, default=128, metavar="A", help="per-shard: columns to pad to (default: 128), or maxtext"
     )
+    parser.add_argument("--to", choices=("hf", "orbax"), help="format of CKPT_OUT, if another than CKPT_IN's")
+    parser.add_argument("--no-scan", action="store_true", help="--to orbax: a subtree for each layer, not stacked ones")
     parser.add_argument(
         "--source-layout",
         metavar="NAME",
@@ -97,21 +99,22 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.verify:
         return _verify(arguments)
+    if not (arguments.prefuse or arguments.split or arguments.to):
+        raise UsageError("say what to do: --prefuse, --split, --verify, --families, or --to the other format")
     source, out = _two_paths(arguments.paths)
     if arguments.split and arguments.layout:
         raise UsageError("--layout is for --prefuse; --split restores the family's own layout. Did you mean --source-layout?")
     if arguments.dry_run:
         return _dry_run(arguments, source, out)
-    call = convert.prefuse if arguments.prefuse else convert.split
-    cut = {"shards": arguments.shards, "align": arguments.align} if arguments.prefuse else {}
-    extra = {"layout": arguments.layout, **cut} if arguments.layout else cut
+    call, extra = _call(arguments)
     total = None if arguments.quiet else _input_bytes(source)
     with _progress(total, arguments.quiet) as progress:
         report = call(
             source,
             out,
             family=arguments.family,
-            source_layout=arguments.source_layout,
+            to=arguments.to,
+            scan=not arguments.no_scan,
             jobs=arguments.jobs,
             memory=arguments.memory,
             max_shard_size=arguments.max_shard_size,
@@ -122,6 +125,21 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     print(report)
     return 0
+
+
+def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[str, object]]:
+    """The function of the library, and what only it takes."""
+    if not (arguments.prefuse or arguments.split):
+        return convert.reformat, {}
+    if arguments.split:
+        return convert.split, {"source_layout": arguments.source_layout}
+    layout = {"layout": arguments.layout} if arguments.layout else {}
+    return convert.prefuse, {
+        **layout,
+        "shards": arguments.shards,
+        "align": arguments.align,
+        "source_layout": arguments.source_layout,
+    }
 
 
 def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
@@ -138,6 +156,8 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         align=arguments.align,
         family=arguments.family,
         source_layout=arguments.source_layout,
+        to=arguments.to,
+        scan=not arguments.no_scan,
     )
     budget = make_budget(arguments.memory, arguments.jobs, 2 * len(planned.targets))
     print(describe_plan(planned, budget.peak, budget.jobs))

@@ -10,13 +10,13 @@ from typing import Any
 
 from convert import manifest
 from convert.commit import Stage, check_output, staging
+from convert.cross_plan import make_cross_plan
 from convert.errors import InputError, UsageError
 from convert.execute import Budget, Progress, ignore, make_budget
 from convert.planner import Action, Plan, make_plan
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.families import SOURCES
-from layouts.hf import HFReader
 from layouts.targets import DEFAULT, TARGETS
 
 
@@ -41,8 +41,12 @@ def open_and_plan(
     align: int | str = 128,
     family: str | None = None,
     source_layout: str | None = None,
+    to: str | None = None,
+    scan: bool = True,
 ) -> tuple[Reader, Plan]:
     """Open a checkpoint and plan its conversion; the caller closes the reader.
+
+    `to` is the format of the output, `hf` or `orbax`, if not the input's; `scan` whether layers are stacked in it.
 
     Raises:
         UsageError: an unknown layout.
@@ -52,6 +56,10 @@ def open_and_plan(
     reader = open_checkpoint(source)
     choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
     try:
+        if to is not None and to != reader.format:
+            return reader, make_cross_plan(reader, Path(out), to, action, layout=layout, family=family, scan=scan)
+        if action == "convert":
+            raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         return reader, make_plan(reader, Path(out), action, **choices)  # type: ignore[arg-type]
     except BaseException:
         reader.close()
@@ -102,7 +110,7 @@ def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress,
 
 def _write(plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, options: Options) -> tuple[str, ...]:
     """The one place that tells the formats apart when writing; Orbax is imported only if it is needed."""
-    if isinstance(reader, HFReader):
+    if plan.format == "hf":
         from convert import write_hf
 
         return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)

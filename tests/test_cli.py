@@ -117,6 +117,9 @@ def test_verify_says_equal_or_what_differs(source, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        ([], 2, "say what to do"),
+        (["{in}", "{out}"], 2, "say what to do"),
+        (["--to", "hf", "{in}", "{out}"], 2, "{in} is hf already"),
         (["--prefuse", "{in}"], 2, "found 1 paths"),
         (["--prefuse", "{in}", "{out}", "more"], 2, "found 3 paths"),
         (["--prefuse", "{in}", "{out}", "--layout", "zigzag"], 2, "'zigzag'; known: concat, transformers"),
@@ -193,7 +196,6 @@ def test_there_is_nothing_to_do_twice(source, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["--prefuse", "--split", "a", "b"],
         ["--prefuse", "a", "b", "--jobs", "0"],
         ["--prefuse", "a", "b", "--jobs", "-1"],
