@@ -1,0 +1,217 @@
+"""Hugging Face to MaxText and back, against MaxText's own rule for each tensor: transpose, then reshape; layers on axis 1."""
+
+import numpy as np
+import pytest
+
+from convert.cross import cross_targets, layouts_of, tree_of
+from convert.errors import InputError, PlanError
+from layouts.families import FAMILIES
+from tests.tiny import MemoryReader, fill, same
+
+K, H, J, D, V, N, E, F = 8, 4, 2, 3, 11, 5, 12, 7
+RNG = np.random.default_rng(0)
+P = "params.params."
+
+
+def random(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 2**32, shape, dtype="u4")
+
+
+def outside() -> dict[str, np.ndarray]:
+    return {"model.embed_tokens.weight": random(V, K), "model.norm.weight": random(K), "lm_head.weight": random(V, K)}
+
+
+def norms(layer: str) -> dict[str, np.ndarray]:
+    return {f"{layer}.{name}.weight": random(K) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def attention(layer: str, heads: int = H) -> dict[str, np.ndarray]:
+    shapes = {"q_proj": (heads * D, K), "k_proj": (J * D, K), "v_proj": (J * D, K), "o_proj": (K, H * D)}
+    return {f"{layer}.self_attn.{name}.weight": random(*shape) for name, shape in shapes.items()}
+
+
+def gated(place: str, width: int) -> dict[str, np.ndarray]:
+    shapes = {"gate_proj": (width, K), "up_proj": (width, K), "down_proj": (K, width)}
+    return {f"{place}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+
+
+def experts(layer: str) -> dict[str, np.ndarray]:
+    return {name: array for e in range(E) for name, array in gated(f"{layer}.mlp.experts.{e}", N).items()}
+
+
+def qwen3_moe(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        found |= norms(layer) | attention(layer) | experts(layer) | {f"{layer}.mlp.gate.weight": random(E, K)}
+        found |= {f"{layer}.self_attn.{name}.weight": random(D) for name in ("q_norm", "k_norm")}
+    return found
+
+
+def deepseek_v3(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    latent = {
+        "q_a_proj": (6, K), "q_a_layernorm": (6,), "q_b_proj": (H * 5, 6), "kv_a_proj_with_mqa": (9, K),
+        "kv_a_layernorm": (7,), "kv_b_proj": (H * 4, 7), "o_proj": (K, H * D),
+    }  # fmt: skip
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found |= norms(layer) | {f"{layer}.self_attn.{name}.weight": random(*shape) for name, shape in latent.items()}
+        if i < 2:
+            found |= gated(f"{layer}.mlp", F)
+        else:
+            found |= experts(layer) | gated(f"{layer}.mlp.shared_experts", N) | {f"{layer}.mlp.gate.weight": random(E, K)}
+            found |= {f"{layer}.mlp.gate.e_score_correction_bias": random(E)}
+    return found
+
+
+def gpt_oss(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        found |= norms(layer) | attention(layer)
+        biases = {"q_proj": H * D, "k_proj": J * D, "v_proj": J * D, "o_proj": K}
+        found |= {f"{layer}.self_attn.{name}.bias": random(size) for name, size in biases.items()}
+        mlp = {
+            "router.weight": (E, K), "router.bias": (E,), "experts.gate_up_proj": (E, K, 2 * N), "experts.down_proj": (E, N, K),
+            "experts.gate_up_proj_bias": (E, 2 * N), "experts.down_proj_bias": (E, K),
+        }  # fmt: skip
+        found |= {f"{layer}.mlp.{name}": random(*shape) for name, shape in mlp.items()}
+        found |= {f"{layer}.self_attn.sinks": random(H)}
+    return found
+
+
+def qwen3_next(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    linear = {
+        "in_proj_qkvz.weight": (20, K), "in_proj_ba.weight": (6, K), "conv1d.weight": (14, 1, 4), "A_log": (3,),
+        "dt_bias": (3,), "norm.weight": (D,), "out_proj.weight": (K, 9),
+    }  # fmt: skip
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found |= norms(layer) | experts(layer) | gated(f"{layer}.mlp.shared_expert", F)
+        found |= {f"{layer}.mlp.gate.weight": random(E, K), f"{layer}.mlp.shared_expert_gate.weight": random(1, K)}
+        if i % 4 == 3:
+            found |= attention(layer, 2 * H) | {f"{layer}.self_attn.{name}.weight": random(D) for name in ("q_norm", "k_norm")}
+        else:
+            found |= {f"{layer}.linear_attn.{name}": random(*shape) for name, shape in linear.items()}
+    return found
+
+
+MODELS = {"qwen3_moe": (qwen3_moe, 3), "deepseek_v3": (deepseek_v3, 5), "gpt_oss": (gpt_oss, 4), "qwen3_next": (qwen3_next, 8)}
+COUNT = {"deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}
+
+
+def reader(name: str) -> MemoryReader:
+    make, layers = MODELS[name]
+    config = {"model_type": name, "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": J}
+    config |= {COUNT.get(name, "num_experts"): E, "first_k_dense_replace": 2}
+    return MemoryReader(make(layers), config=config)
+
+
+def across(source: MemoryReader, *, to_maxtext: bool, fused=None, scan: bool = True, is_fused: bool = False) -> MemoryReader:
+    family = next(f for f in FAMILIES if f.name == source.config["model_type"])
+    sides = layouts_of(family, fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
+    targets = cross_targets(source, tree_of(family, "memory"), sides, source.config)
+    arrays = {target.spec.name: fill(target, source) for target in targets}
+    return MemoryReader(arrays, config=source.config, format="orbax" if to_maxtext else "hf")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+@pytest.mark.parametrize("fused", [None, "concat"])
+def test_there_and_back(name, scan, fused):
+    original = reader(name)
+    tree = across(original, to_maxtext=True, fused=fused, scan=scan)
+    assert sum(array.size for array in tree.arrays.values()) == sum(array.size for array in original.arrays.values())
+    assert any(key.endswith(".wi") for key in tree.arrays) == bool(fused)
+    again = across(tree, to_maxtext=False, scan=scan, is_fused=bool(fused))
+    assert same(again.arrays, original.arrays)
+
+
+def stacked(arrays, names, rule) -> np.ndarray:
+    """Each tensor by MaxText's rule, then stacked on axis 1, as its `_build_single_axis_stacked_tensor` does it."""
+    return np.stack([rule(arrays[name]) for name in names], axis=1)
+
+
+def by_heads(heads: int):
+    return lambda array: array.T.reshape(array.shape[1], heads, -1)
+
+
+def test_a_scanned_qwen_is_what_maxtext_makes_of_it():
+    source = reader("qwen3_moe")
+    tree, hf = across(source, to_maxtext=True).arrays, source.arrays
+    each = [f"model.layers.{i}." for i in range(3)]
+    at = P + "decoder.layers."
+    wanted = {
+        P + "token_embedder.embedding": hf["model.embed_tokens.weight"],
+        P + "decoder.decoder_norm.scale": hf["model.norm.weight"],
+        P + "decoder.logits_dense.kernel": hf["lm_head.weight"].T,
+        at + "self_attention.query.kernel": stacked(hf, [f"{p}self_attn.q_proj.weight" for p in each], by_heads(H)),
+        at + "self_attention.key.kernel": stacked(hf, [f"{p}self_attn.k_proj.weight" for p in each], by_heads(J)),
+        at + "self_attention.value.kernel": stacked(hf, [f"{p}self_attn.v_proj.weight" for p in each], by_heads(J)),
+        at + "self_attention.out.kernel": stacked(
+            hf, [f"{p}self_attn.o_proj.weight" for p in each], lambda array: array.T.reshape(H, D, K)
+        ),
+        at + "self_attention.query_norm.scale": stacked(hf, [f"{p}self_attn.q_norm.weight" for p in each], np.array),
+        at + "self_attention.key_norm.scale": stacked(hf, [f"{p}self_attn.k_norm.weight" for p in each], np.array),
+        at + "pre_self_attention_layer_norm.scale": stacked(hf, [f"{p}input_layernorm.weight" for p in each], np.array),
+        at + "post_self_attention_layer_norm.scale": stacked(
+            hf, [f"{p}post_attention_layernorm.weight" for p in each], np.array
+        ),
+        at + "moe_block.gate.kernel": stacked(hf, [f"{p}mlp.gate.weight" for p in each], np.transpose),
+    }
+    for leaf, word in (("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
+        wanted[at + f"moe_block.{leaf}"] = np.stack(
+            [np.stack([hf[f"{p}mlp.experts.{e}.{word}.weight"].T for p in each]) for e in range(E)]
+        )
+    assert same(tree, wanted)
+
+
+def test_layers_in_turn_go_to_the_slots_of_their_cycle():
+    source = reader("gpt_oss")
+    tree, hf = across(source, to_maxtext=True, fused="concat").arrays, source.arrays
+    for slot in range(2):
+        at, each = f"{P}decoder.layers.layers_{slot}.GptOssMlp.", (slot, slot + 2)
+        gate_up = [hf[f"model.layers.{i}.mlp.experts.gate_up_proj"] for i in each]
+        halves = np.concatenate((np.stack([w[..., ::2] for w in gate_up], 1), np.stack([w[..., 1::2] for w in gate_up], 1)), -1)
+        assert np.array_equal(tree[at + "wi"], halves)
+        bias = [hf[f"model.layers.{i}.mlp.experts.gate_up_proj_bias"] for i in each]
+        assert np.array_equal(tree[at + "wi_1_bias"], np.stack([b[:, 1::2] for b in bias], 1))
+        assert np.array_equal(
+            tree[at + "wo_bias"], np.stack([hf[f"model.layers.{i}.mlp.experts.down_proj_bias"] for i in each], 1)
+        )
+    unscanned = across(source, to_maxtext=True, scan=False).arrays
+    assert np.array_equal(
+        unscanned[P + "decoder.layers_3.GptOssMlp.wi_0"], hf["model.layers.3.mlp.experts.gate_up_proj"][..., ::2]
+    )
+
+
+def test_dense_layers_and_experts_are_two_stacks():
+    source = reader("deepseek_v3")
+    tree, hf = across(source, to_maxtext=True).arrays, source.arrays
+    assert tree[P + "decoder.dense_layers.mlp.wi_0.kernel"].shape == (K, 2, F)
+    wo = tree[P + "decoder.moe_layers.DeepSeekMoeBlock_0.MoeBlock_0.wo"]
+    assert wo.shape == (E, 3, N, K)
+    assert np.array_equal(wo[11, 0], hf["model.layers.2.mlp.experts.11.down_proj.weight"].T)
+    unscanned = across(source, to_maxtext=True, scan=False).arrays
+    assert np.array_equal(unscanned[P + "decoder.moe_layers_0.DeepSeekMoeBlock_0.MoeBlock_0.wo"], wo[:, 0])
+
+
+def test_a_tensor_without_a_place_is_an_error():
+    source = reader("deepseek_v3")
+    arrays = source.arrays | {"model.layers.5.eh_proj.weight": random(2, 2)}
+    with pytest.raises(PlanError, match=r"1 tensors have no place.*model\.layers\.5\.eh_proj\.weight"):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.experts.7.up_proj.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_tensor_is_named(name):
+    source = reader("deepseek_v3")
+    arrays = {key: array for key, array in source.arrays.items() if key != name}
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+
+
+@pytest.mark.parametrize(("name", "words"), [("mixtral", "would change values"), ("olmoe", "no MaxText tree is known")])
+def test_what_would_compute_or_is_unknown_is_refused(name, words):
+    with pytest.raises(PlanError, match=words):
+        tree_of(next(f for f in FAMILIES if f.name == name), "memory")
