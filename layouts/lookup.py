@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from layouts.errors import PlanError
 from layouts.families import FAMILIES, NOT_GATED, Family
 
+_NUMBER = re.compile(r"\d+")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
@@ -49,10 +51,10 @@ def find_family(
 def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
     """The families whose table knows some of these names as experts, for hints in messages; never to choose one."""
     found = []
-    names = tuple(names)
+    kinds = {_NUMBER.sub("0", name) for name in names}  # one name of each kind is enough
     for family in (family for family in FAMILIES if family.format == format):
         keys = [layout.template(family.experts) for table in family.native for layout in table.values()]
-        if any(key.parse(name) is not None for name in names for key in keys):
+        if any(key.parse(name) is not None for name in kinds for key in keys):
             found.append(family)
     return found
 
