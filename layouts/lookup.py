@@ -11,7 +11,7 @@ from typing import Any
 from layouts.errors import PlanError
 from layouts.families import FAMILIES, NOT_GATED, Family
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
