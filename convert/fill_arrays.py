@@ -1,243 +1,171 @@
 """Fill the arrays of an Orbax checkpoint with the tensors of a plan, within a memory budget.
 
-Orbax asks the handlers here to write its leaves; a `Filler` does it: each worker takes one array, assembles it chunk by chunk
-and keeps a few chunks in flight, which TensorStore compresses and writes behind its back.
+Workers assemble boxes, in the order of the plan and a few ahead of it. One thread takes them in that order, hashes them and
+hands them to TensorStore, which compresses and writes them behind its back.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 import xxhash
-from orbax.checkpoint import future
+from numpy.typing import NDArray
 
-from convert.blocks import SLAB, assembled
-from convert.chunks import Chunking, plan_chunks
-from convert.execute import Budget, Progress
-from convert.planner import Target
-from layouts.checkpoint import TensorSpec, bits, itemsize, numpy_dtype
-from layouts.orbax import CACHE, OrbaxReader
+from convert.blocks import assembled
+from convert.chunks import Chunking
+from convert.execute import Progress
+from convert.orbax_budget import OrbaxBudget
+from convert.targets import Target
+from layouts.checkpoint import Reader, bits, itemsize, numpy_dtype
+from layouts.orbax import OrbaxReader
+from layouts.pattern import Box
 
-_THREADS = ("convert", "write_metadata_after_commits")
-"""Names of the threads that Orbax starts for a save: that of our handlers, and its own that waits for them."""
 _FULL = ("No space left", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LazyArray:
-    """A leaf that Orbax takes for an array, without data."""
+@dataclass(slots=True, kw_only=True)
+class _Array:
+    """An array on its way: the store that it goes to, and the digest of what has gone there."""
 
-    name: str
-    spec: TensorSpec
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Stored shape."""
-        return self.spec.shape
+    target: Target
+    chunking: Chunking
+    open: Callable[[Chunking], Any]
+    digest: xxhash.xxh3_128 | None
+    store: Any = None
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """NumPy's (or ml_dtypes') element type."""
-        return numpy_dtype(self.spec.dtype)
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return self.spec.nbytes // itemsize(self.spec.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes."""
-        return self.spec.nbytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LazyScalar(LazyArray):
-    """A leaf that Orbax is to restore as a Python number."""
+    def name(self) -> str:
+        return self.target.spec.name
 
 
 @dataclass(slots=True, kw_only=True)
 class Filler:
-    """Writes arrays and keeps the digest of each (xxh3-128 of its bytes in storage order, hex)."""
+    """Writes arrays; `fill` returns the digest of each (xxh3-128 of its bytes in storage order, hex).
 
-    targets: Mapping[str, Target]
-    reader: OrbaxReader
-    budget: Budget
+    `open` creates the stored array of a tensor that is cut in this way.
+    """
+
+    reader: Reader
+    budget: OrbaxBudget
     progress: Progress
-    digests: dict[str, str] = field(default_factory=dict)
-    _failure: BaseException | None = None
+    open: Callable[[Chunking], Any]
+    _flying: deque[tuple[Any, _Array, NDArray[Any]]] = field(default_factory=deque)
     _stop: threading.Event = field(default_factory=threading.Event)
-    _busy: threading.Lock = field(default_factory=threading.Lock)
-    _told: threading.Lock = field(default_factory=threading.Lock)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around Orbax's save: an error of a worker is raised as it was, and no worker is left when this is over.
-
-        Orbax's threads log what they die of, with its traceback; whoever calls us gets it as an exception instead.
-        """
-        others = set(threading.enumerate())
-        log = logging.getLogger("absl")
-        level = log.level
-        log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        except BaseException as error:
-            self._stop.set()
-            # Not by join: after a signal in the midst of one, Python 3.11 takes the thread for stopped (bpo-45274).
-            while any(thread.name in _THREADS for thread in set(threading.enumerate()) - others):
-                time.sleep(0.01)
-            if self._failure is not None and isinstance(error, Exception):
-                raise self._failure from None
-            raise
-        finally:
-            log.setLevel(level)
-
-    def fill(self, specs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Create and fill the arrays with these TensorStore specs; the keys are names of targets.
+    def fill(self, targets: Sequence[Target]) -> dict[str, str]:
+        """Create and fill the arrays of these targets; all is handed to the system on return, but not synced.
 
         Raises:
             OSError: the disk is full or failing.
+            InputError: data of the input cannot be read.
         """
-        with self._busy:
+        arrays = [self._array(target) for target in targets]
+        with ThreadPoolExecutor(self.budget.jobs) as pool:
             try:
-                self._fill(specs)
-            except BaseException as error:
-                self._failure = error
+                waiting: deque[tuple[_Array, Box, Future[NDArray[Any]]]] = deque()
+                for array, box, future in self._submitted(arrays, pool):
+                    waiting.append((array, box, future))
+                    while len(waiting) > self.budget.jobs:
+                        self._write(*waiting.popleft())
+                while waiting:
+                    self._write(*waiting.popleft())
+                self._land(0)
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                self._flying.clear()
                 raise
+        return {array.name: self._digest(array).hexdigest() for array in arrays}
 
-    def _fill(self, specs: Mapping[str, Mapping[str, Any]]) -> None:
-        # No sync per write: all files are synced together before the checkpoint is published.
-        context = ts.Context({"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": SLAB}})
-        # A source chunk that is read in parts must stay decoded until the last one, so arrays with large ones go one at a time.
-        heavy = [name for name in specs if self._held(name) * self.budget.jobs > CACHE // 2]
-        light = [name for name in specs if name not in set(heavy)]
-        for jobs, names in ((1, heavy), (self.budget.jobs, light)):
-            with ThreadPoolExecutor(jobs) as pool:
-                waiting = [pool.submit(self._one, self.targets[name], specs[name], context) for name in names]
-                done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
-                if any(future.exception() for future in done):
-                    self._stop.set()
-                    pool.shutdown(cancel_futures=True)
-                for finished in done:
-                    finished.result()
-
-    def _held(self, name: str) -> int:
-        return self.plan(name).held * itemsize(self.targets[name].spec.dtype)
-
-    def plan(self, name: str) -> Chunking:
-        """How an array is cut."""
-        target = self.targets[name]
-        source = next(target.pieces(target.target.pattern.whole(target.sizes))).source
-        size = itemsize(target.spec.dtype)
-        return plan_chunks(target, self.reader.chunks[source], max(1, self.budget.strip // size), CACHE // 2 // size)
-
-    def _one(self, target: Target, spec: Mapping[str, Any], context: Any) -> None:
-        chunking = self.plan(target.spec.name)
+    def _array(self, target: Target) -> _Array:
+        chunking = self.budget.chunking(target, self.reader)
         digest = xxhash.xxh3_128() if chunking.in_order() else None
-        try:
-            store = ts.open(spec, open=True, create=True, context=context).result()
-            self._write(store, chunking, digest)
-            hashed = digest or self._read_back(store, target)
-        except ValueError as error:
-            full = any(text in str(error) for text in _FULL)
-            code, text = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
-            raise OSError(code, text, target.spec.name) from error
-        self.digests[target.spec.name] = hashed.hexdigest()
-        if self._held(target.spec.name) * self.budget.jobs > CACHE // 2:
-            self.reader.close()  # the chunks of this array must not stay beside those of the next; it opens again by itself
+        return _Array(target=target, chunking=chunking, open=self.open, digest=digest)
 
-    def _write(self, store: Any, chunking: Chunking, digest: xxhash.xxh3_128 | None) -> None:
-        target = chunking.target
-        pattern, dtype = target.target.pattern, numpy_dtype(target.spec.dtype)
-        flying: deque[tuple[Any, int]] = deque()
-        for box in chunking.boxes():
-            if self._stop.is_set():
-                raise InterruptedError("stopped")
-            window = pattern.window(target.sizes, box).slices
-            shape = pattern.shape({axis: len(span) for axis, span in box.items()})
-            with assembled(target, box, self.reader) as block:
-                if digest is not None:
-                    digest.update(block.reshape(-1).view(np.uint8).data)
-                written = store[window].write(block.reshape(shape).view(dtype))
-                written.copy.result()
-                flying.append((written, block.nbytes))
-            while sum(nbytes for _, nbytes in flying) > SLAB - self.budget.strip:
-                self._land(*flying.popleft())
-        while flying:
-            self._land(*flying.popleft())
+    def _submitted(
+        self, arrays: Sequence[_Array], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Array, Box, Future[NDArray[Any]]]]:
+        for array in arrays:
+            before: Future[NDArray[Any]] | None = None
+            with _as_os_error(array.name):
+                array.store = array.open(array.chunking)
+            for box in array.chunking.boxes():
+                before = pool.submit(self._assemble, array.target, box, before)
+                yield array, box, before
 
-    def _land(self, written: Any, nbytes: int) -> None:
-        written.result()
-        with self._told:
-            self.progress(nbytes)
+    def _assemble(self, target: Target, box: Box, before: Future[NDArray[Any]] | None) -> NDArray[Any]:
+        """A box; those that are streamed are read one after another, because a stream runs in one direction."""
+        streamed = getattr(self.reader, "streams", None)
+        if before is not None and streamed and any(streamed(piece.source) for piece in target.pieces(box)):
+            before.exception()
+        if self._stop.is_set():
+            raise InterruptedError("stopped")
+        with assembled(target, box, self.reader) as block:
+            return block if block.base is None or isinstance(self.reader, OrbaxReader) else block.copy()
 
-    def _read_back(self, store: Any, target: Target) -> xxhash.xxh3_128:
-        """The digest of an array whose chunks were not written in storage order."""
-        digest = xxhash.xxh3_128()
-        limit = max(1, self.budget.strip // itemsize(target.spec.dtype))
+    def _write(self, array: _Array, box: Box, future: Future[NDArray[Any]]) -> None:
+        block = future.result()
+        if array.digest is not None:
+            array.digest.update(block.reshape(-1).view(np.uint8).data)
+        pattern = array.target.target.pattern
+        window = pattern.window(array.target.sizes, box)
+        shape = [part.stop - part.start for part in window.slices]
+        with _as_os_error(array.name):
+            data = block.reshape(shape).view(numpy_dtype(array.target.spec.dtype))
+            written = array.store[window.slices].write(data, can_reference_source_data_indefinitely=True)
+            written.commit.force() if hasattr(written.commit, "force") else None
+        self._flying.append((written, array, block))
+        if sum(waiting.nbytes for _, _, waiting in self._flying) > self.budget.flying:
+            self._land(self.budget.flying // 2)
+
+    def _land(self, most: int) -> None:
+        """Wait for writes until no more than `most` bytes are on their way."""
+        while self._flying and (sum(block.nbytes for _, _, block in self._flying) > most or not most):
+            written, array, block = self._flying.popleft()
+            with _as_os_error(array.name):
+                written.result()
+            self.progress(block.nbytes)
+
+    def _digest(self, array: _Array) -> xxhash.xxh3_128:
+        """The digest; that of an array whose boxes were not in storage order is of what can be read from the disk."""
+        if array.digest is not None:
+            return array.digest
+        digest, target = xxhash.xxh3_128(), array.target
+        limit = max(1, self.budget.box // itemsize(target.spec.dtype))
         for box in target.target.pattern.strips(target.sizes, limit):
-            if self._stop.is_set():
-                raise InterruptedError("stopped")
-            block = np.asarray(store[target.target.pattern.window(target.sizes, box).slices].read(order="C").result())
+            with _as_os_error(array.name):
+                slices = target.target.pattern.window(target.sizes, box).slices
+                block = np.asarray(array.store[slices].read(order="C").result())
             digest.update(block.view(bits(target.spec.dtype)).reshape(-1).view(np.uint8).data)
         return digest
 
 
-def handlers(filler: Filler) -> list[tuple[type, Any]]:
-    """What Orbax needs to save a tree of lazy leaves and texts."""
-    return [
-        (LazyScalar, _ScalarHandler(filler)),
-        (LazyArray, _ArrayHandler(filler)),
-        (str, ocp.type_handlers.StringHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # there are none, but Orbax logs a warning where nobody could save one
-    ]
+class _as_os_error:  # noqa: N801
+    """TensorStore tells a full disk by a ValueError with a text."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, ValueError):
+            return
+        full = any(text in str(error) for text in _FULL)
+        code, text = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
+        raise OSError(code, text, self.name) from error
 
 
-class _ArrayHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
-    """Saves lazy leaves where and as Orbax saves NumPy arrays."""
-
-    def __init__(self, filler: Filler) -> None:
-        super().__init__()
-        self._filler = filler
-
-    async def serialize(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
-        """Start the writing; Orbax waits for the future before it commits."""
-        del args
-        return [future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name=_THREADS[0])]
-
-    async def _write(self, values: Sequence[LazyArray], infos: Sequence[Any]) -> None:
-        specs = {}
-        for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            specs[value.name] = ocp.type_handlers.get_json_tspec_write(
-                info,
-                use_ocdbt=info.is_ocdbt_checkpoint,
-                global_shape=value.shape,
-                local_shape=self._filler.plan(value.name).shape,
-                dtype=value.dtype,
-                process_index=0 if info.is_ocdbt_checkpoint else None,
-            )
-        self._filler.fill(specs)
-
-
-class _ScalarHandler(_ArrayHandler):
-    """The same, under the name by which Orbax restores Python numbers."""
-
-    def typestr(self) -> str:
-        """Orbax's name of the kind."""
-        return "scalar"
+def total(targets: Mapping[str, Target] | Sequence[Target]) -> int:
+    """Bytes of these targets."""
+    found = targets.values() if isinstance(targets, Mapping) else targets
+    return sum(target.spec.nbytes for target in found)

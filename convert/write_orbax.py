@@ -1,136 +1,205 @@
-"""Write a plan as an Orbax checkpoint: Orbax itself writes the tree and commits, this module fills the arrays.
+"""Write a plan as an Orbax checkpoint, without Orbax: arrays by TensorStore, what stands beside them as JSON.
 
-Every array is a lazy leaf of the tree that Orbax saves. Its handler opens the array as Orbax's own handler for NumPy arrays
-does and fills it chunk by chunk, so that memory is bounded however large an array is; on disk it is an ordinary array.
-An interrupted run starts over: Orbax has no notion of half an item.
+Orbax alone takes more memory than a small budget has, and it drops what it was not asked to restore: shardings, random keys.
+So the arrays are written in batches as Orbax's processes write theirs, each batch a database of its own (OCDBT) that the item's
+manifest then joins, or as a directory for each array. A finished batch is made durable and journalled: an interrupted run goes
+on with the next one, and what it left of a batch is removed, so that no dead bytes stay in the output.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from convert import manifest
-from convert.commit import Stage, copy_file, empty, write_text
-from convert.execute import Budget, Progress
-from convert.fill_arrays import Filler, LazyArray, LazyScalar, handlers
+from convert.chunks import Chunking
+from convert.commit import Stage, copy_file, write_text
+from convert.execute import SYNC, Budget, Progress
+from convert.fill_arrays import Filler
+from convert.malloc import return_memory
+from convert.orbax_budget import FLYING, NODES, OrbaxBudget, orbax_budget
+from convert.orbax_metadata import render
 from convert.planner import Plan, Target
-from layouts.errors import InputError
-from layouts.hf import RECORD
-from layouts.orbax import EMPTY, Key, Leaf, OrbaxReader
+from layouts.checkpoint import DTYPES, Reader
+from layouts.orbax import OrbaxReader
+from layouts.orbax_tree import PROCESS
 
-WORK = "convert_item"
-"""Where Orbax saves below the staging directory; the item is moved to its place when it is complete."""
-WITH_ITEM = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""What Orbax leaves in an item saved by itself; the output has the input's, or none."""
+DEFAULT_MEMORY = 2 << 30
+_LEVEL = 1
+"""zstd's: on bfloat16 weights higher ones take longer for the same size."""
+_NODE = 64 << 10
+"""Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
 
 
-def write(plan: Plan, reader: OrbaxReader, stage: Stage, budget: Budget, progress: Progress) -> None:
+def write(plan: Plan, reader: Reader, stage: Stage, budget: Budget | OrbaxBudget, progress: Progress) -> None:
     """Fill the staging directory; everything in it is durable on return.
 
     Raises:
         OSError: the disk is full or failing.
         InputError: data of the input cannot be read.
     """
-    # Orbax cannot go on with half an item, so what an interrupted run left is removed, its temporary directories included.
-    empty(stage.path)
-    work = stage.path.resolve() / WORK
-    tree, targets = _tree(plan, reader)
-    filler = Filler(targets=targets, reader=reader, budget=budget, progress=progress)
-    with filler.running():
-        _save(work, tree, reader, filler, _custom_metadata(plan, reader))
-    for name in WITH_ITEM:
-        (work / name).unlink(missing_ok=True)
-    _place(work, stage.path / reader.item.relative_to(reader.path))
+    if isinstance(budget, Budget):
+        budget = orbax_budget(max(DEFAULT_MEMORY, budget.peak), budget.jobs, plan, reader)
+    return_memory()
+    place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
+    item = _Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
+    digests = _fill(item, plan, stage, progress)
+    item.join(len(list(_batches(plan.targets))))
+    chunks = {target.spec.name: budget.chunking(target, reader).shape for target in plan.targets}
+    for name, text in render(plan, reader, chunks).items():
+        write_text(item.path / name, text)
     for name in plan.side_files:
         if name != manifest.NAME:
             copy_file(plan.source / name, stage.path / name)
-    _sync(stage.path)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, filler.digests, None))
+    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, None))
 
 
-def _save(work: Path, tree: Any, reader: OrbaxReader, filler: Filler, custom_metadata: Any) -> None:
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=reader.use_ocdbt,
-        use_zarr3=reader.use_zarr3,
-        use_compression=reader.compressed,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers(filler)),
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(work, args=ocp.args.PyTreeSave(tree, custom_metadata=custom_metadata))
+def _fill(item: _Item, plan: Plan, stage: Stage, progress: Progress) -> dict[str, str]:
+    """Write all batches that no earlier run has finished; the digests of all."""
+    if isinstance(item.reader, OrbaxReader):
+        item.reader.close()
+        item.reader.limits = item.budget.limits
+    digests: dict[str, str] = {}
+    item.path.mkdir(parents=True, exist_ok=True)
+    for number, targets in enumerate(_batches(plan.targets)):
+        if all(target.spec.name in stage.done for target in targets):
+            digests |= {target.spec.name: stage.done[target.spec.name] for target in targets}
+            progress(sum(target.spec.nbytes for target in targets))
+            continue
+        item.begin(number, targets)
+        filler = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create)
+        fresh = filler.fill(targets)
+        item.sync(number, targets)
+        stage.record(fresh)
+        digests |= fresh
+    return digests
 
 
-def _custom_metadata(plan: Plan, reader: OrbaxReader) -> Any:
-    """The input's own entries stay; our record comes or goes with the layout that it describes."""
-    found = reader.custom_metadata
-    if not plan.record and reader.record is None:
-        return found
-    if found is not None and not isinstance(found, dict):
-        raise InputError(f"{reader.item}: custom_metadata is no JSON object, so the layout cannot be recorded there")
-    kept = {key: value for key, value in (found or {}).items() if key != RECORD}
-    return kept | ({RECORD: dict(plan.record)} if plan.record else {}) or None
+def _batches(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Neighbours, about `SYNC` bytes together: what a power cut can cost."""
+    batch: list[Target] = []
+    for target in targets:
+        if batch and sum(each.spec.nbytes for each in batch) + target.spec.nbytes > SYNC:
+            yield batch
+            batch = []
+        batch.append(target)
+    if batch:
+        yield batch
 
 
-def _tree(plan: Plan, reader: OrbaxReader) -> tuple[Any, dict[str, Target]]:
-    """The tree to save, and the target of each array in it by the name that Orbax gives it."""
-    leaves: dict[tuple[Key, ...], Any] = {}
-    targets = {target.spec.name: target for target in plan.targets}
-    for target in plan.targets:
-        leaf = reader.leaves[next(target.pieces(target.target.pattern.whole(target.sizes))).source]
-        kind = LazyScalar if leaf.kind == "scalar" else LazyArray
-        leaves[_path(target.spec.name, leaf)] = kind(name=target.spec.name, spec=target.spec)
-    for name, leaf in reader.leaves.items():
-        if leaf.kind in EMPTY:
-            leaves[leaf.path] = EMPTY[leaf.kind]
-        elif leaf.kind == "string":
-            leaves[leaf.path] = reader.strings[name]
-    return _nest(leaves, reader), targets
+@dataclass(slots=True, kw_only=True)
+class _Item:
+    """The item's directory, and how its arrays are stored."""
+
+    path: Path
+    reader: Reader
+    budget: OrbaxBudget
+    _base: Path | None = None
+    _context: Any = field(default=None)
+
+    @property
+    def ocdbt(self) -> bool:
+        return self.reader.use_ocdbt if isinstance(self.reader, OrbaxReader) else True
+
+    @property
+    def zarr3(self) -> bool:
+        return self.reader.use_zarr3 if isinstance(self.reader, OrbaxReader) else True
+
+    def begin(self, number: int, targets: Sequence[Target]) -> None:
+        """A new batch; what an interrupted run left of it goes."""
+        for path in self._paths(number, targets):
+            if path.exists():
+                shutil.rmtree(path)
+        self._base = self._paths(number, targets)[0] if self.ocdbt else self.path
+        # No sync per write: a batch is synced as a whole.
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": 0},
+                "cache_pool#ocdbt": {"total_bytes_limit": NODES},
+                "data_copy_concurrency": {"limit": max(2, self.budget.jobs)},
+                "file_io_concurrency": {"limit": max(2, self.budget.jobs)},
+                "file_io_sync": False,
+            }
+        )
+
+    def _paths(self, number: int, targets: Sequence[Target]) -> list[Path]:
+        if self.ocdbt:
+            return [self.path / f"{PROCESS}{number}"]
+        return [self.path / target.spec.name for target in targets]
+
+    def create(self, chunking: Chunking) -> Any:
+        """The empty stored array of a tensor of the batch."""
+        name = chunking.target.spec.name
+        file = {"driver": "file", "path": f"{self._base}/"}
+        kvstore: dict[str, Any] = {**file, "path": f"{self._base}/{name}/"}
+        if self.ocdbt:
+            kvstore = _database(f"{self._base}/") | {"path": f"{name}/"}
+        spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
+        return ts.open(
+            spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.zarr3)},
+            dtype=DTYPES[chunking.target.spec.dtype],
+            shape=chunking.target.spec.shape,
+            create=True,
+            context=self._context,
+        ).result()
+
+    def _compressed(self, chunking: Chunking) -> bool:
+        """As its first source is."""
+        target = chunking.target
+        source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
+        return not isinstance(self.reader, OrbaxReader) or source is None or self.reader.compressed[source.source]
+
+    def sync(self, number: int, targets: Sequence[Target]) -> None:
+        """Make a batch durable."""
+        self._context = None
+        for path in self._paths(number, targets):
+            for directory, _, files in os.walk(path, topdown=False):
+                for name in [*files, "."]:
+                    descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+
+    def join(self, batches: int) -> None:
+        """One manifest over the databases of all batches, whose values stay where they are."""
+        if not self.ocdbt:
+            return
+        for path in (self.path / "manifest.ocdbt", self.path / "d"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
+        whole = ts.KvStore.open(_database(f"{self.path}/"), context=context).result()
+        transaction = ts.Transaction(atomic=True)
+        for number in range(batches):
+            one = ts.KvStore.open(_database(f"{self.path}/{PROCESS}{number}/"), context=context).result()
+            one.experimental_copy_range_to(whole.with_transaction(transaction)).result()
+        transaction.commit_async().result()
 
 
-def _path(name: str, leaf: Leaf) -> tuple[Key, ...]:
-    """Where a target hangs in the tree: below the deepest node of its first source that the two names share."""
-    for depth in range(len(leaf.path), 0, -1):
-        shared = ".".join(map(str, leaf.path[:depth]))
-        if name == shared:
-            return leaf.path[:depth]
-        if name.startswith(shared + "."):
-            return (*leaf.path[:depth], *name[len(shared) + 1 :].split("."))
-    return tuple(name.split("."))
+def _database(path: str) -> dict[str, Any]:
+    return {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": path},
+        # Metadata of arrays is kept in the tree, chunks are not.
+        "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": _NODE, "manifest_kind": "single"},
+        "target_data_file_size": FLYING,
+        "cache_pool": "cache_pool#ocdbt",
+    }
 
 
-def _nest(leaves: Mapping[tuple[Key, ...], Any], reader: OrbaxReader) -> Any:
-    """Dicts and lists from paths."""
-    if () in leaves:
-        return leaves[()]
-    below: dict[Key, dict[tuple[Key, ...], Any]] = {}
-    for path, value in leaves.items():
-        below.setdefault(path[0], {})[path[1:]] = value
-    nested = {key: _nest(inner, reader) for key, inner in below.items()}
-    if not all(isinstance(key, int) for key in nested):
-        return nested
-    if sorted(nested, key=int) != list(range(len(nested))):
-        raise InputError(f"{reader.item}: a list in the tree has gaps: it has entries {list(nested)}")
-    return [nested[i] for i in range(len(nested))]
-
-
-def _place(work: Path, item: Path) -> None:
-    """Move the finished item to where the input has it; when that is the checkpoint itself, its entries move up."""
-    if item == work.parent or item.resolve() == work.parent:
-        for entry in work.iterdir():
-            os.rename(entry, item / entry.name)
-        work.rmdir()
-        return
-    item.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(work, item)
-
-
-def _sync(path: Path) -> None:
-    """Make all files durable: the arrays were written without a sync each, which costs more than one at the end."""
-    for directory, _, files in os.walk(path):
-        for name in files:
-            with open(os.path.join(directory, name), "rb") as file:
-                os.fsync(file.fileno())
+def _metadata(chunking: Chunking, compressed: bool, *, zarr3: bool) -> dict[str, Any]:
+    shape, chunk = list(chunking.target.spec.shape), [max(1, size) for size in chunking.shape]
+    if not zarr3:
+        compressor = {"id": "zstd", "level": _LEVEL} if compressed else None
+        return {"shape": shape, "chunks": chunk, "compressor": compressor, "dimension_separator": "."}
+    codecs: list[Any] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if compressed:
+        codecs.append({"name": "zstd", "configuration": {"level": _LEVEL}})
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    return {"shape": shape, "chunk_grid": grid, "codecs": codecs}

@@ -15,8 +15,8 @@ import pytest
 import xxhash
 
 import convert
+from convert import write_orbax
 from convert.chunks import plan_chunks
-from convert.fill_arrays import _THREADS
 from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
@@ -140,7 +140,8 @@ def test_chunks_are_bounded_cover_all_and_never_span_two_cells(chunk, tmp_path):
     for target in make_plan(reader, tmp_path / "out", "prefuse").targets:
         source = next(target.pieces(target.target.pattern.whole(target.sizes))).source
         for limit, held in ((1, 1), (10, 64), (100, 1000), (10**6, 10**6)):
-            check_chunks(plan_chunks(target, reader.chunks[source], limit, held), limit)
+            for grain in (1, 16, 10**6):
+                check_chunks(plan_chunks(target, reader.chunks[source], limit, held, grain), limit)
 
 
 def check_chunks(chunking, limit):
@@ -153,8 +154,8 @@ def check_chunks(chunking, limit):
         order.append(numbers[block].ravel())
         assert seen[block].size <= limit
         assert all(box[a].start // chunking.cell[a] == (box[a].stop - 1) // chunking.cell[a] for a in pattern.axes)
-        starts = zip(pattern.window(sizes, box).slices, chunking.shape, strict=True)
-        assert all(cut.start % step == 0 and cut.stop - cut.start <= step for cut, step in starts)
+        cuts = zip(pattern.window(sizes, box).slices, chunking.shape, chunking.target.spec.shape, strict=True)
+        assert all(cut.start % step == 0 and (cut.stop % step == 0 or cut.stop == size) for cut, step, size in cuts)
     assert (seen == 1).all()
     assert chunking.in_order() == np.array_equal(np.concatenate(order), numbers.ravel())
 
@@ -201,19 +202,39 @@ def test_a_step_is_an_input_but_several_are_not(tmp_path):
     assert find_item(tmp_path / "empty") is None
 
 
-def test_what_a_stopped_run_left_is_removed(tmp_path):
+@pytest.mark.parametrize(("ocdbt", "zarr3"), [(True, True), (False, False)])
+def test_an_interrupted_run_goes_on_with_the_next_batch(ocdbt, zarr3, tmp_path, monkeypatch):
     def interrupt(done):
-        assert done
-        raise KeyboardInterrupt
+        written.append(done)
+        if len(written) == 4:
+            raise KeyboardInterrupt
 
-    save(tmp_path / "in", scanned())
+    monkeypatch.setattr(write_orbax, "SYNC", 1)
+    written = []
+    save(tmp_path / "in", train_state(), ocdbt=ocdbt, zarr3=zarr3)
     with pytest.raises(KeyboardInterrupt):
         convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
     assert not (tmp_path / "out").exists()
-    assert list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
-    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    staged = list(tmp_path.glob("out.partial-*/new/**/*"))
+    report = convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert report.resumed == 3
+    assert len(staged) > 3
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "out"]
-    assert not list(tmp_path.rglob("*orbax-checkpoint-tmp*"))
+    assert flat(restore(tmp_path / "out")) == flat(fused(restore(tmp_path / "in")))
+    assert convert.verify(tmp_path / "out").equal
+
+
+def test_what_an_interrupted_batch_left_takes_no_room(tmp_path):
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    save(tmp_path / "in", scanned())
+    convert.prefuse(tmp_path / "in", tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    sizes = [sum(f.stat().st_size for f in (tmp_path / d).rglob("*") if f.is_file()) for d in ("whole", "out")]
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def test_a_signal_is_raised_as_such_and_leaves_no_thread(tmp_path, capfd):
@@ -227,7 +248,7 @@ def test_a_signal_is_raised_as_such_and_leaves_no_thread(tmp_path, capfd):
     save(tmp_path / "in", train_state())
     with pytest.raises(KeyboardInterrupt):
         convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
-    assert not any(thread.name in _THREADS for thread in set(threading.enumerate()) - threads)
+    assert not [thread.name for thread in set(threading.enumerate()) - threads if "ThreadPool" in thread.name]
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in capfd.readouterr().err
 
