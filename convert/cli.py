@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -143,8 +143,9 @@ def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[st
 
 
 def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
-    from convert.execute import make_budget
     from convert.report import describe_plan
+    from convert.run import budget_of
+    from layouts.checkpoint import open_checkpoint
 
     planned = convert.plan(
         source,
@@ -159,7 +160,8 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         to=arguments.to,
         scan=not arguments.no_scan,
     )
-    budget = make_budget(arguments.memory, arguments.jobs, 2 * len(planned.targets))
+    with closing(open_checkpoint(source)) as reader:
+        budget = budget_of(planned, reader, arguments.memory, arguments.jobs)
     print(describe_plan(planned, budget.peak, budget.jobs))
     return 0
 

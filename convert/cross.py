@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.targets import Target
+from convert.targets import OTHER, Target
 from layouts.checkpoint import Reader, TensorSpec
 from layouts.errors import InputError, PlanError
 from layouts.families import FAMILIES, MAXTEXT, Family
@@ -136,7 +136,7 @@ def _pair(
     *,
     counts: Mapping[str, int],
     optional: bool,
-    role: str = "other",
+    role: str = OTHER,
     part: str = "",
 ) -> Pair:
     hf, maxtext = places

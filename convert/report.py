@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from convert.planner import Plan, Target
+from convert.planner import Plan
+from convert.targets import OTHER, Target
 from layouts.checks import PACKED
 from layouts.families import FAMILIES, NOT_GATED, SOURCES
-from layouts.layout import Layouts
+from layouts.layout import ROLES, Layouts
 from layouts.parts import PACKED_TYPES
 from layouts.targets import TARGETS
 from layouts.template import Template
@@ -42,13 +43,14 @@ class Report:
 
 
 def _headline(plan: Plan) -> str:
-    moved = [target for target in plan.targets if target.role != "verbatim"]
+    moved = [target for target in plan.targets if target.role in ROLES]
     blocks = {tuple((k, v) for k, v in t.index.items() if k not in "eg") for t in moved}
     experts = max((target.sizes["e"] for target in moved), default=0)
-    verbatim = len(plan.targets) - len(moved)
+    others = len(plan.targets) - len(moved)
+    how = "copied as they are" if all(t.role != OTHER for t in plan.targets) else "in the other format's axes"
     return (
-        f"{plan.action}  {plan.source} ({plan.format}, {plan.family}) -> layout {plan.layout}: {len(blocks)} MoE blocks of "
-        f"{experts} experts, {len(moved)} expert tensors, {verbatim} others copied as they are"
+        f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: {len(blocks)} MoE blocks of "
+        f"{experts} experts, {len(moved)} expert tensors, {others} others {how}"
     )
 
 

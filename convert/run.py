@@ -6,9 +6,10 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert import manifest
+from convert.blocks import SLAB
 from convert.commit import Stage, check_output, staging
 from convert.cross_plan import make_cross_plan
 from convert.errors import InputError, UsageError
@@ -18,6 +19,9 @@ from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.families import SOURCES
 from layouts.targets import DEFAULT, TARGETS
+
+if TYPE_CHECKING:
+    from convert.orbax_budget import OrbaxBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +103,7 @@ def convert_checkpoint(
 
 def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress, started: float) -> Report:
     """Execute a plan into a staging directory and publish it."""
-    budget = make_budget(options.memory, options.jobs, len(reader.tensors) + len(plan.targets))
+    budget = budget_of(plan, reader, options.memory, options.jobs)
     mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
     with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite) as stage:
         notes = _write(plan, reader, stage, budget, progress, options)
@@ -108,16 +112,33 @@ def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress,
     return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(stage.done), notes=notes)
 
 
-def _write(plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, options: Options) -> tuple[str, ...]:
-    """The one place that tells the formats apart when writing; Orbax is imported only if it is needed."""
-    if plan.format == "hf":
-        from convert import write_hf
+def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budget | OrbaxBudget:
+    """The settings that keep a conversion within `memory` bytes, by what is read and written.
 
-        return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)
-    from convert import write_orbax
+    Raises:
+        UsageError: nothing does.
+    """
+    if plan.format == "hf" and reader.format == "hf":
+        return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
+    from convert.orbax_budget import orbax_budget
     from layouts.orbax import OrbaxReader
 
-    if not isinstance(reader, OrbaxReader):
-        raise NotImplementedError(f"no writer for {type(reader).__name__}")
-    write_orbax.write(plan, reader, stage, budget, progress)
+    found = orbax_budget(memory, jobs, plan, reader)
+    if plan.format == "hf" and isinstance(reader, OrbaxReader):
+        reader.limits = found.limits
+        return Budget(jobs=found.jobs, strip=found.box, base=found.peak - found.jobs * (found.box + SLAB))
+    return found
+
+
+def _write(
+    plan: Plan, reader: Reader, stage: Stage, budget: Budget | OrbaxBudget, progress: Progress, options: Options
+) -> tuple[str, ...]:
+    """The one place that tells the formats apart when writing; TensorStore is imported only if it is needed."""
+    from convert import write_hf
+
+    if isinstance(budget, Budget):
+        return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)
+    from convert import write_orbax
+
+    write_orbax.write(plan, reader, stage, budget, progress, write_hf.original_of(plan, reader))
     return ()

@@ -17,6 +17,8 @@ from layouts.parts import CHUNKS
 from layouts.pattern import Box, Pattern
 from layouts.template import Index
 
+OTHER = "other"
+"""The role of a tensor that is no expert weight and is re-laid all the same, between formats."""
 _CUT = CHUNKS[:2]
 
 
@@ -39,9 +41,10 @@ class _Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A tensor of the output. `index` is where its name puts it; `sizes` are those of its axes, `source_sizes` the sources'.
+    """A tensor of the output. `index` is where its name puts it.
 
-    `role` is `wi`, `wo` or `verbatim`; `part` names a companion, such as a bias or a scale.
+    `sizes` are those of its axes, `source_sizes` the sources'. `role` is `wi`, `wo`, `verbatim`, or `other` for tensors that
+    only the other format has otherwise; `part` names a companion, such as a bias or a scale.
     """
 
     spec: TensorSpec

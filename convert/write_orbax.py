@@ -37,8 +37,15 @@ _NODE = 64 << 10
 """Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
 
 
-def write(plan: Plan, reader: Reader, stage: Stage, budget: Budget | OrbaxBudget, progress: Progress) -> None:
-    """Fill the staging directory; everything in it is durable on return.
+def write(
+    plan: Plan,
+    reader: Reader,
+    stage: Stage,
+    budget: Budget | OrbaxBudget,
+    progress: Progress,
+    original: manifest.Original | None = None,
+) -> None:
+    """Fill the staging directory; everything in it is durable on return. `original` are files that a way back restores.
 
     Raises:
         OSError: the disk is full or failing.
@@ -57,7 +64,7 @@ def write(plan: Plan, reader: Reader, stage: Stage, budget: Budget | OrbaxBudget
     for name in plan.side_files:
         if name != manifest.NAME:
             copy_file(plan.source / name, stage.path / name)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, None))
+    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original))
 
 
 def _fill(item: _Item, plan: Plan, stage: Stage, progress: Progress) -> dict[str, str]:

@@ -1,0 +1,124 @@
+"""Hugging Face to MaxText on the disk: Orbax restores what we write, and the way back gives every file again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+import convert
+from convert.cli import main
+from scripts.make_checkpoint import make_checkpoint
+from tests.tiny import tree
+
+FAMILIES = ["qwen3_moe", "deepseek_v3"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request, tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp(request.param) / "in", family=request.param, shard=100_000)
+
+
+def restore(path: Path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "0" / "items")
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {name: array for file in path.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+def test_orbax_restores_the_tree_and_the_way_back_restores_the_files(source, tmp_path, scan):
+    report = convert.prefuse(source, tmp_path / "tree", to="orbax", scan=scan)
+    assert report.plan.format == "orbax"
+    params = restore(tmp_path / "tree")["params"]["params"]
+    hf = tensors(source)
+    np.testing.assert_array_equal(params["token_embedder"]["embedding"], hf["model.embed_tokens.weight"])
+    last = max(int(name.split(".")[2]) for name in hf if ".experts." in name)
+    decoder = params["decoder"]
+    if "qwen3" in report.plan.family:
+        block = decoder["layers"]["moe_block"] if scan else decoder[f"layers_{last}"]["moe_block"]
+    else:
+        layer = decoder["moe_layers"] if scan else decoder[f"moe_layers_{last - 1}"]
+        block = layer["DeepSeekMoeBlock_0"]["MoeBlock_0"]
+    gate, up = (hf[f"model.layers.{last}.mlp.experts.11.{word}_proj.weight"].T for word in ("gate", "up"))
+    wi = block["wi"][11, -1] if scan else block["wi"][11]
+    np.testing.assert_array_equal(wi, np.concatenate((gate, up), -1))
+    convert.split(tmp_path / "tree", tmp_path / "again", to="hf")
+    again = tree(tmp_path / "again")
+    assert again.pop("convert_manifest.json")
+    assert again == tree(source)
+
+
+def test_without_fusing_and_fused_later(source, tmp_path):
+    convert.reformat(source, tmp_path / "tree", to="orbax")
+    assert not any(
+        path.endswith(".wi") for path in json.loads((tmp_path / "tree" / "convert_manifest.json").read_text())["tensors"]
+    )
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    convert.prefuse(source, tmp_path / "at-once", to="orbax")
+    one, other = (restore(tmp_path / name) for name in ("fused", "at-once"))
+    assert json.dumps(one, default=lambda a: a.tobytes().hex()) == json.dumps(other, default=lambda a: a.tobytes().hex())
+    assert convert.verify(tmp_path / "fused", tmp_path / "at-once", gemm=False).equal
+    assert convert.verify(tmp_path / "at-once").equal
+    convert.reformat(tmp_path / "fused", tmp_path / "again", to="hf")
+    again = tree(tmp_path / "again")
+    assert again.pop("convert_manifest.json")
+    assert again == tree(source)
+
+
+def test_from_maxtext_into_any_layout(source, tmp_path):
+    convert.prefuse(source, tmp_path / "tree", to="orbax")
+    convert.prefuse(tmp_path / "tree", tmp_path / "vllm", to="hf", layout="vllm")
+    assert convert.verify(source, tmp_path / "vllm", gemm=False).equal
+    convert.split(tmp_path / "vllm", tmp_path / "again")
+    assert convert.verify(source, tmp_path / "again", gemm=False).equal
+
+
+def test_the_checkpoint_manager_of_maxtext_restores_it(source, tmp_path):
+    convert.prefuse(source, tmp_path / "tree", to="orbax")
+    with ocp.CheckpointManager(tmp_path / "tree", item_names=("items",)) as manager:
+        assert manager.latest_step() == 0
+        restored = manager.restore(0, args=ocp.args.Composite(items=ocp.args.PyTreeRestore()))
+    assert "decoder" in restored["items"]["params"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--prefuse", "{in}", "{out}", "--to", "orbax", "--layout", "vllm"], 4, "no place for layout 'vllm'"),
+        (["--to", "orbax", "{in}", "{out}", "--family", "mixtral"], 4, "would change values"),
+    ],
+)
+def test_what_maxtext_cannot_hold_is_refused(source, tmp_path, capsys, arguments, code, words):
+    names = {"in": str(source), "out": str(tmp_path / "out")}
+    assert main([argument.format(**names) for argument in arguments] + ["--quiet"]) == code
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tree_without_config_is_refused_with_what_to_do(source, tmp_path, capsys):
+    convert.reformat(source, tmp_path / "tree", to="orbax")
+    (tmp_path / "tree" / "config.json").unlink()
+    assert main(["--to", "hf", str(tmp_path / "tree"), str(tmp_path / "out"), "--quiet"]) == 3
+    assert "put the model's config.json there" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on(source, tmp_path):
+    code = (
+        "import os, signal, sys, convert.write_orbax as w; from convert.cli import main\n"
+        "w.render = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = ["--to", "orbax", str(source), str(tmp_path / "tree"), "--quiet"]
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code, *command], cwd=root, env=dict(os.environ)).returncode == -9
+    assert not (tmp_path / "tree").exists()
+    assert convert.reformat(source, tmp_path / "tree", to="orbax").resumed
+    convert.reformat(tmp_path / "tree", tmp_path / "again", to="hf")
+    assert tree(source).items() <= tree(tmp_path / "again").items()
