@@ -139,7 +139,7 @@ FAMILIES: tuple[Family, ...] = (
     _per_expert("axk1", "axk2"),
     _per_expert("beam"),
     _per_expert("flint"),
-    _per_expert("kolibri", experts="{path}.{l}.{moe:mlp,moe}.experts"),
+    _per_expert("kolibri", "kolibri1", experts="{path}.{l}.{moe:mlp,moe}.experts"),
     _per_expert("klear", "Klear"),
     _per_expert("unlimited_ocr"),
     _w123("mixtral"),
