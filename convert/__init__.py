@@ -57,6 +57,7 @@ def plan(
     source_layout: str | None = None,
     to: Format | None = None,
     scan: bool = True,
+    params_only: bool = False,
 ) -> Plan:
     """Plan a conversion from names and shapes alone, writing nothing.
 
@@ -71,7 +72,7 @@ def plan(
         raise UsageError("give exactly one of prefuse=True and split=True, or only the format to convert to")
     action: Action = "prefuse" if prefuse else "split" if split else "convert"
     choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
-    reader, planned = open_and_plan(source, out, action, **choices, to=to, scan=scan)  # type: ignore[arg-type]
+    reader, planned = open_and_plan(source, out, action, **choices, to=to, scan=scan, params_only=params_only)  # type: ignore[arg-type]
     reader.close()
     return planned
 
@@ -87,6 +88,7 @@ def prefuse(
     source_layout: str | None = None,
     to: Format | None = None,
     scan: bool = True,
+    params_only: bool = False,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -98,7 +100,8 @@ def prefuse(
 
     `memory` and `max_shard_size` are in bytes. `shards` and `align` (columns to which each shard is padded, or `maxtext`) are
     for the layouts `per-shard` and `lane`. `to` is the format of the output if it is another than the input's; `scan` says
-    whether a MaxText tree that is made has its layers stacked.
+    whether a MaxText tree that is made has its layers stacked, `params_only` that the training state of one that is read is
+    left out.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
@@ -107,7 +110,7 @@ def prefuse(
 
     options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
     choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
-    return convert_checkpoint(source, out, "prefuse", options, progress, **choices, to=to, scan=scan)
+    return convert_checkpoint(source, out, "prefuse", options, progress, **choices, to=to, scan=scan, params_only=params_only)
 
 
 def split(
@@ -118,6 +121,7 @@ def split(
     source_layout: str | None = None,
     to: Format | None = None,
     scan: bool = True,
+    params_only: bool = False,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -133,7 +137,7 @@ def split(
     from convert.run import Options, convert_checkpoint
 
     options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
-    choices = {"family": family, "source_layout": source_layout, "to": to, "scan": scan}
+    choices = {"family": family, "source_layout": source_layout, "to": to, "scan": scan, "params_only": params_only}
     return convert_checkpoint(source, out, "split", options, progress, **choices)
 
 
@@ -144,6 +148,7 @@ def reformat(
     to: Format,
     family: str | None = None,
     scan: bool = True,
+    params_only: bool = False,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -153,13 +158,17 @@ def reformat(
 ) -> Report:
     """Write a Hugging Face checkpoint as an Orbax (MaxText) one or back, every tensor, the experts unfused.
 
+    `params_only` leaves out the training state (step, optimizer) of a MaxText checkpoint; else it is an error to have one.
+
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
     from convert.run import Options, convert_checkpoint
 
     options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
-    return convert_checkpoint(source, out, "convert", options, progress, family=family, to=to, scan=scan)
+    return convert_checkpoint(
+        source, out, "convert", options, progress, family=family, to=to, scan=scan, params_only=params_only
+    )
 
 
 def verify(

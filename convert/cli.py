@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--align", type=_align, default=128, metavar="A", help="per-shard: columns to pad to (default: 128), or maxtext"
     )
     parser.add_argument("--to", choices=("hf", "orbax"), help="format of CKPT_OUT, if another than CKPT_IN's")
+    parser.add_argument("--params-only", action="store_true", help="--to hf: leave out step and optimizer state")
     parser.add_argument("--no-scan", action="store_true", help="--to orbax: a subtree for each layer, not stacked ones")
     parser.add_argument(
         "--source-layout",
@@ -115,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
             family=arguments.family,
             to=arguments.to,
             scan=not arguments.no_scan,
+            params_only=arguments.params_only,
             jobs=arguments.jobs,
             memory=arguments.memory,
             max_shard_size=arguments.max_shard_size,
@@ -159,6 +161,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         source_layout=arguments.source_layout,
         to=arguments.to,
         scan=not arguments.no_scan,
+        params_only=arguments.params_only,
     )
     with closing(open_checkpoint(source)) as reader:
         budget = budget_of(planned, reader, arguments.memory, arguments.jobs)

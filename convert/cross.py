@@ -6,7 +6,7 @@ It is the same operation as any other: two layouts of one tensor, and block copi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,10 @@ def layouts_of(family: Family, fused: str | None, *, scan: bool, to_maxtext: boo
     return Sides(family=family, hf=hf, maxtext=maxtext, scan=scan, to_maxtext=to_maxtext)
 
 
-def cross_targets(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]) -> list[Target]:
-    """All tensors of the output.
+def cross_targets(
+    reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any], left_out: Collection[str] = ()
+) -> list[Target]:
+    """All tensors of the output; those `left_out` of the input are not asked for.
 
     Raises:
         InputError: a tensor is missing, or tensors that are stacked differ.
@@ -77,9 +79,9 @@ def cross_targets(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str,
     """
     used: set[str] = set()
     found: list[Target] = []
-    heads = {axis: config[word] for axis, word in HEADS.items() if type(config.get(word)) is int}
-    for pair in _pairs(tree, sides, config):
-        names = _names(pair)
+    heads = heads_of(config)
+    for pair in pairs_of(tree, sides, config):
+        names = names_of(pair)
         have = [name for name in names if name in reader.tensors]
         if not have and pair.optional:
             continue
@@ -87,7 +89,7 @@ def cross_targets(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str,
             raise InputError(f"{reader.path}: {lost} is missing; {len(have)} of {len(names)} such tensors are there")
         found += _targets(reader, pair, names, heads)
         used.update(names)
-    if left := [name for name in reader.tensors if name not in used]:
+    if left := [name for name in reader.tensors if name not in used and name not in left_out]:
         raise PlanError(
             f"{reader.path}: {len(left)} tensors have no place on the other side, first {left[0]} (in "
             f"{reader.where(left[0])}); nothing is dropped, so there is no plan"
@@ -95,7 +97,17 @@ def cross_targets(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str,
     return found
 
 
-def _pairs(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pair]:
+def heads_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that no shape tells."""
+    return {axis: config[word] for axis, word in HEADS.items() if type(config.get(word)) is int}
+
+
+def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pair]:
+    """Every kind of tensor that a model with this `config.json` may have, with its two places.
+
+    Raises:
+        PlanError: `config.json` does not say how many layers or experts there are.
+    """
     for row in tree.outside:
         yield _pair(sides, _of_row(row, "", ROOT), optional=row.optional, counts={})
     for stack in tree.stacks:
@@ -188,7 +200,8 @@ def _plain(layout: Layout) -> Pattern:
     return Pattern(" ".join(layout.pattern.replace("...", "").split()))
 
 
-def _names(pair: Pair) -> list[str]:
+def names_of(pair: Pair) -> list[str]:
+    """The tensors of a kind, as its source names them."""
     key = pair.source.key
     points = itertools.product(*(range(pair.counts[slot]) for slot in key.slots))
     return [key.render(dict(zip(key.slots, point, strict=True))) for point in points]

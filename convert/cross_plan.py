@@ -16,47 +16,62 @@ from layouts.families import FAMILIES
 from layouts.hf import CONFIG, RECORD, read_json
 from layouts.layout import ROLES
 from layouts.lookup import find_family
-from layouts.maxtext import ROOT
+from layouts.maxtext import ROOT, Tree
 
 _FUSED = ("concat",)
 """The layouts in which MaxText has a place for `wi`, for experts that are not cut into shards."""
 
 
 def make_cross_plan(
-    reader: Reader, out: Path, to: str, action: Action | None, *, layout: str, family: str | None, scan: bool
+    reader: Reader,
+    out: Path,
+    to: str,
+    action: Action,
+    *,
+    layout: str,
+    family: str | None,
+    scan: bool,
+    params_only: bool = False,
 ) -> Plan:
-    """Plan HF -> Orbax (MaxText) or back. Without an action the experts are separate on the other side.
+    """Plan HF -> Orbax (MaxText) or back.
 
     `scan` is for MaxText trees to be written: layers stacked, or a subtree for each. A tree that is read says so itself.
+    `params_only` leaves out what else a training checkpoint holds: step, optimizer state.
 
     Raises:
         PlanError: no lossless plan exists.
         InputError: tensors or `config.json` are missing.
     """
-    config = _config(reader)
+    config = config_of(reader)
     found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=family)
     tree = tree_of(found, reader.path)
     fused = layout if action == "prefuse" else None
     if to == "orbax" and fused and fused not in _FUSED:
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
-    if to == "hf":
-        scan = any(name.startswith(f"{ROOT}{stack.scanned}.") for stack in tree.stacks for name in reader.tensors)
-    sides = layouts_of(found, fused, scan=scan, to_maxtext=to == "orbax", is_fused=_is_fused(reader))
-    targets = sorted(cross_targets(reader, tree, sides, config), key=lambda target: target.spec.name)
+    scan = scan if to == "orbax" else is_scanned(reader, tree)
+    sides = layouts_of(found, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader))
+    left_out = tuple(name for name in reader.tensors if params_only and to == "hf" and not name.startswith(ROOT))
+    targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
     return Plan(
         source=reader.path,
         out=out,
-        action=action or "convert",
+        action=action,
         format=to,
         family=found.name,
         layout=layout if fused else ("maxtext" if to == "orbax" else "native"),
         record=_record(layout, sides, targets) if fused else None,
         targets=tuple(targets),
         side_files=tuple(reader.side_files),
+        left_out=left_out,
     )
 
 
-def _config(reader: Reader) -> Mapping[str, Any]:
+def is_scanned(reader: Reader, tree: Tree) -> bool:
+    """Whether a MaxText tree has its layers stacked."""
+    return any(name.startswith(f"{ROOT}{stack.scanned}.") for stack in tree.stacks for name in reader.tensors)
+
+
+def config_of(reader: Reader) -> Mapping[str, Any]:
     """`config.json`, which an Orbax checkpoint that came from Hugging Face has beside it."""
     if reader.config:
         return {key: value for key, value in reader.config.items() if key != RECORD}
@@ -70,7 +85,7 @@ def _config(reader: Reader) -> Mapping[str, Any]:
     return found
 
 
-def _is_fused(reader: Reader) -> bool:
+def is_fused(reader: Reader) -> bool:
     """Whether an Orbax tree that is read has its experts fused; our record says so, and only that is believed."""
     record = reader.record or {}
     if isinstance(record, Mapping) and record.get("layout") in _FUSED:

@@ -39,6 +39,8 @@ class Plan:
     record: Mapping[str, Any] | None
     targets: tuple[Target, ...]
     side_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    """Tensors of the input that the user asked to leave out."""
 
     @property
     def nbytes(self) -> int:

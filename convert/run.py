@@ -47,10 +47,12 @@ def open_and_plan(
     source_layout: str | None = None,
     to: str | None = None,
     scan: bool = True,
+    params_only: bool = False,
 ) -> tuple[Reader, Plan]:
     """Open a checkpoint and plan its conversion; the caller closes the reader.
 
-    `to` is the format of the output, `hf` or `orbax`, if not the input's; `scan` whether layers are stacked in it.
+    `to` is the format of the output, `hf` or `orbax`, if not the input's; `scan` whether layers are stacked in it, and
+    `params_only` leaves out the training state of a MaxText checkpoint on the way to Hugging Face.
 
     Raises:
         UsageError: an unknown layout.
@@ -61,7 +63,8 @@ def open_and_plan(
     choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
     try:
         if to is not None and to != reader.format:
-            return reader, make_cross_plan(reader, Path(out), to, action, layout=layout, family=family, scan=scan)
+            kind = {"layout": layout, "family": family, "scan": scan, "params_only": params_only}
+            return reader, make_cross_plan(reader, Path(out), to, action, **kind)  # type: ignore[arg-type]
         if action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         return reader, make_plan(reader, Path(out), action, **choices)  # type: ignore[arg-type]
