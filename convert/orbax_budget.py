@@ -20,11 +20,11 @@ from layouts.checkpoint import Reader, itemsize
 from layouts.orbax import OrbaxReader, ReadLimits
 from layouts.orbax_stream import WINDOW
 
-BASE, EACH = 112 << 20, 12 << 10
+BASE, EACH = 96 << 20, 12 << 10
 """Bytes that the process needs before the first block (interpreter, NumPy, TensorStore, threads), and per array."""
 NODES = 16 << 20
 """Bytes of OCDBT's tree that are kept on each side."""
-BOX, CACHE, STREAM, FLYING, GRAIN = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 << 20
+BOX, CACHE, STREAM, FLYING, GRAIN, MAPPED = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 << 20, 16 << 20
 """Richest settings, in bytes: see `OrbaxBudget`."""
 
 
@@ -33,8 +33,8 @@ class OrbaxBudget:
     """Settings of one conversion; sizes in bytes.
 
     `jobs` workers assemble boxes of up to `box` bytes each. Decoded chunks are kept in a cache of `cache`, those above `stream`
-    are decoded piece by piece. Up to `flying` bytes wait to be compressed and written, in chunks of about `grain`.
-    `peak` bounds the resident memory of the process.
+    are decoded piece by piece. Up to `flying` bytes wait to be compressed and written, in chunks of about `grain`. Blocks of
+    `mapped` bytes go back to the system when they are freed. `peak` bounds the resident memory of the process.
     """
 
     jobs: int
@@ -43,6 +43,7 @@ class OrbaxBudget:
     stream: int
     flying: int
     grain: int
+    mapped: int
     peak: int
 
     @property
@@ -82,7 +83,7 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")
         cache = _cache(budget, reader)
-        peak = base + cache + costs.get(worst, 0) + (budget.jobs + 4) * budget.box + 2 * budget.flying
+        peak = base + cache + costs.get(worst, 0) + (budget.jobs + 4) * budget.box + 2 * budget.flying + 8 * budget.mapped
         if peak <= memory:
             return replace(budget, peak=peak)
         if least is None or peak < least:
@@ -100,6 +101,7 @@ def _settings(jobs: int, use_ocdbt: bool) -> Iterator[OrbaxBudget]:
             flying=FLYING // part,
             # Where each chunk is a file of its own, there should not be too many.
             grain=min(GRAIN if use_ocdbt else BOX, max(BOX // part, 2 << 20)),
+            mapped=max(MAPPED >> 3 * (part - 1), 256 << 10),
             peak=0,
         )
 

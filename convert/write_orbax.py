@@ -22,7 +22,7 @@ from convert.chunks import Chunking
 from convert.commit import Stage, copy_file, write_text
 from convert.execute import SYNC, Budget, Progress
 from convert.fill_arrays import Filler
-from convert.malloc import return_memory
+from convert.malloc import keep_below
 from convert.orbax_budget import FLYING, NODES, OrbaxBudget, orbax_budget
 from convert.orbax_metadata import render
 from convert.planner import Plan, Target
@@ -53,7 +53,7 @@ def write(
     """
     if isinstance(budget, Budget):
         budget = orbax_budget(max(DEFAULT_MEMORY, budget.peak), budget.jobs, plan, reader)
-    return_memory()
+    keep_below(budget.mapped)
     place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
     item = _Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
     digests = _fill(item, plan, stage, progress)

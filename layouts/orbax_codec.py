@@ -1,11 +1,13 @@
 """Which zarr arrays are stored so simply that their chunks can be read piece by piece: C order, little-endian, zstd or nothing.
 
+And the pieces: parts of a stored value, one after another.
+
 Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,10 @@ try:
 except ImportError:  # then such chunks are decoded whole
     zstd = None  # type: ignore[assignment]
 
-__all__ = ["Codec", "codec_of", "streamable", "zstd"]
+__all__ = ["PIECE", "Codec", "Pieces", "codec_of", "fetch", "pieces_of", "streamable", "zstd"]
 
+PIECE = 1 << 20
+"""Bytes of a stored chunk that are fetched at a time, and below which rows are read whole, although a part is wanted."""
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
@@ -63,3 +67,58 @@ def streamable(metadata: Mapping[str, Any]) -> bool:
     """Whether chunks of an array with this zarr metadata can be read piece by piece."""
     codec = codec_of(metadata)
     return codec is not None and (zstd is not None or not codec.compressed)
+
+
+def fetch(kvstore: Any, key: str, part: slice) -> bytes:
+    """A part of a stored value; nothing if there is no such value."""
+    found = kvstore.read(key, byte_range=part).result()
+    return bytes(found.value) if found.state == "value" else b""
+
+
+@dataclass(slots=True)
+class Pieces:
+    """What zstandard reads from; it can be begun again."""
+
+    make: Any
+    source: Iterator[bytes] | None = None
+
+    def read(self, size: int = -1) -> bytes:  # noqa: ARG002
+        """The next piece, whatever size is asked for; none at the end."""
+        if self.source is None:
+            self.source = self.make()
+        return next(self.source, b"")
+
+    def rewind(self) -> None:
+        """Begin again."""
+        self.source = None
+
+
+def pieces_of(kvstore: Any, key: str, begin: int, end: int | None) -> Any:
+    """The bytes of a stored value from `begin` to `end`, in pieces; to its end if that is not known."""
+
+    def pieces() -> Iterator[bytes]:
+        at = begin
+        while end is None or at < end:
+            stop = at + PIECE if end is None else min(end, at + PIECE)
+            try:
+                piece = fetch(kvstore, key, slice(at, stop))
+            except ValueError as error:
+                if end is not None or "OUT_OF_RANGE" not in str(error):
+                    raise
+                piece = _last(kvstore, key, at)
+            if not piece:
+                return
+            yield piece
+            at += len(piece)
+
+    return pieces
+
+
+def _last(kvstore: Any, key: str, at: int) -> bytes:
+    """The rest of a value that ends within a piece."""
+    try:
+        return fetch(kvstore, key, slice(at, None))
+    except ValueError as error:
+        if "OUT_OF_RANGE" in str(error):
+            return b""
+        raise

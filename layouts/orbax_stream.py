@@ -13,17 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.orbax_codec import Codec, codec_of, zstd
+from layouts.orbax_codec import PIECE, Codec, Pieces, codec_of, fetch, pieces_of, zstd
 
-PIECE = 1 << 20
-"""Bytes of a stored chunk that are fetched at a time, and below which rows are read whole, although a part is wanted."""
 WINDOW = 8 << 20
 """Bytes that a stream holds: zstd's window (2 MB for what Orbax writes, level 3), two pieces, the end of the last run."""
 _MISSING = (1 << 64) - 1
@@ -87,10 +85,13 @@ class ChunkStreams:
             first = math.prod(self.chunk[depth:]) * _flat(point, self.chunk[:depth])
             rows = inside[depth] if self.chunk else range(1)
             begin, end = first + rows.start * inner, first + rows.stop * inner
-            block = np.frombuffer(stream.read(begin * self.width, end * self.width), out.dtype)
-            block = block.reshape(len(rows), *self.chunk[depth + 1 :])
-            cut = (slice(None), *(slice(s.start, s.stop) for s in inside[depth + 1 :]))
-            into[tuple(i - s.start for i, s in zip(point, inside, strict=False))] = block[cut] if self.chunk else block[0]
+            row = into[tuple(i - s.start for i, s in zip(point, inside, strict=False))] if self.chunk else into.reshape(1)
+            if row.flags.c_contiguous and row.size == end - begin:
+                stream.read(begin * self.width, row.reshape(-1).view(np.uint8).data)
+                continue
+            block = np.empty((len(rows), *self.chunk[depth + 1 :]), out.dtype)
+            stream.read(begin * self.width, block.reshape(-1).view(np.uint8).data)
+            row[...] = block[(slice(None), *(slice(s.start, s.stop) for s in inside[depth + 1 :]))]
 
     def _run(self, inside: Sequence[range]) -> tuple[int, int]:
         """The axis along which the chunk is read in runs, and the elements of one step: axes behind it are read whole."""
@@ -111,15 +112,15 @@ class ChunkStreams:
         begin, nbytes = 0, None
         if per_shard:
             number = _flat([i % n for i, n in zip(at, per_shard, strict=True)], per_shard)
-            index = _fetch(self.kvstore, key, slice(-16 * math.prod(per_shard) - 4, None))
+            index = fetch(self.kvstore, key, slice(-16 * math.prod(per_shard) - 4, None))
             begin, nbytes = np.frombuffer(index[16 * number : 16 * number + 16], "<u8").tolist() if index else (_MISSING, 0)
-        elif not _fetch(self.kvstore, key, slice(0, 1)):
+        elif not fetch(self.kvstore, key, slice(0, 1)):
             begin = _MISSING
         if begin == _MISSING:
             if self.fill is None:
                 raise ValueError(f"chunk {key} is missing")
             begin, nbytes = 0, 0
-        pieces = _Pieces(_pieces(self.kvstore, key, begin, None if nbytes is None else begin + nbytes))
+        pieces = Pieces(pieces_of(self.kvstore, key, begin, None if nbytes is None else begin + nbytes))
         return _Stream(pieces=pieces, compressed=codec.compressed, size=math.prod(self.chunk) * self.width, empty=nbytes == 0)
 
     def _forget(self, used: set[tuple[int, ...]]) -> None:
@@ -135,65 +136,11 @@ def _flat(point: Sequence[int], shape: Sequence[int]) -> int:
     return position
 
 
-def _fetch(kvstore: Any, key: str, part: slice) -> bytes:
-    found = kvstore.read(key, byte_range=part).result()
-    return bytes(found.value) if found.state == "value" else b""
-
-
-@dataclass(slots=True)
-class _Pieces:
-    """What zstandard reads from; it can be begun again."""
-
-    make: Any
-    source: Iterator[bytes] | None = None
-
-    def read(self, size: int = -1) -> bytes:  # noqa: ARG002
-        """The next piece, whatever size is asked for; none at the end."""
-        if self.source is None:
-            self.source = self.make()
-        return next(self.source, b"")
-
-    def rewind(self) -> None:
-        """Begin again."""
-        self.source = None
-
-
-def _pieces(kvstore: Any, key: str, begin: int, end: int | None) -> Any:
-    """The bytes of a stored value from `begin` to `end`, in pieces; to its end if that is not known."""
-
-    def pieces() -> Iterator[bytes]:
-        at = begin
-        while end is None or at < end:
-            stop = at + PIECE if end is None else min(end, at + PIECE)
-            try:
-                piece = _fetch(kvstore, key, slice(at, stop))
-            except ValueError as error:
-                if end is not None or "OUT_OF_RANGE" not in str(error):
-                    raise
-                piece = _last(kvstore, key, at)
-            if not piece:
-                return
-            yield piece
-            at += len(piece)
-
-    return pieces
-
-
-def _last(kvstore: Any, key: str, at: int) -> bytes:
-    """The rest of a value that ends within a piece."""
-    try:
-        return _fetch(kvstore, key, slice(at, None))
-    except ValueError as error:
-        if "OUT_OF_RANGE" in str(error):
-            return b""
-        raise
-
-
 @dataclass(slots=True, kw_only=True)
 class _Stream:
     """The decoded bytes of one chunk, from front to back; the end of the last run is kept, because the next may begin in it."""
 
-    pieces: _Pieces
+    pieces: Pieces
     compressed: bool
     size: int
     empty: bool
@@ -202,29 +149,26 @@ class _Stream:
     _kept: bytes = b""
     _rest: bytes = b""
 
-    def read(self, begin: int, end: int) -> bytes | bytearray:
-        """The bytes from `begin` to `end`.
+    def read(self, begin: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from `begin`.
 
         Raises:
             ValueError: the chunk is damaged, or shorter than it should be.
         """
+        end = begin + len(view)
         if self.empty:
-            return bytes(end - begin)
+            view[:] = bytes(len(view))
+            return
         if self._source is None or begin < self._at - len(self._kept):
             self._restart()
-        out = bytearray(end - begin)
-        view = memoryview(out)
-        kept = min(self._at, end) - begin
-        if kept > 0:
-            start = len(self._kept) - (self._at - begin)
-            view[:kept] = self._kept[start : start + kept]
+        have = max(0, min(self._at, end) - begin)
+        start = len(self._kept) - (self._at - begin)
+        view[:have] = self._kept[start : start + have] if have else b""
         self._skip(begin)
-        have = max(0, kept)
         self._fill(view[have:])
         if end - begin > have:
             self._at = end
             self._kept = bytes(view[-PIECE:])
-        return out
 
     def _restart(self) -> None:
         self.pieces.rewind()

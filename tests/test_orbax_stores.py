@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 import xxhash
 
 import convert
@@ -21,6 +22,8 @@ from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
 from layouts.orbax import find_item
+from layouts.orbax_codec import streamable
+from layouts.orbax_stream import ChunkStreams
 
 E, L, K, N = 4, 3, 16, 8
 FORMATS = [(True, True), (True, False), (False, True), (False, False)]
@@ -261,3 +264,79 @@ def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path, capfd):
         convert.prefuse(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in capfd.readouterr().err
+
+
+STORES = {
+    "zarr3": {"driver": "zarr3", "metadata": {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}},
+    "zarr3 zstd": {"driver": "zarr3", "metadata": {"codecs": ["bytes", {"name": "zstd", "configuration": {"level": 9}}]}},
+    "zarr2": {"driver": "zarr", "metadata": {"compressor": None}},
+    "zarr2 zstd": {"driver": "zarr", "metadata": {"compressor": {"id": "zstd", "level": 1}, "dimension_separator": "/"}},
+}
+SHARD = {
+    "name": "sharding_indexed",
+    "configuration": {"chunk_shape": [3, 4, 5], "codecs": ["bytes", {"name": "zstd", "configuration": {"level": 1}}]},
+}
+STORES["zarr3 shards"] = {"driver": "zarr3", "metadata": {"codecs": [SHARD]}}
+TURNED = {"name": "transpose", "configuration": {"order": [2, 0, 1]}}
+NOT_STREAMED = {
+    "gzip": {"driver": "zarr3", "metadata": {"codecs": ["bytes", {"name": "gzip", "configuration": {"level": 1}}]}},
+    "big endian": {"driver": "zarr3", "metadata": {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}]}},
+    "turned": {
+        "driver": "zarr3",
+        "metadata": {"codecs": [{"name": "transpose", "configuration": {"order": [2, 0, 1]}}, "bytes"]},
+    },
+    "Fortran order": {"driver": "zarr", "metadata": {"compressor": None, "order": "F"}},
+    "blosc": {"driver": "zarr", "metadata": {"compressor": {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 1}}},
+}
+
+
+def stored(path, store, array, chunk):
+    spec = {**store, "kvstore": {"driver": "file", "path": f"{path}/"}}
+    outer = [2 * c for c in chunk] if store is STORES["zarr3 shards"] else chunk
+    layout = ts.ChunkLayout(write_chunk_shape=outer)
+    made = ts.open(spec, create=True, dtype=array.dtype.name, shape=array.shape, chunk_layout=layout).result()
+    made.write(array).result()
+    return made
+
+
+@pytest.mark.parametrize("piece", [1, 64, 1 << 20])
+@pytest.mark.parametrize("name", STORES)
+def test_streamed_chunks_are_what_tensorstore_reads(name, piece, tmp_path, monkeypatch):
+    for module in ("orbax_stream", "orbax_codec"):
+        monkeypatch.setattr(f"layouts.{module}.PIECE", piece)
+    array = RANDOM.integers(0, 1 << 16, (7, 9, 11), dtype=np.uint16)
+    store = stored(tmp_path, STORES[name], array, (3, 4, 5))
+    assert streamable(store.spec().to_json()["metadata"])
+    streams = ChunkStreams.of(store)
+    for _ in range(60):
+        ends = [sorted(RANDOM.integers(0, size + 1, 2)) for size in array.shape]
+        block = tuple(slice(int(a), int(b)) for a, b in ends)
+        assert np.array_equal(streams.read(block, array.dtype), array[block]), block
+
+
+@pytest.mark.parametrize("name", NOT_STREAMED)
+def test_what_cannot_be_streamed_is_known(name, tmp_path):
+    store = stored(tmp_path, NOT_STREAMED[name], np.ones((7, 9, 11), np.uint16), (3, 4, 5))
+    assert not streamable(store.spec().to_json()["metadata"])
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_damaged_streams_are_errors(name, tmp_path):
+    store = stored(tmp_path, STORES[name], np.arange(60, dtype=np.uint16).reshape(3, 4, 5), (3, 4, 5))
+    chunk = next(file for file in tmp_path.rglob("*") if file.is_file() and file.name not in ("zarr.json", ".zarray"))
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(ValueError, match=r"chunk|frame|zstd|range"):
+        ChunkStreams.of(store).read((slice(0, 3), slice(0, 4), slice(0, 5)), np.dtype(np.uint16))
+
+
+@pytest.mark.parametrize(("ocdbt", "zarr3"), FORMATS)
+@pytest.mark.parametrize("chunk", [None, 256])
+def test_streamed_conversions_are_the_same(chunk, ocdbt, zarr3, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.orbax_budget.STREAM", 8)
+    save(tmp_path / "in", scanned() if chunk else train_state(), ocdbt=ocdbt, zarr3=zarr3, chunk=chunk)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    convert.split(tmp_path / "out", tmp_path / "back")
+    assert flat(restore(tmp_path / "out")) == flat(fused(restore(tmp_path / "in")))
+    assert flat(restore(tmp_path / "back")) == flat(restore(tmp_path / "in"))
+    assert convert.verify(tmp_path / "out").equal
