@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
@@ -122,3 +122,63 @@ def test_an_interrupted_run_goes_on(source, tmp_path):
     assert convert.reformat(source, tmp_path / "tree", to="orbax").resumed
     convert.reformat(tmp_path / "tree", tmp_path / "again", to="hf")
     assert tree(source).items() <= tree(tmp_path / "again").items()
+
+
+def swapped(source: Path, out: Path, edit) -> Path:
+    """The checkpoint with its tensors edited, by safetensors itself."""
+    out.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            save_file(edit(load_file(file)), out / file.name, {"format": "pt"})
+        elif file.is_file():
+            (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
+def test_the_two_formats_are_compared_tensor_by_tensor(source, tmp_path):
+    for scan, fused in ((True, True), (False, False)):
+        tree_path = tmp_path / f"tree-{scan}"
+        (convert.prefuse if fused else convert.reformat)(source, tree_path, to="orbax", scan=scan)
+        assert convert.verify(source, tree_path).equal
+        assert convert.verify(tree_path, source).equal
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        ("model.layers.1.mlp.experts.3.gate_proj.weight", "exact"),
+        ("model.layers.1.mlp.experts.11.down_proj.weight", "exact"),
+        ("model.layers.1.input_layernorm.weight", "others"),
+        ("model.layers.0.self_attn.o_proj.weight", "others"),
+        ("model.embed_tokens.weight", "others"),
+    ],
+)
+def test_one_flipped_bit_is_found_across_formats(source, tmp_path, name, level):
+    def flip(tensors):
+        if name in tensors:
+            tensors[name] = tensors[name].copy()
+            tensors[name].view("u2").reshape(-1)[-1] ^= 1
+        return tensors
+
+    convert.prefuse(source, tmp_path / "tree", to="orbax")
+    verdict = convert.verify(swapped(source, tmp_path / "other", flip), tmp_path / "tree")
+    assert [each.name for each in verdict.levels if each.differences] == [level]
+    assert any(name in line for each in verdict.levels for line in each.differences)
+
+
+def test_gate_and_up_exchanged_are_found_across_formats(source, tmp_path):
+    def exchange(tensors):
+        names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+        found = {}
+        for name, array in tensors.items():
+            *place, word, weight = name.split(".")
+            word = names.get(word, word) if "experts" in place else word
+            found[".".join([*place, word, weight])] = array
+        return found
+
+    convert.prefuse(source, tmp_path / "tree", to="orbax")
+    other = swapped(source, tmp_path / "other", exchange)
+    (other / "model.safetensors.index.json").unlink()
+    verdict = convert.verify(other, tmp_path / "tree")
+    assert not verdict.equal
+    assert len(verdict.levels[0].differences) >= 24

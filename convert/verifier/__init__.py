@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from convert import manifest
-from convert.errors import InputError, PlanError
+from convert.errors import InputError
 from convert.execute import Progress, ignore
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import Reader, open_checkpoint
@@ -33,7 +33,10 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, *, ge
     with ExitStack() as stack:
         one, other = (stack.enter_context(closing(open_checkpoint(path))) for path in (a, b))
         if one.format != other.format:
-            raise PlanError(f"{a} is {one.format} and {b} is {other.format}; compare two checkpoints of one format")
+            from convert.verifier.formats import compare_formats
+
+            hf, tree = (one, other) if one.format == "hf" else (other, one)
+            return Verdict(subject=f"{a} against {b}", levels=compare_formats(hf, tree, report))
         first, second = describe(one), describe(other)
         left, right = logical.blocks(one, first), logical.blocks(other, second)
         levels = [
