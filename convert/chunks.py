@@ -97,7 +97,7 @@ def plan_chunks(target: Target, source_chunk: Sequence[int], limit: int, held: i
     for axis in reversed(axes):
         if axis not in whole and (room := min(limit, _CRUMB) // math.prod(box.values())) > 1:
             box[axis] = _divisor(cell[axis], room)
-    return Chunking(target=target, cell=cell, box=box, chunk=_halved(pattern, sizes, box, grain))
+    return Chunking(target=target, cell=cell, box=box, chunk=_grid(pattern, sizes, box, source, grain))
 
 
 def _stored(target: Target) -> dict[str, int]:
@@ -123,9 +123,14 @@ def _split_chunk(pattern: Pattern, sizes: Mapping[str, int], chunk: Sequence[int
     return found
 
 
-def _halved(pattern: Pattern, sizes: Mapping[str, int], box: Mapping[str, int], grain: int) -> dict[str, int]:
-    """The box, its longest dimension halved again and again until it has about `grain` elements."""
+def _grid(
+    pattern: Pattern, sizes: Mapping[str, int], box: Mapping[str, int], source: Mapping[str, int], grain: int
+) -> dict[str, int]:
+    """The chunk: a box, cut where the source was, then halved along its longest dimension until it has `grain` elements."""
     chunk = dict(box) | {axis: 1 for axis in box if axis == "s"}  # each shard is read by another device
+    as_source = {axis: s if (s := source.get(axis, size)) < size and size % s == 0 else size for axis, size in chunk.items()}
+    if math.prod(as_source.values()) >= grain // 16:
+        chunk = as_source
     _keep_blocks(pattern, sizes, chunk)
     while math.prod(chunk.values()) > grain:
         lengths = {group: math.prod(chunk[axis] for axis in group) for group in pattern.groups}

@@ -19,7 +19,7 @@ from layouts.checkpoint import Reader
 from layouts.errors import InputError
 from layouts.hf import RECORD, read_json
 from layouts.orbax import OrbaxReader
-from layouts.orbax_tree import ARRAYS, METADATA, STRINGS, Leaf
+from layouts.orbax_tree import ARRAYS, BOX, METADATA, STRINGS, Leaf
 
 SHARDING, CHUNKS = "_sharding", "array_metadatas"
 _DICT = 2
@@ -45,6 +45,12 @@ def render(plan: Plan, reader: Reader, chunks: Mapping[str, tuple[int, ...]]) ->
     if arrays := _arrays(plan, source, first, chunks):
         files[f"{CHUNKS}/process_0"] = json.dumps({"array_metadatas": arrays})
     return files
+
+
+def stored_name(target: Target, reader: Reader) -> str:
+    """The name of a target's array: its own, in a box where its first source is in one."""
+    leaf = reader.leaves.get(_first_source(target)) if isinstance(reader, OrbaxReader) else None
+    return f"{target.spec.name}.{BOX}" if leaf and leaf.boxed else target.spec.name
 
 
 def _first_source(target: Target) -> str:
@@ -87,14 +93,15 @@ def _entry(target: Target, leaf: Leaf | None, source: OrbaxReader | None) -> Map
 def _keys(name: str, leaf: Leaf) -> list[Mapping[str, Any]]:
     """Where a target hangs in the tree: below the deepest node of its first source that the two names share."""
     keys = list(leaf.entry["key_metadata"])
-    for depth in range(len(leaf.path), 0, -1):
+    box = keys[-1:] if leaf.boxed else []
+    for depth in range(len(leaf.path) - len(box), 0, -1):
         shared = ".".join(map(str, leaf.path[:depth]))
         if name == shared:
-            return keys[:depth]
+            return keys[:depth] + box
         if name.startswith(shared + "."):
             below = name[len(shared) + 1 :].split(".")
-            return keys[:depth] + [{"key": key, "key_type": _DICT} for key in below]
-    return [{"key": key, "key_type": _DICT} for key in name.split(".")]
+            return keys[:depth] + [{"key": key, "key_type": _DICT} for key in below] + box
+    return [{"key": key, "key_type": _DICT} for key in name.split(".")] + box
 
 
 def _scaled(part: Sequence[int], old: Sequence[int], new: Sequence[int]) -> list[int]:
@@ -122,9 +129,9 @@ def _shardings(plan: Plan, source: OrbaxReader, first: Mapping[str, str]) -> dic
     old = read_json(source.item / SHARDING)
     made = {}
     for target in plan.targets:
-        text = old.get(_base64(first[target.spec.name]))
+        text = old.get(_base64(_stored(source, first[target.spec.name])))
         if isinstance(text, str):
-            made[_base64(target.spec.name)] = _fitting(text, target.spec.shape) if target.moved else text
+            made[_base64(stored_name(target, source))] = _fitting(text, target.spec.shape) if target.moved else text
     return made
 
 
@@ -144,6 +151,10 @@ def _fitting(text: str, shape: Sequence[int]) -> str:
     return text if fits == spec else json.dumps({**sharding, "partition_spec": fits})
 
 
+def _stored(source: OrbaxReader, name: str) -> str:
+    return source.leaves[name].stored
+
+
 def _base64(name: str) -> str:
     return base64.b64encode(name.encode()).decode()
 
@@ -159,8 +170,8 @@ def _arrays(
     made: list[Mapping[str, Any]] = []
     for target in plan.targets:
         name = target.spec.name
-        if (was := old.get(first[name])) is not None:
+        if (was := old.get(_stored(source, first[name]))) is not None:
             part = _scaled(was["write_shape"], source.tensors[first[name]].shape, target.spec.shape)
-            entry = {**was, "param_name": name, "write_shape": part, "chunk_shape": list(chunks[name])}
+            entry = {**was, "param_name": stored_name(target, source), "write_shape": part, "chunk_shape": list(chunks[name])}
             made.append({"array_metadata": entry})
     return made

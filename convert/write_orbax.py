@@ -24,7 +24,7 @@ from convert.execute import SYNC, Budget, Progress
 from convert.fill_arrays import Filler
 from convert.malloc import keep_below
 from convert.orbax_budget import FLYING, NODES, OrbaxBudget, orbax_budget
-from convert.orbax_metadata import render
+from convert.orbax_metadata import render, stored_name
 from convert.planner import Plan, Target
 from layouts.checkpoint import DTYPES, Reader
 from layouts.orbax import OrbaxReader
@@ -138,11 +138,11 @@ class _Item:
     def _paths(self, number: int, targets: Sequence[Target]) -> list[Path]:
         if self.ocdbt:
             return [self.path / f"{PROCESS}{number}"]
-        return [self.path / target.spec.name for target in targets]
+        return [self.path / stored_name(target, self.reader) for target in targets]
 
     def create(self, chunking: Chunking) -> Any:
         """The empty stored array of a tensor of the batch."""
-        name = chunking.target.spec.name
+        name = stored_name(chunking.target, self.reader)
         file = {"driver": "file", "path": f"{self._base}/"}
         kvstore: dict[str, Any] = {**file, "path": f"{self._base}/{name}/"}
         if self.ocdbt:

@@ -83,7 +83,7 @@ class OrbaxReader:
         use_ocdbt = (item / "manifest.ocdbt").exists() if ocdbt is None else bool(ocdbt)
         complete = bool(tree.get("store_array_data_equal_to_fill_value", False))
         specs = {
-            name: _spec(item, name, ocdbt=use_ocdbt, zarr3=zarr3, complete=complete)
+            name: _spec(item, leaf.stored, ocdbt=use_ocdbt, zarr3=zarr3, complete=complete)
             for name, leaf in leaves.items()
             if leaf.kind in ARRAYS
         }
@@ -121,7 +121,7 @@ class OrbaxReader:
         return sorted(self._other_files())
 
     def _other_files(self) -> Iterator[str]:
-        own = {*OWN, *(name.split("/")[0] for name in self.tensors if not self.use_ocdbt)}
+        own = {*OWN, *(leaf.stored.split("/")[0] for leaf in self.leaves.values() if not self.use_ocdbt)}
         for directory, folders, files in os.walk(self.path):
             here = Path(directory)
             folders[:] = [name for name in folders if UNFINISHED not in name]

@@ -21,6 +21,7 @@ ITEMS = ("items", "default", "model_params", "model", "params", "state", "pytree
 """Names of the item that holds the weights, most likely first, for steps with several items."""
 ARRAYS = ("np.ndarray", "jax.Array", "scalar")
 EMPTY = ("Dict", "List", "Tuple", "None", "NamedTuple")
+BOX = "value"
 PROCESS = "ocdbt.process_"
 """Part of the names of the databases that the processes of a run wrote, below the one that joins them."""
 OWN = (METADATA, STRINGS, "_sharding", "manifest.ocdbt", "d", "ocdbt_data", "ocdbt_meta", "array_metadatas")
@@ -43,9 +44,19 @@ class Leaf:
     entry: Mapping[str, Any]
 
     @property
-    def name(self) -> str:
+    def boxed(self) -> bool:
+        """Whether it is the `value` of a Flax variable or box, as NNX and partitioned Linen modules save arrays."""
+        return self.kind in ARRAYS and len(self.path) > 1 and self.path[-1] == BOX
+
+    @property
+    def stored(self) -> str:
         """The path as Orbax names arrays."""
         return ".".join(map(str, self.path))
+
+    @property
+    def name(self) -> str:
+        """The same without the box, so that the tables need not know of it."""
+        return ".".join(map(str, self.path[:-1] if self.boxed else self.path))
 
 
 def find_item(path: Path) -> Path | None:

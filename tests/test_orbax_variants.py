@@ -1,0 +1,249 @@
+"""The trees that MaxText, Tunix and Flax save: NNX, Linen, lists, several roots and scans; sharded arrays and random keys."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+
+import convert
+
+E, L, K, N = 4, 3, 16, 8
+RANDOM = np.random.default_rng(0)
+
+
+def noise(*shape):
+    return RANDOM.integers(0, 1 << 16, shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
+
+
+def block(*scan, box=lambda array: array, first=()):
+    return {
+        "gate": {"kernel": box(noise(K, *scan, E))},
+        "wi_0": box(noise(*first, E, *scan, K, N)),
+        "wi_1": box(noise(*first, E, *scan, K, N)),
+        "wo": box(noise(*first, E, *scan, N, K)),
+    }
+
+
+def value(array):
+    return {"value": array}
+
+
+def nnx():
+    return {"decoder": {"layers": {"moe_block": block(L, box=value)}, "norm": value(noise(K))}, "rngs": value(np.arange(2, dtype=np.uint32))}
+
+
+TREES = {
+    "Linen": lambda: {"params": {"params": {"decoder": {"layers": {"moe_block": block(L)}}}}},
+    "params only": lambda: {"params": {"decoder": {"layers": {"moe_block": block(L)}}}},
+    "NNX": nnx,
+    "base": lambda: {"base": nnx()},
+    "list of layers": lambda: {"decoder": {"layers": [{"moe_block": block()} for _ in range(11)]}},
+    "dict of numbers": lambda: {"decoder": {"layers": {str(i): {"moe_block": block(box=value)} for i in range(11)}}},
+    "cycle": lambda: {"layers": {"layers_0": {"mlp": {"wi_0": {"kernel": noise(K, L, N)}}}, "layers_1": {"moe": block(L)}}},
+    "two scan axes": lambda: {"scanned_blocks": {"local_layers": {"MoeBlock_0": block(L, 5)}, "global": {"M": block(L)}}},
+    "scan axis 0": lambda: {"params": {"layers": {"moe_block": block(first=(L,))}}},
+    "dense then MoE": lambda: {
+        "dense_layers": {"mlp": {"wi_0": {"kernel": noise(K, 1, N)}, "wi_1": {"kernel": noise(K, 1, N)}}},
+        "moe_layers": {"MoeBlock_0": block(L), "shared_experts": {"wi_0": {"kernel": noise(K, L, N)}}},
+    },
+    "biases": lambda: {"layers": {"m": block(L) | {f"{w}_bias": noise(E, L, N) for w in ("wi_0", "wi_1")}}},
+}
+
+
+def fused(tree):
+    """What a prefused tree should be, by NumPy alone."""
+    if isinstance(tree, list):
+        return [fused(child) for child in tree]
+    if not isinstance(tree, dict):
+        return tree
+    made = {key: fused(child) for key, child in tree.items() if key not in ("wi_0", "wi_1")}
+    halves = [tree.get(key) for key in ("wi_0", "wi_1")]
+    if isinstance(halves[0], dict) and "kernel" in halves[0]:
+        return made | {key: tree[key] for key in ("wi_0", "wi_1") if key in tree}
+    if isinstance(halves[0], dict):
+        return made | {"wi": value(np.concatenate([half["value"] for half in halves], -1))}
+    return made | ({"wi": np.concatenate(halves, -1)} if halves[0] is not None else {})
+
+
+def save(path, tree, **options):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+    return path
+
+
+def restore(path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path)
+
+
+def flat(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): (x.dtype.name, x.shape, x.tobytes()) for path, x in leaves}
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+@pytest.mark.parametrize("name", TREES)
+def test_every_tree_is_fused_and_split(name, ocdbt, tmp_path):
+    tree = TREES[name]()
+    save(tmp_path / "in", tree, use_ocdbt=ocdbt)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    convert.split(tmp_path / "out", tmp_path / "back")
+    assert flat(restore(tmp_path / "out")) == flat(fused(tree))
+    assert flat(restore(tmp_path / "back")) == flat(tree)
+    before, after = (json.loads((tmp_path / d / "_METADATA").read_text()) for d in ("in", "back"))
+    assert before == after
+    assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
+    assert convert.verify(tmp_path / "out").equal
+
+
+@pytest.mark.parametrize("item", ["items", "model_params", "default"])
+def test_items_of_steps_are_found(item, tmp_path):
+    with ocp.CheckpointManager(tmp_path / "in", item_names=(item, "other")) as manager:
+        items = {item: ocp.args.StandardSave(TREES["Linen"]()), "other": ocp.args.JsonSave({"a": 1})}
+        manager.save(1000, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
+    convert.prefuse(tmp_path / "in" / "1000", tmp_path / "out")
+    assert "wi" in restore(tmp_path / "out" / item)["params"]["params"]["decoder"]["layers"]["moe_block"]
+    assert (tmp_path / "out" / "other" / "metadata").read_bytes() == (tmp_path / "in/1000/other/metadata").read_bytes()
+
+
+def test_v1_saves_are_read_and_what_is_written_v1_loads(tmp_path):
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    write = getattr(v1, "save", None) or v1.save_pytree
+    read = getattr(v1, "load", None) or v1.load_pytree
+    tree = TREES["Linen"]()
+    write(tmp_path / "in", tree)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert flat(read(tmp_path / "out")) == flat(fused(tree))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), fused(tree))
+    assert flat(jax.tree.map(np.asarray, read(tmp_path / "out", abstract))) == flat(fused(tree))
+
+
+SHARDED = """
+import json, sys
+import jax, ml_dtypes, numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import convert
+
+source, out, back = sys.argv[1:]
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("expert", "fsdp", "tensor"))
+rng = np.random.default_rng(0)
+def make(shape, *spec):
+    bits = rng.integers(0, 1 << 16, shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    return jax.device_put(bits, NamedSharding(mesh, P(*spec)))
+def raw(array):
+    return np.asarray(array).view(np.uint16)
+up, down = ("expert", None, "fsdp", "tensor"), ("expert", None, "tensor", "fsdp")
+shape = (4, 3, 256, 128)
+moe = {"wi_0": make(shape, *up), "wi_1": make(shape, *up), "wo": make((4, 3, 128, 256), *down)}
+tree = {"params": {"moe_block": moe, "norm": make((256,), "fsdp")}, "key": jax.random.key(3), "step": 7}
+def saved(path, tree):
+    with ocp.StandardCheckpointer() as c:
+        c.save(path, tree)
+def loaded(path, target=None):
+    with ocp.StandardCheckpointer() as c:
+        return c.restore(path, target)
+saved(source, tree)
+convert.prefuse(source, out)
+convert.split(out, back)
+want = np.concatenate((raw(moe["wi_0"]), raw(moe["wi_1"])), -1)
+sharding = NamedSharding(mesh, P(*up))
+
+plain = loaded(out)  # as the file says
+wi = plain["params"]["moe_block"]["wi"]
+assert isinstance(wi, jax.Array) and wi.sharding == sharding, wi.sharding
+assert np.array_equal(raw(wi), want)
+assert jax.random.key_data(plain["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
+assert plain["step"] == 7
+
+other = NamedSharding(mesh, P(("expert", "fsdp"), None, None, "tensor"))  # another mesh than it was saved for
+abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
+abstract["params"]["moe_block"]["wi"] = jax.ShapeDtypeStruct(wi.shape, wi.dtype, sharding=other)
+again = loaded(out, abstract)["params"]["moe_block"]["wi"]
+assert again.sharding == other and np.array_equal(raw(again), want)
+
+same = loaded(back, jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+for a, b in zip(jax.tree.leaves(same["params"]), jax.tree.leaves(tree["params"]), strict=True):
+    assert a.sharding == b.sharding and np.array_equal(raw(a), raw(b))
+print("done", wi.addressable_shards[0].data.shape)
+"""
+
+
+def test_sharded_arrays_stay_sharded_on_eight_devices(tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    paths = [str(tmp_path / name) for name in ("in", "out", "back")]
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED, *paths]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "done (2, 3, 128, 128)", done.stderr[-3000:]
+    for name in ("_METADATA", "_sharding"):
+        first, last = (json.loads((tmp_path / d / name).read_text()) for d in ("in", "back"))
+        assert first == last
+    # No chunk lies across the parts of two devices along experts and rows, so that each reads its own only.
+    kvstore = {"driver": "ocdbt", "base": f"file://{tmp_path}/out/", "path": "params.moe_block.wi/"}
+    chunk = ts.open({"driver": "zarr", "kvstore": kvstore}).result().chunk_layout.read_chunk.shape
+    assert all(part % size == 0 for part, size in zip((2, 3, 128, 128), chunk, strict=True))
+    entries = json.loads((tmp_path / "out" / "array_metadatas" / "process_0").read_text())["array_metadatas"]
+    found = {entry["array_metadata"]["param_name"]: entry["array_metadata"] for entry in entries}
+    assert found["params.moe_block.wi"]["write_shape"] == [2, 3, 128, 128]
+    assert found["params.moe_block.wi"]["chunk_shape"] == list(chunk)
+    assert "params.moe_block.wi_0" not in found
+
+
+def test_a_flax_nnx_module_is_restored_from_the_output(tmp_path):
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Experts(nnx.Module):
+        def __init__(self, *names):
+            shapes = {"wi": (E, K, 2 * N), "wi_0": (E, K, N), "wi_1": (E, K, N), "wo": (E, N, K)}
+            for name in names:
+                setattr(self, name, nnx.Param(jax.numpy.asarray(RANDOM.standard_normal(shapes[name]), dtype="bfloat16")))
+
+    separate, prefused = Experts("wi_0", "wi_1", "wo"), Experts("wi", "wo")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "in", {"moe": nnx.state(separate)})
+        checkpointer.wait_until_finished()
+        convert.prefuse(tmp_path / "in", tmp_path / "out")
+        found = checkpointer.restore(tmp_path / "out", {"moe": nnx.state(prefused)})
+    nnx.update(prefused, found["moe"])
+    halves = [np.asarray(separate.wi_0[...]), np.asarray(separate.wi_1[...])]
+    assert np.array_equal(np.asarray(prefused.wi[...]), np.concatenate(halves, -1))
+    assert np.array_equal(np.asarray(prefused.wo[...]), np.asarray(separate.wo[...]))
+
+
+def test_a_linen_module_is_restored_from_the_output(tmp_path):
+    nn = pytest.importorskip("flax.linen")
+
+    class Experts(nn.Module):
+        fused: bool
+
+        @nn.compact
+        def __call__(self, x):
+            def weight(name, *shape):
+                return self.param(name, nn.initializers.lecun_normal(batch_axis=(0,)), shape)
+
+            if self.fused:
+                both = jax.numpy.einsum("tk,ekf->tef", x, weight("wi", E, K, 2 * N))
+                gate, up = both[..., :N], both[..., N:]
+            else:
+                gate, up = (jax.numpy.einsum("tk,ekf->tef", x, weight(name, E, K, N)) for name in ("wi_0", "wi_1"))
+            return jax.numpy.einsum("tef,efk->tk", jax.nn.silu(gate) * up, weight("wo", E, N, K))
+
+    x = jax.numpy.asarray(RANDOM.standard_normal((5, K)), dtype="float32")
+    separate = Experts(fused=False).init(jax.random.key(0), x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "in", separate)
+        checkpointer.wait_until_finished()
+        convert.prefuse(tmp_path / "in", tmp_path / "out")
+        target = Experts(fused=True).init(jax.random.key(1), x)
+        found = checkpointer.restore(tmp_path / "out", target)
+    assert np.allclose(Experts(fused=True).apply(found, x), Experts(fused=False).apply(separate, x), atol=1e-6)
