@@ -136,6 +136,35 @@ def test_equal_checkpoints_are_equal_in_any_layout(pair, tmp_path, layout):
     assert "'e k (g n)'" in verdict.levels[2].covered
 
 
+LAYOUTS = {
+    "vllm": {}, "flashinfer": {}, "interleaved": {}, "gmm-ep": {}, "fused-moe": {},
+    "per-shard": {"shards": 4, "align": 3}, "concat": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_run_as_its_kernel_does(pair, tmp_path, layout):
+    convert.prefuse(pair[0], tmp_path / "other", layout=layout, **LAYOUTS[layout])
+    verdict = convert.verify(pair[0], tmp_path / "other")
+    assert verdict.equal, verdict
+    assert verdict.levels[2].covered.startswith("grouped GEMM (ragged_dot): 'e g k n' against 'e ")
+
+
+def test_what_stands_in_the_padding_is_found(pair, tmp_path):
+    convert.prefuse(pair[0], tmp_path / "other", layout="per-shard", shards=4, align=3)
+    (path,) = (tmp_path / "other").glob("*.safetensors")
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    entry = json.loads(path.read_bytes()[8 : 8 + size])["model.layers.1.mlp.experts.wi"]
+    wi = np.memmap(path, np.uint16, "r+", 8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
+    wi[5, 3, 5] = 1  # n is 16, so a shard has 4 columns of gate and 2 of padding
+    found = levels(pair[0], tmp_path / "other")
+    assert list(found) == ["exact"]
+    assert "layer 1, expert 5" in found["exact"][0]
+    assert "more than zeros behind the first 4 (n)" in found["exact"][0]
+    assert main(["--split", str(tmp_path / "other"), str(tmp_path / "back"), "--quiet"]) == 3
+    assert not (tmp_path / "back").exists()
+
+
 def test_the_manifest_notices_a_flipped_bit(pair, broken, capsys):
     assert main(["--verify", str(pair[1]), "--quiet"]) == 0
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from convert.verifier.logical import Block, expert, pair, unlike
+from convert.verifier.logical import PROJECTIONS, Block, Kind, expert, pair, unlike
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
 from layouts.describe import Description, identity
 
-PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
 STRIP = 4 << 20
 """Elements of a tensor compared at a time."""
 
@@ -23,28 +22,40 @@ def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Ca
     """Compare every expert of every MoE layer; differences name layer, expert and projection."""
     differences = unlike(a, b)
     layers = experts = 0
+    companions: set[str] = set()
     for one, other in pair(a, b):
         layers, experts = layers + 1, max(experts, one.experts)
+        companions |= {part for _, part in one.groups if part}
         for e in range(one.experts):
             differences.extend(_compare_expert(one, other, e, progress))
+    beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(
         name="exact",
-        covered=f"{layers} MoE layers x {experts} experts, gate, up and down, bit for bit",
+        covered=f"{layers} MoE layers x {experts} experts, gate, up and down{beside}, bit for bit",
         differences=tuple(differences),
     )
 
 
 def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None]) -> Iterator[str]:
-    for role, projections in PROJECTIONS.items():
-        one, other = expert(a, role, e), expert(b, role, e)
-        parts = zip(one, other, strict=True) if role == "wi" else [(one, other)]
-        for projection, (x, y) in zip(projections, parts, strict=True):
+    for kind in sorted(a.groups):
+        try:
+            one, other = expert(a, kind, e), expert(b, kind, e)
+        except ValueError as error:
+            yield f"{a.label}, expert {e}, {_words(kind)}: {error}"
+            continue
+        parts = zip(one, other, strict=True) if kind[0] == "wi" else [(one, other)]
+        for projection, (x, y) in zip(PROJECTIONS[kind[0]], parts, strict=True):
             unequal = np.not_equal(x, y)
             if count := int(np.count_nonzero(unequal)):
-                first = tuple(int(i) for i in np.argwhere(unequal)[0])
-                axes = "(k, n)" if role == "wi" else "(n, k)"
-                yield f"{a.label}, expert {e}, {projection}: {count} of {x.size} elements, first at {axes} = {first}"
+                first = tuple(int(i) for i in np.argwhere(unequal)[0]) if np.ndim(unequal) else ()
+                axes = "" if kind[1] else f", first at {'(k, n)' if kind[0] == 'wi' else '(n, k)'} = {first}"
+                what = f"{projection} {kind[1]}".strip()
+                yield f"{a.label}, expert {e}, {what}: {count} of {np.size(x)} elements{axes}"
         progress(other.nbytes)
+
+
+def _words(kind: Kind) -> str:
+    return f"{' and '.join(PROJECTIONS[kind[0]])} {kind[1]}".strip()
 
 
 def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:

@@ -1,7 +1,7 @@
 """Read expert weights back in their logical axes, independently of the code that fuses.
 
-Where `convert.blocks` copies views by its own arithmetic, this reads whole stored slabs of one expert and lets einops take
-them apart: two implementations of the same table, so that a mistake in one shows.
+Where `convert.blocks` copies views by its own arithmetic, this reads whole stored slabs of one expert and takes them apart: two
+implementations of the same table, so that a mistake in one shows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from einops import rearrange
 from numpy.typing import NDArray
 
+from convert.verifier.stored import Axis, dimensions, logical
 from layouts.checkpoint import Reader
 from layouts.describe import Description, Group
 
-LOGICAL: Mapping[str, str] = {"wi": "g k n", "wo": "n k"}
-"""Role -> the axes of one expert's logical weight: `wi` (2, K, N) with gate first, `wo` (N, K)."""
+PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
+Kind = tuple[str, str]
+"""Role and part: `("wi", "")` is the weight, `("wi", "bias")` its bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,92 +28,111 @@ class Block:
     """One MoE layer of a checkpoint: the groups of its roles and, in scanned trees, which layer of the stack."""
 
     reader: Reader
-    groups: Mapping[str, Group]
+    groups: Mapping[Kind, Group]
     scan: Mapping[str, int]
     label: str
 
     @property
     def experts(self) -> int:
         """E."""
-        return self.groups["wi"].sizes["e"]
+        return next(iter(self.groups.values())).sizes["e"]
+
+    def weight(self, role: str) -> Group | None:
+        """The weight of a role, if it is stored as numbers that a GEMM takes."""
+        return self.groups.get((role, ""))
 
 
 def blocks(reader: Reader, description: Description) -> dict[str, Block]:
-    """Every MoE layer by a label that does not depend on the layout: where it is, and its place in a stack of layers."""
-    found: dict[str, dict[str, Group]] = {}
+    """Every MoE layer by a key that does not depend on the layout: where it is, and its place in a stack of layers."""
+    found: dict[tuple[Any, Any], dict[Kind, Group]] = {}
     for group in description.groups:
-        place = " ".join(f"{'layer' if axis == 'l' else axis} {value}" for axis, value in group.index.items())
-        found.setdefault(place, {})[group.role] = group
-    return {block.label: block for place, groups in found.items() for block in _unstack(reader, place, groups)}
+        place = (group.index.get("path", ""), group.index.get("l"))
+        found.setdefault(place, {})[group.role, group.part] = group
+    several = len({path for path, _ in found}) > 1
+    made: dict[str, Block] = {}
+    for (path, layer), groups in found.items():
+        shown = str(path) if layer is None else f"{path} layer {layer}" if several else f"layer {layer}"
+        for block in _unstack(reader, shown, groups):
+            made[f"{path} {layer} {sorted(block.scan.items())}"] = block
+    return made
 
 
-def _unstack(reader: Reader, place: str, groups: Mapping[str, Group]) -> Iterator[Block]:
-    scan = {axis: size for axis, size in groups["wi"].sizes.items() if axis not in ("e", "k", "g", "n")}
+def _unstack(reader: Reader, place: str, groups: Mapping[Kind, Group]) -> Iterator[Block]:
+    sizes = next(iter(groups.values())).sizes
+    scan = {axis: size for axis, size in sizes.items() if axis not in ("e", "k", "g", "n", "s", "c", "d")}
     for point in itertools.product(*map(range, scan.values())):
-        at = dict(zip(scan, point, strict=True))
         label = " ".join([place, *(f"scanned {position}" for position in point)])
-        yield Block(reader=reader, groups=groups, scan=at, label=label)
+        yield Block(reader=reader, groups=groups, scan=dict(zip(scan, point, strict=True)), label=label)
 
 
 def pair(a: Mapping[str, Block], b: Mapping[str, Block]) -> Iterator[tuple[Block, Block]]:
     """The MoE layers that can be compared weight by weight, side by side; `unlike` names the others."""
-    yield from ((block, b[label]) for label, block in a.items() if label in b and not _difference(block, b[label]))
+    yield from ((block, b[key]) for key, block in a.items() if key in b and not _difference(block, b[key]))
 
 
 def unlike(a: Mapping[str, Block], b: Mapping[str, Block]) -> list[str]:
     """The MoE layers that only one checkpoint has, or that differ in E, K, N or element type, in words."""
-    found = [f"{label}: only one of the two has this MoE layer" for label in sorted(a.keys() ^ b.keys())]
-    differences = (_difference(block, b[label]) for label, block in a.items() if label in b)
+    lonely = [(a.get(key) or b[key]).label for key in sorted(a.keys() ^ b.keys())]
+    found = [f"{label}: only one of the two has this MoE layer" for label in lonely]
+    differences = (_difference(block, b[key]) for key, block in a.items() if key in b)
     return found + [difference for difference in differences if difference]
 
 
 def _difference(a: Block, b: Block) -> str | None:
-    for role in LOGICAL:
-        one, other = ((g.dtype, *(g.sizes[axis] for axis in "ekn")) for g in (a.groups[role], b.groups[role]))
+    for role, part in sorted(a.groups.keys() ^ b.groups.keys()):
+        return f"{a.label}: only one of the two has {_named(role, part)}"
+    for (role, part), group in sorted(a.groups.items()):
+        one, other = ((g.dtype, *(g.total(axis) for axis in "ekn" if axis in g.sizes)) for g in (group, b.groups[role, part]))
         if one != other:
-            return f"{a.label}: {role} is {one[0]} with (E, K, N) {one[1:]} in one, {other[0]} {other[1:]} in the other"
+            axes = ", ".join(axis.upper() for axis in "ekn" if axis in group.sizes)
+            named = f"{a.label}: {_named(role, part)}"
+            return f"{named} is {one[0]} with ({axes}) {one[1:]} in one, {other[0]} {other[1:]} in the other"
     return None
 
 
-def expert(block: Block, role: str, e: int) -> NDArray[Any]:
-    """The bits of one expert in its logical axes: `wi` (2, K, N) gate first, `wo` (N, K)."""
-    key = block.groups[role].placed.key
-    wanted = " ".join(axis for axis in LOGICAL[role].split() if axis not in key.slots)
+def _named(role: str, part: str) -> str:
+    return f"{role}_{part}" if part else role
+
+
+def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
+    """The bits of one expert in its logical axes: `wi` (2, K, N) gate first, `wo` (N, K); companions without what they lack.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
+    group = block.groups[kind]
 
     def read(g: int) -> NDArray[Any]:
-        data, axes = _pinned(block, role, {"e": e, "g": g}, {**block.scan, "e": range(e, e + 1)})
-        pinned = "e " if axes.startswith("e ") else ""
-        out: NDArray[Any] = rearrange(data, f"{axes} -> {pinned}{wanted}", **({"g": 2} if "(g " in axes else {}))
-        return out[0] if pinned else out
+        data, dims = slab(block, kind, {"e": e, "g": g}, range(e, e + 1))
+        if flat := [at for at, dimension in enumerate(dims) if dimension[0].name == "e"]:
+            (at,) = flat
+            rest = dims[at][1:]
+            data = data.reshape([*data.shape[:at], *([data.shape[at]] if rest else []), *data.shape[at + 1 :]])
+            dims = [*dims[:at], *([rest] if rest else []), *dims[at + 1 :]]
+        return logical(data, dims, kind[0])
 
-    return np.stack([read(0), read(1)]) if "g" in key.slots else read(0)
-
-
-def operand(block: Block, role: str, experts: range) -> tuple[NDArray[Any], str]:
-    """What a grouped GEMM over these experts takes, and its axes.
-
-    A stacked tensor is given as it is stored, so that the GEMM reads it as a kernel does: `wi` (e, K, 2N) in `concat`.
-    Tensors of single experts or of single projections are stacked to (e, 2, K, N) and (e, N, K).
-    """
-    group = block.groups[role]
-    if "e" in group.placed.pattern.axes and "g" not in group.placed.key.slots:
-        return _pinned(block, role, {}, {**block.scan, "e": experts})
-    return np.stack([expert(block, role, e) for e in experts]), f"e {LOGICAL[role]}"
+    return np.stack([read(0), read(1)]) if "g" in group.placed.key.slots else read(0)
 
 
-def _pinned(block: Block, role: str, at: Mapping[str, int], spans: Mapping[str, int | range]) -> tuple[NDArray[Any], str]:
-    """Read a tensor with some dimensions cut to a range, or to one index and then left out; and the axes that remain."""
-    placed, index = block.groups[role].placed, block.groups[role].index
-    slices, dropped, axes = [], [], []
-    for position, group in enumerate(placed.pattern.groups):
-        span = spans.get(group[0])
-        if isinstance(span, int):
+def slab(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> tuple[NDArray[Any], list[list[Axis]]]:
+    """The stored tensor for some experts and one layer of the stack: its bits, and the axes of each of its dimensions."""
+    group = block.groups[kind]
+    sizes = {**group.sizes, "e": group.sizes["e"]}
+    slices, dropped, kept = [], [], []
+    for position, dimension in enumerate(dimensions(group.placed.pattern.text, sizes)):
+        first, inner = dimension[0], dimension[1:]
+        if first.name in block.scan:
             dropped.append(position)
-            slices.append(slice(span, span + 1))
+            slices.append(slice(block.scan[first.name], block.scan[first.name] + 1))
             continue
-        slices.append(slice(span.start, span.stop) if isinstance(span, range) else slice(None))
-        axes.append(f"({' '.join(group)})" if len(group) > 1 else group[0])
-    name = placed.key.render({**index, **at})
+        if first.name == "e":
+            rows = int(np.prod([axis.stored for axis in inner])) if inner else 1
+            slices.append(slice(experts.start * rows, experts.stop * rows))
+            dimension = [Axis(name="e", size=len(experts), stored=len(experts), reverse=False), *inner]
+        else:
+            slices.append(slice(None))
+        kept.append(dimension)
+    name = group.placed.key.render({**group.index, **at})
     data = block.reader.read(name, tuple(slices)).copy(order="C")
     block.reader.release(name, tuple(slices))
-    return data.squeeze(tuple(dropped)), " ".join(axes)
+    return data.squeeze(tuple(dropped)), kept

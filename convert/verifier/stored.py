@@ -1,0 +1,87 @@
+"""How a tensor is stored, read from the text of its pattern: the verifier's own reading of the language of layouts.
+
+`layouts.pattern` finds blocks in stored tensors for the code that converts; this takes whole stored arrays apart, with NumPy
+and einops, so that a mistake of one of the two shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
+ORDER = {"wi": ("g", "k", "s", "c", "n", "d"), "wo": ("n", "k", "d")}
+"""Role -> the logical order of axes; shards and chunks of `n` stand before it, so that together they are the logical `n`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """An axis as it is stored: `size` without and `stored` with its padding."""
+
+    name: str
+    size: int
+    stored: int
+    reverse: bool
+
+
+def dimensions(text: str, sizes: Mapping[str, int]) -> list[list[Axis]]:
+    """The axes of each stored dimension of a pattern such as `e k (s=8 g n%128)`."""
+    found: list[list[Axis]] = []
+    inside = False
+    for word in text.replace("(", " ( ").replace(")", " ) ").split():
+        if word in "()":
+            inside = word == "("
+            found += [[]] if inside else []
+            continue
+        axis = _axis(word, sizes)
+        if inside:
+            found[-1].append(axis)
+        else:
+            found.append([axis])
+    return found
+
+
+def _axis(word: str, sizes: Mapping[str, int]) -> Axis:
+    reverse, word = word.startswith("-"), word.lstrip("-")
+    name, _, multiple = word.partition("%")
+    name = name.partition("=")[0]
+    return Axis(name=name, size=sizes[name], stored=_padded(sizes[name], multiple, sizes.get("s", 1)), reverse=reverse)
+
+
+def _padded(size: int, multiple: str, shards: int) -> int:
+    if not multiple:
+        return size
+    if multiple != "maxtext":
+        step = int(multiple)
+        return (size + step - 1) // step * step
+    if size % 256 == 0:
+        return size
+    total = 1
+    while total < size * shards or total // shards < 256:
+        total *= 2
+    return total // shards
+
+
+def logical(block: NDArray[Any], dims: Sequence[Sequence[Axis]], role: str) -> NDArray[Any]:
+    """A stored block in its logical axes, `wi` (2, K, N), `wo` (N, K), without those that it lacks.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
+    axes = [axis for dimension in dims for axis in dimension]
+    split = block.reshape([axis.stored for axis in axes])
+    for at, axis in enumerate(axes):
+        here = (slice(None),) * at
+        if split[(*here, slice(axis.size, None))].any():
+            raise ValueError(f"there is more than zeros behind the first {axis.size} ({axis.name})")
+        split = split[(*here, slice(axis.size))]
+        split = np.flip(split, at) if axis.reverse else split
+    names = [axis.name for axis in axes]
+    order = [name for name in ORDER[role] if name in names]
+    cut = [name for name in order if name in ("s", "c", "n")]
+    right = [f"({' '.join(cut)})" if cut and name == cut[-1] else name for name in order if name not in cut[:-1]]
+    return np.asarray(rearrange(split, f"{' '.join(names)} -> {' '.join(right)}"))
