@@ -96,7 +96,7 @@ def named(text: str, family: Family) -> Layouts:
         return SOURCES[name]
     if name not in TARGETS or len(options) > 2 or not all(option.isdecimal() or option == "maxtext" for option in options):
         raise PlanError(f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN")
-    shards, align = [*options, "1", "128"][:2] if len(options) < 2 else options
+    shards, align = (options[0] if options else "1"), (options[1] if len(options) > 1 else "128")
     return target(name, family, shards=int(shards), align=align)
 
 
