@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from layouts.checkpoint import Reader, TensorSpec
 from layouts.errors import InputError, PlanError
@@ -99,6 +99,24 @@ def check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
         if any(wi.total(axis) != wo.total(axis) for axis in ("e" if packed else "ekn")):
             sizes = [{axis: group.total(axis) for axis in "ekn"} for group in (wi, wo)]
             raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
+    _check_alike(reader, list(found.values()))
+
+
+def _check_alike(reader: Reader, blocks: Sequence[Mapping[str, Sequence[Group]]]) -> None:
+    """Weights of one kind have the same companions in all layers: a scale or a bias that one layer lacks was lost."""
+    seen: dict[tuple[Any, ...], tuple[Group, frozenset[str]]] = {}
+    for role, held in (item for block in blocks for item in block.items()):
+        weight = next(group for group in held if group.part in WEIGHTS)
+        parts = frozenset(group.part for group in held)
+        kind = (role, weight.index.get("path"), weight.part, weight.dtype, weight.placed.key.slots)
+        first, wanted = seen.setdefault(kind, (weight, parts))
+        if parts != wanted:
+            lost = sorted(wanted ^ parts)[0]
+            has, lacks = (first, weight) if lost in wanted else (weight, first)
+            raise InputError(
+                f"{reader.path}: {has.names[0]} has a {lost} beside it and {lacks.names[0]} (in "
+                f"{reader.where(lacks.names[0])}) has none"
+            )
 
 
 def _check_companions(reader: Reader, role: str, weight: Group, held: Iterable[Group]) -> None:
