@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,6 @@ class _Array:
 
     target: Target
     chunking: Chunking
-    open: Callable[[Chunking], Any]
     digest: xxhash.xxh3_128 | None
     store: Any = None
 
@@ -50,13 +49,13 @@ class _Array:
 class Filler:
     """Writes arrays; `fill` returns the digest of each (xxh3-128 of its bytes in storage order, hex).
 
-    `open` creates the stored array of a tensor that is cut in this way.
+    `open` creates the stored array of a tensor that is cut in this way; without it, tensors are hashed only.
     """
 
     reader: Reader
     budget: OrbaxBudget
     progress: Progress
-    open: Callable[[Chunking], Any]
+    open: Callable[[Chunking], Any] | None
     _flying: deque[tuple[Any, _Array, NDArray[Any]]] = field(default_factory=deque)
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -87,17 +86,25 @@ class Filler:
 
     def _array(self, target: Target) -> _Array:
         chunking = self.budget.chunking(target, self.reader)
-        digest = xxhash.xxh3_128() if chunking.in_order() else None
-        return _Array(target=target, chunking=chunking, open=self.open, digest=digest)
+        ordered = chunking.in_order() or self.open is None
+        return _Array(target=target, chunking=chunking, digest=xxhash.xxh3_128() if ordered else None)
+
+    def _boxes(self, array: _Array) -> Iterator[Box]:
+        """What is assembled, in its order: where nothing is written, that of the storage."""
+        if self.open is not None or array.chunking.in_order():
+            return array.chunking.boxes()
+        limit = max(1, self.budget.box // itemsize(array.target.spec.dtype))
+        return array.target.target.pattern.strips(array.target.sizes, limit)
 
     def _submitted(
         self, arrays: Sequence[_Array], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[_Array, Box, Future[NDArray[Any]]]]:
         for array in arrays:
             before: Future[NDArray[Any]] | None = None
-            with _as_os_error(array.name):
-                array.store = array.open(array.chunking)
-            for box in array.chunking.boxes():
+            if self.open is not None:
+                with _as_os_error(array.name):
+                    array.store = self.open(array.chunking)
+            for box in self._boxes(array):
                 before = pool.submit(self._assemble, array.target, box, before)
                 yield array, box, before
 
@@ -115,13 +122,15 @@ class Filler:
         block = future.result()
         if array.digest is not None:
             array.digest.update(block.reshape(-1).view(np.uint8).data)
+        if array.store is None:
+            self.progress(block.nbytes)
+            return
         pattern = array.target.target.pattern
         window = pattern.window(array.target.sizes, box)
         shape = [part.stop - part.start for part in window.slices]
         with _as_os_error(array.name):
             data = block.reshape(shape).view(numpy_dtype(array.target.spec.dtype))
             written = array.store[window.slices].write(data, can_reference_source_data_indefinitely=True)
-            written.commit.force() if hasattr(written.commit, "force") else None
         self._flying.append((written, array, block))
         if sum(waiting.nbytes for _, _, waiting in self._flying) > self.budget.flying:
             self._land(self.budget.flying // 2)
@@ -163,9 +172,3 @@ class _as_os_error:  # noqa: N801
         full = any(text in str(error) for text in _FULL)
         code, text = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
         raise OSError(code, text, self.name) from error
-
-
-def total(targets: Mapping[str, Target] | Sequence[Target]) -> int:
-    """Bytes of these targets."""
-    found = targets.values() if isinstance(targets, Mapping) else targets
-    return sum(target.spec.nbytes for target in found)

@@ -1,40 +1,36 @@
 """Write a plan as an Orbax checkpoint, without Orbax: arrays by TensorStore, what stands beside them as JSON.
 
 Orbax alone takes more memory than a small budget has, and it drops what it was not asked to restore: shardings, random keys.
-So the arrays are written in batches as Orbax's processes write theirs, each batch a database of its own (OCDBT) that the item's
+Where the chunks of the input are chunks of the output as well, only their names change (see `convert.orbax_keep`). Else the
+arrays are written in batches as Orbax's processes write theirs, each batch a database of its own (OCDBT) that the item's
 manifest then joins, or as a directory for each array. A finished batch is made durable and journalled: an interrupted run goes
 on with the next one, and what it left of a batch is removed, so that no dead bytes stay in the output.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import tensorstore as ts
 
 from convert import manifest
-from convert.chunks import Chunking
-from convert.commit import Stage, copy_file, write_text
+from convert.commit import Stage, copy_file, empty, write_text
 from convert.execute import SYNC, Budget, Progress
 from convert.fill_arrays import Filler
 from convert.malloc import keep_below
-from convert.orbax_budget import FLYING, NODES, OrbaxBudget, orbax_budget
-from convert.orbax_metadata import render, stored_name
+from convert.orbax_budget import OrbaxBudget, orbax_budget
+from convert.orbax_copy import copy_database
+from convert.orbax_item import Item
+from convert.orbax_keep import keep, kept_shape, rename
+from convert.orbax_metadata import render
 from convert.planner import Plan, Target
-from layouts.checkpoint import DTYPES, Reader
+from layouts.checkpoint import Reader
 from layouts.orbax import OrbaxReader
-from layouts.orbax_tree import PROCESS
 
+_WAY = ".convert_way"
+"""Stands beside the journal and says how the arrays are written; with other memory it may be another way."""
+_KEPT, _COPIED, _WRITTEN = "chunks are kept", "chunks are kept and copied", "chunks are written"
 DEFAULT_MEMORY = 2 << 30
-_LEVEL = 1
-"""zstd's: on bfloat16 weights higher ones take longer for the same size."""
-_NODE = 64 << 10
-"""Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
 
 
 def write(
@@ -55,10 +51,23 @@ def write(
         budget = orbax_budget(max(DEFAULT_MEMORY, budget.peak), budget.jobs, plan, reader)
     keep_below(budget.mapped)
     place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
-    item = _Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
-    digests = _fill(item, plan, stage, progress)
-    item.join(len(list(_batches(plan.targets))))
-    chunks = {target.spec.name: budget.chunking(target, reader).shape for target in plan.targets}
+    item = Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
+    kept = keep(plan, reader, budget)
+    done, copied = _begin(stage, _KEPT if kept else _WRITTEN)
+    item.path.mkdir(parents=True, exist_ok=True)
+    if isinstance(reader, OrbaxReader):
+        reader.close()
+        reader.limits = replace(budget.limits, always=kept.streamed if kept else frozenset())
+    if kept and isinstance(reader, OrbaxReader):
+        filler = Filler(reader=reader, budget=budget, progress=progress, open=None)
+        digests = copy_database(reader, item.path, stage, done, copied, list(batches(plan.targets)), filler)
+        write_text(stage.path.parent / _WAY, _COPIED)
+        rename(item.path, plan, kept, reader)
+        chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}
+    else:
+        digests = _fill(item, plan, stage, done, progress)
+        item.join(len(list(batches(plan.targets))))
+        chunks = {target.spec.name: budget.chunking(target, reader).shape for target in plan.targets}
     for name, text in render(plan, reader, chunks).items():
         write_text(item.path / name, text)
     for name in plan.side_files:
@@ -67,28 +76,37 @@ def write(
     write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original))
 
 
-def _fill(item: _Item, plan: Plan, stage: Stage, progress: Progress) -> dict[str, str]:
+def _fill(item: Item, plan: Plan, stage: Stage, done: Mapping[str, str], progress: Progress) -> dict[str, str]:
     """Write all batches that no earlier run has finished; the digests of all."""
-    if isinstance(item.reader, OrbaxReader):
-        item.reader.close()
-        item.reader.limits = item.budget.limits
     digests: dict[str, str] = {}
-    item.path.mkdir(parents=True, exist_ok=True)
-    for number, targets in enumerate(_batches(plan.targets)):
-        if all(target.spec.name in stage.done for target in targets):
-            digests |= {target.spec.name: stage.done[target.spec.name] for target in targets}
+    for number, targets in enumerate(batches(plan.targets)):
+        names = [target.spec.name for target in targets]
+        if all(name in done for name in names) and all(path.exists() for path in item.paths(number, targets)):
+            digests |= {name: done[name] for name in names}
             progress(sum(target.spec.nbytes for target in targets))
             continue
         item.begin(number, targets)
-        filler = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create)
-        fresh = filler.fill(targets)
+        fresh = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create).fill(targets)
         item.sync(number, targets)
         stage.record(fresh)
         digests |= fresh
     return digests
 
 
-def _batches(targets: Sequence[Target]) -> Iterator[list[Target]]:
+def _begin(stage: Stage, way: str) -> tuple[Mapping[str, str], bool]:
+    """What earlier runs have finished, and whether files are copied; if they went another way, all they left is removed."""
+    note = stage.path.parent / _WAY
+    found = note.read_text() if note.exists() else ""
+    if found == _COPIED and way == _KEPT:
+        return stage.done, True
+    if found == way:
+        return stage.done, False
+    empty(stage.path)
+    write_text(note, way)
+    return {}, False
+
+
+def batches(targets: Sequence[Target]) -> Iterator[list[Target]]:
     """Neighbours, about `SYNC` bytes together: what a power cut can cost."""
     batch: list[Target] = []
     for target in targets:
@@ -98,115 +116,3 @@ def _batches(targets: Sequence[Target]) -> Iterator[list[Target]]:
         batch.append(target)
     if batch:
         yield batch
-
-
-@dataclass(slots=True, kw_only=True)
-class _Item:
-    """The item's directory, and how its arrays are stored."""
-
-    path: Path
-    reader: Reader
-    budget: OrbaxBudget
-    _base: Path | None = None
-    _context: Any = field(default=None)
-
-    @property
-    def ocdbt(self) -> bool:
-        return self.reader.use_ocdbt if isinstance(self.reader, OrbaxReader) else True
-
-    @property
-    def zarr3(self) -> bool:
-        return self.reader.use_zarr3 if isinstance(self.reader, OrbaxReader) else True
-
-    def begin(self, number: int, targets: Sequence[Target]) -> None:
-        """A new batch; what an interrupted run left of it goes."""
-        for path in self._paths(number, targets):
-            if path.exists():
-                shutil.rmtree(path)
-        self._base = self._paths(number, targets)[0] if self.ocdbt else self.path
-        # No sync per write: a batch is synced as a whole.
-        self._context = ts.Context(
-            {
-                "cache_pool": {"total_bytes_limit": 0},
-                "cache_pool#ocdbt": {"total_bytes_limit": NODES},
-                "data_copy_concurrency": {"limit": max(2, self.budget.jobs)},
-                "file_io_concurrency": {"limit": max(2, self.budget.jobs)},
-                "file_io_sync": False,
-            }
-        )
-
-    def _paths(self, number: int, targets: Sequence[Target]) -> list[Path]:
-        if self.ocdbt:
-            return [self.path / f"{PROCESS}{number}"]
-        return [self.path / stored_name(target, self.reader) for target in targets]
-
-    def create(self, chunking: Chunking) -> Any:
-        """The empty stored array of a tensor of the batch."""
-        name = stored_name(chunking.target, self.reader)
-        file = {"driver": "file", "path": f"{self._base}/"}
-        kvstore: dict[str, Any] = {**file, "path": f"{self._base}/{name}/"}
-        if self.ocdbt:
-            kvstore = _database(f"{self._base}/") | {"path": f"{name}/"}
-        spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
-        return ts.open(
-            spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.zarr3)},
-            dtype=DTYPES[chunking.target.spec.dtype],
-            shape=chunking.target.spec.shape,
-            create=True,
-            context=self._context,
-        ).result()
-
-    def _compressed(self, chunking: Chunking) -> bool:
-        """As its first source is."""
-        target = chunking.target
-        source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
-        return not isinstance(self.reader, OrbaxReader) or source is None or self.reader.compressed[source.source]
-
-    def sync(self, number: int, targets: Sequence[Target]) -> None:
-        """Make a batch durable."""
-        self._context = None
-        for path in self._paths(number, targets):
-            for directory, _, files in os.walk(path, topdown=False):
-                for name in [*files, "."]:
-                    descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-                    try:
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
-
-    def join(self, batches: int) -> None:
-        """One manifest over the databases of all batches, whose values stay where they are."""
-        if not self.ocdbt:
-            return
-        for path in (self.path / "manifest.ocdbt", self.path / "d"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
-        whole = ts.KvStore.open(_database(f"{self.path}/"), context=context).result()
-        transaction = ts.Transaction(atomic=True)
-        for number in range(batches):
-            one = ts.KvStore.open(_database(f"{self.path}/{PROCESS}{number}/"), context=context).result()
-            one.experimental_copy_range_to(whole.with_transaction(transaction)).result()
-        transaction.commit_async().result()
-
-
-def _database(path: str) -> dict[str, Any]:
-    return {
-        "driver": "ocdbt",
-        "base": {"driver": "file", "path": path},
-        # Metadata of arrays is kept in the tree, chunks are not.
-        "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": _NODE, "manifest_kind": "single"},
-        "target_data_file_size": FLYING,
-        "cache_pool": "cache_pool#ocdbt",
-    }
-
-
-def _metadata(chunking: Chunking, compressed: bool, *, zarr3: bool) -> dict[str, Any]:
-    shape, chunk = list(chunking.target.spec.shape), [max(1, size) for size in chunking.shape]
-    if not zarr3:
-        compressor = {"id": "zstd", "level": _LEVEL} if compressed else None
-        return {"shape": shape, "chunks": chunk, "compressor": compressor, "dimension_separator": "."}
-    codecs: list[Any] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if compressed:
-        codecs.append({"name": "zstd", "configuration": {"level": _LEVEL}})
-    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-    return {"shape": shape, "chunk_grid": grid, "codecs": codecs}

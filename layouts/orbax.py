@@ -39,23 +39,28 @@ class ReadLimits:
     """What reading may hold, in bytes.
 
     `cache` is for decoded chunks, `stream` the size above which a chunk is not decoded as a whole but piece by piece, as far
-    as its codec can be. `threads` decode at a time.
+    as its codec can be; those of the tensors `always` in any case. `threads` decode at a time.
     """
 
     cache: int = 256 << 20
     stream: int = 512 << 20
     threads: int | None = None
+    always: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)
 class OrbaxReader:
-    """An open Orbax checkpoint; see `layouts.checkpoint.Reader`. `chunks` is what one read has to decode: name -> shape."""
+    """An open Orbax checkpoint; see `layouts.checkpoint.Reader`. `chunks` is what one read has to decode: name -> shape.
+
+    `grids` are the arrays' own zarr metadata.
+    """
 
     path: Path
     item: Path
     leaves: Mapping[str, Leaf]
     tensors: Mapping[str, TensorSpec]
     chunks: Mapping[str, tuple[int, ...]]
+    grids: Mapping[str, Mapping[str, Any]]
     streamable: Mapping[str, bool]
     compressed: Mapping[str, bool]
     strings: Mapping[str, str]
@@ -95,6 +100,7 @@ class OrbaxReader:
             leaves=leaves,
             tensors={name: _describe(item, name, store) for name, store in stores.items()},
             chunks={name: _chunk(store) for name, store in stores.items()},
+            grids=metadata,
             streamable={name: streamable(found) for name, found in metadata.items()},
             compressed={name: "zstd" in str(found) for name, found in metadata.items()},
             strings=read_strings(item, leaves),
@@ -140,7 +146,7 @@ class OrbaxReader:
 
     def streams(self, name: str) -> bool:
         """Whether a tensor's chunks are read piece by piece."""
-        return self.streamable[name] and self.chunk_bytes(name) > self.limits.stream
+        return self.streamable[name] and (self.chunk_bytes(name) > self.limits.stream or name in self.limits.always)
 
     def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
         """A block as a fresh array of bits; the chunks it lies in stay decoded in a bounded cache, or are streamed.

@@ -1,0 +1,83 @@
+"""Copy the files of a database as they are, while the tensors in it are hashed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from convert.commit import Stage
+from convert.fill_arrays import Filler
+from convert.orbax_keep import database_files
+from convert.planner import Target
+from layouts.orbax import OrbaxReader
+
+_STEP = 64 << 20
+"""Bytes that the kernel copies at a time."""
+_CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def copy_database(
+    reader: OrbaxReader,
+    item: Path,
+    stage: Stage,
+    done: Mapping[str, str],
+    copied: bool,
+    batches: Sequence[Sequence[Target]],
+    filler: Filler,
+) -> dict[str, str]:
+    """Copy the files, durably, if an earlier run has not `copied` them, and hash the tensors; the digests of all.
+
+    Raises:
+        OSError: the disk is full or failing.
+        InputError: data of the input cannot be read.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(_copy_files, reader.item, item, copied, stop)
+        try:
+            digests: dict[str, str] = {}
+            for targets in batches:
+                if copying.done():
+                    copying.result()
+                if all(target.spec.name in done for target in targets):
+                    digests |= {target.spec.name: done[target.spec.name] for target in targets}
+                    filler.progress(sum(target.spec.nbytes for target in targets))
+                    continue
+                fresh = filler.fill(targets)
+                stage.record(fresh)
+                digests |= fresh
+            copying.result()
+        except BaseException:
+            stop.set()
+            raise
+    return digests
+
+
+def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event) -> None:
+    for file in database_files(source):
+        # The manifest is written anew in the copy, so that it is always copied.
+        if file.parent == source or not copied:
+            _copy(file, target / file.relative_to(source), stop)
+
+
+def _copy(source: Path, target: Path, stop: threading.Event) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while _step(reading.fileno(), writing.fileno()):
+            if stop.is_set():
+                raise InterruptedError("stopped")
+        os.fsync(writing.fileno())
+
+
+def _step(reading: int, writing: int) -> int:
+    try:
+        return os.copy_file_range(reading, writing, _STEP)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    data = os.read(reading, 1 << 20)
+    return os.write(writing, data) if data else 0

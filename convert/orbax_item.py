@@ -1,0 +1,140 @@
+"""The directory of an Orbax item that is written: databases of batches that one manifest joins, or a directory per array."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from convert.chunks import Chunking
+from convert.orbax_budget import FLYING, NODES, OrbaxBudget
+from convert.orbax_metadata import stored_name
+from convert.planner import Target
+from layouts.checkpoint import DTYPES, Reader
+from layouts.orbax import OrbaxReader
+from layouts.orbax_tree import PROCESS
+
+_LEVEL = 1
+"""zstd's: on bfloat16 weights higher ones take longer for the same size."""
+_NODE = 64 << 10
+"""Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Item:
+    """The item's directory, and how its arrays are stored."""
+
+    path: Path
+    reader: Reader
+    budget: OrbaxBudget
+    _base: Path | None = None
+    _context: Any = field(default=None)
+
+    @property
+    def ocdbt(self) -> bool:
+        """Whether arrays lie in databases: as in the input, by default."""
+        return self.reader.use_ocdbt if isinstance(self.reader, OrbaxReader) else True
+
+    @property
+    def zarr3(self) -> bool:
+        """Whether arrays are of zarr 3: as in the input, by default."""
+        return self.reader.use_zarr3 if isinstance(self.reader, OrbaxReader) else True
+
+    def begin(self, number: int, targets: Sequence[Target]) -> None:
+        """A new batch; what an interrupted run left of it goes."""
+        for path in self.paths(number, targets):
+            if path.exists():
+                shutil.rmtree(path)
+        self._base = self.paths(number, targets)[0] if self.ocdbt else self.path
+        # No sync per write: a batch is synced as a whole.
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": 0},
+                "cache_pool#ocdbt": {"total_bytes_limit": NODES},
+                "data_copy_concurrency": {"limit": max(2, self.budget.jobs)},
+                "file_io_concurrency": {"limit": max(2, self.budget.jobs)},
+                "file_io_sync": False,
+            }
+        )
+
+    def paths(self, number: int, targets: Sequence[Target]) -> list[Path]:
+        """The directories of a batch."""
+        if self.ocdbt:
+            return [self.path / f"{PROCESS}{number}"]
+        return [self.path / stored_name(target, self.reader) for target in targets]
+
+    def create(self, chunking: Chunking) -> Any:
+        """The empty stored array of a tensor of the batch."""
+        name = stored_name(chunking.target, self.reader)
+        file = {"driver": "file", "path": f"{self._base}/"}
+        kvstore: dict[str, Any] = {**file, "path": f"{self._base}/{name}/"}
+        if self.ocdbt:
+            kvstore = _database(f"{self._base}/") | {"path": f"{name}/"}
+        spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
+        return ts.open(
+            spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.zarr3)},
+            dtype=DTYPES[chunking.target.spec.dtype],
+            shape=chunking.target.spec.shape,
+            create=True,
+            context=self._context,
+        ).result()
+
+    def _compressed(self, chunking: Chunking) -> bool:
+        """As its first source is."""
+        target = chunking.target
+        source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
+        return not isinstance(self.reader, OrbaxReader) or source is None or self.reader.compressed[source.source]
+
+    def sync(self, number: int, targets: Sequence[Target]) -> None:
+        """Make a batch durable."""
+        self._context = None
+        for path in self.paths(number, targets):
+            for directory, _, files in os.walk(path, topdown=False):
+                for name in [*files, "."]:
+                    descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+
+    def join(self, batches: int) -> None:
+        """One manifest over the databases of all batches, whose values stay where they are."""
+        if not self.ocdbt:
+            return
+        for path in (self.path / "manifest.ocdbt", self.path / "d"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
+        whole = ts.KvStore.open(_database(f"{self.path}/"), context=context).result()
+        transaction = ts.Transaction(atomic=True)
+        for number in range(batches):
+            one = ts.KvStore.open(_database(f"{self.path}/{PROCESS}{number}/"), context=context).result()
+            one.experimental_copy_range_to(whole.with_transaction(transaction)).result()
+        transaction.commit_async().result()
+
+
+def _database(path: str) -> dict[str, Any]:
+    return {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": path},
+        # Metadata of arrays is kept in the tree, chunks are not.
+        "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": _NODE, "manifest_kind": "single"},
+        "target_data_file_size": FLYING,
+        "cache_pool": "cache_pool#ocdbt",
+    }
+
+
+def _metadata(chunking: Chunking, compressed: bool, *, zarr3: bool) -> dict[str, Any]:
+    shape, chunk = list(chunking.target.spec.shape), [max(1, size) for size in chunking.shape]
+    if not zarr3:
+        compressor = {"id": "zstd", "level": _LEVEL} if compressed else None
+        return {"shape": shape, "chunks": chunk, "compressor": compressor, "dimension_separator": "."}
+    codecs: list[Any] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if compressed:
+        codecs.append({"name": "zstd", "configuration": {"level": _LEVEL}})
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    return {"shape": shape, "chunk_grid": grid, "codecs": codecs}

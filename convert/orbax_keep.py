@@ -1,0 +1,199 @@
+"""Fuse without touching a chunk: where each chunk of the source is a chunk of the target, only its name changes.
+
+Gate and up lie side by side in `wi`, so that the chunks of `wi_0` and `wi_1` are chunks of `wi`, compressed bytes and all, if
+they do not reach across the end of `n`. An OCDBT database keeps names and values apart: the files with the values are copied
+as they are, at the speed of the disk, and the tree of names is written anew. Digests are of what is read back from the source.
+
+Checkpoints whose large arrays are one chunk each are not kept like that: whoever restores one onto many devices would have to
+decode it whole on each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from convert.chunks import touched
+from convert.orbax_budget import NODES, OrbaxBudget
+from convert.orbax_metadata import stored_name
+from convert.planner import Plan
+from convert.targets import Target
+from layouts.checkpoint import Reader, itemsize
+from layouts.layout import Placed
+from layouts.orbax import OrbaxReader
+from layouts.orbax_stream import WINDOW
+from layouts.orbax_tree import OWN, PROCESS
+
+ONE = 64 << 20
+"""Bytes above which an array of one chunk is cut anew."""
+_ONLY = ts.KvStore.KeyRange("", "\x00")
+"""The key itself, not those that begin alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Where the chunks of one source go: by `shift` along dimension `axis`, those from `begin` to `end` there."""
+
+    source: str
+    axis: int
+    shift: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A conversion by names: the parts of each target that moves, and the tensors that are streamed to be hashed in order."""
+
+    parts: Mapping[str, tuple[Part, ...]]
+    streamed: frozenset[str]
+
+
+def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
+    """Say how all chunks of a checkpoint can be kept; None if some cannot."""
+    if not isinstance(reader, OrbaxReader) or not reader.use_ocdbt or not _complete(reader):
+        return None
+    parts: dict[str, tuple[Part, ...]] = {}
+    streamed: set[str] = set()
+    for target in plan.targets:
+        sources = sorted({piece.source for piece in target.pieces(target.target.pattern.whole(target.sizes))})
+        if any(_is_one(reader, name) for name in sources) or not target.spec.nbytes:
+            return None
+        if sources != [target.spec.name] or target.source.pattern != target.target.pattern:
+            found = _parts(target, reader)
+            if found is None:
+                return None
+            parts[target.spec.name] = found
+        if not budget.chunking(target, reader).in_order():
+            if not _can_stream(target, sources, reader, budget):
+                return None
+            streamed |= set(sources)
+    return Kept(parts=parts, streamed=frozenset(streamed)) if parts else None
+
+
+def _complete(reader: OrbaxReader) -> bool:
+    """Whether the database holds nothing that the plan leaves out, for its bytes would come along."""
+    return len(reader.tree["tree_metadata"]) == len(reader.leaves) and all(
+        "chunk_grid" not in reader.grids[name] or reader.grids[name].get("chunk_key_encoding", {}).get("name") == "default"
+        for name in reader.tensors
+    )
+
+
+def _is_one(reader: OrbaxReader, name: str) -> bool:
+    spec = reader.tensors[name]
+    return spec.nbytes > ONE and math.prod(reader.chunks[name]) == math.prod(spec.shape)
+
+
+def _can_stream(target: Target, sources: Sequence[str], reader: OrbaxReader, budget: OrbaxBudget) -> bool:
+    box = next(target.target.pattern.strips(target.sizes, max(1, budget.box // itemsize(target.spec.dtype))))
+    count = 0
+    for piece in target.pieces(box):
+        shape = target.source.pattern.shape({axis: max(1, len(span)) for axis, span in piece.source_box.items()})
+        count += touched(reader.tensors[piece.source].shape, reader.chunks[piece.source], shape)[0]
+    return all(reader.streamable[name] for name in sources) and count * WINDOW <= 2 * budget.flying
+
+
+def _grid(reader: OrbaxReader, name: str) -> Sequence[int]:
+    """The shape of a stored chunk."""
+    metadata = reader.grids[name]
+    found = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    return [int(size) for size in found]
+
+
+def _parts(target: Target, reader: OrbaxReader) -> tuple[Part, ...] | None:
+    """The sources of a target whose chunks are its own; None if a chunk would be cut or turned."""
+    source, wanted = target.source.pattern, target.target.pattern
+    changed = [i for i, (a, b) in enumerate(zip(source.groups, wanted.groups, strict=False)) if a != b]
+    plain = not (source.padding or wanted.padding or source.reversed or wanted.reversed)
+    if len(source.groups) != len(wanted.groups) or len(changed) != 1 or not plain:
+        return None
+    axis = changed[0]
+    pair = source.groups[axis], wanted.groups[axis]
+    if pair == (("n",), ("g", "n")):
+        names = [(g, _named(target.source, target, g)) for g in (0, 1)]
+        return _aligned([(name, g, 0) for g, name in names], axis, target.sizes["n"], reader)
+    if pair == (("g", "n"), ("n",)) and isinstance(at := target.index.get("g"), int):
+        name = _named(target.source, target, at)
+        return _aligned([(name, -at, at)], axis, target.sizes["n"], reader)
+    return None
+
+
+def kept_shape(target: Target, reader: OrbaxReader) -> tuple[int, ...]:
+    """The shape of a stored chunk of a target that keeps those of its sources."""
+    source = next(target.pieces(target.target.pattern.whole(target.sizes))).source
+    return tuple(_grid(reader, source))
+
+
+def _named(placed: Placed, target: Target, g: int) -> str:
+    return placed.key.render({**target.index, "g": g})
+
+
+def _aligned(found: Sequence[tuple[str, int, int]], axis: int, n: int, reader: OrbaxReader) -> tuple[Part, ...] | None:
+    grids = {tuple(_grid(reader, name)) for name, _, _ in found}
+    alike = {json.dumps({**reader.grids[name], "shape": None}, sort_keys=True) for name, _, _ in found}
+    size = next(iter(grids))[axis]
+    if len(alike) > 1 or n % size:
+        return None
+    steps = n // size
+    return tuple(
+        Part(source=name, axis=axis, shift=by * steps, begin=first * steps, end=(first + 1) * steps)
+        for name, by, first in found
+    )
+
+
+def database_files(item: Path) -> Iterator[Path]:
+    """The files of an item that hold values and names, without the manifests of single processes."""
+    for entry in sorted(item.iterdir()):
+        if entry.name.startswith(PROCESS) or (entry.name in OWN and entry.name[:5] in ("d", "ocdbt", "manif")):
+            files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
+            yield from (f for f in files if not (f.name == "manifest.ocdbt" and f.parent != item))
+
+
+def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader) -> None:
+    """Give the chunks in a copied database the names of the plan."""
+    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
+
+    def at(path: str) -> Any:
+        base = {"driver": "file", "path": f"{item}/"}
+        spec = {"driver": "ocdbt", "base": base, "path": path, "cache_pool": "cache_pool#ocdbt"}
+        return ts.KvStore.open(spec, context=context).result()
+
+    transaction = ts.Transaction(atomic=True)
+    for target in plan.targets:
+        if target.spec.name in kept.parts:
+            _rename(target, kept.parts[target.spec.name], reader, at, transaction)
+    for name in {part.source for parts in kept.parts.values() for part in parts}:
+        everything = ts.KvStore.KeyRange()
+        at(f"{reader.leaves[name].stored}/").with_transaction(transaction).delete_range(everything).result()
+    for target in plan.targets:
+        if target.spec.name in kept.parts:
+            key = "zarr.json" if reader.use_zarr3 else ".zarray"
+            old = at(f"{reader.leaves[kept.parts[target.spec.name][0].source].stored}/")
+            metadata = {**json.loads(old.read(key).result().value), "shape": list(target.spec.shape)}
+            store = at(f"{stored_name(target, reader)}/").with_transaction(transaction)
+            store.write(key, json.dumps(metadata)).result()
+    transaction.commit_async().result()
+
+
+def _rename(target: Target, parts: Sequence[Part], reader: OrbaxReader, at: Callable[[str], Any], transaction: Any) -> None:
+    new = f"{stored_name(target, reader)}/"
+    for part in parts:
+        old = f"{reader.leaves[part.source].stored}/"
+        separator = "/" if reader.use_zarr3 else reader.grids[part.source].get("dimension_separator", ".")
+        prefix = "c/" if reader.use_zarr3 else ""
+        for raw in at(old).list().result():
+            key = raw.decode()
+            if key in ("zarr.json", ".zarray", ".zattrs"):
+                continue
+            place = key.removeprefix(prefix).split(separator)
+            here = int(place[part.axis])
+            if part.begin <= here < part.end:
+                place[part.axis] = str(here + part.shift)
+                to = at(new + prefix + separator.join(place)).with_transaction(transaction)
+                at(old + key).experimental_copy_range_to(to, _ONLY).result()
