@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from convert.planner import Action, Plan
+    from convert.planner import Plan
     from convert.report import Report
     from convert.verifier import Verdict
 
@@ -58,6 +58,7 @@ def plan(
     to: Format | None = None,
     scan: bool = True,
     params_only: bool = False,
+    dequantize: Literal["bf16"] | None = None,
 ) -> Plan:
     """Plan a conversion from names and shapes alone, writing nothing.
 
@@ -70,9 +71,20 @@ def plan(
 
     if (prefuse and split) or not (prefuse or split or to):
         raise UsageError("give exactly one of prefuse=True and split=True, or only the format to convert to")
-    action: Action = "prefuse" if prefuse else "split" if split else "convert"
-    choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
-    reader, planned = open_and_plan(source, out, action, **choices, to=to, scan=scan, params_only=params_only)  # type: ignore[arg-type]
+    reader, planned = open_and_plan(
+        source,
+        out,
+        "prefuse" if prefuse else "split" if split else "convert",
+        layout=layout,
+        shards=shards,
+        align=align,
+        family=family,
+        source_layout=source_layout,
+        to=to,
+        scan=scan,
+        params_only=params_only,
+        dequantize=dequantize,
+    )
     reader.close()
     return planned
 
@@ -89,6 +101,7 @@ def prefuse(
     to: Format | None = None,
     scan: bool = True,
     params_only: bool = False,
+    dequantize: Literal["bf16"] | None = None,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -101,16 +114,29 @@ def prefuse(
     `memory` and `max_shard_size` are in bytes. `shards` and `align` (columns to which each shard is padded, or `maxtext`) are
     for the layouts `per-shard` and `lane`. `to` is the format of the output if it is another than the input's; `scan` says
     whether a MaxText tree that is made has its layers stacked, `params_only` that the training state of one that is read is
-    left out.
+    left out. `dequantize` computes FP8 block and MXFP4 weights as bfloat16, which nothing else here does.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
     from convert.run import Options, convert_checkpoint
 
-    options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
-    choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
-    return convert_checkpoint(source, out, "prefuse", options, progress, **choices, to=to, scan=scan, params_only=params_only)
+    return convert_checkpoint(
+        source,
+        out,
+        "prefuse",
+        Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite),
+        progress,
+        layout=layout,
+        shards=shards,
+        align=align,
+        family=family,
+        source_layout=source_layout,
+        to=to,
+        scan=scan,
+        params_only=params_only,
+        dequantize=dequantize,
+    )
 
 
 def split(
@@ -136,9 +162,18 @@ def split(
     """
     from convert.run import Options, convert_checkpoint
 
-    options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
-    choices = {"family": family, "source_layout": source_layout, "to": to, "scan": scan, "params_only": params_only}
-    return convert_checkpoint(source, out, "split", options, progress, **choices)
+    return convert_checkpoint(
+        source,
+        out,
+        "split",
+        Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite),
+        progress,
+        family=family,
+        source_layout=source_layout,
+        to=to,
+        scan=scan,
+        params_only=params_only,
+    )
 
 
 def reformat(
@@ -149,6 +184,7 @@ def reformat(
     family: str | None = None,
     scan: bool = True,
     params_only: bool = False,
+    dequantize: Literal["bf16"] | None = None,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -165,9 +201,17 @@ def reformat(
     """
     from convert.run import Options, convert_checkpoint
 
-    options = Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite)
     return convert_checkpoint(
-        source, out, "convert", options, progress, family=family, to=to, scan=scan, params_only=params_only
+        source,
+        out,
+        "convert",
+        Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite),
+        progress,
+        family=family,
+        to=to,
+        scan=scan,
+        params_only=params_only,
+        dequantize=dequantize,
     )
 
 

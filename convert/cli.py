@@ -54,6 +54,8 @@ def _run(arguments: argparse.Namespace) -> int:
     source, out = _two_paths(arguments.paths)
     if arguments.split and arguments.layout:
         raise UsageError("--layout is for --prefuse; --split restores the family's own layout. Did you mean --source-layout?")
+    if arguments.split and arguments.dequantize:
+        raise UsageError("--dequantize is for --prefuse and --to; --split only moves bits")
     if arguments.dry_run:
         return _dry_run(arguments, source, out)
     call, extra = _call(arguments)
@@ -81,12 +83,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[str, object]]:
     """The function of the library, and what only it takes."""
     if not (arguments.prefuse or arguments.split):
-        return convert.reformat, {}
+        return convert.reformat, {"dequantize": arguments.dequantize}
     if arguments.split:
         return convert.split, {"source_layout": arguments.source_layout}
     layout = {"layout": arguments.layout} if arguments.layout else {}
     return convert.prefuse, {
         **layout,
+        "dequantize": arguments.dequantize,
         "shards": arguments.shards,
         "align": arguments.align,
         "source_layout": arguments.source_layout,
@@ -111,6 +114,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         to=arguments.to,
         scan=not arguments.no_scan,
         params_only=arguments.params_only,
+        dequantize=arguments.dequantize,
     )
     with closing(open_checkpoint(source)) as reader:
         budget = budget_of(planned, reader, arguments.memory, arguments.jobs)

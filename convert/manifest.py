@@ -53,6 +53,7 @@ def render(plan: Plan, digests: Mapping[str, str], original: Original | None) ->
         "family": plan.family,
         "layout": plan.layout,
         "record": plan.record,
+        **({"computed": plan.computed} if plan.computed else {}),
         "tensors": tensors,
         "sources": _sources(plan, digests),
     }
@@ -65,8 +66,10 @@ def _sources(plan: Plan, digests: Mapping[str, str]) -> dict[str, str]:
     """Digests of the tensors that this was made from, in the order of their names.
 
     A tensor that is copied as it is has the digest of its copy. One that is taken apart into several (`--split`) has none here:
-    it would have to be read twice, and the input's own manifest has it.
+    it would have to be read twice, and the input's own manifest has it. Neither has a conversion that computed values.
     """
+    if plan.computed:
+        return {}  # what was hashed on the way are computed values, not what the input holds
     copied = {t.spec.name: digests[t.spec.name] for t in plan.targets if not t.moved}
     fused = {key.removeprefix(SOURCE): value for key, value in digests.items() if key.startswith(SOURCE)}
     return dict(sorted({**copied, **fused}.items()))
@@ -92,11 +95,13 @@ def is_of(plan: Plan) -> bool:
     found = read(plan.out)
     if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict):
         return False
-    made = (found.get("action"), found.get("family"), found.get("layout"), found.get("record"))
+    made = tuple(found.get(key) for key in ("action", "family", "layout", "record", "computed"))
     wanted = {target.spec.name: (target.spec.dtype, list(target.spec.shape)) for target in plan.targets}
     have = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in found["tensors"].items()}
     newest = max(file.stat().st_mtime_ns for file in plan.source.rglob("*") if file.is_file())
-    equal = made == (plan.action, plan.family, plan.layout, json.loads(json.dumps(plan.record))) and have == wanted
+    equal = (
+        made == (plan.action, plan.family, plan.layout, json.loads(json.dumps(plan.record)), plan.computed) and have == wanted
+    )
     return equal and (plan.out / NAME).stat().st_mtime_ns >= newest
 
 
@@ -117,7 +122,9 @@ def original_files(path: Path) -> Original | None:
 
 def fingerprint(plan: Plan, options: Mapping[str, Any]) -> str:
     """Eight hex digits that tell one conversion from another: the plan, the options and the state of the input's files."""
-    digest = hashlib.sha256(repr((TOOL, plan.action, plan.layout, plan.record, sorted(options.items()))).encode())
+    digest = hashlib.sha256(
+        repr((TOOL, plan.action, plan.layout, plan.record, plan.computed, sorted(options.items()))).encode()
+    )
     digest.update("\n".join(f"{t.spec.name} {t.source.key.text}" for t in plan.targets).encode())
     for directory, folders, files in os.walk(plan.source):
         folders.sort()

@@ -41,6 +41,8 @@ class Plan:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     """Tensors of the input that the user asked to leave out."""
+    computed: str | None = None
+    """By which rule values were computed; None where only bits are moved."""
 
     @property
     def nbytes(self) -> int:

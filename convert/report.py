@@ -63,6 +63,8 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines.append("")
     verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(plan.targets)]
     lines += ["copied as they are:", *(verbatim or ["  nothing"])]
+    if plan.computed:
+        lines.append(f"computed, not only moved: {plan.computed}")
     if plan.left_out:
         lines += ["left out, as --params-only says:", *(f"  {name}" for name in plan.left_out)]
     lines.append(f"side files: {', '.join(plan.side_files) or 'none'}")

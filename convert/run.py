@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from convert.execute import Budget, Progress, ignore, make_budget
 from convert.planner import Action, Plan, make_plan
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
+from layouts.dequantize import RULE, dequantized
 from layouts.families import SOURCES
 from layouts.targets import DEFAULT, TARGETS
 
@@ -48,26 +49,34 @@ def open_and_plan(
     to: str | None = None,
     scan: bool = True,
     params_only: bool = False,
+    dequantize: str | None = None,
 ) -> tuple[Reader, Plan]:
     """Open a checkpoint and plan its conversion; the caller closes the reader.
 
     `to` is the format of the output, `hf` or `orbax`, if not the input's; `scan` whether layers are stacked in it, and
-    `params_only` leaves out the training state of a MaxText checkpoint on the way to Hugging Face.
+    `params_only` leaves out the training state of a MaxText checkpoint on the way to Hugging Face. `dequantize` computes
+    values as `bf16`.
 
     Raises:
         UsageError: an unknown layout.
         InputError, PlanError: see `convert.errors`.
     """
     _check_choices(layout, shards, align, source_layout)
+    if dequantize not in (None, "bf16"):
+        raise UsageError(f"values can be computed as bf16 only, not as {dequantize!r}")
     reader = open_checkpoint(source)
-    choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
     try:
+        if dequantize:
+            reader = dequantized(reader)
         if to is not None and to != reader.format:
             kind = {"layout": layout, "family": family, "scan": scan, "params_only": params_only}
-            return reader, make_cross_plan(reader, Path(out), to, action, **kind)  # type: ignore[arg-type]
-        if action == "convert":
+            plan = make_cross_plan(reader, Path(out), to, action, **kind)  # type: ignore[arg-type]
+        elif action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
-        return reader, make_plan(reader, Path(out), action, **choices)  # type: ignore[arg-type]
+        else:
+            choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
+            plan = make_plan(reader, Path(out), action, **choices)  # type: ignore[arg-type]
+        return reader, replace(plan, computed=RULE if dequantize else None)
     except BaseException:
         reader.close()
         raise

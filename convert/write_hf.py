@@ -36,7 +36,7 @@ def plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
 
 def _remembered(plan: Plan) -> manifest.Original | None:
     """The original files, for an output whose experts are as they were."""
-    return manifest.original_files(plan.source) if plan.record is None else None
+    return manifest.original_files(plan.source) if plan.record is None and not plan.computed else None
 
 
 def _metadata(reader: Reader) -> dict[str, str]:
@@ -118,9 +118,13 @@ def original_of(plan: Plan, reader: Reader) -> manifest.Original | None:
     """What a later way back needs; a checkpoint that we made keeps what it remembers."""
     if plan.format == "hf" and plan.record is None:
         return None
-    if (reader.record or not isinstance(reader, HFReader)) and (kept := manifest.original_files(plan.source)):
+    if (
+        not plan.computed
+        and (reader.record or not isinstance(reader, HFReader))
+        and (kept := manifest.original_files(plan.source))
+    ):
         return kept
-    if not isinstance(reader, HFReader):
+    if plan.computed or not isinstance(reader, HFReader):
         return None
     texts = {name: (plan.source / name).read_bytes().decode() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
     return manifest.Original(headers={shard.name: shard.header for shard in reader.shards}, texts=texts)
