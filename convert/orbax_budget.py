@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from convert.chunks import Chunking, plan_chunks, touched
 from convert.errors import UsageError
+from convert.malloc import KEPT
 from convert.planner import Plan
 from convert.targets import Target
 from layouts.checkpoint import Reader, itemsize
@@ -24,8 +25,10 @@ BASE, EACH = 96 << 20, 12 << 10
 """Bytes that the process needs before the first block (interpreter, NumPy, TensorStore, threads), and per array."""
 NODES = 16 << 20
 """Bytes of OCDBT's tree that are kept on each side."""
-BOX, CACHE, STREAM, FLYING, GRAIN, MAPPED = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 << 20, 16 << 20
+BOX, CACHE, STREAM, FLYING, GRAIN = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 << 20
 """Richest settings, in bytes: see `OrbaxBudget`."""
+MAPPED = {1: 32 << 20, 2: 16 << 20, 4: 2 << 20, 8: 256 << 10}
+"""By how much leaner the settings are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")
         cache = _cache(budget, reader)
-        peak = base + cache + costs.get(worst, 0) + (budget.jobs + 4) * budget.box + 2 * budget.flying + 8 * budget.mapped
+        peak = base + cache + costs.get(worst, 0) + (budget.jobs + 4) * budget.box + 2 * budget.flying + KEPT * budget.mapped
         if peak <= memory:
             return replace(budget, peak=peak)
         if least is None or peak < least:
@@ -101,7 +104,7 @@ def _settings(jobs: int, use_ocdbt: bool) -> Iterator[OrbaxBudget]:
             flying=FLYING // part,
             # Where each chunk is a file of its own, there should not be too many.
             grain=min(GRAIN if use_ocdbt else BOX, max(BOX // part, 2 << 20)),
-            mapped=max(MAPPED >> 3 * (part - 1), 256 << 10),
+            mapped=MAPPED[part],
             peak=0,
         )
 
