@@ -13,8 +13,8 @@ def keep_below(nbytes: int) -> None:
     """Let the C library give blocks of `nbytes` and more a mapping of their own, which ends when they are freed.
 
     By default glibc keeps what was freed for each thread that ever allocated, up to 32 MiB a block: with the dozens of threads
-    of TensorStore that was 200 MB and more. New mappings have their price, though (conversions took twice the time), so that where
-    memory is plenty the limit is high: up to 32 MiB, which is the most that glibc takes. Other C libraries have no such knob and no such habit.
+    of TensorStore that was 200 MB and more. New mappings have their price, though (conversions took twice the time), so that
+    the limit is high where memory is plenty: up to 32 MiB, the most that glibc takes. Other C libraries have no such knob.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

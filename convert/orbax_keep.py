@@ -19,19 +19,23 @@ from typing import Any
 
 import tensorstore as ts
 
-from convert.chunks import touched
 from convert.orbax_budget import NODES, OrbaxBudget
 from convert.orbax_metadata import stored_name
 from convert.planner import Plan
 from convert.targets import Target
-from layouts.checkpoint import Reader, itemsize
+from layouts.checkpoint import Reader
 from layouts.layout import Placed
 from layouts.orbax import OrbaxReader
+from layouts.orbax_codec import PIECE
 from layouts.orbax_stream import WINDOW
 from layouts.orbax_tree import OWN, PROCESS
 
 ONE = 64 << 20
 """Bytes above which an array of one chunk is cut anew."""
+_FEW = 4
+"""Workers up to which one stream is as fast as TensorStore, which decodes several chunks at a time and holds them."""
+_STREAM = 256 << 10
+"""Bytes that a stream of a small chunk takes besides twice the chunk."""
 _ONLY = ts.KvStore.KeyRange("", "\x00")
 """The key itself, not those that begin alike."""
 
@@ -49,10 +53,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A conversion by names: the parts of each target that moves, and the tensors that are streamed to be hashed in order."""
+    """A conversion by names: the parts of each target that moves, and the streams it takes to hash tensors in order."""
 
     parts: Mapping[str, tuple[Part, ...]]
-    streamed: frozenset[str]
+    streamed: Mapping[str, int]
 
 
 def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
@@ -60,7 +64,7 @@ def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
     if not isinstance(reader, OrbaxReader) or not reader.use_ocdbt or not _complete(reader):
         return None
     parts: dict[str, tuple[Part, ...]] = {}
-    streamed: set[str] = set()
+    streamed: dict[str, int] = {}
     for target in plan.targets:
         sources = sorted({piece.source for piece in target.pieces(target.target.pattern.whole(target.sizes))})
         if any(_is_one(reader, name) for name in sources) or not target.spec.nbytes:
@@ -70,11 +74,15 @@ def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
             if found is None:
                 return None
             parts[target.spec.name] = found
-        if not budget.chunking(target, reader).in_order():
-            if not _can_stream(target, sources, reader, budget):
-                return None
-            streamed |= set(sources)
-    return Kept(parts=parts, streamed=frozenset(streamed)) if parts else None
+        ordered = budget.chunking(target, reader).in_order()
+        open_ones = {name: _working_set(reader, name) for name in sources}
+        held = sum(count * min(WINDOW, 2 * reader.chunk_bytes(name) + _STREAM) for name, count in open_ones.items())
+        can = all(map(reader.streamable.get, sources)) and held <= 2 * budget.flying
+        if not can and not ordered:
+            return None
+        if can and not (ordered and budget.jobs > _FEW):
+            streamed |= {name: count for name, count in open_ones.items() if not ordered or reader.chunk_bytes(name) > PIECE}
+    return Kept(parts=parts, streamed=streamed) if parts else None
 
 
 def _complete(reader: OrbaxReader) -> bool:
@@ -90,13 +98,11 @@ def _is_one(reader: OrbaxReader, name: str) -> bool:
     return spec.nbytes > ONE and math.prod(reader.chunks[name]) == math.prod(spec.shape)
 
 
-def _can_stream(target: Target, sources: Sequence[str], reader: OrbaxReader, budget: OrbaxBudget) -> bool:
-    box = next(target.target.pattern.strips(target.sizes, max(1, budget.box // itemsize(target.spec.dtype))))
-    count = 0
-    for piece in target.pieces(box):
-        shape = target.source.pattern.shape({axis: max(1, len(span)) for axis, span in piece.source_box.items()})
-        count += touched(reader.tensors[piece.source].shape, reader.chunks[piece.source], shape)[0]
-    return all(reader.streamable[name] for name in sources) and count * WINDOW <= 2 * budget.flying
+def _working_set(reader: OrbaxReader, name: str) -> int:
+    """How many chunks one comes back to when a tensor is read in storage order: those behind the first axis that they span."""
+    shape, chunk = reader.tensors[name].shape, reader.chunks[name]
+    first = next((i for i, size in enumerate(chunk) if size > 1), len(shape))
+    return math.prod(-(-size // c) for size, c in zip(shape[first + 1 :], chunk[first + 1 :], strict=True))
 
 
 def _grid(reader: OrbaxReader, name: str) -> Sequence[int]:

@@ -57,7 +57,7 @@ def write(
     item.path.mkdir(parents=True, exist_ok=True)
     if isinstance(reader, OrbaxReader):
         reader.close()
-        reader.limits = replace(budget.limits, always=kept.streamed if kept else frozenset())
+        reader.limits = replace(budget.limits, always=kept.streamed if kept else {})
     if kept and isinstance(reader, OrbaxReader):
         filler = Filler(reader=reader, budget=budget, progress=progress, open=None)
         digests = copy_database(reader, item.path, stage, done, copied, list(batches(plan.targets)), filler)

@@ -39,13 +39,14 @@ class ReadLimits:
     """What reading may hold, in bytes.
 
     `cache` is for decoded chunks, `stream` the size above which a chunk is not decoded as a whole but piece by piece, as far
-    as its codec can be; those of the tensors `always` in any case. `threads` decode at a time.
+    as its codec can be; those of the tensors `always` in any case, as many
+    at a time. `threads` decode at a time.
     """
 
     cache: int = 256 << 20
     stream: int = 512 << 20
     threads: int | None = None
-    always: frozenset[str] = frozenset()
+    always: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -169,7 +170,7 @@ class OrbaxReader:
             if name not in self._stores:
                 self._context = self._context or _make_context(self._cache(), self.limits.threads)
                 store = ts.open(self._specs[name], context=self._context).result()
-                self._stores[name] = ChunkStreams.of(store) if self.streams(name) else store
+                self._stores[name] = ChunkStreams.of(store, self.limits.always.get(name, 0)) if self.streams(name) else store
             return self._stores[name]
 
     def _cache(self) -> int:

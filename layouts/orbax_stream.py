@@ -29,7 +29,10 @@ _MISSING = (1 << 64) - 1
 
 @dataclass(slots=True, kw_only=True)
 class ChunkStreams:
-    """An array whose chunks are read piece by piece. Threads take turns; `chunk` is the shape of a chunk."""
+    """An array whose chunks are read piece by piece. Threads take turns.
+
+    `chunk` is the shape of a chunk; `keep` streams are held for reads to come back to, or as many as the last read took.
+    """
 
     kvstore: Any
     shape: tuple[int, ...]
@@ -37,11 +40,12 @@ class ChunkStreams:
     width: int
     fill: bytes | None
     codec: Codec
+    keep: int = 0
     _streams: dict[tuple[int, ...], _Stream] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, store: Any) -> ChunkStreams:
+    def of(cls, store: Any, keep: int = 0) -> ChunkStreams:
         """From an open TensorStore array whose metadata is `streamable`."""
         spec = store.spec().to_json()
         codec = codec_of(spec["metadata"])
@@ -55,6 +59,7 @@ class ChunkStreams:
             width=store.dtype.numpy_dtype.itemsize,
             fill=None if not spec.get("fill_missing_data_reads", True) else bytes(store.dtype.numpy_dtype.itemsize),
             codec=codec,
+            keep=keep,
         )
 
     def read(self, slices: Sequence[slice], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -69,7 +74,8 @@ class ChunkStreams:
         with self._lock:
             for at in itertools.product(*grid):
                 self._from_chunk(at, spans, out)
-            self._forget(set(itertools.product(*grid)))
+            for at in list(self._streams)[: -max(self.keep, math.prod(map(len, grid)), 1)]:
+                del self._streams[at]
         return out
 
     def _from_chunk(self, at: tuple[int, ...], spans: Sequence[range], out: NDArray[Any]) -> None:
@@ -77,9 +83,8 @@ class ChunkStreams:
         parts = [range(max(s.start, b), min(s.stop, b + c)) for s, b, c in zip(spans, starts, self.chunk, strict=True)]
         into = out[tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(parts, spans, strict=True))]
         inside = [range(p.start - b, p.stop - b) for p, b in zip(parts, starts, strict=True)]
-        if at not in self._streams:
-            self._streams[at] = self._open(at)
-        stream = self._streams[at]
+        stream = self._streams.pop(at, None) or self._open(at)
+        self._streams[at] = stream  # the last one used stands last
         depth, inner = self._run(inside)
         for point in itertools.product(*inside[: max(0, depth)]):
             first = math.prod(self.chunk[depth:]) * _flat(point, self.chunk[:depth])
@@ -122,11 +127,6 @@ class ChunkStreams:
             begin, nbytes = 0, 0
         pieces = Pieces(pieces_of(self.kvstore, key, begin, None if nbytes is None else begin + nbytes))
         return _Stream(pieces=pieces, compressed=codec.compressed, size=math.prod(self.chunk) * self.width, empty=nbytes == 0)
-
-    def _forget(self, used: set[tuple[int, ...]]) -> None:
-        """Let go of chunks that the next read is not likely to go on with."""
-        for at in [at for at in self._streams if at not in used]:
-            del self._streams[at]
 
 
 def _flat(point: Sequence[int], shape: Sequence[int]) -> int:
