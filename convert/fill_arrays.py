@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,15 +49,16 @@ class _Array:
 class Filler:
     """Writes arrays; `fill` returns the digest of each (xxh3-128 of its bytes in storage order, hex).
 
-    `open` creates the stored array of a tensor that is cut in this way; without it, tensors are hashed only.
+    `open` creates the stored array of a tensor that is cut in this way.
     """
 
     reader: Reader
     budget: OrbaxBudget
     progress: Progress
-    open: Callable[[Chunking], Any] | None
+    open: Callable[[Chunking], Any]
     _flying: deque[tuple[Any, _Array, NDArray[Any]]] = field(default_factory=deque)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fill(self, targets: Sequence[Target]) -> dict[str, str]:
         """Create and fill the arrays of these targets; all is handed to the system on return, but not synced.
@@ -84,14 +85,39 @@ class Filler:
                 raise
         return {array.name: self._digest(array).hexdigest() for array in arrays}
 
+    def hashed(self, targets: Sequence[Target]) -> Iterator[tuple[Target, str]]:
+        """Hash tensors as they would be written, several at a time, the largest first; each as it is finished.
+
+        Raises:
+            InputError: data of the input cannot be read.
+        """
+        with ThreadPoolExecutor(self.budget.jobs) as pool:
+            ordered = sorted(targets, key=lambda target: -target.spec.nbytes)
+            running = {pool.submit(self._hash, self._array(target)): target for target in ordered}
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _hash(self, array: _Array) -> str:
+        digest = xxhash.xxh3_128()
+        for box in self._boxes(array):
+            block = self._assemble(array.target, box, None)
+            digest.update(block.reshape(-1).view(np.uint8).data)
+            with self._lock:
+                self.progress(block.nbytes)
+        return digest.hexdigest()
+
     def _array(self, target: Target) -> _Array:
         chunking = self.budget.chunking(target, self.reader)
-        ordered = chunking.in_order() or self.open is None
-        return _Array(target=target, chunking=chunking, digest=xxhash.xxh3_128() if ordered else None)
+        return _Array(target=target, chunking=chunking, digest=xxhash.xxh3_128() if chunking.in_order() else None)
 
     def _boxes(self, array: _Array) -> Iterator[Box]:
-        """What is assembled, in its order: where nothing is written, that of the storage."""
-        if self.open is not None or array.chunking.in_order():
+        """What is hashed, in storage order."""
+        if array.digest is not None:
             return array.chunking.boxes()
         limit = max(1, self.budget.box // itemsize(array.target.spec.dtype))
         return array.target.target.pattern.strips(array.target.sizes, limit)
@@ -101,10 +127,9 @@ class Filler:
     ) -> Iterator[tuple[_Array, Box, Future[NDArray[Any]]]]:
         for array in arrays:
             before: Future[NDArray[Any]] | None = None
-            if self.open is not None:
-                with _as_os_error(array.name):
-                    array.store = self.open(array.chunking)
-            for box in self._boxes(array):
+            with _as_os_error(array.name):
+                array.store = self.open(array.chunking)
+            for box in array.chunking.boxes():
                 before = pool.submit(self._assemble, array.target, box, before)
                 yield array, box, before
 
@@ -122,9 +147,6 @@ class Filler:
         block = future.result()
         if array.digest is not None:
             array.digest.update(block.reshape(-1).view(np.uint8).data)
-        if array.store is None:
-            self.progress(block.nbytes)
-            return
         pattern = array.target.target.pattern
         window = pattern.window(array.target.sizes, box)
         shape = [part.stop - part.start for part in window.slices]

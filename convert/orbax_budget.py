@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from convert.blocks import SLAB
 from convert.chunks import Chunking, plan_chunks, touched
 from convert.errors import UsageError
 from convert.malloc import KEPT
@@ -128,7 +129,7 @@ def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> int:
     sizes = target.target.pattern.stored(target.sizes)
     size, block = itemsize(target.spec.dtype), chunking.largest * itemsize(target.spec.dtype)
     if not isinstance(reader, OrbaxReader):
-        return budget.jobs * 2 * block
+        return budget.jobs * (SLAB + 2 * block)
     spans = {axis: range(min(length, sizes[axis])) for axis, length in chunking.box.items()}
     decoded = windows = 0
     for piece in target.pieces(spans):

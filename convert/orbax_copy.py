@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convert.commit import Stage
+from convert.execute import SYNC
 from convert.fill_arrays import Filler
 from convert.orbax_keep import database_files
 from convert.planner import Target
@@ -26,7 +27,7 @@ def copy_database(
     stage: Stage,
     done: Mapping[str, str],
     copied: bool,
-    batches: Sequence[Sequence[Target]],
+    targets: Sequence[Target],
     filler: Filler,
 ) -> dict[str, str]:
     """Copy the files, durably, if an earlier run has not `copied` them, and hash the tensors; the digests of all.
@@ -39,15 +40,11 @@ def copy_database(
     with ThreadPoolExecutor(1) as pool:
         copying = pool.submit(_copy_files, reader.item, item, copied, stop)
         try:
-            digests: dict[str, str] = {}
-            for targets in batches:
+            digests = {target.spec.name: done[target.spec.name] for target in targets if target.spec.name in done}
+            filler.progress(sum(target.spec.nbytes for target in targets if target.spec.name in done))
+            for fresh in _batches(filler.hashed([target for target in targets if target.spec.name not in done])):
                 if copying.done():
                     copying.result()
-                if all(target.spec.name in done for target in targets):
-                    digests |= {target.spec.name: done[target.spec.name] for target in targets}
-                    filler.progress(sum(target.spec.nbytes for target in targets))
-                    continue
-                fresh = filler.fill(targets)
                 stage.record(fresh)
                 digests |= fresh
             copying.result()
@@ -55,6 +52,19 @@ def copy_database(
             stop.set()
             raise
     return digests
+
+
+def _batches(found: Iterable[tuple[Target, str]]) -> Iterator[dict[str, str]]:
+    """Digests, as many at a time as are worth a line in the journal."""
+    fresh: dict[str, str] = {}
+    nbytes = 0
+    for target, digest in found:
+        fresh[target.spec.name] = digest
+        nbytes += target.spec.nbytes
+        if nbytes > SYNC:
+            yield fresh
+            fresh, nbytes = {}, 0
+    yield fresh
 
 
 def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event) -> None:

@@ -28,7 +28,7 @@ from layouts.layout import Placed
 from layouts.orbax import OrbaxReader
 from layouts.orbax_codec import PIECE
 from layouts.orbax_stream import WINDOW
-from layouts.orbax_tree import OWN, PROCESS
+from layouts.orbax_tree import ARRAYS, DATABASE, PROCESS
 
 ONE = 64 << 20
 """Bytes above which an array of one chunk is cut anew."""
@@ -77,7 +77,7 @@ def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
         ordered = budget.chunking(target, reader).in_order()
         open_ones = {name: _working_set(reader, name) for name in sources}
         held = sum(count * min(WINDOW, 2 * reader.chunk_bytes(name) + _STREAM) for name, count in open_ones.items())
-        can = all(map(reader.streamable.get, sources)) and held <= 2 * budget.flying
+        can = all(map(reader.streamable.get, sources)) and held * budget.jobs <= 2 * budget.flying
         if not can and not ordered:
             return None
         if can and not (ordered and budget.jobs > _FEW):
@@ -86,11 +86,10 @@ def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
 
 
 def _complete(reader: OrbaxReader) -> bool:
-    """Whether the database holds nothing that the plan leaves out, for its bytes would come along."""
-    return len(reader.tree["tree_metadata"]) == len(reader.leaves) and all(
-        "chunk_grid" not in reader.grids[name] or reader.grids[name].get("chunk_key_encoding", {}).get("name") == "default"
-        for name in reader.tensors
-    )
+    """Whether the database holds nothing that the plan leaves out, for its bytes would come along, under names that we know."""
+    arrays = [entry for entry in reader.tree["tree_metadata"].values() if entry["value_metadata"]["value_type"] in ARRAYS]
+    encodings = [metadata.get("chunk_key_encoding", {"name": "default"})["name"] for metadata in reader.grids.values()]
+    return len(arrays) == len(reader.tensors) and set(encodings) <= {"default"}
 
 
 def _is_one(reader: OrbaxReader, name: str) -> bool:
@@ -156,7 +155,7 @@ def _aligned(found: Sequence[tuple[str, int, int]], axis: int, n: int, reader: O
 def database_files(item: Path) -> Iterator[Path]:
     """The files of an item that hold values and names, without the manifests of single processes."""
     for entry in sorted(item.iterdir()):
-        if entry.name.startswith(PROCESS) or (entry.name in OWN and entry.name[:5] in ("d", "ocdbt", "manif")):
+        if entry.name.startswith(PROCESS) or entry.name in DATABASE:
             files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
             yield from (f for f in files if not (f.name == "manifest.ocdbt" and f.parent != item))
 

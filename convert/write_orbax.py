@@ -15,10 +15,10 @@ from pathlib import Path
 
 from convert import manifest
 from convert.commit import Stage, copy_file, empty, write_text
-from convert.execute import SYNC, Budget, Progress
+from convert.execute import SYNC, Progress
 from convert.fill_arrays import Filler
 from convert.malloc import keep_below
-from convert.orbax_budget import OrbaxBudget, orbax_budget
+from convert.orbax_budget import OrbaxBudget
 from convert.orbax_copy import copy_database
 from convert.orbax_item import Item
 from convert.orbax_keep import keep, kept_shape, rename
@@ -30,14 +30,13 @@ from layouts.orbax import OrbaxReader
 _WAY = ".convert_way"
 """Stands beside the journal and says how the arrays are written; with other memory it may be another way."""
 _KEPT, _COPIED, _WRITTEN = "chunks are kept", "chunks are kept and copied", "chunks are written"
-DEFAULT_MEMORY = 2 << 30
 
 
 def write(
     plan: Plan,
     reader: Reader,
     stage: Stage,
-    budget: Budget | OrbaxBudget,
+    budget: OrbaxBudget,
     progress: Progress,
     original: manifest.Original | None = None,
 ) -> None:
@@ -47,8 +46,6 @@ def write(
         OSError: the disk is full or failing.
         InputError: data of the input cannot be read.
     """
-    if isinstance(budget, Budget):
-        budget = orbax_budget(max(DEFAULT_MEMORY, budget.peak), budget.jobs, plan, reader)
     keep_below(budget.mapped)
     place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
     item = Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
@@ -59,8 +56,8 @@ def write(
         reader.close()
         reader.limits = replace(budget.limits, always=kept.streamed if kept else {})
     if kept and isinstance(reader, OrbaxReader):
-        filler = Filler(reader=reader, budget=budget, progress=progress, open=None)
-        digests = copy_database(reader, item.path, stage, done, copied, list(batches(plan.targets)), filler)
+        filler = Filler(reader=reader, budget=budget, progress=progress, open=item.create)
+        digests = copy_database(reader, item.path, stage, done, copied, plan.targets, filler)
         write_text(stage.path.parent / _WAY, _COPIED)
         rename(item.path, plan, kept, reader)
         chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}

@@ -24,7 +24,9 @@ EMPTY = ("Dict", "List", "Tuple", "None", "NamedTuple")
 BOX = "value"
 PROCESS = "ocdbt.process_"
 """Part of the names of the databases that the processes of a run wrote, below the one that joins them."""
-OWN = (METADATA, STRINGS, "_sharding", "manifest.ocdbt", "d", "ocdbt_data", "ocdbt_meta", "array_metadatas")
+DATABASE = ("manifest.ocdbt", "d", "ocdbt_data", "ocdbt_meta")
+"""What an item's OCDBT database consists of, besides those of single processes."""
+OWN = (METADATA, STRINGS, "_sharding", "array_metadatas", *DATABASE)
 """What Orbax makes for the arrays of an item, besides a directory for each array or process."""
 
 Key = str | int

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,10 @@ def value(array):
 
 
 def nnx():
-    return {"decoder": {"layers": {"moe_block": block(L, box=value)}, "norm": value(noise(K))}, "rngs": value(np.arange(2, dtype=np.uint32))}
+    return {
+        "decoder": {"layers": {"moe_block": block(L, box=value)}, "norm": value(noise(K))},
+        "rngs": value(np.arange(2, dtype=np.uint32)),
+    }
 
 
 TREES = {
@@ -247,3 +251,59 @@ def test_a_linen_module_is_restored_from_the_output(tmp_path):
         target = Experts(fused=True).init(jax.random.key(1), x)
         found = checkpointer.restore(tmp_path / "out", target)
     assert np.allclose(Experts(fused=True).apply(found, x), Experts(fused=False).apply(separate, x), atol=1e-6)
+
+
+PROCESS = """
+import sys, jax
+number, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+import ml_dtypes, numpy as np, orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("devices",))
+rng = np.random.default_rng(0)
+def make(shape, *spec):
+    bits = rng.integers(0, 1 << 16, shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(*spec)), lambda index: bits[index])
+def block():
+    gate, up = (make((4, 3, 16, 8), "devices") for _ in range(2))
+    return {"moe_block": {"wi_0": gate, "wi_1": up, "wo": make((4, 3, 8, 16), None, None, None, "devices")}}
+tree = {"params": {"params": block()}, "opt_state": [{"mu": {"params": block()}}, None], "step": np.int32(3)}
+with ocp.CheckpointManager(path) as manager:
+    manager.save(5, args=ocp.args.PyTreeSave(tree))
+    manager.wait_until_finished()
+"""
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_several_processes_saved_is_read(anew, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-c", PROCESS]
+    commands = [[*command, str(number), port, str(tmp_path / "in")] for number in (0, 1)]
+    running = [subprocess.Popen(each, env=environment, stderr=subprocess.PIPE) for each in commands]
+    errors = [process.communicate(timeout=120)[1][-2000:] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    assert len(list((tmp_path / "in" / "5" / "default").glob("ocdbt.process_*"))) == 2
+    if anew:
+        monkeypatch.setattr("convert.orbax_keep._is_one", lambda reader, name: True)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    convert.split(tmp_path / "out", tmp_path / "back")
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def whole(path):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            arguments = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=one, restore_type=np.ndarray), tree)
+            return checkpointer.restore(path, restore_args=arguments)
+
+    before, out, back = (whole(tmp_path / d / "5" / "default") for d in ("in", "out", "back"))
+    assert flat(out) == flat(fused(before))
+    assert flat(back) == flat(before)
+    names = [json.loads(path.read_text())["array_metadatas"] for path in (tmp_path / "out/5/default/array_metadatas").iterdir()]
+    found = [entry["array_metadata"]["param_name"] for entry in names[0]]
+    assert sorted(found) == sorted(set(found))
+    assert len(names) == 1
+    assert "opt_state.0.mu.params.moe_block.wi" in found
