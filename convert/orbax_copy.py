@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,12 @@ def _batches(found: Iterable[tuple[Target, str]]) -> Iterator[dict[str, str]]:
 
 
 def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event) -> None:
-    for file in database_files(source):
+    files = list(database_files(source))
+    needed = 0 if copied else sum(file.stat().st_size for file in files)
+    if needed > (free := shutil.disk_usage(target).free):
+        text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC, text, str(target))
+    for file in files:
         # The manifest is written anew in the copy, so that it is always copied.
         if file.parent == source or not copied:
             _copy(file, target / file.relative_to(source), stop)
