@@ -12,7 +12,7 @@ Nothing here prints or exits; progress goes to a callback. Heavy libraries are i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -216,11 +216,19 @@ def reformat(
 
 
 def verify(
-    a: str | Path, b: str | Path | None = None, *, progress: Callable[[int], None] | None = None, gemm: bool = True
+    a: str | Path,
+    b: str | Path | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    gemm: bool = True,
+    layers: Collection[int] | None = None,
+    experts: Collection[int] | None = None,
+    tokens: int = 1,
 ) -> Verdict:
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
-    With one path, re-check the digests in its manifest instead.
+    With one path, re-check the digests in its manifest instead. `layers` and `experts` narrow a comparison down; `tokens`
+    multiplies those of its random probe.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
@@ -229,7 +237,7 @@ def verify(
 
     if b is None:
         return verify_manifest(Path(a), progress)
-    return verify_checkpoints(Path(a), Path(b), progress, gemm=gemm)
+    return verify_checkpoints(Path(a), Path(b), progress, gemm=gemm, layers=layers, experts=experts, tokens=tokens)
 
 
 def prefuse_params(params: Any) -> Any:

@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after an interruption")
     found.add_argument("--overwrite", action="store_true", help="replace CKPT_OUT once the new one is complete")
     found.add_argument("--no-gemm", action="store_true", help="--verify: compare the weights only")
+    found.add_argument("--layers", type=_numbers, metavar="0,3-5", help="--verify: only these layers")
+    found.add_argument("--experts", type=_numbers, metavar="0,3-5", help="--verify: only these experts")
+    found.add_argument("--tokens", type=_positive, default=1, metavar="T", help="--verify: T times the random tokens")
+    found.add_argument("--json", action="store_true", help="--verify: print the verdict as JSON")
+    found.add_argument("--report", metavar="FILE.html", help="--verify: write the verdict as one offline page, too")
     found.add_argument("--quiet", action="store_true", help="no progress bar")
     found.add_argument("--debug", action="store_true", help="show tracebacks")
     return found
@@ -71,6 +76,17 @@ def _bytes(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError("a size must be above zero")
     return value
+
+
+def _numbers(text: str) -> frozenset[int]:
+    """`0,3-5` is 0, 3, 4 and 5."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or (dash and not last) or len(part) > 20:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,3-5")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
 
 
 def _positive(text: str) -> int:

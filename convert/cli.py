@@ -127,8 +127,19 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
     total = None if arguments.quiet else _input_bytes(arguments.paths[-1])
     with _progress(total, arguments.quiet) as progress:
-        verdict = convert.verify(*arguments.paths, progress=progress, gemm=not arguments.no_gemm)
-    print(verdict)
+        verdict = convert.verify(
+            *arguments.paths,
+            progress=progress,
+            gemm=not arguments.no_gemm,
+            layers=arguments.layers,
+            experts=arguments.experts,
+            tokens=arguments.tokens,
+        )
+    print(verdict.json() if arguments.json else verdict)
+    if arguments.report:
+        from convert.verifier.page import page
+
+        Path(arguments.report).write_text(page(verdict), encoding="utf-8")
     return 0 if verdict.equal else 1
 
 

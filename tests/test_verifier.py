@@ -132,8 +132,8 @@ def test_equal_checkpoints_are_equal_in_any_layout(pair, tmp_path, layout):
     convert.prefuse(pair[0], tmp_path / "other", layout=layout)
     verdict = convert.verify(tmp_path / "other", pair[1])
     assert verdict.equal, verdict
-    assert [level.name for level in verdict.levels] == ["exact", "others", "gemm"]
-    assert "'e k (g n)'" in verdict.levels[2].covered
+    assert [level.name for level in verdict.levels] == ["exact", "others", "identity", "gemm", "gradients"]
+    assert "'e k (g n)'" in verdict.levels[3].covered
 
 
 LAYOUTS = {
@@ -147,7 +147,7 @@ def test_every_layout_is_run_as_its_kernel_does(pair, tmp_path, layout):
     convert.prefuse(pair[0], tmp_path / "other", layout=layout, **LAYOUTS[layout])
     verdict = convert.verify(pair[0], tmp_path / "other")
     assert verdict.equal, verdict
-    assert verdict.levels[2].covered.startswith("grouped GEMM (ragged_dot): 'e g k n' against 'e ")
+    assert verdict.levels[3].covered.startswith("grouped GEMM (ragged_dot): 'e g k n' against 'e ")
 
 
 def test_what_stands_in_the_padding_is_found(pair, tmp_path):

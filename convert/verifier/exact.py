@@ -9,24 +9,27 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from convert.verifier.logical import PROJECTIONS, Block, Kind, expert, pair, unlike
+from convert.verifier.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
 from layouts.describe import Description, identity
 
+PADDING = "more than zeros behind"
+"""What is said of a tensor whose padding holds something."""
 STRIP = 4 << 20
 """Elements of a tensor compared at a time."""
 
 
-def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None]) -> Level:
+def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None], scope: Scope) -> Level:
     """Compare every expert of every MoE layer; differences name layer, expert and projection."""
     differences = unlike(a, b)
     layers = experts = 0
     companions: set[str] = set()
     for one, other in pair(a, b):
-        layers, experts = layers + 1, max(experts, one.experts)
+        chosen = scope.of(range(one.experts))
+        layers, experts = layers + 1, max(experts, len(chosen))
         companions |= {part for _, part in one.groups if part}
-        for e in range(one.experts):
+        for e in chosen:
             differences.extend(_compare_expert(one, other, e, progress))
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(

@@ -19,6 +19,27 @@ from layouts.checkpoint import Reader
 from layouts.describe import Description, Group
 
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What of two checkpoints is compared: all layers and experts if None. `tokens` multiplies those of the random probe."""
+
+    layers: frozenset[int] | None = None
+    experts: frozenset[int] | None = None
+    tokens: int = 1
+
+    def holds(self, block: Block) -> bool:
+        """Whether a MoE layer is compared; those of a stack count by their place in it."""
+        index = next(iter(block.groups.values())).index
+        number = index["l"] if "l" in index else next(iter(block.scan.values()), 0)
+        return self.layers is None or number in self.layers
+
+    def of(self, experts: range) -> list[int]:
+        """The experts of these that are compared."""
+        return [e for e in experts if self.experts is None or e in self.experts]
+
+
 Kind = tuple[str, str]
 """Role and part: `("wi", "")` is the weight, `("wi", "bias")` its bias."""
 
