@@ -125,18 +125,25 @@ class Filler:
     def _submitted(
         self, arrays: Sequence[_Array], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[_Array, Box, Future[NDArray[Any]]]]:
+        before: Future[NDArray[Any]] | None = None
         for array in arrays:
-            before: Future[NDArray[Any]] | None = None
             with _as_os_error(array.name):
                 array.store = self.open(array.chunking)
+            streamed = self._is_streamed(array.target)
             for box in array.chunking.boxes():
-                before = pool.submit(self._assemble, array.target, box, before)
-                yield array, box, before
+                future = pool.submit(self._assemble, array.target, box, before if streamed else None)
+                # Two tensors may be made from one, so that the order holds beyond the end of the first.
+                before = future if streamed else before
+                yield array, box, future
+
+    def _is_streamed(self, target: Target) -> bool:
+        """Whether boxes must be read one after another, because a stream runs in one direction."""
+        pieces = target.pieces(target.target.pattern.whole(target.sizes))
+        return isinstance(self.reader, OrbaxReader) and any(self.reader.streams(piece.source) for piece in pieces)
 
     def _assemble(self, target: Target, box: Box, before: Future[NDArray[Any]] | None) -> NDArray[Any]:
-        """A box; those that are streamed are read one after another, because a stream runs in one direction."""
-        streamed = getattr(self.reader, "streams", None)
-        if before is not None and streamed and any(streamed(piece.source) for piece in target.pieces(box)):
+        """A box, once the box `before` is there."""
+        if before is not None:
             before.exception()
         if self._stop.is_set():
             raise InterruptedError("stopped")

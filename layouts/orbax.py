@@ -167,11 +167,21 @@ class OrbaxReader:
 
     def _store(self, name: str) -> Any:
         with self._lock:
-            if name not in self._stores:
+            store = self._stores.pop(name, None)
+            if store is None:
                 self._context = self._context or _make_context(self._cache(), self.limits.threads)
                 store = ts.open(self._specs[name], context=self._context).result()
-                self._stores[name] = ChunkStreams.of(store, self.limits.always.get(name, 0)) if self.streams(name) else store
-            return self._stores[name]
+                if self.streams(name):
+                    store = ChunkStreams.of(store, self.limits.always.get(name, 0))
+                    self._forget_streams()
+            self._stores[name] = store  # the last one used stands last
+            return store
+
+    def _forget_streams(self) -> None:
+        """Of thousands of arrays, only those that are being read may hold a stream."""
+        streams = [name for name, store in self._stores.items() if isinstance(store, ChunkStreams)]
+        for name in streams[: -2 * (self.limits.threads or 4)]:
+            del self._stores[name]
 
     def _cache(self) -> int:
         """A chunk that is read in parts must be decoded once, not once per part, and gate and up are read side by side."""

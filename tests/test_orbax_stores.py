@@ -1,5 +1,6 @@
 """Orbax in, Orbax out, over every store Orbax writes: formats, chunkings, tree shapes, clients, and what may go wrong."""
 
+import functools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import ml_dtypes
 import numpy as np
@@ -21,9 +23,9 @@ from convert.chunks import plan_chunks
 from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
-from layouts.orbax import find_item
+from layouts.orbax import ReadLimits, find_item
 from layouts.orbax_codec import streamable
-from layouts.orbax_stream import ChunkStreams
+from layouts.orbax_stream import ChunkStreams, _Stream
 
 E, L, K, N = 4, 3, 16, 8
 FORMATS = [(True, True), (True, False), (False, True), (False, False)]
@@ -315,6 +317,18 @@ def test_streamed_chunks_are_what_tensorstore_reads(name, piece, tmp_path, monke
         assert np.array_equal(streams.read(block, array.dtype), array[block]), block
 
 
+def test_few_arrays_hold_a_stream(tmp_path):
+    tree = {f"layers_{i}": {"moe": moe()} for i in range(20)}
+    save(tmp_path / "in", tree)
+    with closing(open_checkpoint(tmp_path / "in")) as reader:
+        reader.limits = ReadLimits(stream=0, threads=2)
+        for name, spec in reader.tensors.items():
+            block = reader.read(name, tuple(slice(0, size) for size in spec.shape))
+            path = name.split(".")
+            assert np.array_equal(block, functools.reduce(dict.get, path, tree).view(np.uint16))
+        assert len(reader._stores) == 5
+
+
 @pytest.mark.parametrize("name", NOT_STREAMED)
 def test_what_cannot_be_streamed_is_known(name, tmp_path):
     store = stored(tmp_path, NOT_STREAMED[name], np.ones((7, 9, 11), np.uint16), (3, 4, 5))
@@ -341,3 +355,14 @@ def test_streamed_conversions_are_the_same(chunk, ocdbt, zarr3, tmp_path, monkey
     assert flat(restore(tmp_path / "out")) == flat(fused(restore(tmp_path / "in")))
     assert flat(restore(tmp_path / "back")) == flat(restore(tmp_path / "in"))
     assert convert.verify(tmp_path / "out").equal
+
+
+def test_one_stream_serves_two_tensors_in_one_pass_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.orbax_budget.STREAM", 8)
+    monkeypatch.setattr("convert.chunks._CRUMB", 16)
+    monkeypatch.setattr("convert.orbax_keep._is_one", lambda reader, name: True)
+    starts, restart = [], _Stream._restart
+    monkeypatch.setattr(_Stream, "_restart", lambda stream: (starts.append(stream), restart(stream)))
+    save(tmp_path / "in", fused(scanned()))
+    convert.split(tmp_path / "in", tmp_path / "out", source_layout="concat", jobs=4)
+    assert len(starts) == 5, "once for each of embedding, gate and wo, and once for each half of wi"
