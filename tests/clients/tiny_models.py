@@ -77,6 +77,16 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "gemma4": {TEXT: GEMMA},
     "gemma4_text": GEMMA,
     "qwen3_vl_moe-square": {TEXT: {"moe_intermediate_size": 32}},
+    "deepseek_ocr2": {TEXT: {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4}},
+    "qwen4_exp": {
+        TEXT: {
+            "ngram_vocab_size_base": 64,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "split_ngram_parts": 2,
+            "ple_embed_dim": 16,
+            "hc_lowrank": 8,
+        },
+    },
     "unlimited_ocr": {TEXT: MLA},
     "zaya": {"num_experts_per_tok": 1},
     "muse_spark": {
@@ -141,6 +151,9 @@ SKIPPED: Mapping[str, str] = {
 """Model types of our table without a client test, and why."""
 
 EXTRA = ("qwen3_moe-square-tied", "longcat_flash-zeros")
+FAMILY: Mapping[str, str] = {"qwen4_exp": "qwen3_5_moe", "deepseek_ocr2": "deepseek_v2"}
+"""Model types that our table may not name, and the family that the user has to name then."""
+
 KNOWN_BUGS: Mapping[str, str] = {
     "step3p7": "published as {path}.{l}.moe, but transformers loads gate_up_proj only under {path}.{l}.mlp.experts",
 }
