@@ -44,19 +44,19 @@ def identity(block: Block, weights: Weights, experts: range) -> Iterator[str]:
         else:
             found = gmm_down(tokens, wo.array, sizes, rows_first=wo.rows_first)[None, :, : group.total("k")]
         each = np.asarray(found).reshape(found.shape[0], len(experts), len(rows), -1)
-        known = _values(block, role, experts)
-        if not np.isfinite(known).all():
-            continue  # zero times infinity is none, and the masked product of a CPU lets it reach other experts
-        wanted = known.reshape(len(experts), found.shape[0], length, -1)[:, :, rows]
-        for at, g in np.argwhere((each.swapaxes(0, 1) != wanted).any(axis=(2, 3))):
+        wanted = _values(block, role, experts, rows).reshape(len(experts), found.shape[0], len(rows), -1)
+        unequal = (each.swapaxes(0, 1) != wanted).any(axis=(2, 3))
+        if unequal.any() and not np.isfinite(_values(block, role, experts)).all():
+            continue  # zero times infinity is no zero, and the masked product of a CPU lets it reach other experts
+        for at, g in np.argwhere(unequal):
             where = f"{block.label}, expert {experts[at]}, {PROJECTIONS[role][g]}"
             yield f"{where}: one-hot tokens do not read the stored weights back"
 
 
-def _values(block: Block, role: str, experts: range) -> NDArray[Any]:
-    """The logical weights of these experts as XLA sees them: float32, without what is too small for its zero."""
+def _values(block: Block, role: str, experts: range, rows: Any = slice(None)) -> NDArray[Any]:
+    """Rows of the logical weights as XLA sees them: float32, and zero where they are too small for it."""
     group = block.groups[role, ""]
-    bits = np.stack([expert(block, (role, ""), e) for e in experts])
+    bits = np.stack([expert(block, (role, ""), e)[..., rows, :] for e in experts])
     values = np.ascontiguousarray(bits).view(numpy_dtype(group.dtype)).astype(np.float32)
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values)
 
