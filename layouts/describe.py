@@ -208,9 +208,10 @@ def _fit(
         except ValueError as error:
             problems.append(error)
             continue
-        if stated and {**known, **sizes}["e"] not in stated:
+        have = {**known, **sizes}["e"]
+        if stated and have not in stated:
             said = " or ".join(map(str, sorted(stated)))
-            raise InputError(f"{reader.path}: {spec.name} is of {sizes.get('e')} experts, but config.json says {said}")
+            raise InputError(f"{reader.path}: {spec.name} is of {have} experts, but config.json says {said}")
         return dims, pattern, sizes
     raise PlanError(f"{reader.path}: {spec.name} (in {reader.where(spec.name)}): {problems[0]}")
 

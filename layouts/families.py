@@ -63,6 +63,14 @@ FC = layouts(
     wi=("{experts}.fc1.{part}", "e k (g n)"),
     wo=("{experts}.fc2.{part}", "e n k"),
 )
+FUSED_BELOW = layouts(
+    wi=("{experts}.experts.gate_up_proj{part}", "e (g n) k"),
+    wo=("{experts}.experts.down_proj{part}", "e k n"),
+)
+FUSED_IN_MLP = layouts(
+    wi=("{path}.{l}.mlp.experts.gate_up_proj{part}", "e (g n) k"),
+    wo=("{path}.{l}.mlp.experts.down_proj{part}", "e k n"),
+)
 W13_INTERLEAVED = layouts(
     wi=("{experts}.w13_{part}", "e (n g) k"),
     wo=("{experts}.w2_{part}", "e k n"),
@@ -83,7 +91,7 @@ class Family:
     model_types: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     transformers: Layouts | None = None
-    """What transformers 5 loads, where that is not its own fused form of all other families."""
+    """What transformers 5 loads, where that is not its fused form at the place of the experts."""
     changed_in: int | None = None
     """The major version of transformers since which the second native layout stands under the keys of the first."""
     format: str = "hf"
@@ -107,10 +115,13 @@ def _w123(name: str, *aliases: str, experts: str = _SPARSE) -> Family:
 
 
 def _fused(name: str, *aliases: str, experts: str = _MLP, native: Layouts = FUSED, others: tuple[str, ...] = ()) -> Family:
-    """A family that is published with gate and up in one tensor, and that transformers loads as it is published."""
-    natives = (native, PER_EXPERT) if native["wi"].key == FUSED["wi"].key else (native,)  # quantised ones are split up
+    """A family that is published with gate and up in one tensor, and that transformers loads as it is published.
+
+    Quantised ones are often split into single experts; transformers may hold it under other names than it publishes.
+    """
+    also = {id(FC): (FUSED_IN_OUT,), id(LINEAR): (FUSED_BELOW,), id(FLAT): ()}.get(id(native), (PER_EXPERT,))
     types = (name, *aliases)
-    return Family(name=name, model_types=types, experts=experts, native=natives, others=others, transformers=native)
+    return Family(name=name, model_types=types, experts=experts, native=(native, *also), others=others, transformers=native)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -120,10 +131,10 @@ FAMILIES: tuple[Family, ...] = (
     _per_expert("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_talker"),
     _per_expert("olmoe"),
     _per_expert("flex_olmo"),
-    _per_expert("deepseek_v2"),
+    _per_expert("deepseek_v2", "deepseek_ocr2"),
     _per_expert("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
     _per_expert("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text"),
-    _per_expert("dots1", "dots3_note", others=("vision_encoder.{rest}",)),
+    _per_expert("dots1", "dots3_note", "dots3_note_text", others=("vision_encoder.{rest}",)),
     _per_expert("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_moe_vl"),
     _per_expert("hunyuan_v1_moe", "hy_v3"),
     _per_expert("longcat_flash"),
@@ -144,13 +155,32 @@ FAMILIES: tuple[Family, ...] = (
     _per_expert("unlimited_ocr"),
     _w123("mixtral"),
     _w123("phimoe"),
-    _w123("minimax", "minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01", "minimax_m2", "minimax_m3_vl"),
+    _w123(
+        "minimax",
+        "minimax_m1",
+        "minimax_text_01",
+        "MiniMaxM1",
+        "MiniMaxText01",
+        "minimax_m2",
+        "minimax_m3_vl",
+        "minimax_m3_vl_text",
+    ),
     _w123("kimi_linear"),
     _w123("arctic"),
     _w123("lfm2_moe", experts=_FEED),
-    _w123("deepseek_v4", experts="{path}.{l}.ffn.experts"),
-    _w123("mistral_large4", experts=_BARE),
-    Family(name="qwen3_5_moe", model_types=("qwen3_5_moe", "qwen3_5_moe_text"), experts=_MLP, native=(FUSED, PER_EXPERT)),
+    _w123("deepseek_v4", experts="{path}.{l}.{moe:ffn,mlp}.experts"),
+    Family(
+        name="mistral_large4",
+        model_types=("mistral_large4", "mistral_large4_text"),
+        experts=_BARE,
+        native=(PER_EXPERT_W123, FUSED, FUSED_IN_MLP),
+    ),
+    Family(
+        name="qwen3_5_moe",
+        model_types=("qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text"),
+        experts=_MLP,
+        native=(FUSED, PER_EXPERT),
+    ),
     Family(
         name="qwen3_vl_moe",
         model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
@@ -159,13 +189,24 @@ FAMILIES: tuple[Family, ...] = (
         changed_in=5,
     ),
     Family(name="hunyuan", model_types=("hunyuan",), experts=_MLP, native=(UP_FIRST,)),
-    Family(name="step3p5", model_types=("step3p5", "step3p7"), experts="{path}.{l}.moe", native=(STACKED,)),
-    Family(name="inkling", model_types=("inkling_mm_model", "inkling2"), experts=_MLP, native=(W13_INTERLEAVED,)),
+    Family(
+        name="step3p5",
+        model_types=("step3p5", "step3p7"),
+        experts="{path}.{l}.moe",
+        native=(STACKED, FUSED_IN_MLP),
+        transformers=FUSED_IN_MLP,
+    ),
+    Family(
+        name="inkling",
+        model_types=("inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
+        experts=_MLP,
+        native=(W13_INTERLEAVED, FUSED),
+    ),
     _fused("gemma4", "gemma4_text", "diffusion_gemma", experts=_BARE),
     _fused("hy_v4"),
     _fused("zaya"),
     _fused("mistral4"),
-    _fused("muse_spark", others=("{path}.{l}.mlp.experts.post_expert_norm.weight",)),
+    _fused("muse_spark", "muse_spark_text", others=("{path}.{l}.mlp.experts.post_expert_norm.weight",)),
     _fused("granitemoe_swa", experts=_SPARSE),
     _fused("granitemoe", "granitemoeshared", "granitemoehybrid", experts="{path}.{l}.block_sparse_moe", native=LINEAR),
     _fused("jetmoe", experts="{path}.{l}.mlp", native=LINEAR, others=("{path}.{l}.self_attention.experts.{rest}",)),
@@ -199,6 +240,8 @@ SOURCES: Mapping[str, Layouts] = {
     "fused-interleaved": FUSED_INTERLEAVED,
     "fused-linear": LINEAR,
     "fused-fc": FC,
+    "fused-below": FUSED_BELOW,  # Granite and JetMoE as transformers holds them
+    "fused-in-mlp": FUSED_IN_MLP,  # Step and Mistral Large 4 as transformers holds them
     "w13-interleaved": W13_INTERLEAVED,
     "maxtext": MAXTEXT,
 }

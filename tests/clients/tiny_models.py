@@ -37,6 +37,10 @@ TEXT = "text_config"
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 NOPE = {"index_kpool": 4, "qk_rope_head_dim": 0, "mlp_layer_types": ["dense", "sparse"]}
 LONGCAT = {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 40, "head_dim": 8}
+QWEN4 = {
+    "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_embed_dim": 16,
+    "hc_lowrank": 8,
+}  # fmt: skip
 GEMMA = {"enable_moe_block": True, "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 0}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
@@ -78,15 +82,9 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "gemma4_text": GEMMA,
     "qwen3_vl_moe-square": {TEXT: {"moe_intermediate_size": 32}},
     "deepseek_ocr2": {TEXT: {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4}},
-    "qwen4_exp": {
-        TEXT: {
-            "ngram_vocab_size_base": 64,
-            "make_ngram_vocab_size_divisible_by": 8,
-            "split_ngram_parts": 2,
-            "ple_embed_dim": 16,
-            "hc_lowrank": 8,
-        },
-    },
+    "qwen4_exp": {TEXT: QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "muse_spark_text": {"moe_hidden_size": 32},
     "unlimited_ocr": {TEXT: MLA},
     "zaya": {"num_experts_per_tok": 1},
     "muse_spark": {
@@ -106,22 +104,12 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 PUBLISHED_FUSED = {
     "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "jetmoe", "dbrx", "aria", "aria_text", "llama4",
     "llama4_text", "gpt_oss", "openai_privacy_filter", "gemma4", "gemma4_text", "diffusion_gemma", "hy_v4", "zaya", "mistral4",
-    "muse_spark", "qwen3_vl_moe", "qwen3_vl_moe_text", "glm4v_moe_text",
+    "muse_spark", "qwen3_vl_moe", "qwen3_vl_moe_text", "glm4v_moe_text", "inkling_text",
+    "minimax_m3_vl_text", "muse_spark_text",
 }  # fmt: skip
 """Model types that transformers writes and loads with gate and up in one tensor: nothing is left to fuse for it."""
 
-HELD_AS: Mapping[str, Mapping[str, str]] = {
-    "granitemoe": {"family": "granitemoe_swa"},
-    "granitemoeshared": {"family": "granitemoe_swa"},
-    "granitemoehybrid": {"family": "granitemoe_swa"},
-    "aria": {"family": "openai_privacy_filter"},
-    "aria_text": {"family": "openai_privacy_filter"},
-    "deepseek_v4": {"family": "qwen2_moe"},
-    "mistral_large4": {"family": "qwen2_moe"},
-    "step3p7": {"family": "qwen2_moe"},
-    "inkling_mm_model": {"source_layout": "transformers"},
-    "inkling2": {"source_layout": "transformers"},
-}
+HELD_AS: Mapping[str, Mapping[str, str]] = {}
 """Model types whose experts transformers holds under other names than it publishes: what our user has to say to read
 `save_original_format=False`; without it we refuse."""
 
@@ -151,12 +139,10 @@ SKIPPED: Mapping[str, str] = {
 """Model types of our table without a client test, and why."""
 
 EXTRA = ("qwen3_moe-square-tied", "longcat_flash-zeros")
-FAMILY: Mapping[str, str] = {"qwen4_exp": "qwen3_5_moe", "deepseek_ocr2": "deepseek_v2"}
+FAMILY: Mapping[str, str] = {}
 """Model types that our table may not name, and the family that the user has to name then."""
 
-KNOWN_BUGS: Mapping[str, str] = {
-    "step3p7": "published as {path}.{l}.moe, but transformers loads gate_up_proj only under {path}.{l}.mlp.experts",
-}
+KNOWN_BUGS: Mapping[str, str] = {}
 """Cases whose fused form transformers does not load yet; strict, so that this entry goes when the table is right."""
 
 REFUSED: Mapping[str, str] = {"ernie4_5_vl_moe": "must be alike", "longcat_flash-zeros": "experts, but config.json says 12"}
