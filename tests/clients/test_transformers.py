@@ -25,11 +25,7 @@ import tiny_models  # noqa: E402
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
 TYPES = [kind for family in FAMILIES if family.format == "hf" for kind in family.model_types]
-CASES = [
-    kind
-    for kind in dict.fromkeys([*TYPES, *tiny_models.FAMILY, *tiny_models.EXTRA])
-    if kind not in (*tiny_models.SKIPPED, *tiny_models.ALIASES)
-]
+CASES = [kind for kind in (*TYPES, *tiny_models.EXTRA) if kind not in (*tiny_models.SKIPPED, *tiny_models.ALIASES)]
 IDS = torch.arange(34).reshape(2, 17) * 7 % 160
 
 
@@ -46,11 +42,6 @@ class Saved:
     @property
     def fused(self) -> bool:
         return self.case.partition("-")[0] in tiny_models.PUBLISHED_FUSED
-
-    @property
-    def family(self) -> str | None:
-        """What the user must say, where our table does not know the model_type."""
-        return None if self.case in TYPES else tiny_models.FAMILY.get(self.case)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -81,9 +72,9 @@ def loaded(kind: type, path: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def concat_experts(path: Path) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
-    """`wi`, `wo` and their biases of a `concat` checkpoint, by the numbers in their names."""
-    found: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+def concat_experts(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """`wi`, `wo` and their biases of a `concat` checkpoint, by the place of the experts."""
+    found: dict[str, dict[str, np.ndarray]] = {}
     for file in path.glob("*.safetensors"):
         for name, tensor in safetensors_torch.load_file(file).items():
             if (role := name.rpartition(".")[2]) in ("wi", "wo", "wi_bias", "wo_bias"):
@@ -102,13 +93,12 @@ def test_every_model_type_has_a_test_or_a_reason():
 
 def test_every_gated_moe_of_transformers_is_here():
     """The other way round: modeling files with gated experts whose model types we have never heard of."""
-    known = {*TYPES, *tiny_models.FAMILY}
     for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         if ".gate_up_proj = nn.Parameter(" in path.read_text():
             configs = "".join(config.read_text() for config in path.parent.glob("configuration_*.py"))
             kinds = set(re.findall(r'\bmodel_type(?:: str)? = "([^"]+)"', configs)) & buildable()
-            assert kinds & known
-            assert all(re.search("vision|audio|encoder", kind) for kind in kinds - known), kinds - known
+            assert kinds & {*TYPES}
+            assert all(re.search("vision|audio|encoder", kind) for kind in kinds.difference(TYPES)), kinds
 
 
 def buildable() -> set[str]:
@@ -142,20 +132,18 @@ def refuse(saved: Saved, tmp_path: Path) -> bool:
     return True
 
 
-def test_transformers_loads_what_we_prefuse(saved, tmp_path, request):
+def test_transformers_loads_what_we_prefuse(saved, tmp_path):
     """Published per expert: fused for transformers. Published fused: there and back."""
-    if saved.case in tiny_models.KNOWN_BUGS:
-        request.applymarker(pytest.mark.xfail(reason=tiny_models.KNOWN_BUGS[saved.case], strict=True))
     if refuse(saved, tmp_path):
         return
     out = tmp_path / "out"
     if saved.fused:
-        with pytest.raises(ConvertError, match="nothing to prefuse"):
-            convert.prefuse(saved.original, out, layout="transformers", family=saved.family)
-        convert.prefuse(saved.original, tmp_path / "fused", family=saved.family)
+        with pytest.raises(PlanError, match="nothing to prefuse"):
+            convert.prefuse(saved.original, out, layout="transformers")
+        convert.prefuse(saved.original, tmp_path / "fused")
         convert.split(tmp_path / "fused", out)
     else:
-        convert.prefuse(saved.original, out, layout="transformers", family=saved.family)
+        convert.prefuse(saved.original, out, layout="transformers")
         names = json.loads((out / "convert_manifest.json").read_text())["tensors"]
         assert any(name.endswith(".gate_up_proj") for name in names)
         assert not any(re.search(r"experts\.\d+\.", name) for name in names if not name.startswith("vision"))
@@ -171,7 +159,7 @@ def test_transformers_loads_what_we_prefuse(saved, tmp_path, request):
 def test_split_gives_back_the_files(saved, tmp_path, layout):
     if refuse(saved, tmp_path) or (saved.fused and layout == "transformers"):
         return
-    convert.prefuse(saved.original, tmp_path / "fused", layout=layout, family=saved.family)
+    convert.prefuse(saved.original, tmp_path / "fused", layout=layout)
     convert.split(tmp_path / "fused", tmp_path / "again")
     for file in saved.original.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -181,7 +169,7 @@ def test_concat_is_what_the_model_computes_with(saved, tmp_path):
     """Not a word of our table: the model's own parameters, cut as its forward function cuts them."""
     if refuse(saved, tmp_path):
         return
-    convert.prefuse(saved.original, tmp_path / "concat", family=saved.family)
+    convert.prefuse(saved.original, tmp_path / "concat")
     same_experts(concat_experts(tmp_path / "concat"), saved.experts)
 
 
@@ -189,11 +177,8 @@ def test_fused_on_disk_gives_the_same_concat(saved, tmp_path):
     """`save_original_format=False`: what transformers holds, written as it is."""
     if refuse(saved, tmp_path):
         return
-    said = tiny_models.HELD_AS.get(saved.case, {"family": saved.family})
-    if saved.case in tiny_models.HELD_AS:
-        with pytest.raises(PlanError):
-            convert.prefuse(saved.held, tmp_path / "refused")
-    convert.prefuse(saved.held, tmp_path / "concat", **said)
+    convert.prefuse(saved.held, tmp_path / "refused")
+    convert.prefuse(saved.held, tmp_path / "concat")
     same_experts(concat_experts(tmp_path / "concat"), saved.experts)
 
 

@@ -109,10 +109,6 @@ PUBLISHED_FUSED = {
 }  # fmt: skip
 """Model types that transformers writes and loads with gate and up in one tensor: nothing is left to fuse for it."""
 
-HELD_AS: Mapping[str, Mapping[str, str]] = {}
-"""Model types whose experts transformers holds under other names than it publishes: what our user has to say to read
-`save_original_format=False`; without it we refuse."""
-
 ALIASES: Mapping[str, str] = {
     "kimi_k2": "deepseek_v3",
     "ernie4_5_moe_vl": "ernie4_5_vl_moe",
@@ -139,11 +135,7 @@ SKIPPED: Mapping[str, str] = {
 """Model types of our table without a client test, and why."""
 
 EXTRA = ("qwen3_moe-square-tied", "longcat_flash-zeros")
-FAMILY: Mapping[str, str] = {}
-"""Model types that our table may not name, and the family that the user has to name then."""
-
-KNOWN_BUGS: Mapping[str, str] = {}
-"""Cases whose fused form transformers does not load yet; strict, so that this entry goes when the table is right."""
+"""Cases besides the plain model types."""
 
 REFUSED: Mapping[str, str] = {"ernie4_5_vl_moe": "must be alike", "longcat_flash-zeros": "experts, but config.json says 12"}
 """Cases that we do not convert, and a word of the reason that the error must give."""
