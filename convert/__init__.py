@@ -58,6 +58,7 @@ def plan(
     to: Format | None = None,
     scan: bool = True,
     params_only: bool = False,
+    drop_optimizer: bool = False,
     dequantize: Literal["bf16"] | None = None,
 ) -> Plan:
     """Plan a conversion from names and shapes alone, writing nothing.
@@ -83,6 +84,7 @@ def plan(
         to=to,
         scan=scan,
         params_only=params_only,
+        drop_optimizer=drop_optimizer,
         dequantize=dequantize,
     )
     reader.close()
@@ -101,6 +103,7 @@ def prefuse(
     to: Format | None = None,
     scan: bool = True,
     params_only: bool = False,
+    drop_optimizer: bool = False,
     dequantize: Literal["bf16"] | None = None,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -114,7 +117,8 @@ def prefuse(
     `memory` and `max_shard_size` are in bytes. `shards` and `align` (columns to which each shard is padded, or `maxtext`) are
     for the layouts `per-shard` and `lane`. `to` is the format of the output if it is another than the input's; `scan` says
     whether a MaxText tree that is made has its layers stacked, `params_only` that the training state of one that is read is
-    left out. `dequantize` computes FP8 block and MXFP4 weights as bfloat16, which nothing else here does.
+    left out, and `drop_optimizer` the optimizer's alone, which has to go where it cannot be fused. `dequantize` computes FP8
+    block and MXFP4 weights as bfloat16, which nothing else here does.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
@@ -135,6 +139,7 @@ def prefuse(
         to=to,
         scan=scan,
         params_only=params_only,
+        drop_optimizer=drop_optimizer,
         dequantize=dequantize,
     )
 
@@ -148,6 +153,7 @@ def split(
     to: Format | None = None,
     scan: bool = True,
     params_only: bool = False,
+    drop_optimizer: bool = False,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -173,6 +179,7 @@ def split(
         to=to,
         scan=scan,
         params_only=params_only,
+        drop_optimizer=drop_optimizer,
     )
 
 
@@ -184,6 +191,7 @@ def reformat(
     family: str | None = None,
     scan: bool = True,
     params_only: bool = False,
+    drop_optimizer: bool = False,
     dequantize: Literal["bf16"] | None = None,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -211,6 +219,7 @@ def reformat(
         to=to,
         scan=scan,
         params_only=params_only,
+        drop_optimizer=drop_optimizer,
         dequantize=dequantize,
     )
 

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--to", choices=("hf", "orbax"), help="format of CKPT_OUT, if another than CKPT_IN's")
     found.add_argument("--dequantize", choices=("bf16",), help="compute FP8 block and MXFP4 weights as bfloat16 (not lossless)")
     found.add_argument("--params-only", action="store_true", help="--to hf: leave out step and optimizer state")
+    found.add_argument("--drop-optimizer", action="store_true", help="Orbax: leave the optimizer's state out (muon, adafactor)")
     found.add_argument("--no-scan", action="store_true", help="--to orbax: a subtree for each layer, not stacked ones")
     found.add_argument(
         "--source-layout",

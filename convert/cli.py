@@ -68,6 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
             to=arguments.to,
             scan=not arguments.no_scan,
             params_only=arguments.params_only,
+            drop_optimizer=arguments.drop_optimizer,
             jobs=arguments.jobs,
             memory=arguments.memory,
             max_shard_size=arguments.max_shard_size,
@@ -114,6 +115,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         to=arguments.to,
         scan=not arguments.no_scan,
         params_only=arguments.params_only,
+        drop_optimizer=arguments.drop_optimizer,
         dequantize=arguments.dequantize,
     )
     with closing(open_checkpoint(source)) as reader:

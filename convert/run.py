@@ -50,12 +50,13 @@ def open_and_plan(
     scan: bool = True,
     params_only: bool = False,
     dequantize: str | None = None,
+    drop_optimizer: bool = False,
 ) -> tuple[Reader, Plan]:
     """Open a checkpoint and plan its conversion; the caller closes the reader.
 
     `to` is the format of the output, `hf` or `orbax`, if not the input's; `scan` whether layers are stacked in it, and
     `params_only` leaves out the training state of a MaxText checkpoint on the way to Hugging Face. `dequantize` computes
-    values as `bf16`.
+    values as `bf16`; `drop_optimizer` leaves out an Orbax checkpoint's optimizer state.
 
     Raises:
         UsageError: an unknown layout.
@@ -68,6 +69,8 @@ def open_and_plan(
     try:
         if dequantize:
             reader = dequantized(reader)
+        if reader.format == "orbax":
+            reader = _with_optimizer(reader, drop_optimizer)
         if to is not None and to != reader.format:
             kind = {"layout": layout, "family": family, "scan": scan, "params_only": params_only}
             plan = make_cross_plan(reader, Path(out), to, action, **kind)  # type: ignore[arg-type]
@@ -80,6 +83,17 @@ def open_and_plan(
     except BaseException:
         reader.close()
         raise
+
+
+def _with_optimizer(reader: Reader, drop: bool) -> Reader:
+    """The checkpoint with the state of its optimizer, if that can be fused with the weights, or on demand without."""
+    from layouts.orbax import OrbaxReader
+    from layouts.orbax_state import check_optimizer, drop_optimizer
+
+    if isinstance(reader, OrbaxReader):
+        reader = drop_optimizer(reader) if drop else reader
+        check_optimizer(reader)
+    return reader
 
 
 def _check_choices(layout: str, shards: int, align: int | str, source_layout: str | None) -> None:

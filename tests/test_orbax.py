@@ -148,3 +148,16 @@ def test_side_files_and_custom_metadata_come_along(tmp_path):
     convert.prefuse(source, tmp_path / "fused")
     for file in ("0/_CHECKPOINT_METADATA", "0/iter/process_0.json"):
         assert (tmp_path / "fused" / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_an_optimizer_that_cannot_be_fused_is_refused_or_left_out(tmp_path, capsys):
+    weights = {name: np.ones((2, 4, 6), np.float32) for name in ("wi_0", "wi_1")} | {"wo": np.ones((2, 6, 4), np.float32)}
+    rows = {name: {"v_row": np.ones((2, 4), np.float32), "v_col": np.ones((2, 6), np.float32)} for name in weights}
+    tree = {"params": {"params": {"decoder": {"moe": weights}}}, "opt_state": {"v": {"params": {"decoder": {"moe": rows}}}}}
+    save(tmp_path / "in", tree)
+    assert main(["--prefuse", str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]) == 4
+    assert "--drop-optimizer" in capsys.readouterr().err
+    assert main(["--prefuse", str(tmp_path / "in"), str(tmp_path / "out"), "--quiet", "--drop-optimizer"]) == 0
+    found = restore(tmp_path / "out")
+    assert not found["opt_state"]
+    assert found["params"]["params"]["decoder"]["moe"]["wi"].shape == (2, 4, 12)
