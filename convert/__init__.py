@@ -12,7 +12,7 @@ Nothing here prints or exits; progress goes to a callback. Heavy libraries are i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -233,20 +233,26 @@ def verify(
     layers: Collection[int] | None = None,
     experts: Collection[int] | None = None,
     tokens: int = 1,
+    backend: str = "ragged_dot",
+    mesh: Mapping[str, int] | None = None,
+    memory: int = DEFAULT_MEMORY,
 ) -> Verdict:
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
     With one path, re-check the digests in its manifest instead. `layers` and `experts` narrow a comparison down; `tokens`
-    multiplies those of its random probe.
+    multiplies those of its probes. `backend` is a grouped GEMM of `convert.verifier.backends` or `all`, and `mesh` how many
+    devices there are along `expert` and `model`, on which the experts are run, too. `memory` is in bytes.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
+        UsageError: a backend or a mesh that cannot be had here.
     """
-    from convert.verifier import verify_checkpoints, verify_manifest
+    from convert.verifier import Options, verify_checkpoints, verify_manifest
 
     if b is None:
         return verify_manifest(Path(a), progress)
-    return verify_checkpoints(Path(a), Path(b), progress, gemm=gemm, layers=layers, experts=experts, tokens=tokens)
+    options = Options(gemm=gemm, layers=layers, experts=experts, tokens=tokens, backend=backend, mesh=mesh, memory=memory)
+    return verify_checkpoints(Path(a), Path(b), progress, options)
 
 
 def prefuse_params(params: Any) -> Any:

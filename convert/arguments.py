@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         help="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards",
     )
     found.add_argument("--family", metavar="NAME", help="take this family instead of what config.json says")
-    found.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+    found.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing; --verify: the cost")
     found.add_argument("--jobs", type=_positive, metavar="N", help="workers (default: one per CPU, at most 8)")
     found.add_argument("--memory", type=_bytes, default="2GiB", metavar="SIZE", help="memory budget (default: 2GiB)")
     found.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="data per shard (default: 5GB)")
@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--no-gemm", action="store_true", help="--verify: compare the weights only")
     found.add_argument("--layers", type=_numbers, metavar="0,3-5", help="--verify: only these layers")
     found.add_argument("--experts", type=_numbers, metavar="0,3-5", help="--verify: only these experts")
-    found.add_argument("--tokens", type=_positive, default=1, metavar="T", help="--verify: T times the random tokens")
+    found.add_argument("--tokens", type=_positive, default=1, metavar="T", help="--verify: T times the tokens")
+    found.add_argument("--backend", default="ragged_dot", metavar="NAME", help="--verify: which grouped GEMM; all for all")
+    found.add_argument("--mesh", type=_sizes, metavar="expert=4,model=2", help="--verify: run on so many devices, too")
     found.add_argument("--json", action="store_true", help="--verify: print the verdict as JSON")
     found.add_argument("--report", metavar="FILE.html", help="--verify: write the verdict as one offline page, too")
     found.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -88,6 +90,14 @@ def _numbers(text: str) -> frozenset[int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,3-5")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """`expert=4,model=2` as a dictionary."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name in ("expert", "model") for name, _, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mesh such as expert=4,model=2")
+    return {name: _positive(size) for name, _, size in pairs}
 
 
 def _positive(text: str) -> int:

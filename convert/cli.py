@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import convert
 from convert.arguments import parser
@@ -127,16 +128,25 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if len(arguments.paths) not in (1, 2):
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
-    total = None if arguments.quiet else _input_bytes(arguments.paths[-1])
+    options: dict[str, Any] = {
+        "gemm": not arguments.no_gemm,
+        "layers": arguments.layers,
+        "experts": arguments.experts,
+        "tokens": arguments.tokens,
+        "backend": arguments.backend,
+        "mesh": arguments.mesh,
+        "memory": arguments.memory,
+    }
+    if arguments.dry_run:
+        from convert.verifier import Options, estimate_cost
+
+        one, other = map(Path, _two_paths(arguments.paths))
+        print(estimate_cost(one, other, Options(**options)))
+        return 0
+    passes = 2 if len(arguments.paths) == 2 and not arguments.no_gemm else 1  # the bits, then the probes
+    total = None if arguments.quiet else passes * _input_bytes(arguments.paths[-1])
     with _progress(total, arguments.quiet) as progress:
-        verdict = convert.verify(
-            *arguments.paths,
-            progress=progress,
-            gemm=not arguments.no_gemm,
-            layers=arguments.layers,
-            experts=arguments.experts,
-            tokens=arguments.tokens,
-        )
+        verdict = convert.verify(*arguments.paths, progress=progress, **options)
     print(verdict.json() if arguments.json else verdict)
     if arguments.report:
         from convert.verifier.page import page

@@ -50,61 +50,12 @@ def swap_halves(wi):
     wi[5] = np.concatenate((wi[5, :, N:], wi[5, :, :N]), -1)
 
 
-def swap_experts(wi):
-    wi[[3, 10]] = wi[[10, 3]]
-
-
-def transpose(wi):
-    wi[2] = wi[2].T.copy()
-
-
-def shift_boundary(wi):
-    wi[4] = np.roll(wi[4], 1, axis=-1)
-
-
-def zero_expert(wi):
-    wi[11] = 0
-
-
-def sort_experts_as_text(wi):
-    wi[:] = wi[np.argsort(np.argsort([str(e) for e in range(E)]))]
-
-
-@pytest.mark.parametrize(
-    ("change", "experts"),
-    [
-        (swap_halves, {5}),
-        (swap_experts, {3, 10}),
-        (transpose, {2}),
-        (shift_boundary, {4}),
-        (zero_expert, {11}),
-        (sort_experts_as_text, set(range(2, E))),
-    ],
-)
-def test_both_levels_name_the_layer_and_the_experts(pair, broken, change, experts):
-    found = levels(pair[0], broken(change))
-    assert set(found) == {"exact", "gemm"}
-    for differences in found.values():
-        assert all(line.startswith("layer 1, expert ") for line in differences)
-        assert {int(line.split("expert ")[1].split(",")[0].split(":")[0]) for line in differences} == experts
-
-
 def test_the_exact_level_names_the_projection_and_the_place(pair, broken):
     def flip(wi):
         wi[7, 3, N + 2] ^= 1
 
     found = levels(pair[0], broken(flip))["exact"]
     assert found == (f"layer 1, expert 7, up (wi_1): 1 of {K * N} elements, first at (k, n) = (3, 2)",)
-
-
-def test_nan_is_not_zero_and_nan_equals_itself(tmp_path, pair, broken):
-    def set_nan(wi):
-        wi[0, 0, 0] = 0x7FC1
-
-    poisoned = broken(set_nan)
-    convert.split(poisoned, tmp_path / "in")
-    assert convert.verify(tmp_path / "in", poisoned).equal
-    assert set(levels(pair[1], poisoned)) == {"exact", "gemm"}
 
 
 def test_a_flipped_bit_outside_the_experts_is_named(pair, broken):
@@ -132,7 +83,7 @@ def test_equal_checkpoints_are_equal_in_any_layout(pair, tmp_path, layout):
     convert.prefuse(pair[0], tmp_path / "other", layout=layout)
     verdict = convert.verify(tmp_path / "other", pair[1])
     assert verdict.equal, verdict
-    assert [level.name for level in verdict.levels] == ["exact", "others", "identity", "gemm", "gradients"]
+    assert [level.name for level in verdict.levels] == ["exact", "others", "identity", "gemm", "gradients", "layer"]
     assert "'e k (g n)'" in verdict.levels[3].covered
 
 

@@ -2,73 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack, closing
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from convert import manifest
-from convert.errors import InputError
+from convert.errors import InputError, UsageError
 from convert.execute import Progress, ignore
+from convert.verifier.logical import Block, Scope, blocks
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import Reader, open_checkpoint
-from layouts.describe import describe, identity
+from layouts.describe import Description, describe, identity
 
-__all__ = ["Level", "Verdict", "verify_checkpoints", "verify_manifest"]
+if TYPE_CHECKING:
+    from convert.verifier.cost import Cost
+    from convert.verifier.gemm import How
+
+__all__ = ["Level", "Options", "Verdict", "estimate_cost", "verify_checkpoints", "verify_manifest"]
 
 STRIP = 4 << 20
 """Elements hashed at a time."""
 
 
-def verify_checkpoints(
-    a: Path,
-    b: Path,
-    progress: Progress | None = None,
-    *,
-    gemm: bool = True,
-    layers: Collection[int] | None = None,
-    experts: Collection[int] | None = None,
-    tokens: int = 1,
-) -> Verdict:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is compared, and how: all layers and experts if None; with `gemm` also the outputs of grouped GEMMs.
+
+    `tokens` multiplies those of each probe, `backend` is one of `convert.verifier.backends` or `all`, `mesh` the devices along
+    `expert` and `model`, `memory` bytes.
+    """
+
+    gemm: bool = True
+    layers: Collection[int] | None = None
+    experts: Collection[int] | None = None
+    tokens: int = 1
+    backend: str = "ragged_dot"
+    mesh: Mapping[str, int] | None = None
+    memory: int = 2 << 30
+
+
+def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, options: Options | None = None) -> Verdict:
     """Compare two checkpoints in whatever layouts: all weights bit for bit, then the outputs of grouped GEMMs.
 
-    `layers` and `experts` narrow it down; `tokens` multiplies those of the random probe.
-
     Raises:
-        InputError, PlanError: one of them cannot be read or described, or they hold different layers.
+        InputError, PlanError: one of them cannot be read or described.
+        UsageError: a backend or a mesh that is not there.
     """
-    from convert.verifier import exact, logical
+    from convert.verifier import exact
 
-    report = progress or ignore
-    with ExitStack() as stack:
-        one, other = (stack.enter_context(closing(open_checkpoint(path))) for path in (a, b))
+    report, options = progress or ignore, options or Options()
+    with _both(a, b) as (one, other):
         if one.format != other.format:
             from convert.verifier.formats import compare_formats
 
             hf, tree = (one, other) if one.format == "hf" else (other, one)
             return Verdict(subject=f"{a} against {b}", levels=compare_formats(hf, tree, report))
-        first, second = describe(one), describe(other)
-        scope = logical.Scope(
-            layers=None if layers is None else frozenset(layers),
-            experts=None if experts is None else frozenset(experts),
-            tokens=tokens,
-        )
-        left, right = (
-            {key: block for key, block in logical.blocks(*side).items() if scope.holds(block)}
-            for side in ((one, first), (other, second))
-        )
+        how = _how(one, other, options) if options.gemm else None
+        first, second, scope = describe(one), describe(other), _scope(options)
+        left, right = _blocks((one, first), (other, second), scope=scope)
         levels = [
             exact.compare_experts(left, right, report, scope),
             exact.compare_others(one, other, first, second, report),
         ]
-        if gemm:
+        if how:
             from convert.verifier.gemm import compare_outputs
 
             broken = {line.partition(", expert ")[0] for line in levels[0].differences if exact.PADDING in line}
-            levels += compare_outputs(left, right, scope, broken)
+            levels += compare_outputs(left, right, scope, how, broken, report)
     return Verdict(subject=f"{a} against {b}", levels=tuple(levels))
+
+
+def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
+    """What a verification will cost here, by trying it on a few experts.
+
+    Raises:
+        InputError, PlanError, UsageError: as `verify_checkpoints`; also for two checkpoints in different formats.
+    """
+    from convert.verifier.cost import measure
+
+    options = options or Options()
+    with _both(a, b) as (one, other):
+        if one.format != other.format:
+            raise UsageError("two formats are compared by their bits alone, at the speed of the disk; nothing to estimate")
+        how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
+        left, right = _blocks((one, describe(one)), (other, describe(other)), scope=scope)
+        return measure(left, right, scope, how)
+
+
+@contextmanager
+def _both(a: Path, b: Path) -> Iterator[tuple[Reader, Reader]]:
+    with closing(open_checkpoint(a)) as one, closing(open_checkpoint(b)) as other:
+        yield one, other
+
+
+def _scope(options: Options) -> Scope:
+    layers, experts = (None if each is None else frozenset(each) for each in (options.layers, options.experts))
+    return Scope(layers=layers, experts=experts, tokens=options.tokens)
+
+
+def _blocks(*sides: tuple[Reader, Description], scope: Scope) -> list[dict[str, Block]]:
+    return [{key: block for key, block in blocks(*side).items() if scope.holds(block)} for side in sides]
+
+
+def _how(one: Reader, other: Reader, options: Options) -> How:
+    from convert.verifier.backends import choose
+    from convert.verifier.gemm import How
+
+    mesh = None
+    if options.mesh:
+        from convert.verifier.mesh import make_mesh
+
+        mesh = make_mesh(options.mesh)  # before JAX has begun with the devices that it finds
+    backends, missing = choose(options.backend)
+    config = one.config or other.config
+    return How(backends=backends, missing=missing, mesh=mesh, config=config, memory=options.memory)
 
 
 def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:

@@ -1,4 +1,4 @@
-"""Run the probes over all MoE layers of two checkpoints, a few experts at a time.
+"""Run the probes over all MoE layers of two checkpoints, a few experts at a time, with every backend that was asked for.
 
 On a CPU `jax.lax.ragged_dot` lowers to a masked dense product, E times the work; so few experts are taken at a time, and all of
 them are.
@@ -6,61 +6,124 @@ them are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from convert.execute import Progress, ignore
+from convert.verifier.backends import BACKENDS, DEFAULT, Backend
+from convert.verifier.findings import Findings, Sides
 from convert.verifier.logical import Block, Scope, pair
-from convert.verifier.operands import can_run, form, load
-from convert.verifier.probes import ONE_HOT, gradients, identity, random
+from convert.verifier.operands import can_run, form_of, load
+from convert.verifier.probes import ONE_HOT, Setting, rows_of, stored
+from convert.verifier.routing import activation_of, routing_of
 from convert.verifier.verdict import Level
+from convert.verifier.whole import TOKENS, Routed, routed, tokens_for
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 EXPERTS_PER_CALL = 8
+COPIES = 5
+"""How often a call has the float32 values of one checkpoint's experts in memory, at most: as read, as JAX's, as XLA's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How outputs are computed: backends, and why others are left out; a mesh; the model's `config.json`; bytes of memory."""
+
+    backends: Sequence[Backend] = (BACKENDS[DEFAULT],)
+    missing: Sequence[str] = ()
+    mesh: Mesh | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    memory: int = 2 << 30
 
 
 def compare_outputs(
-    a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, broken: Collection[str] = ()
+    a: Mapping[str, Block],
+    b: Mapping[str, Block],
+    scope: Scope,
+    how: How,
+    broken: Collection[str] = (),
+    progress: Progress = ignore,
 ) -> tuple[Level, ...]:
-    """The identity probe, the random probe and the gradients, of every expert of every MoE layer that a GEMM takes.
+    """All probes of every expert of every MoE layer that a GEMM takes.
 
     Layers that are `broken` cannot be read in logical axes, and are left to the level that said so.
     """
-    found: dict[str, list[str]] = {"identity": [], "gemm": [], "gradients": []}
-    errors: dict[str, tuple[float, ...]] = {}
-    forms: set[str] = set()
+    activation = activation_of(how.config)
+    found = [
+        Findings(setting=Setting(backend=backend, activation=activation, tokens=scope.tokens), mesh=how.mesh)
+        for backend in how.backends
+    ]
     pairs = list(pair(a, b))
-    runnable = [blocks for blocks in pairs if all(map(can_run, blocks))]
-    for number, (one, other) in enumerate(runnable):
-        if one.label in broken:
+    runnable = [sides for sides in pairs if all(map(can_run, sides)) and sides[0].label not in broken]
+    routers: list[Routed] = []
+    for number, sides in enumerate(runnable):
+        to = [routed(block, routing_of(how.config, block.experts), tokens_for(block, scope.tokens)) for block in sides]
+        routers += to
+        _probe_layer(sides, to, scope, how, found, number in (0, len(runnable) - 1), progress)
+    left = len(pairs) - len(runnable)
+    if not runnable:
+        return (Level(name="gemm", covered=f"no grouped GEMM: {left} layers were compared by their bits only"),)
+    levels: list[Level] = []
+    for number, each in enumerate(found):
+        texts = _covered(runnable, how, routers, each.setting)
+        texts["gemm"] += f"; {left} layers of a type that no GEMM here takes were compared by their bits only" if left else ""
+        texts["gemm"] += "".join(f"; {why}" for why in how.missing) if number == 0 else ""
+        levels += each.levels(texts, f"/{each.setting.backend.name}" if number else "")
+    return tuple(levels)
+
+
+def _probe_layer(
+    sides: Sides, to: Sequence[Routed], scope: Scope, how: How, found: Sequence[Findings], ends: bool, progress: Progress
+) -> None:
+    one, other = sides
+    for each in found:
+        each.begin(to)
+    for experts in _chunks(one.experts, experts_per_call(sides, how)):
+        if not scope.of(experts):
             continue
-        forms.add(f"'{form(one)}' against '{form(other)}'")
-        ends = number in (0, len(runnable) - 1)
-        worst: list[float] = []
-        for experts in _chunks(one.experts):
-            if not scope.of(experts):
-                continue
-            weights = load(one, experts), load(other, experts)
-            for block, side in zip((one, other), weights, strict=True):
-                found["identity"] += identity(block, side, experts)
-            deltas, problems = random(*weights, one, experts, scope.tokens)
-            worst += deltas
-            found["gemm"] += problems
-            if ends and not problems and len(worst) <= EXPERTS_PER_CALL:
-                found["gradients"] += gradients(*weights, one, experts)
-        errors[one.label] = tuple(worst)
-    how = " and ".join(sorted(forms)) or "nothing"
-    largest = max((delta for worst in errors.values() for delta in worst), default=0.0)
-    skipped = len(pairs) - len(runnable)
-    left = f"; {skipped} layers of a type that no GEMM here takes were compared by their bits only" if skipped else ""
-    covered = {
-        "identity": f"{ONE_HOT} one-hot tokens for each expert and projection read its weights back, bit for bit",
-        "gemm": f"grouped GEMM (ragged_dot): {how}; largest difference {largest:.1e} of a row's norm{left}",
+        loaded = load(one, experts), load(other, experts)
+        wanted = stored(one, experts, rows_of(one, scope.tokens))
+        for each in found:
+            each.probe(sides, loaded, wanted, experts, ends)
+            each.add(to, loaded, experts)
+        ends = False  # gradients of the first experts are enough, and cost most
+        progress(len(experts) * values(one) * 2)
+    for each in found:
+        each.end(one)
+
+
+def _covered(runnable: Sequence[Sides], how: How, routers: Sequence[Routed], setting: Setting) -> dict[str, str]:
+    """What each level looks at, in words."""
+    forms = sorted({f"'{form_of(one)}' against '{form_of(other)}'" for one, other in runnable})
+    routings = sorted({str(routing_of(how.config, one.experts)) for one, _ in runnable})
+    drawn = " and ".join(sorted({each.router for each in routers}))
+    shape = dict(how.mesh.shape) if how.mesh else {}
+    return {
+        "identity": f"{ONE_HOT * setting.tokens} one-hot tokens for each expert and projection read its weights back exactly",
+        "gemm": f"grouped GEMM ({setting.backend.name}): {' and '.join(forms)}",
         "gradients": f"of gate, up, down and the input, in {EXPERTS_PER_CALL} experts of the first and the last MoE layer",
+        "layer": f"{TOKENS * setting.tokens} tokens through route ({' and '.join(routings)}; {drawn}), gate and up, "
+        f"{setting.activation}, down, unpermute",
+        "mesh": "the experts on a mesh of " + " x ".join(f"{size} ({axis})" for axis, size in shape.items()) + " devices",
     }
-    return tuple(
-        Level(name=name, covered=text, differences=tuple(dict.fromkeys(found[name])), errors=errors if name == "gemm" else {})
-        for name, text in covered.items()
-    )
 
 
-def _chunks(experts: int) -> Iterator[range]:
-    for start in range(0, experts, EXPERTS_PER_CALL):
-        yield range(start, min(start + EXPERTS_PER_CALL, experts))
+def experts_per_call(sides: Sides, how: How) -> int:
+    """As many as fit in the memory, and as divide among the devices of a mesh; at least one for each of those."""
+    fit = how.memory // (COPIES * 4 * sum(map(values, sides)))
+    ways = how.mesh.shape["expert"] if how.mesh else 1
+    return max(ways, min(max(EXPERTS_PER_CALL, ways), fit) // ways * ways)
+
+
+def values(block: Block) -> int:
+    """Numbers in one expert's weights."""
+    k, n = (block.groups["wi", ""].total(axis) for axis in "kn")
+    return 3 * k * n
+
+
+def _chunks(experts: int, each: int) -> Iterator[range]:
+    for start in range(0, experts, each):
+        yield range(start, min(start + each, experts))

@@ -1,24 +1,28 @@
-"""Three probes of the expert layers of two checkpoints, each run in its own form through grouped GEMMs.
+"""Three probes of the experts of two checkpoints, each run in its own form through grouped GEMMs.
 
 - identity: one-hot tokens read rows of every expert's weights back through the GEMM. A sum with one term is exact in any order,
-  so what comes out must be what is stored; and no expert is left out, as random routing would. (XLA takes values below 1.2e-38
-  for zero.)
+  so either checkpoint must give what is stored in the first; and no expert is left out, as random routing would.
+  (XLA takes values below 1.2e-38 for zero.)
 - random: random tokens in skewed groups, some of one token, some of none; outputs may differ by rounding alone.
 - gradients: of both weights and of the input, in the first and the last layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.verifier.backends import Backend
+from convert.verifier.layer import Arrays, Form, ffn, gmm_down, gmm_up
 from convert.verifier.logical import PROJECTIONS, Block, expert
-from convert.verifier.operands import Weights, ffn, gmm_down, gmm_up, run
+from convert.verifier.operands import Weights
+from convert.verifier.routing import SILU, Activation
 from layouts.checkpoint import numpy_dtype
 
 GROUP_SIZES = ((1, 0, 5, 2, 0, 3, 1, 0), (0, 4, 0, 0, 1, 0, 0, 2))
@@ -29,95 +33,150 @@ _MARGIN = 16
 """Errors of a sum of n rounded terms grow as sqrt(n) eps; a bound has this factor on top."""
 
 
-def identity(block: Block, weights: Weights, experts: range) -> Iterator[str]:
-    """Rows of the weights that do not come back through the GEMM as they are stored."""
-    wi, wo = weights
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What the probes run: a backend, the model's activation, and how many times the usual tokens."""
+
+    backend: Backend
+    activation: Activation = SILU
+    tokens: int = 1
+
+
+class Distance(NamedTuple):
+    """How far two outputs (M, K) are apart, row by row: relative to the row's norm, as they are, and in units in the last place
+    (float32) of the row's largest; and whether it is more than rounding explains.
+    """  # noqa: D205
+
+    relative: NDArray[Any]
+    delta: NDArray[Any]
+    ulp: NDArray[Any]
+    unequal: NDArray[np.bool_]
+
+
+def stored(block: Block, experts: range, rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Those rows of the logical weights as XLA sees them: float32, and zero where they are too small for it.
+
+    `wi` is (E, 2, rows, N), `wo` (E, 1, rows, K).
+    """
+    found = {}
+    for role, wanted in rows.items():
+        bits = np.stack([expert(block, (role, ""), e)[..., wanted, :] for e in experts])
+        values = np.ascontiguousarray(bits).view(numpy_dtype(block.groups[role, ""].dtype)).astype(np.float32)
+        values[np.abs(values) < np.finfo(np.float32).tiny] = 0
+        found[role] = values.reshape(len(experts), -1, *bits.shape[-2:])
+    return found
+
+
+def rows_of(block: Block, tokens: int = 1) -> dict[str, NDArray[Any]]:
+    """Which rows of each weight the one-hot tokens read."""
+    lengths = {"wi": block.groups["wi", ""].total("k"), "wo": block.groups["wo", ""].total("n")}
+    return {role: np.unique(np.linspace(0, n - 1, min(ONE_HOT * tokens, n)).astype(int)) for role, n in lengths.items()}
+
+
+def identity(
+    wanted: Mapping[str, NDArray[Any]], weights: Weights, block: Block, experts: range, setting: Setting
+) -> Iterator[str]:
+    """Rows of the weights that do not come back through the GEMM as they are `stored` in the first checkpoint."""
+    rows, form = rows_of(block, setting.tokens), weights.form(setting.backend)
     for role in ("wi", "wo"):
-        group = block.groups[role, ""]
-        length = group.total("k" if role == "wi" else "n")
-        rows = np.unique(np.linspace(0, length - 1, min(ONE_HOT, length)).astype(int))
-        x = np.tile(np.eye(length, dtype=np.float32)[rows], (len(experts), 1))
-        sizes = jnp.full(len(experts), len(rows), jnp.int32)
-        tokens = jnp.asarray(x, (wi if role == "wi" else wo).array.dtype)
-        if role == "wi":
-            found = jnp.stack(gmm_up(tokens, wi.array, sizes, columns=wi.columns, rows_first=wi.rows_first))
-        else:
-            found = gmm_down(tokens, wo.array, sizes, rows_first=wo.rows_first)[None, :, : group.total("k")]
-        each = np.asarray(found).reshape(found.shape[0], len(experts), len(rows), -1)
-        wanted = _values(block, role, experts, rows).reshape(len(experts), found.shape[0], len(rows), -1)
-        unequal = (each.swapaxes(0, 1) != wanted).any(axis=(2, 3))
-        if unequal.any() and not np.isfinite(_values(block, role, experts)).all():
+        each = _read_back(weights, role, rows[role], len(experts), block, form)
+        values = wanted[role]
+        unequal = (each != values).any(axis=(2, 3))
+        if unequal.any() and not _finite(weights):
             continue  # zero times infinity is no zero, and the masked product of a CPU lets it reach other experts
         for at, g in np.argwhere(unequal):
             where = f"{block.label}, expert {experts[at]}, {PROJECTIONS[role][g]}"
             yield f"{where}: one-hot tokens do not read the stored weights back"
 
 
-def _values(block: Block, role: str, experts: range, rows: Any = slice(None)) -> NDArray[Any]:
-    """Rows of the logical weights as XLA sees them: float32, and zero where they are too small for it."""
-    group = block.groups[role, ""]
-    bits = np.stack([expert(block, (role, ""), e)[..., rows, :] for e in experts])
-    values = np.ascontiguousarray(bits).view(numpy_dtype(group.dtype)).astype(np.float32)
-    return np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values)
+def _finite(weights: Weights) -> bool:
+    return all(bool(jnp.isfinite(operand.array).all()) for operand in (weights.wi, weights.wo))
 
 
-def random(a: Weights, b: Weights, block: Block, experts: range, tokens: int = 1) -> tuple[list[float], list[str]]:
-    """The largest difference of each expert's outputs relative to their norm, and what is more than rounding explains."""
+def _read_back(weights: Weights, role: str, rows: NDArray[Any], experts: int, block: Block, form: Form) -> NDArray[Any]:
+    """(E, projections, rows, N or K), through the GEMM."""
+    length = block.groups[role, ""].total("k" if role == "wi" else "n")
+    operand = weights.wi if role == "wi" else weights.wo
+    tokens = jnp.asarray(np.tile(np.eye(length, dtype=np.float32)[rows], (experts, 1)), operand.array.dtype)
+    sizes = jnp.full(experts, len(rows), jnp.int32)
+    if role == "wi":
+        found = np.stack([np.asarray(part) for part in gmm_up(tokens, operand.array, sizes, form)])
+    else:
+        found = np.asarray(gmm_down(tokens, operand.array, sizes, form))[None, :, : block.groups[role, ""].total("k")]
+    return found.reshape(len(found), experts, len(rows), -1).swapaxes(0, 1)
+
+
+def tokens(experts: range, k: int, times: int, sizes: Sequence[int] = GROUP_SIZES[0]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Random rows (M, K) and how many of them each expert gets."""
+    groups = np.resize(np.array(sizes, np.int32), len(experts)) * times
+    return np.random.default_rng([experts.start, k]).standard_normal((groups.sum(), k)).astype(np.float32), groups
+
+
+def random(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> tuple[Distance, list[str]]:
+    """The largest differences of each expert's outputs, and what is more than rounding explains."""
     k = block.groups["wi", ""].total("k")
-    worst, problems = [0.0] * len(experts), []
+    worst = Distance._make(np.zeros(len(experts), kind) for kind in (float, float, float, bool))
     for sizes in GROUP_SIZES:
-        groups = np.array(sizes[: len(experts)], np.int32) * tokens
-        if not groups.sum():
+        x, groups = tokens(experts, k, setting.tokens, sizes)
+        if not len(x):
             continue
-        x = np.random.default_rng([experts.start, k]).standard_normal((groups.sum(), k)).astype(np.float32)
-        relative, unequal = distance(*(np.asarray(run(x, weights, groups)) for weights in (a, b)), terms=k)
+        outputs = (weights.run(x, groups, setting.backend, setting.activation) for weights in (a, b))
+        found = distance(*outputs, terms=k)
         for at, rows in enumerate(np.split(np.arange(len(x)), np.cumsum(groups)[:-1])):
-            worst[at] = max(worst[at], float(relative[rows].max(initial=0)))
-            if unequal[rows].any():
-                problems.append(f"{block.label}, expert {experts.start + at}: outputs of the two layouts differ")
-    return worst, list(dict.fromkeys(problems))
+            for most, values in zip(worst, found, strict=True):
+                most[at] = max(most[at], values[rows].max(initial=0))
+    problems = [f"{block.label}, expert {experts[at]}: outputs of the two differ" for at in np.flatnonzero(worst.unequal)]
+    return worst, problems
 
 
-def gradients(a: Weights, b: Weights, block: Block, experts: range) -> Iterator[str]:
+def gradients(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> Iterator[str]:
     """Gradients that differ by more than rounding: of gate, up and down in logical axes, and of the input."""
     k, n = (block.groups["wi", ""].total(axis) for axis in "kn")
     rng = np.random.default_rng([experts.start, k, n])
     groups = np.full(len(experts), 3, np.int32)
     x, along = rng.standard_normal((2, groups.sum(), k)).astype(np.float32)
-    ones, others = (_gradients(weights, x, along, groups) for weights in (a, b))
-    relative, unequal = distance(ones["x"], others["x"], terms=k + n)
-    if unequal.any():
+    ones, others = (_gradients(weights, x, along, groups, setting) for weights in (a, b))
+    found = distance(ones["x"], others["x"], terms=k + n)
+    if found.unequal.any():
         which = f"{block.label}, experts {experts.start} to {experts.stop - 1}"
-        yield f"{which}: gradients of the input differ by {relative.max():.1e}"
+        yield f"{which}: gradients of the input differ by {found.relative.max():.1e}"
     for at, e in enumerate(experts):
-        for role, (mine, yours) in {"wi": (a[0], b[0]), "wo": (a[1], b[1])}.items():
-            pair = [side.logical(found[role], role, at) for side, found in ((mine, ones), (yours, others))]
-            flat = [np.asarray(each).reshape(len(PROJECTIONS[role]), -1) for each in pair]
-            relative, unequal = distance(*flat, terms=k + n)
-            for projection, bad in zip(PROJECTIONS[role], unequal, strict=True):
+        for role, (mine, yours) in {"wi": (a.wi, b.wi), "wo": (a.wo, b.wo)}.items():
+            pair = [side.logical(grads[role], role, at) for side, grads in ((mine, ones), (yours, others))]
+            found = distance(*(each.reshape(len(PROJECTIONS[role]), -1) for each in pair), terms=k + n)
+            for projection, relative, bad in zip(PROJECTIONS[role], found.relative, found.unequal, strict=True):
                 if bad:
-                    yield f"{block.label}, expert {e}, {projection}: gradients differ by {relative.max():.1e}"
+                    yield f"{block.label}, expert {e}, {projection}: gradients differ by {relative:.1e}"
 
 
-def _gradients(weights: Weights, x: Any, along: Any, groups: Any) -> Mapping[str, NDArray[Any]]:
-    wi, wo = weights
-
-    def loss(rows: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        out = ffn(rows, up, down, jnp.asarray(groups), columns=wi.columns, first=(wi.rows_first, wo.rows_first))
-        return jnp.sum(out * along)
-
-    found = jax.grad(loss, argnums=(0, 1, 2))(jnp.asarray(x), wi.array.astype(jnp.float32), wo.array.astype(jnp.float32))
+def _gradients(weights: Weights, x: Any, along: Any, groups: Any, setting: Setting) -> Mapping[str, NDArray[Any]]:
+    arrays = weights.arrays
+    wide = arrays._replace(wi=arrays.wi.astype(jnp.float32), wo=arrays.wo.astype(jnp.float32))
+    form = weights.form(setting.backend, setting.activation)
+    found = _gradient(jnp.asarray(x), wide.wi, wide.wo, wide, jnp.asarray(groups), jnp.asarray(along), form=form)
     return dict(zip(("x", "wi", "wo"), map(np.asarray, found), strict=True))
 
 
-def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """For each row the largest difference relative to its norm, and whether it is more than rounding explains.
+def _loss(
+    x: jax.Array, wi: jax.Array, wo: jax.Array, arrays: Arrays, groups: jax.Array, along: jax.Array, form: Form
+) -> jax.Array:
+    return jnp.sum(ffn(x, arrays._replace(wi=wi, wo=wo), groups, form) * along)
+
+
+_gradient = jax.jit(jax.grad(_loss, argnums=(0, 1, 2)), static_argnames=("form",))
+
+
+def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
+    """Compare outputs (M, K) row by row.
 
     Both sides accumulate in float32, in an order that XLA may choose by shape. The bound can hide nothing: the exact level
     compares the bits of the weights themselves. NaN is equal to NaN here, and infinities to themselves.
     """
     finite = np.isfinite(a) & np.isfinite(b)
     same = np.where(finite, True, (np.isnan(a) & np.isnan(b)) | (a == b))
-    norm = np.linalg.norm(np.where(finite, a, 0), axis=-1) + np.finfo(np.float32).tiny
-    relative = np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)).max(axis=-1, initial=0) / norm
-    return relative, (relative > _MARGIN * np.finfo(np.float32).eps * np.sqrt(terms)) | ~same.all(axis=-1)
+    values = np.where(finite, a, 0)
+    delta = np.abs(values - np.where(finite, b, 0)).max(axis=-1, initial=0)
+    relative = delta / (np.linalg.norm(values, axis=-1) + np.finfo(np.float32).tiny)
+    ulp = delta / np.spacing(np.abs(values).max(axis=-1, initial=np.finfo(np.float32).tiny).astype(np.float32))
+    unequal = (relative > _MARGIN * np.finfo(np.float32).eps * np.sqrt(terms)) | ~same.all(axis=-1)
+    return Distance(relative, delta, ulp, unequal)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SHOWN = 20
+WIDTH = 9
+"""Of a level's name, where it has no backend's behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +23,11 @@ class Level:
 
     def __str__(self) -> str:
         if not self.differences:
-            return f"{self.name:<9} equal      {self.covered}"
+            return f"{self.name:<{WIDTH}} equal      {self.covered}"
         shown = [f"  {line}" for line in self.differences[:SHOWN]]
         if len(self.differences) > SHOWN:
             shown.append(f"  and {len(self.differences) - SHOWN} more")
-        return "\n".join([f"{self.name:<9} DIFFERENT  {self.covered}; {len(self.differences)} differences:", *shown])
+        return "\n".join([f"{self.name:<{WIDTH}} DIFFERENT  {self.covered}; {len(self.differences)} differences:", *shown])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,94 @@
+"""What a verification will cost here: found by doing a little of it, on the first MoE layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from convert.execute import ignore
+from convert.verifier import exact
+from convert.verifier.logical import Block, Scope, pair
+from layouts.checkpoint import itemsize
+
+if TYPE_CHECKING:
+    from convert.verifier.gemm import How
+
+CALLS = 3
+"""Calls of the probes that are tried; the first compile, so the last is timed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Experts of all layers, their `nbytes` in one checkpoint, the FLOP of the probes, `seconds` of the experts' part."""
+
+    layers: int
+    experts: int
+    nbytes: int
+    flop: float
+    seconds: float
+    timed: int
+
+    def __str__(self) -> str:
+        seconds = f"{self.seconds / 60:.0f} minutes" if self.seconds > 120 else f"{self.seconds:.1f} s"
+        return (
+            f"experts  {self.experts} in {self.layers} MoE layers, {self.nbytes / 1e9:.2f} GB in each checkpoint\n"
+            f"probes   {self.flop:.1e} FLOP; several times that where ragged_dot is a masked dense product (CPU)\n"
+            f"time     about {seconds} here, by {self.timed} experts of the first layer; other tensors at the speed of the disk"
+        )
+
+
+def measure(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> Cost:
+    """Try the first experts of the first layer, and multiply."""
+    pairs = [one for one, _ in pair(a, b)]
+    experts = [len(scope.of(range(one.experts))) for one in pairs]
+    nbytes = sum(count * _nbytes(one) for count, one in zip(experts, pairs, strict=True))
+    flop = sum(count * _flop(one, scope, how) for count, one in zip(experts, pairs, strict=True)) if how else 0.0
+    if not pairs:
+        return Cost(layers=0, experts=0, nbytes=0, flop=0, seconds=0, timed=0)
+    key = next(key for key in a if key in b)
+    seconds, timed = _try({key: a[key]}, {key: b[key]}, scope, how)
+    each = nbytes / sum(experts) / _nbytes(a[key])  # how much larger than those of the first layer they are on average
+    return Cost(
+        layers=len(pairs), experts=sum(experts), nbytes=nbytes, flop=flop, seconds=seconds * each * sum(experts), timed=timed
+    )
+
+
+def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> tuple[float, int]:
+    """Seconds for an expert, and how many were tried."""
+    from convert.verifier.gemm import compare_outputs, experts_per_call
+
+    (sides,) = pair(a, b)
+    count = experts_per_call(sides, how) if how else 8
+    chosen = scope.of(range(sides[0].experts))[: CALLS * count]
+    narrow = Scope(experts=frozenset(chosen), tokens=scope.tokens)
+    ticks: list[float] = []
+
+    def tick(done: int) -> None:  # noqa: ARG001
+        ticks.append(time.perf_counter())
+
+    tick(0)
+    exact.compare_experts(a, b, ignore, narrow)
+    seconds = (time.perf_counter() - ticks[0]) / len(chosen)
+    if how:
+        compare_outputs(a, b, narrow, how, progress=tick)
+        seconds += (ticks[-1] - ticks[-2]) / count
+    return seconds, len(chosen)
+
+
+def _nbytes(block: Block) -> int:
+    """Bytes of one expert."""
+    from convert.verifier.gemm import values
+
+    group = block.groups["wi", ""]
+    return values(block) * itemsize(group.dtype)
+
+
+def _flop(block: Block, scope: Scope, how: How | None) -> float:
+    """Of one expert, in both checkpoints and all backends: two for each weight and row."""
+    from convert.verifier.gemm import values
+    from convert.verifier.probes import GROUP_SIZES, ONE_HOT
+
+    rows = (ONE_HOT + sum(map(sum, GROUP_SIZES)) / len(GROUP_SIZES[0])) * scope.tokens
+    return 2 * 2 * rows * values(block) * len(how.backends) if how else 0.0

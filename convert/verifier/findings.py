@@ -1,0 +1,104 @@
+"""What the probes of one backend have met so far, and the levels of the verdict that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.verifier import probes
+from convert.verifier.logical import Block
+from convert.verifier.operands import Weights
+from convert.verifier.probes import Distance, Setting, distance
+from convert.verifier.verdict import Level
+from convert.verifier.whole import Routed, add_experts
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+Sides = tuple[Block, Block]
+Loaded = tuple[Weights, Weights]
+
+
+@dataclass(slots=True, kw_only=True)
+class Findings:
+    """Differences in words and largest errors, level by level; `mesh` is where the layer is run on many devices, too."""
+
+    setting: Setting
+    mesh: Mesh | None = None
+    differences: dict[str, list[str]] = field(default_factory=dict)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    worst: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
+    outputs: list[NDArray[Any]] = field(default_factory=list)
+
+    def probe(self, sides: Sides, loaded: Loaded, wanted: Mapping[str, NDArray[Any]], experts: range, ends: bool) -> None:
+        """Run the probes that look at some experts; the gradients only at the `ends`."""
+        one = sides[0]
+        for block, weights in zip(sides, loaded, strict=True):
+            self._add("identity", probes.identity(wanted, weights, block, experts, self.setting))
+        found, problems = probes.random(*loaded, one, experts, self.setting)
+        self._add("gemm", problems, found)
+        self.errors.setdefault(one.label, []).extend(found.relative.tolist())
+        if self.setting.backend.traced:
+            self._add("gradients", probes.gradients(*loaded, one, experts, self.setting) if ends and not problems else ())
+            self._on_mesh(sides, loaded, experts)
+
+    def _on_mesh(self, sides: Sides, loaded: Loaded, experts: range) -> None:
+        if self.mesh is None:
+            return
+        from convert.verifier import mesh
+
+        k, n = (sides[0].groups["wi", ""].total(axis) for axis in "kn")
+        if why := mesh.why_not(self.mesh, len(experts), n):
+            self.apart.add(why)
+            return
+        x, groups = probes.tokens(experts, k, self.setting.tokens)
+        alone = loaded[0].run(x, groups, self.setting.backend, self.setting.activation)
+        for block, weights in zip(sides, loaded, strict=True):
+            out = mesh.run(x, weights, groups, self.mesh, self.setting.backend, self.setting.activation)
+            found = distance(alone, out, terms=k + n)
+            bad = np.unique(np.repeat(experts, groups)[found.unequal])
+            which = f"{block.label}, experts {', '.join(map(str, bad))}"
+            self._add("mesh", [f"{which}: many devices and one differ"] if len(bad) else [], found)
+
+    def begin(self, to: Sequence[Routed]) -> None:
+        """The outputs of a whole layer are summed up from here on."""
+        self.outputs = [np.zeros_like(each.x) for each in to]
+
+    def add(self, to: Sequence[Routed], loaded: Loaded, experts: range) -> None:
+        """Add what some experts give to the output of the whole layer, in both checkpoints."""
+        for out, each, weights in zip(self.outputs, to, loaded, strict=True):
+            add_experts(out, each, weights, experts, self.setting)
+
+    def end(self, block: Block) -> None:
+        """Compare the outputs of a whole layer."""
+        sums = sum(block.groups["wi", ""].total(axis) for axis in "kn")
+        found = distance(self.outputs[0], self.outputs[1], terms=sums)
+        most = found.relative.max(initial=0)
+        bad = f"{block.label}: outputs of the whole MoE layer differ, by {most:.1e} of their norm"
+        self._add("layer", [bad] if found.unequal.any() else [], found)
+
+    def _add(self, level: str, problems: Iterator[str] | Sequence[str], found: Distance | None = None) -> None:
+        self.differences.setdefault(level, []).extend(problems)
+        if found is not None:
+            now = (float(values.max(initial=0)) for values in (found.relative, found.delta, found.ulp))
+            self.worst[level] = tuple(map(max, self.worst.get(level, (0.0, 0.0, 0.0)), now))  # type: ignore[assignment]
+
+    def levels(self, covered: Mapping[str, str], suffix: str) -> Iterator[Level]:
+        """The levels that this backend ran, with what each covered."""
+        for name, differences in self.differences.items():
+            errors = {layer: tuple(each) for layer, each in self.errors.items()} if name == "gemm" else {}
+            text = f"{covered[name]}{self._largest(name)}"
+            if name == "mesh" and self.apart:
+                text += f"; not some experts, as {' and '.join(sorted(self.apart))}"
+            yield Level(name=name + suffix, covered=text, differences=tuple(dict.fromkeys(differences)), errors=errors)
+
+    def _largest(self, level: str) -> str:
+        if level not in self.worst:
+            return ""
+        relative, delta, ulp = self.worst[level]
+        return f"; largest difference {relative:.1e} of a row's norm, |delta| {delta:.1e}, {ulp:.0f} ulp"

@@ -1,0 +1,123 @@
+"""The expert layer as a kernel runs it, in the form in which its weights are stored.
+
+A fused `wi` goes through ONE grouped GEMM, whose result is cut as its layout says: in halves (MaxText, vLLM), column by column
+where gate and up take turns, and in halves of each tensor-parallel shard (tpu-inference), shard after shard. Separate `wi_0`
+and `wi_1` go through two. Then activation and `wo`, to whose rows a padded result is trimmed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from convert.verifier.backends import Gmm, ragged_dot
+from convert.verifier.routing import SILU, Activation
+
+Columns = tuple[tuple[str, int, int, bool], ...]
+"""How the columns of a GEMM's result are composed: name, real size, stored size and direction of each axis, outermost first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What is the same for all experts of a layer: how `wi` and `wo` are stored, and what they are run with."""
+
+    columns: Columns
+    rows_first: tuple[bool, bool] = (False, False)
+    activation: Activation = SILU
+    gmm: Gmm = ragged_dot
+
+
+class Arrays(NamedTuple):
+    """The weights of some experts, in a form.
+
+    `wi` is (E, K, C) or, rows first, (E, C, K), whose C columns hold gate and up as the form says; or, if its columns say
+    nothing of `g`, two tensors (2, E, K, C). `wo` is (E, N, K) or (E, K, N). A bias of `wi` is (E, C), or (E, 2, N) in
+    logical axes; that of `wo` is (E, K).
+    """
+
+    wi: jax.Array
+    wo: jax.Array
+    wi_bias: jax.Array | None = None
+    wo_bias: jax.Array | None = None
+
+
+def ffn(x: jax.Array, arrays: Arrays, sizes: jax.Array, form: Form) -> jax.Array:
+    """`activation(x @ gate, x @ up) @ down` of rows (M, K) in groups, one for each expert; (M, K), float32."""
+    parts = [_one(x, part, sizes, how) for part, how in shards(arrays, form)]
+    return functools.reduce(jnp.add, parts)[:, : x.shape[1]]
+
+
+jitted = functools.partial(jax.jit, static_argnames=("form",))(ffn)
+"""`ffn`, compiled for each form and shape."""
+
+
+def _one(x: jax.Array, arrays: Arrays, sizes: jax.Array, form: Form) -> jax.Array:
+    gate, up = gmm_up(x, arrays.wi, sizes, form, arrays.wi_bias)
+    hidden = form.activation(gate, up).astype(x.dtype)
+    return gmm_down(hidden, arrays.wo, sizes, form, arrays.wo_bias)
+
+
+def shards(arrays: Arrays, form: Form) -> Iterator[tuple[Arrays, Form]]:
+    """Each tensor-parallel shard's slice, as a device of its own would hold it; their results add up to the layer's."""
+    name, count, *_ = form.columns[0]
+    if name != "s":
+        yield arrays, form
+        return
+    wi = jnp.split(arrays.wi, count, axis=1 if form.rows_first[0] else 2)
+    wo = jnp.split(arrays.wo, count, axis=2 if form.rows_first[1] else 1)
+    biases = jnp.split(arrays.wi_bias, count, axis=-1) if arrays.wi_bias is not None else [None] * count
+    for at in range(count):
+        down = arrays.wo_bias if at == 0 else None  # once, as where the shards' results are added up
+        yield Arrays(wi[at], wo[at], biases[at], down), replace(form, columns=form.columns[1:])
+
+
+def gmm_up(
+    x: jax.Array, wi: jax.Array, sizes: jax.Array, form: Form, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Gate and up (M, N) of rows (M, K): one grouped GEMM over a fused `wi`, two over separate ones."""
+    first = form.rows_first[0]
+    wide = _pad(x, wi.shape[-1] if first else wi.shape[-2])
+    own = None if bias is None else bias[owners(sizes, len(x))]
+    if any(name == "g" for name, *_ in form.columns):
+        both = form.gmm(wide, wi, sizes, first)
+        gate, up = cut(both + own if own is not None and own.ndim == both.ndim else both, form.columns)
+    else:
+        gate, up = (cut(form.gmm(wide, one, sizes, first), form.columns)[0] for one in wi)
+    if own is not None and own.ndim > gate.ndim:
+        gate, up = gate + own[:, 0], up + own[:, 1]
+    return gate, up
+
+
+def gmm_down(hidden: jax.Array, wo: jax.Array, sizes: jax.Array, form: Form, bias: jax.Array | None = None) -> jax.Array:
+    """The down projection (M, K) of rows (M, N)."""
+    first = form.rows_first[1]
+    out = form.gmm(_pad(hidden, wo.shape[-1] if first else wo.shape[-2]), wo, sizes, first)
+    return out if bias is None else out + bias[owners(sizes, len(hidden))]
+
+
+def owners(sizes: jax.Array, rows: int) -> jax.Array:
+    """The expert (M,) that each row belongs to; rows behind the last group get the last."""
+    return jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
+
+
+def _pad(x: jax.Array, width: int) -> jax.Array:
+    """With zeros behind, as wide as a padded weight wants it."""
+    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
+
+
+def cut(h: jax.Array, columns: Columns) -> Sequence[jax.Array]:
+    """Gate and up (M, N), from the columns of one GEMM; padding falls away."""
+    names = [name for name, *_ in columns]
+    h = h.reshape(h.shape[0], *(stored for _, _, stored, _ in columns))
+    for at, (_, size, _, reverse) in enumerate(columns, start=1):
+        h = jax.lax.slice_in_dim(h, 0, size, axis=at)
+        h = jnp.flip(h, at) if reverse else h
+    order = [name for name in ("g", "s", "c", "n") if name in names]
+    h = jnp.transpose(h, (0, *(1 + names.index(name) for name in order)))
+    parts = jnp.moveaxis(h, 1, 0) if "g" in names else h[None]
+    return [part.reshape(part.shape[0], -1) for part in parts]

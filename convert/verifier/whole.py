@@ -1,0 +1,107 @@
+"""The whole MoE layer: route, permute, gate and up, activation, down, unpermute; a few experts and a few rows at a time.
+
+The router is the checkpoint's own where it stands under a name that we know, else one of random numbers; it only says who gets
+which tokens, and is compared with the other tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.verifier.logical import Block
+from convert.verifier.operands import Weights
+from convert.verifier.probes import Setting
+from convert.verifier.routing import Routing, route
+from layouts.checkpoint import Reader, numpy_dtype
+
+TOKENS = 16
+"""Tokens of a probe."""
+ROWS = 32
+"""Routed rows that go through the layer at a time: tokens come in pieces, so that memory does not grow with them."""
+WEIGHTS = tuple(f"{name}.weight" for name in ("gate", "router", "router.gate", "gate.wg", "router.layer", "router.classifier"))
+KERNEL = "gate.kernel"
+"""MaxText's router, (K, E), or (K, L, E) in a stack of layers."""
+BIASES = ("router.bias",)
+_CORRECTION = "e_score_correction_bias"
+CORRECTIONS = (f"gate.{_CORRECTION}", _CORRECTION, f"router.{_CORRECTION}", "gate.expert_bias", "expert_bias")
+"""Names beside the experts, without the path to them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Tokens (T, K) and where they go: rows sorted by expert, each a `token` with a `weight`, and their `sizes` (E,)."""
+
+    x: NDArray[Any]
+    token: NDArray[Any]
+    weight: NDArray[Any]
+    sizes: NDArray[Any]
+    router: str
+
+
+def tokens_for(block: Block, times: int = 1) -> NDArray[Any]:
+    """Random tokens (T, K), `times` the usual number."""
+    k = block.groups["wi", ""].total("k")
+    return np.random.default_rng([block.experts, k]).standard_normal((TOKENS * times, k), np.float32)
+
+
+def routed(block: Block, routing: Routing, x: NDArray[Any]) -> Routed:
+    """Tokens (T, K), sent to experts by the layer's router."""
+    experts, k = block.experts, x.shape[1]
+    weight, bias, correction = _router(block, experts, k)
+    own = weight is not None
+    drawn = np.random.default_rng(experts).standard_normal((experts, k), np.float32) / np.sqrt(k)
+    logits = jnp.asarray(x) @ jnp.asarray(weight if own else drawn).T
+    logits = logits if bias is None else logits + bias
+    chosen, weights = map(np.asarray, route(logits, routing, None if correction is None else jnp.asarray(correction)))
+    flat = chosen.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    return Routed(
+        x=x,
+        token=order // chosen.shape[1],
+        weight=weights.reshape(-1)[order],
+        sizes=np.bincount(flat, minlength=experts),
+        router="the checkpoint's routers" if own else "random routers",
+    )
+
+
+def _router(block: Block, experts: int, k: int) -> tuple[NDArray[Any] | None, ...]:
+    """Weight (E, K), bias and correction (E,) of the layer's router, as far as they are there."""
+    reader, name = block.reader, block.groups["wi", ""].names[0]
+    place = name.partition(".experts")[0] if ".experts" in name else name.rpartition(".")[0]
+    weight = _named(reader, place, WEIGHTS, (experts, k))
+    at = next(iter(block.scan.values()), None)
+    kernel = reader.tensors.get(f"{place}.{KERNEL}") if len(block.scan) < 2 else None
+    if weight is None and kernel and kernel.shape in ((k, experts), (k, kernel.shape[1], experts)):
+        slices = (slice(None), *([] if at is None else [slice(at, at + 1)]), slice(None))
+        weight = _values(reader, kernel.name, slices).reshape(k, experts).T
+    return weight, *(_named(reader, place, names, (experts,)) for names in (BIASES, CORRECTIONS))
+
+
+def _named(reader: Reader, place: str, names: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any] | None:
+    """The first of these tensors, if it has this shape."""
+    found = next((spec for name in names if (spec := reader.tensors.get(f"{place}.{name}"))), None)
+    return _values(reader, found.name, (slice(None),) * len(shape)) if found and found.shape == shape else None
+
+
+def _values(reader: Reader, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+    bits = np.ascontiguousarray(reader.read(name, slices))
+    return bits.view(numpy_dtype(reader.tensors[name].dtype)).astype(np.float32)
+
+
+def add_experts(out: NDArray[Any], to: Routed, weights: Weights, experts: range, setting: Setting) -> None:
+    """Add to `out` (T, K) what these experts give, weighed, for the tokens that were sent to them."""
+    begin = int(to.sizes[: experts.start].sum())
+    owner = np.repeat(np.arange(len(experts)), to.sizes[experts.start : experts.stop])
+    for start in range(0, len(owner), ROWS):
+        here = owner[start : start + ROWS]
+        rows = slice(begin + start, begin + start + len(here))
+        x = np.zeros((ROWS, to.x.shape[1]), np.float32)
+        x[: len(here)] = to.x[to.token[rows]]
+        sizes = np.bincount(here, minlength=len(experts))
+        y = weights.run(x, sizes, setting.backend, setting.activation)[: len(here)]
+        np.add.at(out, to.token[rows], y * to.weight[rows, None])
