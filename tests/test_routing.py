@@ -1,10 +1,15 @@
 """Routers and activations against plain NumPy, written from their definitions, one token after the other."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from convert.verifier.probes import Setting
 from convert.verifier.routing import Activation, Routing, activation_of, route, routing_of
+from convert.verifier.whole import Routed, add_experts
 
 T, E = 7, 12
 RNG = np.random.default_rng(0)
@@ -12,13 +17,21 @@ LOGITS = RNG.standard_normal((T, E)).astype(np.float32)
 CORRECTION = RNG.standard_normal(E).astype(np.float32)
 
 
+FUNCTIONS = {
+    "softmax": lambda x: np.exp(x) / np.exp(x).sum(),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "sqrtsoftplus": lambda x: np.sqrt(np.log(1 + np.exp(x))),
+}
+
+
 def by_hand(logits, routing, correction):
     """The experts and weights of one token."""
-    if routing.scores == "softmax of the chosen":
-        chosen = sorted(range(E), key=lambda e: -logits[e])[: routing.top_k]
-        exps = np.exp(logits[chosen])
-        return dict(zip(chosen, exps / exps.sum() * routing.scale, strict=True))
-    scores = 1 / (1 + np.exp(-logits)) if routing.scores == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
+    if routing.scores.endswith("of the chosen"):
+        chosen = sorted(range(E), key=lambda e: -(logits + correction)[e])[: routing.top_k]
+        weights = FUNCTIONS[routing.scores.partition(" ")[0]](logits[chosen])
+        total = weights.sum() if routing.renormalise else 1
+        return dict(zip(chosen, weights / total * routing.scale, strict=True))
+    scores = FUNCTIONS[routing.scores](logits)
     choosing = scores + correction
     per = E // routing.groups
     values = {g: sum(sorted(choosing[g * per : (g + 1) * per])[-routing.best :]) for g in range(routing.groups)}
@@ -38,6 +51,10 @@ def by_hand(logits, routing, correction):
         Routing(scores="sigmoid", top_k=3, renormalise=True, scale=2.5),
         Routing(scores="sigmoid", top_k=3, renormalise=True, groups=4, of_groups=2, best=2),
         Routing(scores="softmax", top_k=4, renormalise=False, groups=3, of_groups=2, best=1),
+        Routing(scores="sqrtsoftplus", top_k=3, renormalise=True, scale=1.5),
+        Routing(scores="softmax of the chosen", top_k=4, renormalise=False),
+        Routing(scores="sigmoid of the chosen", top_k=4, renormalise=False, scale=2.0),
+        Routing(scores="sigmoid of the chosen", top_k=4, renormalise=True),
     ],
     ids=str,
 )
@@ -49,12 +66,33 @@ def test_routers(routing, correction):
         np.testing.assert_allclose(weights[token], [wanted[e] for e in chosen[token]], rtol=1e-5)
 
 
-def test_the_softmax_of_the_chosen():
-    routing = Routing(scores="softmax of the chosen", top_k=4, renormalise=False)
-    chosen, weights = map(np.asarray, route(jnp.asarray(LOGITS), routing))
-    for token in range(T):
-        wanted = by_hand(LOGITS[token], routing, None)
-        np.testing.assert_allclose(weights[token], [wanted[e] for e in chosen[token]], rtol=1e-5)
+def test_capped_logits():
+    plain = Routing(scores="sigmoid", top_k=3, renormalise=False)
+    found = route(jnp.asarray(LOGITS), dataclasses.replace(plain, softcap=0.5))
+    for token, (chosen, weights) in enumerate(zip(*map(np.asarray, found), strict=True)):
+        wanted = by_hand(0.5 * np.tanh(LOGITS[token] / 0.5), plain, np.zeros(E))
+        np.testing.assert_allclose(weights, [wanted[e] for e in chosen], rtol=1e-5)
+
+
+@pytest.mark.parametrize("on_inputs", [False, True])
+def test_weights_on_outputs_or_inputs(on_inputs):
+    """One expert that squares what it is given shows which of the two a weight multiplies."""
+    weights = SimpleNamespace(run=lambda x, sizes, backend, activation: x**2)
+    x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    to = Routed(
+        x=x, token=np.array([1, 0, 1]), weight=np.array([0.5, 3, 2]), sizes=np.array([3]), router="", on_inputs=on_inputs
+    )
+    out = np.zeros_like(x)
+    add_experts(out, to, weights, range(1), Setting(backend=None))
+    square = 2 if on_inputs else 1
+    np.testing.assert_allclose(out, [x[0] ** 2 * 3**square, x[1] ** 2 * (0.5**square + 2**square)])
+
+
+def test_the_activation_of_inkling_2():
+    gate, up = RNG.standard_normal((2, 5, 9)) * 6
+    found = Activation(caps=(4.0, 25.0))(jnp.asarray(gate), jnp.asarray(up))
+    wanted = 4 * np.tanh(gate / 4) / (1 + np.exp(-gate)) * 25 * np.tanh(up / 25)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_activation_of_gpt_oss():
@@ -84,6 +122,40 @@ def test_the_activation_of_gpt_oss():
             {"model_type": "any", "text_config": {"num_experts_per_tok": 3, "hidden_act": "gelu"}},
             "softmax, top 3, renormalised",
             "gelu",
+        ),
+        (
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_experts_per_tok": 1}},
+            "sigmoid, top 1, on inputs",
+            "silu",
+        ),
+        (
+            {"model_type": "deepseek_v4", "scoring_func": "sqrtsoftplus", "norm_topk_prob": False, "num_experts_per_tok": 6},
+            "sqrtsoftplus, top 6, renormalised",
+            "silu",
+        ),
+        ({"model_type": "kolibri1", "norm_topk_prob": False}, "sigmoid of the chosen, top 8", "silu"),
+        (
+            {"model_type": "laguna", "moe_routed_scaling_factor": 2.5, "moe_router_logit_softcapping": 30.0},
+            "sigmoid, top 8, renormalised, x 2.5, logits capped at 30",
+            "silu",
+        ),
+        ({"model_type": "jamba"}, "softmax, top 8", "silu"),
+        ({"model_type": "cohere2_moe", "expert_selection_fn": "sigmoid"}, "sigmoid, top 8, renormalised", "silu"),
+        ({"ffn_config": {"moe_top_k": 4, "moe_normalize_expert_weights": None}}, "softmax, top 4", "silu"),
+        (
+            {"mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0, "scoring_func": "sigmoid", "route_scale": 8.0},
+            "sigmoid, top 8, renormalised, x 8",
+            "silu, gate capped at 4 and up at 25",
+        ),
+        (
+            {"model_type": "gemma4_text", "top_k_experts": 2, "hidden_activation": "gelu_pytorch_tanh"},
+            "a usual router (softmax, top 2, renormalised), as gemma4's own is not described",
+            "gelu_pytorch_tanh",
+        ),
+        (
+            {"model_type": "longcat_flash", "moe_topk": 2, "zero_expert_num": 4},
+            "a usual router (softmax, top 2), as longcat_flash's own is not described",
+            "silu",
         ),
         ({"num_experts_per_tok": 99}, f"softmax, top {E}, renormalised", "silu"),
     ],

@@ -28,19 +28,30 @@ KERNEL = "gate.kernel"
 """MaxText's router, (K, E), or (K, L, E) in a stack of layers."""
 BIASES = ("router.bias",)
 _CORRECTION = "e_score_correction_bias"
-CORRECTIONS = (f"gate.{_CORRECTION}", _CORRECTION, f"router.{_CORRECTION}", "gate.expert_bias", "expert_bias")
-"""Names beside the experts, without the path to them."""
+CORRECTIONS = (
+    *(f"{where}{_CORRECTION}" for where in ("gate.", "", "router.", "moe_statics.", "experts.")),
+    *("gate.expert_bias", "expert_bias", "router.expert_bias", "gate.bias", "router_bias", "moe.router.expert_bias"),
+)
+HASHED = "gate.tid2eid"
+"""DeepSeek-V4's table of experts for each id: a layer that has it does not choose by the router's scores.
+
+All of these are names beside the experts, without the path to them.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """Tokens (T, K) and where they go: rows sorted by expert, each a `token` with a `weight`, and their `sizes` (E,)."""
+    """Tokens (T, K) and where they go: rows sorted by expert, each a `token` with a `weight`, and their `sizes` (E,).
+
+    A weight multiplies what the expert is given if `on_inputs`, else what it returns.
+    """
 
     x: NDArray[Any]
     token: NDArray[Any]
     weight: NDArray[Any]
     sizes: NDArray[Any]
     router: str
+    on_inputs: bool = False
 
 
 def tokens_for(block: Block, times: int = 1) -> NDArray[Any]:
@@ -52,7 +63,7 @@ def tokens_for(block: Block, times: int = 1) -> NDArray[Any]:
 def routed(block: Block, routing: Routing, x: NDArray[Any]) -> Routed:
     """Tokens (T, K), sent to experts by the layer's router."""
     experts, k = block.experts, x.shape[1]
-    weight, bias, correction = _router(block, experts, k)
+    weight, bias, correction = (None, None, None) if routing.other else _router(block, experts, k)
     own = weight is not None
     drawn = np.random.default_rng(experts).standard_normal((experts, k), np.float32) / np.sqrt(k)
     logits = jnp.asarray(x) @ jnp.asarray(weight if own else drawn).T
@@ -66,13 +77,16 @@ def routed(block: Block, routing: Routing, x: NDArray[Any]) -> Routed:
         weight=weights.reshape(-1)[order],
         sizes=np.bincount(flat, minlength=experts),
         router="the checkpoint's routers" if own else "random routers",
+        on_inputs=routing.on_inputs,
     )
 
 
 def _router(block: Block, experts: int, k: int) -> tuple[NDArray[Any] | None, ...]:
     """Weight (E, K), bias and correction (E,) of the layer's router, as far as they are there."""
     reader, name = block.reader, block.groups["wi", ""].names[0]
-    place = name.partition(".experts")[0] if ".experts" in name else name.rpartition(".")[0]
+    place = name.partition(".experts")[0] if ".experts" in name else name.removesuffix(".weight").rpartition(".")[0]
+    if f"{place}.{HASHED}" in reader.tensors:
+        return None, None, None
     weight = _named(reader, place, WEIGHTS, (experts, k))
     at = next(iter(block.scan.values()), None)
     kernel = reader.tensors.get(f"{place}.{KERNEL}") if len(block.scan) < 2 else None
@@ -83,9 +97,13 @@ def _router(block: Block, experts: int, k: int) -> tuple[NDArray[Any] | None, ..
 
 
 def _named(reader: Reader, place: str, names: tuple[str, ...], shape: tuple[int, ...]) -> NDArray[Any] | None:
-    """The first of these tensors, if it has this shape."""
-    found = next((spec for name in names if (spec := reader.tensors.get(f"{place}.{name}"))), None)
-    return _values(reader, found.name, (slice(None),) * len(shape)) if found and found.shape == shape else None
+    """The first of these tensors, if it has this shape, or this shape after a 1."""
+    places = place, place.rpartition(".")[0]  # Kolibri's correction is not beside its experts, but one step above
+    paths = (f"{at}.{name}" for at in places for name in names)
+    found = next((spec for path in paths if (spec := reader.tensors.get(path))), None)
+    if found is None or found.shape not in (shape, (1, *shape)):
+        return None
+    return _values(reader, found.name, (slice(None),) * len(found.shape)).reshape(shape)
 
 
 def _values(reader: Reader, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
@@ -101,7 +119,8 @@ def add_experts(out: NDArray[Any], to: Routed, weights: Weights, experts: range,
         here = owner[start : start + ROWS]
         rows = slice(begin + start, begin + start + len(here))
         x = np.zeros((ROWS, to.x.shape[1]), np.float32)
-        x[: len(here)] = to.x[to.token[rows]]
+        before, after = (to.weight[rows, None], 1) if to.on_inputs else (1, to.weight[rows, None])
+        x[: len(here)] = to.x[to.token[rows]] * before
         sizes = np.bincount(here, minlength=len(experts))
         y = weights.run(x, sizes, setting.backend, setting.activation)[: len(here)]
-        np.add.at(out, to.token[rows], y * to.weight[rows, None])
+        np.add.at(out, to.token[rows], y * after)
