@@ -20,6 +20,7 @@ from convert.errors import ConvertError, InputError, OutputError, PlanError, Sto
 
 if TYPE_CHECKING:
     from convert.planner import Plan
+    from convert.processes import Processes
     from convert.report import Report
     from convert.verifier import Verdict
 
@@ -30,6 +31,7 @@ __all__ = [
     "PlanError",
     "StorageError",
     "UsageError",
+    "connect",
     "plan",
     "prefuse",
     "prefuse_params",
@@ -110,6 +112,7 @@ def prefuse(
     max_shard_size: int = DEFAULT_SHARD,
     resume: bool = True,
     overwrite: bool = False,
+    processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Write `source` to `out` with gate and up of every expert in one tensor.
@@ -118,7 +121,8 @@ def prefuse(
     for the layouts `per-shard` and `lane`. `to` is the format of the output if it is another than the input's; `scan` says
     whether a MaxText tree that is made has its layers stacked, `params_only` that the training state of one that is read is
     left out, and `drop_optimizer` the optimizer's alone, which has to go where it cannot be fused. `dequantize` computes FP8
-    block and MXFP4 weights as bfloat16, which nothing else here does.
+    block and MXFP4 weights as bfloat16, which nothing else here does. `processes` are those that share the work (from
+    `connect`); each of them makes the same call.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
@@ -129,7 +133,7 @@ def prefuse(
         source,
         out,
         "prefuse",
-        Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite),
+        Options(jobs, memory, max_shard_size, resume, overwrite, processes),
         progress,
         layout=layout,
         shards=shards,
@@ -159,6 +163,7 @@ def split(
     max_shard_size: int = DEFAULT_SHARD,
     resume: bool = True,
     overwrite: bool = False,
+    processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
     """The inverse of `prefuse`: every tensor bit for bit, and for HF the original files byte for byte.
@@ -172,7 +177,7 @@ def split(
         source,
         out,
         "split",
-        Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite),
+        Options(jobs, memory, max_shard_size, resume, overwrite, processes),
         progress,
         family=family,
         source_layout=source_layout,
@@ -198,6 +203,7 @@ def reformat(
     max_shard_size: int = DEFAULT_SHARD,
     resume: bool = True,
     overwrite: bool = False,
+    processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Write a Hugging Face checkpoint as an Orbax (MaxText) one or back, every tensor, the experts unfused.
@@ -213,7 +219,7 @@ def reformat(
         source,
         out,
         "convert",
-        Options(jobs=jobs, memory=memory, max_shard_size=max_shard_size, resume=resume, overwrite=overwrite),
+        Options(jobs, memory, max_shard_size, resume, overwrite, processes),
         progress,
         family=family,
         to=to,
@@ -222,6 +228,19 @@ def reformat(
         drop_optimizer=drop_optimizer,
         dequantize=dequantize,
     )
+
+
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Processes:
+    """This process among those of a JAX program that run the same conversion, for the argument `processes`.
+
+    What is not given is found by JAX (SLURM, GKE, TPU); where `jax.distributed` is initialized already, nothing has to be.
+
+    Raises:
+        UsageError: JAX cannot find it.
+    """
+    from convert.processes import connect as found
+
+    return found(coordinator, num_processes, process_id)
 
 
 def verify(

@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="data per shard (default: 5GB)")
     found.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after an interruption")
     found.add_argument("--overwrite", action="store_true", help="replace CKPT_OUT once the new one is complete")
+    found.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (SLURM, GKE, TPU)")
+    found.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several is found; implies --distributed")
+    found.add_argument("--num-processes", type=_positive, metavar="P", help="how many there are; --dry-run: divide the work")
+    found.add_argument("--process-id", type=_natural, metavar="I", help="which of them this is, from 0")
     found.add_argument("--no-gemm", action="store_true", help="--verify: compare the weights only")
     found.add_argument("--layers", type=_numbers, metavar="0,3-5", help="--verify: only these layers")
     found.add_argument("--experts", type=_numbers, metavar="0,3-5", help="--verify: only these experts")
@@ -103,6 +107,12 @@ def _sizes(text: str) -> dict[str, int]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
     return int(text)
 
 

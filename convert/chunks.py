@@ -45,10 +45,13 @@ class Chunking:
         """Elements of a box."""
         return math.prod(self.box.values())
 
-    def boxes(self) -> Iterator[dict[str, range]]:
-        """Every box of the target once, padding and all, cell by cell."""
+    def boxes(self, rows: range | None = None) -> Iterator[dict[str, range]]:
+        """Every box of the target once, padding and all, cell by cell; with `rows`, those of this part of the first axis."""
         sizes = _stored(self.target)
-        for cell in itertools.product(*(_parts(range(size), self.cell[axis]) for axis, size in sizes.items())):
+        whole = {axis: range(size) for axis, size in sizes.items()}
+        if rows is not None:
+            whole[next(iter(whole))] = rows
+        for cell in itertools.product(*(_parts(span, self.cell[axis]) for axis, span in whole.items())):
             steps = (_parts(span, self.box[axis]) for axis, span in zip(sizes, cell, strict=True))
             for spans in itertools.product(*steps):
                 yield dict(zip(sizes, spans, strict=True))

@@ -49,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
         print(families_table())
         return 0
     if arguments.verify:
+        if arguments.distributed or arguments.coordinator:
+            raise UsageError("--verify runs in one process; narrow it with --layers to divide it by hand")
         return _verify(arguments)
     if not (arguments.prefuse or arguments.split or arguments.to):
         raise UsageError("say what to do: --prefuse, --split, --verify, --families, or --to the other format")
@@ -60,8 +62,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(arguments, source, out)
     call, extra = _call(arguments)
-    total = None if arguments.quiet else _input_bytes(source)
-    with _progress(total, arguments.quiet) as progress:
+    processes = None
+    if arguments.distributed or arguments.coordinator:
+        processes = convert.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    elif arguments.num_processes or arguments.process_id is not None:
+        raise UsageError("--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run")
+    quiet = arguments.quiet or bool(processes and not processes.first)
+    total = None if quiet else _input_bytes(source) // (processes.count if processes else 1)
+    with _progress(total, quiet) as progress:
         report = call(
             source,
             out,
@@ -75,6 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
             max_shard_size=arguments.max_shard_size,
             resume=arguments.resume,
             overwrite=arguments.overwrite,
+            processes=processes,
             progress=progress,
             **extra,
         )
@@ -99,8 +108,9 @@ def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[st
 
 
 def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
-    from convert.report import describe_plan
-    from convert.run import budget_of
+    from convert.processes import HELD
+    from convert.report import describe_division, describe_plan
+    from convert.run import budget_of, pieces_of
     from layouts.checkpoint import open_checkpoint
 
     planned = convert.plan(
@@ -120,8 +130,12 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         dequantize=arguments.dequantize,
     )
     with closing(open_checkpoint(source)) as reader:
-        budget = budget_of(planned, reader, arguments.memory, arguments.jobs)
+        held = HELD if arguments.num_processes else 0
+        budget = budget_of(planned, reader, arguments.memory, arguments.jobs, held)
+        pieces = pieces_of(planned, reader, budget, arguments.max_shard_size)
     print(describe_plan(planned, budget.peak, budget.jobs))
+    if arguments.num_processes:
+        print(describe_division(pieces, arguments.num_processes))
     return 0
 
 

@@ -5,6 +5,7 @@ run leaves the staging directory, and the same command takes it up again. It hol
 
     new/               the output to be
     .convert_journal   one JSON object per line: first the identity of new/, then the digests of finished tensors
+    .convert_journal-3 the same of a process that helps the first one, without the first line
 
 The journal stands beside `new/`, not in it, so that nothing is left to do to the output once it is shown; and it knows the
 inode of `new/`, because after `--overwrite` has exchanged the two, what is called `new/` is the old output.
@@ -15,18 +16,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from convert import journal
 from convert.errors import OutputError, StorageError
+from convert.processes import ALONE, Processes
 
-JOURNAL = ".convert_journal"
 NEW, OLD = "new", "old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -36,11 +36,27 @@ class Stage:
     """The directory that will be the output, and what earlier runs of the same plan finished in it: tensor name -> digest."""
 
     path: Path
-    done: Mapping[str, str]
+    journal: Path
+    done: dict[str, str]
 
     def record(self, digests: Mapping[str, str]) -> None:
         """Note finished tensors whose data is durable already; the note itself is durable on return."""
-        _append(self.path.parent / JOURNAL, digests)
+        journal.append(self.journal, digests)
+
+    def forget(self) -> None:
+        """Start over: remove what was written, and the notes on it before that."""
+        journal.cut(self.journal, lines=1)
+        self.done.clear()
+        empty(self.path)
+
+    def refresh(self) -> None:
+        """Take what the first process now has as done; it may have started over."""
+        self.done.clear()
+        self.done.update(journal.digests(self.path.parent / journal.NAME))
+
+    def by_helpers(self) -> dict[str, str]:
+        """What the other processes have finished in this run."""
+        return {name: digest for path in journal.helpers(self.path.parent) for name, digest in journal.digests(path).items()}
 
 
 def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
@@ -57,28 +73,48 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> Iterator[Stage]:
+def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool, processes: Processes = ALONE) -> Iterator[Stage]:
     """Lock and fill a staging directory; on success publish it as `out`, on failure leave it to be resumed.
+
+    Of several processes the first one does this, and the others only fill.
 
     Raises:
         OutputError: another run is writing `out`, or it has appeared meanwhile.
-        StorageError: the disk is full or failing.
+        StorageError: the disk is full or failing, or another process has failed.
     """
     home = out.parent / f"{out.name}.partial-{fingerprint}"
     try:
+        if not processes.first:
+            with _joined(home, processes) as stage:
+                yield stage
+            processes.agree("published")
+            return
         home.mkdir(parents=True, exist_ok=True)
         with _locked(home, out):
             if not resume:
                 empty(home)
             stage = _open_stage(home)
+            processes.agree("opened", home.name)
             yield stage
             _publish(stage, out, overwrite=overwrite)
             shutil.rmtree(home, ignore_errors=True)
+        processes.agree("published")
     except OSError as error:
         raise StorageError(
             f"{error.strerror or error} ({error.filename or home}). The input is untouched, and {out} is as it was or "
             f"complete; run the same command again to go on, or remove {home}"
         ) from error
+
+
+@contextmanager
+def _joined(home: Path, processes: Processes) -> Iterator[Stage]:
+    """The staging directory that the first process has opened, with a journal of our own, locked while we live."""
+    processes.agree("opened", home.name)
+    own = home / f"{journal.NAME}-{processes.index}"
+    own.touch()
+    with ExitStack() as held:
+        _lock(own, held)
+        yield Stage(path=home / NEW, journal=own, done=journal.digests(home / journal.NAME))
 
 
 @contextmanager
@@ -99,8 +135,8 @@ def _locked(home: Path, out: Path) -> Iterator[None]:
 
 
 def _lock(path: Path, until: ExitStack) -> bool:
-    """Lock a directory; the system lets go when the process ends, however it ends."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Lock a file or directory; the system lets go when the process ends, however it ends."""
+    directory = os.open(path, os.O_RDONLY)
     until.callback(os.close, directory)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,39 +158,34 @@ def _remove(path: Path) -> None:
 
 def _open_stage(home: Path) -> Stage:
     """Go on where an earlier run stopped, or begin with an empty `new/`."""
-    new, journal = home / NEW, home / JOURNAL
-    lines = _read_journal(journal) if new.is_dir() and journal.exists() else []
+    new, notes = home / NEW, home / journal.NAME
+    _take_over(home)
+    lines = journal.read(notes) if new.is_dir() else []
     if not lines or lines[0] != {"inode": new.stat().st_ino}:
         empty(home)
         new.mkdir()
-        _append(journal, {"inode": new.stat().st_ino})
+        journal.begin(notes, new.stat().st_ino)
         sync_directory(home)
         sync_directory(home.parent)
-        lines = []
-    done: dict[str, str] = {}
-    for line in lines[1:]:
-        done.update(line)
-    return Stage(path=new, done=done)
+    return Stage(path=new, journal=notes, done=journal.digests(notes))
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; one cut short by a crash was not durable, does not count, and is cut off for the next to follow."""
-    lines, good = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-        good += len(line)
-    os.truncate(path, good)
-    return lines
+def _take_over(home: Path) -> None:
+    """Make the journal end with a whole line, and add what the helpers of an earlier run have noted.
 
-
-def _append(journal: Path, entry: Mapping[str, Any]) -> None:
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(entry)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    Raises:
+        OutputError: one of them is still at work.
+    """
+    notes = home / journal.NAME
+    journal.cut(notes)
+    for path in journal.helpers(home):
+        with ExitStack() as held:
+            if not _lock(path, held):
+                number = path.name.rpartition("-")[2]
+                raise OutputError(f"process {number} of an earlier run still writes into {home}; wait for it, or stop it")
+            if notes.exists():
+                journal.append(notes, journal.digests(path))
+            path.unlink()
 
 
 def _publish(stage: Stage, out: Path, *, overwrite: bool) -> None:

@@ -23,8 +23,9 @@ from convert.blocks import assembled
 from convert.chunks import Chunking
 from convert.execute import Progress
 from convert.orbax_budget import OrbaxBudget
+from convert.portions import Portion
 from convert.targets import Target
-from layouts.checkpoint import Reader, bits, itemsize, numpy_dtype
+from layouts.checkpoint import Reader, bits, numpy_dtype
 from layouts.orbax import OrbaxReader
 from layouts.pattern import Box
 
@@ -33,12 +34,15 @@ _FULL = ("No space left", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 @dataclass(slots=True, kw_only=True)
 class _Array:
-    """An array on its way: the store that it goes to, and the digest of what has gone there."""
+    """A portion on its way: the store that it goes to, and the digest of what has gone there."""
 
-    target: Target
-    chunking: Chunking
+    portion: Portion
     digest: xxhash.xxh3_128 | None
     store: Any = None
+
+    @property
+    def target(self) -> Target:
+        return self.portion.target
 
     @property
     def name(self) -> str:
@@ -47,7 +51,7 @@ class _Array:
 
 @dataclass(slots=True, kw_only=True)
 class Filler:
-    """Writes arrays; `fill` returns the digest of each (xxh3-128 of its bytes in storage order, hex).
+    """Writes portions of arrays; `fill` returns the digest of each (xxh3-128 of its bytes in storage order, hex).
 
     `open` creates the stored array of a tensor that is cut in this way.
     """
@@ -60,14 +64,14 @@ class Filler:
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fill(self, targets: Sequence[Target]) -> dict[str, str]:
-        """Create and fill the arrays of these targets; all is handed to the system on return, but not synced.
+    def fill(self, portions: Sequence[Portion]) -> dict[str, str]:
+        """Create and fill these arrays; all is handed to the system on return, but not synced. Digests stand under `key`s.
 
         Raises:
             OSError: the disk is full or failing.
             InputError: data of the input cannot be read.
         """
-        arrays = [self._array(target) for target in targets]
+        arrays = [_array(portion) for portion in portions]
         with ThreadPoolExecutor(self.budget.jobs) as pool:
             try:
                 waiting: deque[tuple[_Array, Box, Future[NDArray[Any]]]] = deque()
@@ -83,17 +87,17 @@ class Filler:
                 pool.shutdown(cancel_futures=True)
                 self._flying.clear()
                 raise
-        return {array.name: self._digest(array).hexdigest() for array in arrays}
+        return {array.portion.key: self._digest(array).hexdigest() for array in arrays}
 
-    def hashed(self, targets: Sequence[Target]) -> Iterator[tuple[Target, str]]:
-        """Hash tensors as they would be written, several at a time, the largest first; each as it is finished.
+    def hashed(self, portions: Sequence[Portion]) -> Iterator[tuple[Portion, str]]:
+        """Hash them as they would be written, several at a time, the largest first; each as it is finished.
 
         Raises:
             InputError: data of the input cannot be read.
         """
         with ThreadPoolExecutor(self.budget.jobs) as pool:
-            ordered = sorted(targets, key=lambda target: -target.spec.nbytes)
-            running = {pool.submit(self._hash, self._array(target)): target for target in ordered}
+            ordered = sorted(portions, key=lambda portion: -portion.nbytes)
+            running = {pool.submit(self._hash, _array(portion)): portion for portion in ordered}
             try:
                 for future in as_completed(running):
                     yield running[future], future.result()
@@ -111,16 +115,9 @@ class Filler:
                 self.progress(block.nbytes)
         return digest.hexdigest()
 
-    def _array(self, target: Target) -> _Array:
-        chunking = self.budget.chunking(target, self.reader)
-        return _Array(target=target, chunking=chunking, digest=xxhash.xxh3_128() if chunking.in_order() else None)
-
     def _boxes(self, array: _Array) -> Iterator[Box]:
         """What is hashed, in storage order."""
-        if array.digest is not None:
-            return array.chunking.boxes()
-        limit = max(1, self.budget.box // itemsize(array.target.spec.dtype))
-        return array.target.target.pattern.strips(array.target.sizes, limit)
+        return array.portion.strips(self.budget.box) if array.digest is None else array.portion.boxes()
 
     def _submitted(
         self, arrays: Sequence[_Array], pool: ThreadPoolExecutor
@@ -128,9 +125,9 @@ class Filler:
         before: Future[NDArray[Any]] | None = None
         for array in arrays:
             with _as_os_error(array.name):
-                array.store = self.open(array.chunking)
+                array.store = self.open(array.portion.chunking)
             streamed = self._is_streamed(array.target)
-            for box in array.chunking.boxes():
+            for box in array.portion.boxes():
                 future = pool.submit(self._assemble, array.target, box, before if streamed else None)
                 # Two tensors may be made from one, so that the order holds beyond the end of the first.
                 before = future if streamed else before
@@ -177,13 +174,16 @@ class Filler:
         if array.digest is not None:
             return array.digest
         digest, target = xxhash.xxh3_128(), array.target
-        limit = max(1, self.budget.box // itemsize(target.spec.dtype))
-        for box in target.target.pattern.strips(target.sizes, limit):
+        for box in array.portion.strips(self.budget.box):
             with _as_os_error(array.name):
                 slices = target.target.pattern.window(target.sizes, box).slices
                 block = np.asarray(array.store[slices].read(order="C").result())
             digest.update(block.view(bits(target.spec.dtype)).reshape(-1).view(np.uint8).data)
         return digest
+
+
+def _array(portion: Portion) -> _Array:
+    return _Array(portion=portion, digest=xxhash.xxh3_128() if portion.chunking.in_order() else None)
 
 
 class _as_os_error:  # noqa: N801

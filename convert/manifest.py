@@ -27,6 +27,10 @@ TOOL = "1.0.0.dev0"
 """This tool's version, written into every manifest."""
 
 
+Digest = str | Mapping[str, str]
+"""xxh3-128, hex; of a large Orbax array: of each portion, by its span of the first dimension (`{"0:4": ..., "4:8": ...}`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Original:
     """The files that a prefused checkpoint came from: shard name -> header, and texts that the conversion rewrites."""
@@ -35,7 +39,7 @@ class Original:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def render(plan: Plan, digests: Mapping[str, str], original: Original | None) -> str:
+def render(plan: Plan, digests: Mapping[str, Digest], original: Original | None) -> str:
     """The manifest of a finished conversion; it names no host, user or time, so that equal runs give equal bytes."""
     tensors = {
         target.spec.name: {
@@ -62,7 +66,7 @@ def render(plan: Plan, digests: Mapping[str, str], original: Original | None) ->
     return json.dumps(content, indent=1) + "\n"
 
 
-def _sources(plan: Plan, digests: Mapping[str, str]) -> dict[str, str]:
+def _sources(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Digest]:
     """Digests of the tensors that this was made from, in the order of their names.
 
     A tensor that is copied as it is has the digest of its copy. One that is taken apart into several (`--split`) has none here:

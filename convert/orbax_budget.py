@@ -64,7 +64,11 @@ class OrbaxBudget:
             held = 0 if streams(reader, source.source, self.stream) else self.cache // 4
         else:
             chunk, held = target.source.pattern.shape(target.source_sizes), 0
-        return plan_chunks(target, chunk, max(1, self.box // size), held // size, max(1, self.grain // size))
+        found = plan_chunks(target, chunk, max(1, self.box // size), held // size, max(1, self.grain // size))
+        first = next(iter(found.cell), "")
+        if first and not (isinstance(reader, OrbaxReader) and first in target.source.pattern.axes):
+            return replace(found, cell={**found.cell, first: found.box[first]})  # no source's chunk reaches along it
+        return found
 
 
 def streams(reader: OrbaxReader, name: str, above: int) -> bool:

@@ -14,7 +14,8 @@ from convert.commit import Stage
 from convert.execute import SYNC
 from convert.fill_arrays import Filler
 from convert.orbax_keep import database_files
-from convert.planner import Target
+from convert.portions import Portion
+from convert.processes import Processes
 from layouts.orbax import OrbaxReader
 
 _STEP = 64 << 20
@@ -28,10 +29,13 @@ def copy_database(
     stage: Stage,
     done: Mapping[str, str],
     copied: bool,
-    targets: Sequence[Target],
+    portions: Sequence[Portion],
     filler: Filler,
+    processes: Processes,
 ) -> dict[str, str]:
-    """Copy the files, durably, if an earlier run has not `copied` them, and hash the tensors; the digests of all.
+    """Copy the files, durably, if an earlier run has not `copied` them, and hash the tensors; their digests by `key`.
+
+    Of several processes, each copies and hashes its share.
 
     Raises:
         OSError: the disk is full or failing.
@@ -39,11 +43,12 @@ def copy_database(
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(_copy_files, reader.item, item, copied, stop)
+        copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes)
         try:
-            digests = {target.spec.name: done[target.spec.name] for target in targets if target.spec.name in done}
-            filler.progress(sum(target.spec.nbytes for target in targets if target.spec.name in done))
-            for fresh in _batches(filler.hashed([target for target in targets if target.spec.name not in done])):
+            digests = {portion.key: done[portion.key] for portion in portions if portion.key in done}
+            filler.progress(sum(portion.nbytes for portion in portions if portion.key in done))
+            own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
+            for fresh in _batches(filler.hashed([portion for portion in own if portion.key not in done])):
                 if copying.done():
                     copying.result()
                 stage.record(fresh)
@@ -55,29 +60,31 @@ def copy_database(
     return digests
 
 
-def _batches(found: Iterable[tuple[Target, str]]) -> Iterator[dict[str, str]]:
+def _batches(found: Iterable[tuple[Portion, str]]) -> Iterator[dict[str, str]]:
     """Digests, as many at a time as are worth a line in the journal."""
     fresh: dict[str, str] = {}
     nbytes = 0
-    for target, digest in found:
-        fresh[target.spec.name] = digest
-        nbytes += target.spec.nbytes
+    for portion, digest in found:
+        fresh[portion.key] = digest
+        nbytes += portion.nbytes
         if nbytes > SYNC:
             yield fresh
             fresh, nbytes = {}, 0
     yield fresh
 
 
-def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event) -> None:
-    files = list(database_files(source))
-    needed = 0 if copied else sum(file.stat().st_size for file in files)
+def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event, processes: Processes) -> None:
+    every = list(database_files(source))
+    # The manifest is written anew in the copy, so that it is always copied, and by the process that does so.
+    tops = [file for file in every if file.parent == source and processes.first]
+    below = [file for file in every if file.parent != source and not copied]
+    files = tops + [below[number] for number in processes.mine([file.stat().st_size for file in below])]
+    needed = sum(file.stat().st_size for file in files)
     if needed > (free := shutil.disk_usage(target).free):
         text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, text, str(target))
     for file in files:
-        # The manifest is written anew in the copy, so that it is always copied.
-        if file.parent == source or not copied:
-            _copy(file, target / file.relative_to(source), stop)
+        _copy(file, target / file.relative_to(source), stop)
 
 
 def _copy(source: Path, target: Path, stop: threading.Event) -> None:

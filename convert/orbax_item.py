@@ -14,7 +14,7 @@ import tensorstore as ts
 from convert.chunks import Chunking
 from convert.orbax_budget import FLYING, NODES, OrbaxBudget
 from convert.orbax_metadata import stored_name
-from convert.planner import Target
+from convert.portions import Portion
 from layouts.checkpoint import DTYPES, Reader
 from layouts.orbax import OrbaxReader
 from layouts.orbax_tree import PROCESS
@@ -45,12 +45,13 @@ class Item:
         """Whether arrays are of zarr 3: as in the input, by default."""
         return self.reader.use_zarr3 if isinstance(self.reader, OrbaxReader) else True
 
-    def begin(self, number: int, targets: Sequence[Target]) -> None:
-        """A new batch; what an interrupted run left of it goes."""
-        for path in self.paths(number, targets):
+    def begin(self, number: int, batch: Sequence[Portion]) -> None:
+        """A new batch; what an interrupted run left of it goes, or is written over by files of the same names."""
+        whole = batch if self.ocdbt else [portion for portion in batch if portion.rows is None]
+        for path in self.paths(number, whole):
             if path.exists():
                 shutil.rmtree(path)
-        self._base = self.paths(number, targets)[0] if self.ocdbt else self.path
+        self._base = self.paths(number, batch)[0] if self.ocdbt else self.path
         # No sync per write: a batch is synced as a whole.
         self._context = ts.Context(
             {
@@ -62,11 +63,11 @@ class Item:
             }
         )
 
-    def paths(self, number: int, targets: Sequence[Target]) -> list[Path]:
+    def paths(self, number: int, batch: Sequence[Portion]) -> list[Path]:
         """The directories of a batch."""
         if self.ocdbt:
             return [self.path / f"{PROCESS}{number}"]
-        return [self.path / stored_name(target, self.reader) for target in targets]
+        return [self.path / stored_name(portion.target, self.reader) for portion in batch]
 
     def create(self, chunking: Chunking) -> Any:
         """The empty stored array of a tensor of the batch."""
@@ -90,10 +91,10 @@ class Item:
         source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
         return not isinstance(self.reader, OrbaxReader) or source is None or self.reader.compressed[source.source]
 
-    def sync(self, number: int, targets: Sequence[Target]) -> None:
+    def sync(self, number: int, batch: Sequence[Portion]) -> None:
         """Make a batch durable."""
         self._context = None
-        for path in self.paths(number, targets):
+        for path in self.paths(number, batch):
             for directory, _, files in os.walk(path, topdown=False):
                 for name in [*files, "."]:
                     descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
@@ -103,7 +104,10 @@ class Item:
                         os.close(descriptor)
 
     def join(self, batches: int) -> None:
-        """One manifest over the databases of all batches, whose values stay where they are."""
+        """One manifest over the databases of all batches, whose values stay where they are.
+
+        An array in portions has its metadata in each of them, alike.
+        """
         if not self.ocdbt:
             return
         for path in (self.path / "manifest.ocdbt", self.path / "d"):

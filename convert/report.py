@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from convert.planner import Plan
+from convert.processes import share
 from convert.targets import OTHER, Target
 from layouts.checks import PACKED
 from layouts.families import FAMILIES, NOT_GATED, SOURCES
@@ -27,15 +28,21 @@ class Report:
     notes: tuple[str, ...] = ()
     written: bool = True
     """False if the output was there already, made by the same plan."""
+    process: tuple[int, int] = (0, 1)
+    """Which of how many processes this is the report of."""
 
     def __str__(self) -> str:
         plan = self.plan
         if not self.written:
             return f"{_headline(plan)}\n{plan.out} has been made by this plan already; nothing to do"
+        index, count = self.process
+        if index:
+            return f"process {index} of {count} has written its share of {plan.out}"
         rate = plan.nbytes / max(self.seconds, 1e-9)
+        by = f" by {count} processes" if count > 1 else ""
         lines = [
             f"{_headline(plan)}",
-            f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s ({size(rate)}/s)",
+            f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s ({size(rate)}/s){by}",
         ]
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
@@ -71,6 +78,16 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines.append("")
     lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes)}; nothing was written")
     lines.append(f"memory: at most {size(peak)} with {jobs} workers")
+    return "\n".join(lines)
+
+
+def describe_division(pieces: Sequence[tuple[str, int]], count: int) -> str:
+    """How the pieces of the output are divided among processes: one line for each, with what it begins with."""
+    sizes = [nbytes for _, nbytes in pieces]
+    lines = [f"{len(pieces)} pieces (files, or batches of arrays) for {count} processes:"]
+    for index, own in enumerate(share(sizes, count)):
+        first = f", from {pieces[own[0]][0]}" if own else ""
+        lines.append(f"  process {index}: {size(sum(sizes[number] for number in own))} in {len(own)} pieces{first}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from convert.cross_plan import make_cross_plan
 from convert.errors import InputError, UsageError
 from convert.execute import Budget, Progress, ignore, make_budget
 from convert.planner import Action, Plan, make_plan
+from convert.processes import ALONE, Processes
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.dequantize import RULE, dequantized
@@ -25,15 +27,21 @@ if TYPE_CHECKING:
     from convert.orbax_budget import OrbaxBudget
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Options:
-    """What does not change the tensors, only how they are written. Sizes in bytes."""
+    """What does not change the tensors, only how they are written, and by whom. Sizes in bytes."""
 
     jobs: int | None
     memory: int
     max_shard_size: int
     resume: bool
     overwrite: bool
+    team: Processes | None = None
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return self.team or ALONE
 
 
 def open_and_plan(
@@ -116,6 +124,13 @@ def convert_checkpoint(
     **choices: Any,
 ) -> Report:
     """Plan and write; see `convert.prefuse` for what it raises."""
+    with options.processes.together():
+        return _convert(source, out, action, options, options.processes.watched(progress or ignore), choices)
+
+
+def _convert(
+    source: str | Path, out: str | Path, action: Action, options: Options, progress: Progress, choices: Mapping[str, Any]
+) -> Report:
     started = time.monotonic()
     if not (finished := (Path(out) / manifest.NAME).exists()):
         check_output(Path(source), Path(out), overwrite=options.overwrite)
@@ -124,26 +139,34 @@ def convert_checkpoint(
         if finished and not options.overwrite and manifest.is_of(plan):
             return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
         check_output(Path(source), Path(out), overwrite=options.overwrite)
-        return write_plan(plan, reader, options, progress or ignore, started)
+        return write_plan(plan, reader, options, progress, started)
 
 
 def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress, started: float) -> Report:
     """Execute a plan into a staging directory and publish it."""
-    budget = budget_of(plan, reader, options.memory, options.jobs)
+    processes = options.processes
+    budget = budget_of(plan, reader, options.memory, options.jobs, processes.held)
     mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
-    with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite) as stage:
+    with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite, processes=processes) as stage:
+        resumed = len(stage.done)
         notes = _write(plan, reader, stage, budget, progress, options)
         if manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size}) != mark:
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
-    return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(stage.done), notes=notes)
+    seconds, process = time.monotonic() - started, (processes.index, processes.count)
+    return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
 
 
-def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budget | OrbaxBudget:
-    """The settings that keep a conversion within `memory` bytes, by what is read and written.
+def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None, held: int = 0) -> Budget | OrbaxBudget:
+    """The settings that keep a conversion within `memory` bytes, by what is read and written; `held` are taken already.
 
     Raises:
         UsageError: nothing does.
     """
+    budget = _budget(plan, reader, memory - held, jobs)
+    return replace(budget, base=budget.base + held) if isinstance(budget, Budget) else replace(budget, peak=budget.peak + held)
+
+
+def _budget(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budget | OrbaxBudget:
     if plan.format == "hf" and reader.format == "hf":
         return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
     from convert.orbax_budget import orbax_budget
@@ -156,6 +179,17 @@ def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budg
     return found
 
 
+def pieces_of(plan: Plan, reader: Reader, budget: Budget | OrbaxBudget, max_shard_size: int) -> list[tuple[str, int]]:
+    """What processes share, each piece written by one of them: files or batches of arrays, with their bytes."""
+    if isinstance(budget, Budget):
+        from convert.write_hf import plan_files
+
+        return [(file.name, file.size) for file in plan_files(plan, reader, max_shard_size)]
+    from convert.write_orbax import batches_of
+
+    return [(batch[0].key, sum(portion.nbytes for portion in batch)) for batch in batches_of(plan, reader, budget)]
+
+
 def _write(
     plan: Plan, reader: Reader, stage: Stage, budget: Budget | OrbaxBudget, progress: Progress, options: Options
 ) -> tuple[str, ...]:
@@ -163,8 +197,10 @@ def _write(
     from convert import write_hf
 
     if isinstance(budget, Budget):
-        return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=options.max_shard_size)
+        limit = options.max_shard_size
+        return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=limit, processes=options.processes)
     from convert import write_orbax
 
-    write_orbax.write(plan, reader, stage, budget, progress, write_hf.original_of(plan, reader))
+    original = write_hf.original_of(plan, reader)
+    write_orbax.write(plan, reader, stage, budget, progress, original, options.processes)
     return ()

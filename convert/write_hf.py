@@ -11,6 +11,7 @@ from convert.commit import Stage, copy_file, write_text
 from convert.errors import PlanError
 from convert.execute import Budget, Progress, write_tensors
 from convert.planner import Plan
+from convert.processes import ALONE, Processes
 from convert.shards import File, index_text, pack, restore
 from layouts.checkpoint import Reader
 from layouts.hf import CONFIG, INDEX, RECORD, HFReader, read_json
@@ -49,16 +50,32 @@ def _metadata(reader: Reader) -> dict[str, str]:
 
 
 def write(
-    plan: Plan, reader: Reader, stage: Stage, budget: Budget, progress: Progress, *, max_shard_size: int
+    plan: Plan,
+    reader: Reader,
+    stage: Stage,
+    budget: Budget,
+    progress: Progress,
+    *,
+    max_shard_size: int,
+    processes: Processes = ALONE,
 ) -> tuple[str, ...]:
     """Fill the staging directory; everything in it is durable on return. Gives what the user should know of it.
+
+    Each of several processes writes whole files, since not every network file system is good at two writing one.
 
     Raises:
         OSError: the disk is full or failing.
     """
     files = plan_files(plan, reader, max_shard_size)
     extent = reader.extent if isinstance(reader, HFReader) else None
-    digests = write_tensors(plan.targets, files, reader, stage, budget, progress, extent)
+    own = [files[number] for number in processes.mine([file.size for file in files])]
+    names = {name for file in own for name in file.offsets}
+    targets = [target for target in plan.targets if target.spec.name in names]
+    digests = write_tensors(targets, own, reader, stage, budget, progress, extent)
+    processes.agree("written")
+    if not processes.first:
+        return ()
+    digests = stage.done | stage.by_helpers() | digests
     texts = _texts(plan, reader, files)
     for name, text in texts.items():
         write_text(stage.path / name, text)

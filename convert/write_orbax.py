@@ -3,18 +3,22 @@
 Orbax alone takes more memory than a small budget has, and it drops what it was not asked to restore: shardings, random keys.
 Where the chunks of the input are chunks of the output as well, only their names change (see `convert.orbax_keep`). Else the
 arrays are written in batches as Orbax's processes write theirs, each batch a database of its own (OCDBT) that the item's
-manifest then joins, or as a directory for each array. A finished batch is made durable and journalled: an interrupted run goes
-on with the next one, and what it left of a batch is removed, so that no dead bytes stay in the output.
+manifest then joins, or as a directory for each array; large arrays in several portions. A finished batch is made durable and
+journalled: an interrupted run goes on with the next one, and what it left of a batch is removed, so that no dead bytes stay in
+the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import xxhash
+
 from convert import manifest
-from convert.commit import Stage, copy_file, empty, write_text
+from convert.commit import Stage, copy_file, write_text
 from convert.execute import SYNC, Progress
 from convert.fill_arrays import Filler
 from convert.malloc import keep_below
@@ -23,7 +27,9 @@ from convert.orbax_copy import copy_database
 from convert.orbax_item import Item
 from convert.orbax_keep import keep, kept_shape, rename
 from convert.orbax_metadata import render
-from convert.planner import Plan, Target
+from convert.planner import Plan
+from convert.portions import Portion, batches, by_array, cut
+from convert.processes import ALONE, Processes
 from layouts.checkpoint import Reader
 from layouts.orbax import OrbaxReader
 
@@ -39,8 +45,11 @@ def write(
     budget: OrbaxBudget,
     progress: Progress,
     original: manifest.Original | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Fill the staging directory; everything in it is durable on return. `original` are files that a way back restores.
+
+    Of several processes, each writes its share of the batches; the first one joins them.
 
     Raises:
         OSError: the disk is full or failing.
@@ -50,21 +59,29 @@ def write(
     place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
     item = Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
     kept = keep(plan, reader, budget)
-    done, copied = _begin(stage, _KEPT if kept else _WRITTEN)
+    whole = batches_of(plan, reader, budget)
+    portions = list(itertools.chain.from_iterable(whole))
+    copied = _begin(stage, _KEPT if kept else _written(portions), processes)
     item.path.mkdir(parents=True, exist_ok=True)
     if isinstance(reader, OrbaxReader):
         reader.close()
         reader.limits = replace(budget.limits, always=kept.streamed if kept else {})
     if kept and isinstance(reader, OrbaxReader):
         filler = Filler(reader=reader, budget=budget, progress=progress, open=item.create)
-        digests = copy_database(reader, item.path, stage, done, copied, plan.targets, filler)
+        found = copy_database(reader, item.path, stage, stage.done, copied, portions, filler, processes)
+    else:
+        found = _fill(item, whole, stage, progress, processes)
+    processes.agree("written")
+    if not processes.first:
+        return
+    if kept and isinstance(reader, OrbaxReader):
         write_text(stage.path.parent / _WAY, _COPIED)
         rename(item.path, plan, kept, reader)
         chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}
     else:
-        digests = _fill(item, plan, stage, done, progress)
-        item.join(len(list(batches(plan.targets))))
+        item.join(len(whole))
         chunks = {target.spec.name: budget.chunking(target, reader).shape for target in plan.targets}
+    digests = by_array(portions, stage.done | stage.by_helpers() | found)
     for name, text in render(plan, reader, chunks).items():
         write_text(item.path / name, text)
     for name in plan.side_files:
@@ -73,43 +90,46 @@ def write(
     write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original))
 
 
-def _fill(item: Item, plan: Plan, stage: Stage, done: Mapping[str, str], progress: Progress) -> dict[str, str]:
-    """Write all batches that no earlier run has finished; the digests of all."""
+def batches_of(plan: Plan, reader: Reader, budget: OrbaxBudget) -> list[list[Portion]]:
+    """What is made durable and journalled at once, and what processes share."""
+    return list(batches(cut(plan.targets, lambda target: budget.chunking(target, reader), SYNC), SYNC))
+
+
+def _fill(
+    item: Item, whole: Sequence[Sequence[Portion]], stage: Stage, progress: Progress, processes: Processes
+) -> dict[str, str]:
+    """Write our share of the batches, but for those that an earlier run has finished; their digests by `key`."""
     digests: dict[str, str] = {}
-    for number, targets in enumerate(batches(plan.targets)):
-        names = [target.spec.name for target in targets]
-        if all(name in done for name in names) and all(path.exists() for path in item.paths(number, targets)):
-            digests |= {name: done[name] for name in names}
-            progress(sum(target.spec.nbytes for target in targets))
+    for number in processes.mine([sum(portion.nbytes for portion in batch) for batch in whole]):
+        batch = whole[number]
+        finished = all(portion.key in stage.done for portion in batch)
+        if finished and all(path.exists() for path in item.paths(number, batch)):
+            progress(sum(portion.nbytes for portion in batch))
             continue
-        item.begin(number, targets)
-        fresh = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create).fill(targets)
-        item.sync(number, targets)
+        item.begin(number, batch)
+        fresh = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create).fill(batch)
+        item.sync(number, batch)
         stage.record(fresh)
         digests |= fresh
     return digests
 
 
-def _begin(stage: Stage, way: str) -> tuple[Mapping[str, str], bool]:
-    """What earlier runs have finished, and whether files are copied; if they went another way, all they left is removed."""
+def _begin(stage: Stage, way: str, processes: Processes) -> bool:
+    """Whether an earlier run has copied the files. If one went another way, all that it left is removed."""
     note = stage.path.parent / _WAY
-    found = note.read_text() if note.exists() else ""
-    if found == _COPIED and way == _KEPT:
-        return stage.done, True
-    if found == way:
-        return stage.done, False
-    empty(stage.path)
-    write_text(note, way)
-    return {}, False
+    if processes.first and _read(note) != way and not (_read(note) == _COPIED and way == _KEPT):
+        stage.forget()
+        write_text(note, way)
+    processes.agree("begun", way)
+    stage.refresh()
+    return _read(note) == _COPIED
 
 
-def batches(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Neighbours, about `SYNC` bytes together: what a power cut can cost."""
-    batch: list[Target] = []
-    for target in targets:
-        if batch and sum(each.spec.nbytes for each in batch) + target.spec.nbytes > SYNC:
-            yield batch
-            batch = []
-        batch.append(target)
-    if batch:
-        yield batch
+def _written(portions: Sequence[Portion]) -> str:
+    """The way of writing arrays in these portions."""
+    keys = "\n".join(portion.key for portion in portions)
+    return f"{_WRITTEN} in portions {xxhash.xxh3_64_hexdigest(keys.encode())}"
+
+
+def _read(note: Path) -> str:
+    return note.read_text() if note.exists() else ""

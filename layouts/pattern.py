@@ -170,19 +170,23 @@ class Pattern:
             inside=tuple(slice(span.start - cover.start, span.stop - cover.start) for cover, span in covers),
         )
 
-    def strips(self, sizes: Mapping[str, int], limit: int) -> Iterator[dict[str, range]]:
-        """Cut the tensor into boxes that lie in one piece each, in storage order, of at most `limit` elements."""
+    def strips(self, sizes: Mapping[str, int], limit: int, rows: range | None = None) -> Iterator[dict[str, range]]:
+        """Cut the tensor into boxes that lie in one piece each, in storage order, of at most `limit` elements.
+
+        With `rows`, only this part of the first axis.
+        """
         shape = self.split(sizes)
         if not shape:
             yield {}
             return
+        spans = [range(shape[0]) if rows is None else rows, *map(range, shape[1:])]
         depth = next((i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= limit), len(shape) - 1)
         step = max(1, limit // max(1, math.prod(shape[depth + 1 :])))
-        inner = {axis: range(size) for axis, size in zip(self.axes[depth + 1 :], shape[depth + 1 :], strict=True)}
-        for outer in itertools.product(*map(range, shape[:depth])):
+        inner = dict(zip(self.axes[depth + 1 :], spans[depth + 1 :], strict=True))
+        for outer in itertools.product(*spans[:depth]):
             fixed = {axis: range(i, i + 1) for axis, i in zip(self.axes, outer, strict=False)}
-            for start in range(0, shape[depth], step):
-                yield {**fixed, self.axes[depth]: range(start, min(start + step, shape[depth])), **inner}
+            for start in range(spans[depth].start, spans[depth].stop, step):
+                yield {**fixed, self.axes[depth]: range(start, min(start + step, spans[depth].stop)), **inner}
 
 
 def _padded(rule: str | None, size: int, shards: int) -> int:

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 STEPS = (
     "convert.commit._open_stage",
-    "convert.commit._append",
+    "convert.journal.append",
     "convert.execute._preallocate",
     "convert.copying.put",
     "os.copy_file_range",

@@ -103,7 +103,7 @@ def make_checkpoint(
     models: Mapping[str, Any] = {"hf": HF_MODELS, "orbax": MAXTEXT_MODELS}[format]
     if family not in models:
         raise KeyError(f"no {format} checkpoint of {family!r}: there are {', '.join(models)}")
-    if values not in VALUES:
+    if values not in VALUES or (values == HOLES and format != "hf"):
         raise ValueError(f"values {values!r}: there are {', '.join(VALUES)}")
     dims = replace(SIZES[size], **overrides)
     fill = _Values(values, DTYPES[dtype], seed)
@@ -169,7 +169,9 @@ def _identity(start: int, count: int, salt: int, width: int) -> NDArray[Any]:
     return (place & (exponent - np.uint64(1))) | ((place & exponent) << np.uint64(1))
 
 
-VALUES = ("random", "normal", "identity")
+HOLES = "holes"
+"""Sparse files of zeros: a terabyte takes no space, to try plans on."""
+VALUES = ("random", "normal", "identity", HOLES)
 
 
 def _write_hf(out: Path, family: str, dims: Size, fill: _Values) -> None:
@@ -211,8 +213,11 @@ def _write_safetensors(path: Path, shard: Sequence[tuple[str, tuple[int, ...]]],
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in rows:
-            file.write(fill(name, shape, kinds[name]).view(np.uint8).data)
+        if fill.kind == HOLES:
+            file.truncate(file.tell() + end)
+        else:
+            for name, shape in rows:
+                file.write(fill(name, shape, kinds[name]).view(np.uint8).data)
     return end
 
 

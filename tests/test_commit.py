@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import convert
-from convert import commit, execute
+from convert import commit, execute, journal
 from convert.cli import main
 from scripts.make_checkpoint import make_checkpoint
 
@@ -146,7 +146,7 @@ def test_finished_tensors_are_not_written_again(source, wanted, tmp_path, monkey
     assert prefuse(source, tmp_path / "out", "--jobs", "1") == 6
     (stage,) = partials(tmp_path)
     journalled = {}
-    for line in (stage / commit.JOURNAL).read_text().splitlines()[1:]:
+    for line in (stage / journal.NAME).read_text().splitlines()[1:]:
         journalled |= json.loads(line)
     assert sorted(name for name in journalled if not name.startswith(execute.SOURCE)) == sorted(written)
     again = []

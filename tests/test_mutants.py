@@ -160,7 +160,7 @@ def test_a_dropped_layer_is_caught(root, tmp_path):
     assert differences[EXACT] == ("layer 1: only one of the two has this MoE layer",)
 
 
-@pytest.mark.parametrize("backend", ["megablox", "moegemm"])
+@pytest.mark.parametrize("backend", [pytest.param("megablox", marks=pytest.mark.slow), "moegemm"])
 def test_other_backends_catch_them_too(root, damaged, backend):
     assert set(found(root / "in", damaged(gate_for_up), backend=backend)) == ALL
 

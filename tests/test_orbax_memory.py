@@ -63,7 +63,7 @@ def test_many_small_chunks(tmp_path):
 def test_a_leaf_of_one_chunk_is_never_decoded_whole(tmp_path):
     small = check(tmp_path / "small", 256, layers=2, embed=2048, mlp=1024)  # 64 MiB a leaf, and a chunk
     large = check(tmp_path / "large", 256, layers=2, embed=2048, mlp=4096, split=False)  # 256 MiB
-    assert large < small + 48, f"{small} and {large} MiB"
+    assert large < small + 96, f"{small} and {large} MiB, where a leaf has 192 MiB more"
 
 
 @pytest.mark.slow

@@ -1,0 +1,148 @@
+"""One conversion by several processes, on one machine or many that share a file system; they find each other by JAX.
+
+Every process makes the same plan and writes its share of the output into the staging directory of the first one, which alone
+opens it, writes what stands beside the tensors and publishes. They meet at few points (`agree`); a process that fails says so,
+and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is journalled is kept
+either way, whatever the number of processes next time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from convert.errors import StorageError, UsageError
+
+HELD = 160 << 20
+"""Bytes that JAX takes in a process."""
+_LOOK = 1.0
+"""Seconds between two looks at whether another process has failed."""
+_RUNS = itertools.count()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Processes:
+    """This process and the others; without a `client` of JAX's coordination service, it is alone."""
+
+    index: int = 0
+    count: int = 1
+    client: Any = None
+    _run: int = 0
+    _met: int = 0
+    _looked: float = field(default=0.0)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that opens and publishes."""
+        return self.index == 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that a process needs more than one that is alone."""
+        return HELD if self.count > 1 else 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run one conversion; what goes wrong here is told to the others."""
+        self._run, self._met = next(_RUNS), 0
+        try:
+            yield
+        except BaseException as error:
+            self._tell(f"process {self.index} of {self.count} stopped: {error or type(error).__name__}")
+            raise
+
+    def agree(self, step: str, value: str = "") -> None:
+        """Wait until all are here, with the same value.
+
+        Raises:
+            StorageError: another process has failed.
+            UsageError: another process has another value.
+        """
+        if self.count == 1:
+            return
+        self._met += 1
+        place = f"convert/{self._run}/{self._met}"
+        self.client.key_value_set(f"{place}/{self.index}", f"{step} {value}")
+        for other in range(self.count):
+            found = self._wait_for(f"{place}/{other}")
+            if found != f"{step} {value}":
+                raise UsageError(
+                    f"process {other} is at {found!r}, process {self.index} at '{step} {value}': all processes must be given "
+                    "the same options and see the same input"
+                )
+
+    def mine(self, sizes: Sequence[int]) -> list[int]:
+        """The numbers of the pieces of work that are this process's own."""
+        return share(sizes, self.count)[self.index]
+
+    def watched(self, progress: Callable[[int], None]) -> Callable[[int], None]:
+        """The same callback, which stops this process soon after another has failed."""
+        if self.count == 1:
+            return progress
+
+        def watch(done: int) -> None:
+            if (now := time.monotonic()) > self._looked + _LOOK:
+                self._looked = now
+                self._look()
+            progress(done)
+
+        return watch
+
+    def _tell(self, text: str) -> None:
+        if self.count > 1:
+            with suppress(RuntimeError):  # whoever coordinates may be gone, and with it those who could be told
+                self.client.key_value_set(f"convert/{self._run}/failed/{self.index}", text)
+
+    def _look(self) -> None:
+        for _, text in self.client.key_value_dir_get(f"convert/{self._run}/failed"):
+            raise StorageError(f"{text}. The input is untouched; run the same commands again to go on")
+
+    def _wait_for(self, key: str) -> str:
+        while True:
+            self._look()
+            try:
+                return str(self.client.blocking_key_value_get(key, int(1000 * _LOOK)))
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise StorageError(f"the process that coordinates cannot be reached any more: {error}") from error
+
+
+ALONE = Processes()
+
+
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Processes:
+    """This process among those of a JAX program that are started alike; JAX finds out what is not given, where it can.
+
+    If `jax.distributed` has been initialized already, what it knows is taken.
+
+    Raises:
+        UsageError: JAX cannot tell how many processes there are, or which this is.
+    """
+    import jax
+    from jax._src.distributed import global_state  # its client, which JAX does not export; Orbax takes it from here, too
+
+    if not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(f"jax.distributed: {error} Give --coordinator, --num-processes and --process-id") from error
+    count = global_state.num_processes
+    return Processes(index=int(global_state.process_id), count=int(count), client=global_state.client)
+
+
+def share(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Divide pieces of work among `count` processes: the numbers of each one's pieces, so that the largest total is small.
+
+    The largest piece goes first, to whoever has least; for pieces far smaller than a share this is as good as it gets.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        least = min(range(count), key=totals.__getitem__)
+        shares[least].append(number)
+        totals[least] += sizes[number]
+    return [sorted(each) for each in shares]
