@@ -3,9 +3,10 @@
     python scripts/benchmark.py --layers 4 --repeats 5 --directory /tmp/bench
 
 Makes a Qwen3-MoE-like checkpoint (E = 128, K = 2048, N = 768, bf16; 1.2 GB a layer) and runs each row in a process of its
-own, all rows in turn, so that a noisy machine is noisy for all of them; a first round is thrown away. Every row finds its input
-in the page cache, and ends with its output on the disk (fsync).
-Prints medians, ratios to `cp`, and peak resident memory. Rows whose library is not installed say so.
+own, all rows in turn; a first round is thrown away. Every row finds its input in the page cache, and ends with its output on
+the disk (fsync). Disks of virtual machines are fast and slow by the minute, so `cp` runs before and after each row, and a row is
+compared with the mean of these two. Prints medians of the times and of the ratios, and peak resident memory. Rows whose library
+is not installed say so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,19 @@ def measure(row: Row, directory: Path) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1000
 
 
+def one_round(directory: Path, *, peers: bool) -> Iterator[tuple[int, tuple[float, float, float]]]:
+    """Every row once, with `cp` before and after; the number of the row, seconds, peak memory, ratio to `cp`."""
+    before, memory = measure(ROWS[0], directory)
+    for number, row in enumerate(ROWS[1:], start=1):
+        if not all(importlib.util.find_spec(name) for name in row.needs) or (row.peer and not peers):
+            continue
+        seconds, peak = measure(row, directory)
+        yield 0, (before, memory, 1.0)
+        after, memory = measure(ROWS[0], directory)
+        yield number, (seconds, peak, 2 * seconds / (before + after))
+        before = after
+
+
 def _warm(source: Path) -> None:
     """Read a checkpoint, so that the page cache holds it."""
     for path in source.glob("*.safetensors"):
@@ -129,17 +143,16 @@ def _fill(part: str, words: Mapping[str, str]) -> str:
     return part
 
 
-def table(times: Mapping[int, list[tuple[float, float]]], nbytes: int) -> str:
-    """The results as Markdown."""
-    base = statistics.median(seconds for seconds, _ in times[0])
+def table(times: Mapping[int, list[tuple[float, float, float]]], nbytes: int) -> str:
+    """The results as Markdown: of each row seconds, peak memory and the ratio to `cp`."""
     lines = ["| what | seconds (median) | relative to cp | GB/s | peak RSS |", "| --- | --- | --- | --- | --- |"]
     for number, row in enumerate(ROWS):
         if not times.get(number):
             lines.append(f"| {row.name} | not run | | | |")
             continue
-        seconds = statistics.median(s for s, _ in times[number])
-        peak = max(m for _, m in times[number])
-        lines.append(f"| {row.name} | {seconds:.2f} | {seconds / base:.2f} | {nbytes / seconds / 1e9:.2f} | {peak:,.0f} MB |")
+        seconds, _, ratio = map(statistics.median, zip(*times[number], strict=True))
+        peak = max(memory for _, memory, _ in times[number])
+        lines.append(f"| {row.name} | {seconds:.2f} | {ratio:.2f} | {nbytes / seconds / 1e9:.2f} | {peak:,.0f} MB |")
     return "\n".join(lines)
 
 
@@ -156,13 +169,11 @@ def main() -> None:
         make = [sys.executable, str(ROOT / "scripts" / "make_checkpoint.py"), str(source), "--family", "qwen3_moe"]
         subprocess.run([*make, "--size", "bench", "--layers", str(arguments.layers)], check=True)
     nbytes = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    times: dict[int, list[tuple[float, float]]] = {}
+    times: dict[int, list[tuple[float, float, float]]] = {}
     for repeat in range(arguments.repeats + 1):
-        for number, row in enumerate(ROWS):
-            if all(importlib.util.find_spec(name) for name in row.needs) and not (row.peer and arguments.no_peers):
-                result = measure(row, arguments.directory)
-                if repeat:  # the first round fills the page cache, and touches memory that the machine may have to fetch
-                    times.setdefault(number, []).append(result)
+        for number, result in one_round(arguments.directory, peers=not arguments.no_peers):
+            if repeat:  # the first round fills the page cache, and touches memory that the machine may have to fetch
+                times.setdefault(number, []).append(result)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
     print(f"{nbytes / 1e9:.2f} GB, {arguments.repeats} repeats, {machine}\n\n{table(times, nbytes)}")
 

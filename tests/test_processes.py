@@ -117,8 +117,11 @@ def test_a_flipped_bit_is_found_in_its_portion(tree, tmp_path):
     assert line.startswith("params.params.decoder.layers.moe_block.wi[7:8] (in ")
 
 
-@pytest.mark.parametrize("to", [(), ("--to", "orbax")])
-@pytest.mark.parametrize("failing", [0, 1])
+HF, ORBAX, SLOW = (), ("--to", "orbax"), pytest.mark.slow
+ENDS = [(0, ORBAX), (1, HF), pytest.param(0, HF, marks=SLOW), pytest.param(1, ORBAX, marks=SLOW)]
+
+
+@pytest.mark.parametrize(("failing", "to"), ENDS)
 def test_one_fails_and_all_stop_and_the_next_run_goes_on(source, tmp_path, to, failing):
     arguments = ("--prefuse", source, tmp_path / "out", "--max-shard-size", "60kB", *to)
     codes, texts = run(2, *arguments, ends={failing: "fail"})
@@ -133,8 +136,7 @@ def test_one_fails_and_all_stop_and_the_next_run_goes_on(source, tmp_path, to, f
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-@pytest.mark.parametrize("to", [(), ("--to", "orbax")])
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(("killed", "to"), ENDS)
 def test_one_is_killed_and_the_next_run_goes_on(source, tmp_path, to, killed):
     """JAX notices that it is gone and ends the other one."""
     arguments = ("--prefuse", source, tmp_path / "out", "--max-shard-size", "60kB", *to)
@@ -179,7 +181,7 @@ def test_work_is_divided_evenly():
     assert share([5], 3) == [[0], [], []]
 
 
-@pytest.mark.parametrize("to", [(), ("--to", "orbax")])
+@pytest.mark.parametrize("to", [HF, ORBAX])
 def test_the_plan_divides_a_terabyte_over_sixteen_hosts(tmp_path, capsys, to):
     sizes = {"experts": 256, "embed": 7168, "mlp": 2048, "layers": 58, "vocab": 129_280, "shard": 5 * 10**9}
     make_checkpoint(tmp_path / "in", family="qwen3_moe", values="holes", **sizes)
