@@ -267,11 +267,12 @@ def verify(
         UsageError: a backend or a mesh that cannot be had here.
     """
     from convert.verifier import Options, verify_checkpoints, verify_manifest
+    from layouts.places import place
 
     if b is None:
-        return verify_manifest(Path(a), progress)
+        return verify_manifest(place(a), progress)
     options = Options(gemm=gemm, layers=layers, experts=experts, tokens=tokens, backend=backend, mesh=mesh, memory=memory)
-    return verify_checkpoints(Path(a), Path(b), progress, options)
+    return verify_checkpoints(place(a), place(b), progress, options)
 
 
 def prefuse_params(params: Any) -> Any:

@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.num_processes or arguments.process_id is not None:
         raise UsageError("--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run")
     quiet = arguments.quiet or bool(processes and not processes.first)
-    total = None if quiet else _input_bytes(source) // (processes.count if processes else 1)
+    total = None if quiet else _input_bytes(source) // (processes.count if processes else 1) or None
     with _progress(total, quiet) as progress:
         report = call(
             source,
@@ -153,8 +153,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     }
     if arguments.dry_run:
         from convert.verifier import Options, estimate_cost
+        from layouts.places import place
 
-        one, other = map(Path, _two_paths(arguments.paths))
+        one, other = map(place, _two_paths(arguments.paths))
         print(estimate_cost(one, other, Options(**options)))
         return 0
     passes = 2 if len(arguments.paths) == 2 and not arguments.no_gemm else 1  # the bits, then the probes
@@ -176,6 +177,7 @@ def _two_paths(paths: Sequence[str]) -> tuple[str, str]:
 
 
 def _input_bytes(path: str) -> int:
+    """What lies in a directory; nobody knows in a store."""
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
 
 

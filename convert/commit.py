@@ -232,6 +232,9 @@ def write_text(path: Path, text: str) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a side file's contents durably; permissions are the user's own, as for any new file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    if isinstance(source, Path):
+        shutil.copyfile(source, target)
+    else:
+        target.write_bytes(source.read_bytes())
     with target.open("rb") as file:
         os.fsync(file.fileno())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from convert.planner import Plan
 from layouts.errors import InputError
 from layouts.hf import read_json
+from layouts.places import files_of, is_remote
 
 NAME = "convert_manifest.json"
 VERSION = 1
@@ -102,7 +102,9 @@ def is_of(plan: Plan) -> bool:
     made = tuple(found.get(key) for key in ("action", "family", "layout", "record", "computed"))
     wanted = {target.spec.name: (target.spec.dtype, list(target.spec.shape)) for target in plan.targets}
     have = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in found["tensors"].items()}
-    newest = max(file.stat().st_mtime_ns for file in plan.source.rglob("*") if file.is_file())
+    if is_remote(plan.source):
+        return False  # whose objects do not say when they were written
+    newest = max(int(state) for _, _, state in files_of(plan.source))
     equal = (
         made == (plan.action, plan.family, plan.layout, json.loads(json.dumps(plan.record)), plan.computed) and have == wanted
     )
@@ -130,11 +132,6 @@ def fingerprint(plan: Plan, options: Mapping[str, Any]) -> str:
         repr((TOOL, plan.action, plan.layout, plan.record, plan.computed, sorted(options.items()))).encode()
     )
     digest.update("\n".join(f"{t.spec.name} {t.source.key.text}" for t in plan.targets).encode())
-    for directory, folders, files in os.walk(plan.source):
-        folders.sort()
-        for file in sorted(files):
-            path = os.path.join(directory, file)
-            status = os.stat(path)
-            name = os.path.relpath(path, plan.source)
-            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+    for file in files_of(plan.source):
+        digest.update(repr(file).encode())
     return digest.hexdigest()[:8]

@@ -29,6 +29,7 @@ from layouts.orbax import OrbaxReader
 from layouts.orbax_codec import PIECE
 from layouts.orbax_stream import WINDOW
 from layouts.orbax_tree import ARRAYS, DATABASE, PROCESS
+from layouts.places import is_remote
 
 ONE = 64 << 20
 """Bytes above which an array of one chunk is cut anew."""
@@ -61,7 +62,7 @@ class Kept:
 
 def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
     """Say how all chunks of a checkpoint can be kept; None if some cannot."""
-    if not isinstance(reader, OrbaxReader) or not reader.use_ocdbt or not _complete(reader):
+    if not isinstance(reader, OrbaxReader) or not reader.use_ocdbt or not _complete(reader) or is_remote(reader.path):
         return None
     parts: dict[str, tuple[Part, ...]] = {}
     streamed: dict[str, int] = {}

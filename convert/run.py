@@ -21,6 +21,7 @@ from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.families import SOURCES
+from layouts.places import is_remote, place
 from layouts.targets import DEFAULT, TARGETS
 
 if TYPE_CHECKING:
@@ -132,13 +133,15 @@ def _convert(
     source: str | Path, out: str | Path, action: Action, options: Options, progress: Progress, choices: Mapping[str, Any]
 ) -> Report:
     started = time.monotonic()
+    if is_remote(out):
+        raise UsageError(f"{out}: a store has no rename that would show an output at once; write to a disk and copy it there")
     if not (finished := (Path(out) / manifest.NAME).exists()):
-        check_output(Path(source), Path(out), overwrite=options.overwrite)
+        check_output(place(source), Path(out), overwrite=options.overwrite)
     reader, plan = open_and_plan(source, out, action, **choices)
     with closing(reader):
         if finished and not options.overwrite and manifest.is_of(plan):
             return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
-        check_output(Path(source), Path(out), overwrite=options.overwrite)
+        check_output(place(source), Path(out), overwrite=options.overwrite)
         return write_plan(plan, reader, options, progress, started)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.errors import InputError
+from layouts.places import is_remote, place
 
 DTYPES: Mapping[str, str] = {
     "BOOL": "bool",
@@ -120,17 +121,19 @@ class Reader(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Reader:
-    """Open a checkpoint directory, whichever format it is in.
+    """Open a checkpoint directory, whichever format it is in; an Orbax one may lie in a store (`gs://`, `s3://`).
 
     Raises:
         InputError: there is none, or it is corrupt.
     """
     from layouts.hf import HFReader, is_checkpoint
 
-    path = Path(path)
+    path = place(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
     if is_checkpoint(path):
+        if is_remote(path):
+            raise InputError(f"{path}: safetensors are mapped, so they must lie on a disk; copy them there first")
         return HFReader.open(path)
     from layouts.orbax import OrbaxReader, find_item
 

@@ -9,11 +9,10 @@ Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), h
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from layouts.hf import RECORD, read_json
 from layouts.orbax_codec import streamable
 from layouts.orbax_stream import ChunkStreams
 from layouts.orbax_tree import ARRAYS, METADATA, OWN, PROCESS, UNFINISHED, Leaf, find_item, read_leaves, read_strings
+from layouts.places import files_of, kvstore_of
 
 __all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
 
@@ -129,13 +129,12 @@ class OrbaxReader:
 
     def _other_files(self) -> Iterator[str]:
         own = {*OWN, *(leaf.stored.split("/")[0] for leaf in self.leaves.values() if not self.use_ocdbt)}
-        for directory, folders, files in os.walk(self.path):
-            here = Path(directory)
-            folders[:] = [name for name in folders if UNFINISHED not in name]
-            if here == self.item:
-                folders[:] = [name for name in folders if name not in own and not name.startswith(PROCESS)]
-                files = [name for name in files if name not in own]
-            yield from ((here / name).relative_to(self.path).as_posix() for name in files)
+        item = self.item.relative_to(self.path).parts
+        for name, _, _ in files_of(self.path):
+            folders = PurePosixPath(name).parts
+            first = folders[len(item)] if folders[: len(item)] == item else ""
+            if first not in own and not first.startswith(PROCESS) and not any(UNFINISHED in part for part in folders[:-1]):
+                yield name
 
     def where(self, name: str) -> str:  # noqa: ARG002
         """The item that holds all arrays."""
@@ -199,7 +198,7 @@ class OrbaxReader:
 
 
 def _spec(item: Path, name: str, *, ocdbt: bool, zarr3: bool, complete: bool) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{item.resolve()}/"}
+    base = kvstore_of(item)
     kvstore: dict[str, Any] = {**base, "path": f"{base['path']}{name}/"}
     if ocdbt:
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
@@ -221,6 +220,8 @@ def _make_context(cache: int, threads: int | None) -> Any:
             "cache_pool#ocdbt": {"total_bytes_limit": _NODES},
             "data_copy_concurrency": shared,
             "file_io_concurrency": shared,
+            "gcs_request_concurrency": shared,
+            "s3_request_concurrency": shared,
         }
     )
 

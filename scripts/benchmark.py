@@ -4,7 +4,7 @@
 
 Makes a Qwen3-MoE-like checkpoint (E = 128, K = 2048, N = 768, bf16; 1.2 GB a layer) and runs each row in a process of its
 own, all rows in turn; a first round is thrown away. Every row finds its input in the page cache, and ends with its output on
-the disk (fsync). Disks of virtual machines are fast and slow by the minute, so `cp` runs before and after each row, and a row is
+the disk (fsync). Disks of virtual machines are fast and slow by the minute, so `cp` runs before and after each row, which is
 compared with the mean of these two. Prints medians of the times and of the ratios, and peak resident memory. Rows whose library
 is not installed say so.
 """

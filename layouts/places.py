@@ -1,0 +1,168 @@
+"""Where a checkpoint lies: a directory, or a prefix in an object store (`gs://`, `s3://`), which TensorStore lists and reads.
+
+Reading asks little of a path, so `RemotePath` has just those of `pathlib.Path`'s words. Credentials are found as TensorStore
+finds them (https://google.github.io/tensorstore/kvstore), the same for arrays and for what stands beside them;
+`AWS_ENDPOINT_URL` and `AWS_REGION` say where a store that speaks S3 is, if it is not Amazon's.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from layouts.errors import InputError
+
+DRIVERS: Mapping[str, str] = {"gs": "gcs", "s3": "s3"}
+_TELLING = ("_METADATA", "manifest.ocdbt", ".zarray", "zarr.json", "config.json")
+"""Files that are written anew whenever a checkpoint is."""
+
+
+def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
+    """Whether a path names an object store, or anything else that is no directory."""
+    return "://" in str(path)
+
+
+def place(path: str | os.PathLike[str] | RemotePath) -> Path:
+    """The path to read from: of a directory, or something that reads like one.
+
+    Raises:
+        InputError: a store of a kind that this tool does not know, or one that cannot be listed.
+    """
+    if isinstance(path, RemotePath) or not is_remote(path):
+        return cast(Path, path) if isinstance(path, RemotePath) else Path(path)
+    scheme, _, rest = str(path).partition("://")
+    if scheme not in DRIVERS:
+        raise InputError(f"{path}: known stores are {', '.join(f'{known}://' for known in DRIVERS)}")
+    return cast(Path, RemotePath(root=_Root.open(scheme, rest.strip("/"))))
+
+
+def files_of(path: Path) -> Iterator[tuple[str, int, str]]:
+    """Every file below a place, in order: its name from there, its size in bytes (0 in a store), and a mark of its state."""
+    if isinstance(path, RemotePath):
+        yield from ((name, 0, path.root.state(name)) for name in sorted(path.root.files))
+        return
+    for directory, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            status = os.stat(os.path.join(directory, name))
+            yield os.path.relpath(os.path.join(directory, name), path), status.st_size, str(status.st_mtime_ns)
+
+
+def kvstore_of(path: Path) -> dict[str, Any]:
+    """TensorStore's spec of a directory."""
+    if isinstance(path, RemotePath):
+        inside = f"{path.key}/" if path.key else ""
+        return {**path.root.spec, "path": path.root.spec["path"] + inside}
+    return {"driver": "file", "path": f"{path.resolve()}/"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Root:
+    """A prefix of a store, and the names of all objects below it."""
+
+    text: str
+    spec: Mapping[str, Any]
+    store: Any
+    files: frozenset[str]
+
+    @classmethod
+    def open(cls, scheme: str, rest: str) -> _Root:
+        import tensorstore as ts
+
+        bucket, _, prefix = rest.partition("/")
+        spec: dict[str, Any] = {"driver": DRIVERS[scheme], "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
+        if scheme == "s3":
+            words = {"endpoint": ("AWS_ENDPOINT_URL",), "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
+            found = {word: next((os.environ[n] for n in names if os.environ.get(n)), "") for word, names in words.items()}
+            spec |= {word: value for word, value in found.items() if value}
+        text = f"{scheme}://{rest}"
+        try:
+            store = ts.KvStore.open(spec).result()
+            files = frozenset(key.decode() for key in store.list().result())
+        except ValueError as error:
+            raise InputError(f"{text}: cannot be listed: {error}") from None
+        return cls(text=text, spec=spec, store=store, files=files)
+
+    def state(self, name: str) -> str:
+        """What changes when an object that speaks for others is written again."""
+        if PurePosixPath(name).name not in _TELLING:
+            return ""
+        return str(self.store.read(name, byte_range=slice(0, 1)).result().stamp.generation)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RemotePath:
+    """A place in a store, with those of `pathlib.Path`'s words that reading a checkpoint takes."""
+
+    root: _Root = field(compare=False)
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.root.text}/{self.key}" if self.key else self.root.text
+
+    def __truediv__(self, name: str | PurePosixPath) -> RemotePath:
+        return RemotePath(self.root, f"{self.key}/{name}" if self.key else str(name))
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return str(self).rpartition("/")[2]
+
+    @property
+    def parents(self) -> tuple[RemotePath, ...]:
+        """None that matter: an output on a disk cannot be in a store."""
+        return ()
+
+    def resolve(self) -> RemotePath:
+        """There are no links."""
+        return self
+
+    def is_file(self) -> bool:
+        """Whether there is an object of this name."""
+        return self.key in self.root.files
+
+    def is_dir(self) -> bool:
+        """Whether there are objects below."""
+        return any(self._below())
+
+    def exists(self) -> bool:
+        """Either of them."""
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What is directly below."""
+        yield from (self / name for name in sorted({name.partition("/")[0] for name in self._below()}))
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """What is directly below and is called so."""
+        yield from (child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern))
+
+    def relative_to(self, other: RemotePath) -> PurePosixPath:
+        """The way from there to here."""
+        return PurePosixPath(self.key).relative_to(other.key)
+
+    def read_bytes(self) -> bytes:
+        """The whole object.
+
+        Raises:
+            OSError: it is not there, or cannot be read.
+        """
+        try:
+            found = self.root.store.read(self.key).result()
+        except ValueError as error:
+            raise OSError(5, str(error), str(self)) from None
+        if found.state != "value":
+            raise FileNotFoundError(2, "no such object", str(self))
+        return bytes(found.value)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """The whole object as text."""
+        return self.read_bytes().decode(encoding)
+
+    def _below(self) -> Iterator[str]:
+        prefix = f"{self.key}/" if self.key else ""
+        return (name[len(prefix) :] for name in self.root.files if name.startswith(prefix))
