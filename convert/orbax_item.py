@@ -21,6 +21,8 @@ from layouts.orbax_tree import PROCESS
 
 _LEVEL = 1
 """zstd's: on bfloat16 weights higher ones take longer for the same size."""
+_LOCK = ".__lock"
+"""Ends the name of a file that TensorStore has not finished; one that is killed leaves it."""
 _NODE = 64 << 10
 """Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
 
@@ -70,7 +72,7 @@ class Item:
         return [self.path / stored_name(portion.target, self.reader) for portion in batch]
 
     def create(self, chunking: Chunking) -> Any:
-        """The empty stored array of a tensor of the batch."""
+        """The stored array of a tensor of the batch."""
         name = stored_name(chunking.target, self.reader)
         file = {"driver": "file", "path": f"{self._base}/"}
         kvstore: dict[str, Any] = {**file, "path": f"{self._base}/{name}/"}
@@ -82,6 +84,7 @@ class Item:
             dtype=DTYPES[chunking.target.spec.dtype],
             shape=chunking.target.spec.shape,
             create=True,
+            open=True,  # it is there where another portion of it has been written
             context=self._context,
         ).result()
 
@@ -97,6 +100,8 @@ class Item:
         for path in self.paths(number, batch):
             for directory, _, files in os.walk(path, topdown=False):
                 for name in [*files, "."]:
+                    if name.endswith(_LOCK):
+                        continue  # another process is writing its portion, and renames this at any moment
                     descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
                     try:
                         os.fsync(descriptor)
@@ -109,6 +114,8 @@ class Item:
         An array in portions has its metadata in each of them, alike.
         """
         if not self.ocdbt:
+            for left in self.path.rglob(f"*{_LOCK}"):
+                left.unlink()
             return
         for path in (self.path / "manifest.ocdbt", self.path / "d"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -165,6 +165,7 @@ def test_other_backends_catch_them_too(root, damaged, backend):
     assert set(found(root / "in", damaged(gate_for_up), backend=backend)) == ALL
 
 
+@pytest.mark.slow
 def test_all_backends_report_each_for_itself(root, damaged):
     differences = found(root / "in", damaged(idle_expert_zeroed), backend="all")
     levels = {f"{level}{suffix}" for level in (IDENTITY, GEMM) for suffix in ("", "/megablox", "/moegemm")}

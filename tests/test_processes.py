@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import convert
@@ -105,6 +106,34 @@ def test_orbax_by_several_processes(source, tree, tmp_path, count, kind):
     assert convert.verify(tmp_path / "out").equal
     assert convert.verify(source, tmp_path / "out").equal
     assert len(convert.verify(source, tmp_path / "out").levels) == 2
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tree with a directory for each array, chunks of four experts."""
+    path = tmp_path_factory.mktemp("folders") / "in"
+    rng = np.random.default_rng(0)
+    shapes = {"wi_0": (64, 2, 32, 24), "wi_1": (64, 2, 32, 24), "wo": (64, 2, 24, 32)}
+    moe = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tree = {"params": {"params": {"decoder": {"layers": {"moe_block": moe}}}}}
+    chunked = ocp.tree.from_flat_dict({key: ocp.SaveArgs(chunk_byte_size=25_000) for key in ocp.tree.to_flat_dict(tree)})
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunked))
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_portions_of_arrays_that_are_directories(folders, tmp_path, count):
+    assert run(count, "--prefuse", folders, tmp_path / "out", ends={0: "fail"})[0] == [6] * count
+    (home,) = tmp_path.glob("out.partial-*")
+    (left,) = [path for path in (home / "new").rglob("*.wi") if path.is_dir()]
+    (left / "0.0.0.0.__lock").write_text("")
+    assert run(count, "--prefuse", folders, tmp_path / "out") == ([0] * count, [""] * count)
+    digests = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())["tensors"]
+    assert len(digests["params.params.decoder.layers.moe_block.wi"]["xxh3_128"]) == 4
+    assert convert.verify(tmp_path / "out").equal
+    assert convert.verify(folders, tmp_path / "out").equal
+    assert not list(tmp_path.rglob("*.__lock"))
 
 
 def test_a_flipped_bit_is_found_in_its_portion(tree, tmp_path):
