@@ -29,6 +29,19 @@ LAYOUTS = {"concat": {}, "vllm": {}, "interleaved": {}, "per-shard": {"shards": 
 @pytest.mark.parametrize("sizes", [(3, 0, 5), (0, 0, 1), (8, 0, 0), (1, 1, 1)])
 @pytest.mark.parametrize("name", USUAL)
 def test_a_grouped_gemm(name, sizes, rows_first):
+    check(name, sizes, rows_first)
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_a_grouped_gemm_by_tokamax(folder, rows_first):
+    pytest.importorskip("tokamax")
+    check("tokamax", (3, 0, 5), rows_first)
+    assert convert.verify(folder / "qwen3_moe", folder / "per-shard", backend="tokamax").equal
+
+
+def check(name, sizes, rows_first):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((sum(sizes), 16)).astype(np.float32)
     w = rng.standard_normal((3, 16, 24)).astype(np.float32)

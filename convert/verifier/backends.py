@@ -63,7 +63,10 @@ def megablox(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> 
 def tokamax(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> jax.Array:
     """`tokamax.ragged_dot`, which chooses among its kernels and XLA's by the device."""
     import tokamax as library
+    from absl import flags
 
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["convert"])  # else it would parse our command line as its own
     matrix = jnp.swapaxes(w, 1, 2) if rows_first else w
     return jnp.asarray(library.ragged_dot(x, matrix, sizes, preferred_element_type=jnp.float32))
 
