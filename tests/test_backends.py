@@ -51,6 +51,14 @@ def check(name, sizes, rows_first):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["ragged_dot", "moegemm"])
+def test_values_of_any_size_are_read_back(tmp_path, backend):
+    """Random bits: from subnormal ones, which XLA takes for zero, to the largest."""
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", layers=1)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert convert.verify(tmp_path / "in", tmp_path / "out", backend=backend).equal
+
+
 def test_an_unknown_backend_and_one_that_is_not_installed_say_so(monkeypatch):
     with pytest.raises(UsageError, match="no backend is called 'cuda'; known: ragged_dot, megablox, tokamax, moegemm, all"):
         choose("cuda")
