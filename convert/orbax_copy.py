@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from convert.commit import Stage
 from convert.execute import SYNC
 from convert.fill_arrays import Filler
 from convert.orbax_keep import database_files
-from convert.portions import Portion
+from convert.portions import Portion, total
 from convert.processes import Processes
 from layouts.orbax import OrbaxReader
 
@@ -27,13 +27,12 @@ def copy_database(
     reader: OrbaxReader,
     item: Path,
     stage: Stage,
-    done: Mapping[str, str],
     copied: bool,
     portions: Sequence[Portion],
     filler: Filler,
     processes: Processes,
 ) -> dict[str, str]:
-    """Copy the files, durably, if an earlier run has not `copied` them, and hash the tensors; their digests by `key`.
+    """Copy the files, durably, if an earlier run has not `copied` them, and hash what it has not; the new digests by `key`.
 
     Of several processes, each copies and hashes its share.
 
@@ -45,10 +44,10 @@ def copy_database(
     with ThreadPoolExecutor(1) as pool:
         copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes)
         try:
-            digests = {portion.key: done[portion.key] for portion in portions if portion.key in done}
-            filler.progress(sum(portion.nbytes for portion in portions if portion.key in done))
+            digests: dict[str, str] = {}
             own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
-            for fresh in _batches(filler.hashed([portion for portion in own if portion.key not in done])):
+            filler.progress(total(portion for portion in own if portion.key in stage.done))
+            for fresh in _batches(filler.hashed([portion for portion in own if portion.key not in stage.done])):
                 if copying.done():
                     copying.result()
                 stage.record(fresh)

@@ -67,12 +67,17 @@ def batches(portions: Iterable[Portion], limit: int) -> Iterator[list[Portion]]:
     """Neighbours, about `limit` bytes together: what a power cut can cost."""
     batch: list[Portion] = []
     for portion in portions:
-        if batch and sum(each.nbytes for each in batch) + portion.nbytes > limit:
+        if batch and total(batch) + portion.nbytes > limit:
             yield batch
             batch = []
         batch.append(portion)
     if batch:
         yield batch
+
+
+def total(portions: Iterable[Portion]) -> int:
+    """Bytes of them all."""
+    return sum(portion.nbytes for portion in portions)
 
 
 def by_array(portions: Iterable[Portion], found: Mapping[str, str]) -> dict[str, Digest]:

@@ -135,13 +135,14 @@ def _convert(
     started = time.monotonic()
     if is_remote(out):
         raise UsageError(f"{out}: a store has no rename that would show an output at once; write to a disk and copy it there")
+    origin = place(source)  # once, because a store is listed for it
     if not (finished := (Path(out) / manifest.NAME).exists()):
-        check_output(place(source), Path(out), overwrite=options.overwrite)
-    reader, plan = open_and_plan(source, out, action, **choices)
+        check_output(origin, Path(out), overwrite=options.overwrite)
+    reader, plan = open_and_plan(origin, out, action, **choices)
     with closing(reader):
         if finished and not options.overwrite and manifest.is_of(plan):
             return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
-        check_output(place(source), Path(out), overwrite=options.overwrite)
+        check_output(origin, Path(out), overwrite=options.overwrite)
         return write_plan(plan, reader, options, progress, started)
 
 
@@ -188,9 +189,10 @@ def pieces_of(plan: Plan, reader: Reader, budget: Budget | OrbaxBudget, max_shar
         from convert.write_hf import plan_files
 
         return [(file.name, file.size) for file in plan_files(plan, reader, max_shard_size)]
+    from convert.portions import total
     from convert.write_orbax import batches_of
 
-    return [(batch[0].key, sum(portion.nbytes for portion in batch)) for batch in batches_of(plan, reader, budget)]
+    return [(batch[0].key, total(batch)) for batch in batches_of(plan, reader, budget)]
 
 
 def _write(

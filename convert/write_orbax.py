@@ -28,7 +28,7 @@ from convert.orbax_item import Item
 from convert.orbax_keep import keep, kept_shape, rename
 from convert.orbax_metadata import render
 from convert.planner import Plan
-from convert.portions import Portion, batches, by_array, cut
+from convert.portions import Portion, batches, by_array, cut, total
 from convert.processes import ALONE, Processes
 from layouts.checkpoint import Reader
 from layouts.orbax import OrbaxReader
@@ -68,7 +68,7 @@ def write(
         reader.limits = replace(budget.limits, always=kept.streamed if kept else {})
     if kept and isinstance(reader, OrbaxReader):
         filler = Filler(reader=reader, budget=budget, progress=progress, open=item.create)
-        found = copy_database(reader, item.path, stage, stage.done, copied, portions, filler, processes)
+        found = copy_database(reader, item.path, stage, copied, portions, filler, processes)
     else:
         found = _fill(item, whole, stage, progress, processes)
     processes.agree("written")
@@ -80,7 +80,7 @@ def write(
         chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}
     else:
         item.join(len(whole))
-        chunks = {target.spec.name: budget.chunking(target, reader).shape for target in plan.targets}
+        chunks = {portion.target.spec.name: portion.chunking.shape for portion in portions}
     digests = by_array(portions, stage.done | stage.by_helpers() | found)
     for name, text in render(plan, reader, chunks).items():
         write_text(item.path / name, text)
@@ -100,11 +100,11 @@ def _fill(
 ) -> dict[str, str]:
     """Write our share of the batches, but for those that an earlier run has finished; their digests by `key`."""
     digests: dict[str, str] = {}
-    for number in processes.mine([sum(portion.nbytes for portion in batch) for batch in whole]):
+    for number in processes.mine(list(map(total, whole))):
         batch = whole[number]
         finished = all(portion.key in stage.done for portion in batch)
         if finished and all(path.exists() for path in item.paths(number, batch)):
-            progress(sum(portion.nbytes for portion in batch))
+            progress(total(batch))
             continue
         item.begin(number, batch)
         fresh = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create).fill(batch)

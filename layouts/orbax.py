@@ -25,7 +25,7 @@ from layouts.hf import RECORD, read_json
 from layouts.orbax_codec import streamable
 from layouts.orbax_stream import ChunkStreams
 from layouts.orbax_tree import ARRAYS, METADATA, OWN, PROCESS, UNFINISHED, Leaf, find_item, read_leaves, read_strings
-from layouts.places import files_of, kvstore_of
+from layouts.places import kvstore_of, names_of
 
 __all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
 
@@ -130,7 +130,7 @@ class OrbaxReader:
     def _other_files(self) -> Iterator[str]:
         own = {*OWN, *(leaf.stored.split("/")[0] for leaf in self.leaves.values() if not self.use_ocdbt)}
         item = self.item.relative_to(self.path).parts
-        for name, _, _ in files_of(self.path):
+        for name in names_of(self.path):
             folders = PurePosixPath(name).parts
             first = folders[len(item)] if folders[: len(item)] == item else ""
             if first not in own and not first.startswith(PROCESS) and not any(UNFINISHED in part for part in folders[:-1]):

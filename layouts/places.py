@@ -32,24 +32,34 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Path:
     Raises:
         InputError: a store of a kind that this tool does not know, or one that cannot be listed.
     """
-    if isinstance(path, RemotePath) or not is_remote(path):
-        return cast(Path, path) if isinstance(path, RemotePath) else Path(path)
+    if isinstance(path, RemotePath):
+        return cast(Path, path)
+    if not is_remote(path):
+        return Path(path)
     scheme, _, rest = str(path).partition("://")
     if scheme not in DRIVERS:
         raise InputError(f"{path}: known stores are {', '.join(f'{known}://' for known in DRIVERS)}")
     return cast(Path, RemotePath(root=_Root.open(scheme, rest.strip("/"))))
 
 
-def files_of(path: Path) -> Iterator[tuple[str, int, str]]:
-    """Every file below a place, in order: its name from there, its size in bytes (0 in a store), and a mark of its state."""
+def names_of(path: Path) -> Iterator[str]:
+    """Every file below a place, in order, by its name from there; nothing is asked of the files themselves."""
     if isinstance(path, RemotePath):
-        yield from ((name, 0, path.root.state(name)) for name in sorted(path.root.files))
+        yield from sorted(path.below())
         return
     for directory, folders, names in os.walk(path):
         folders.sort()
-        for name in sorted(names):
-            status = os.stat(os.path.join(directory, name))
-            yield os.path.relpath(os.path.join(directory, name), path), status.st_size, str(status.st_mtime_ns)
+        yield from (os.path.relpath(os.path.join(directory, name), path) for name in sorted(names))
+
+
+def files_of(path: Path) -> Iterator[tuple[str, int, str]]:
+    """The same with the size of each in bytes (0 in a store), and a mark of its state."""
+    for name in names_of(path):
+        if isinstance(path, RemotePath):
+            yield name, 0, path.root.state((path / name).key)
+        else:
+            status = os.stat(os.path.join(path, name))
+            yield name, status.st_size, str(status.st_mtime_ns)
 
 
 def kvstore_of(path: Path) -> dict[str, Any]:
@@ -127,7 +137,7 @@ class RemotePath:
 
     def is_dir(self) -> bool:
         """Whether there are objects below."""
-        return any(self._below())
+        return any(self.below())
 
     def exists(self) -> bool:
         """Either of them."""
@@ -135,7 +145,7 @@ class RemotePath:
 
     def iterdir(self) -> Iterator[RemotePath]:
         """What is directly below."""
-        yield from (self / name for name in sorted({name.partition("/")[0] for name in self._below()}))
+        yield from (self / name for name in sorted({name.partition("/")[0] for name in self.below()}))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What is directly below and is called so."""
@@ -163,6 +173,7 @@ class RemotePath:
         """The whole object as text."""
         return self.read_bytes().decode(encoding)
 
-    def _below(self) -> Iterator[str]:
+    def below(self) -> Iterator[str]:
+        """The names of all objects below, from here."""
         prefix = f"{self.key}/" if self.key else ""
         return (name[len(prefix) :] for name in self.root.files if name.startswith(prefix))
