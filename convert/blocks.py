@@ -5,7 +5,7 @@ Memory is bounded: a source is read in slabs of at most `SLAB` bytes and its pag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,15 @@ _BAND, _LINE, _ROWS, _PAD, _SMALL = 1024, 256, 1024, 32, 4096
 """The transpose: bytes of a packed row and of a written run, packed rows, padding and least size in elements (measured)."""
 
 
+Empty = Callable[[Sequence[int], np.dtype[Any]], NDArray[Any]]
+"""Gives an array of a shape and element type, with anything in it."""
+
+
 @contextmanager
-def assembled(target: Target, box: Box, reader: Reader) -> Iterator[NDArray[Any]]:
+def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty) -> Iterator[NDArray[Any]]:
     """The block `box` of a target as bits, one dimension per axis, C-contiguous; good inside the `with` only.
 
-    A block that lies in one piece in its source is a view of the source, without a copy.
+    It is made in an array that `empty` gives. One that lies in one piece in its source is a view of the source, without a copy.
     """
     pieces = list(target.pieces(box))
     if len(pieces) == 1 and pieces[0].target_box == dict(box):
@@ -36,8 +40,9 @@ def assembled(target: Target, box: Box, reader: Reader) -> Iterator[NDArray[Any]
             yield view
             _release(target, pieces[0], reader)
             return
-    make = np.zeros if target.target.pattern.padding else np.empty
-    out = make([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
+    out = empty([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
+    if target.target.pattern.padding:
+        out[...] = 0
     for piece in pieces:
         for slab in _slabs(target, piece, out.itemsize):
             copy_block(out[_inside(target, slab, box)], _read(target, slab, reader))

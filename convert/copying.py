@@ -1,7 +1,8 @@
 """Write one tensor to its place in a file, strip by strip, and hash it on the way.
 
-Strips that lie in the source as they are wanted are copied inside the kernel: a file system that can share blocks does, and no
-file is read twice. All others are assembled in memory.
+Strips that lie in the source as they are wanted are taken from there as runs of bytes, all others are assembled in memory. Both
+go to the disk from there, past the page cache; where that cannot be done, the kernel copies the runs, and a server may do so
+within itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ import numpy as np
 import xxhash
 
 from convert.blocks import SLAB, assembled
+from convert.direct import Output, Scratch
 from convert.manifest import SOURCE
 from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, itemsize
@@ -30,6 +33,14 @@ _CANNOT = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPER
 """What `copy_file_range` says where it does not work: between file systems, on old kernels, on some network disks."""
 
 
+class Worker(NamedTuple):
+    """What one thread works with: the input, where its tensors lie, and memory for one strip."""
+
+    reader: Reader
+    extent: Extent | None
+    scratch: Scratch
+
+
 class Run(NamedTuple):
     """Bytes of a source tensor that go to the output as they lie."""
 
@@ -38,9 +49,7 @@ class Run(NamedTuple):
     nbytes: int
 
 
-def write_tensor(
-    target: Target, path: Path, offset: int, reader: Reader, extent: Extent | None, strip: int, told: Callable[[int], None]
-) -> dict[str, str]:
+def write_tensor(target: Target, path: Path, offset: int, worker: Worker, told: Callable[[int], None]) -> dict[str, str]:
     """Write a tensor at `offset` of a file, front to back; give its digest, and those of sources that it alone is made from.
 
     `told` is called with the bytes of each strip once it is written; it may raise to stop.
@@ -48,22 +57,20 @@ def write_tensor(
     digest = xxhash.xxh3_128()
     sources: dict[str, str] = {}
     whole = target.moved and not set(target.target.key.slots) & set(target.source.pattern.axes)
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        told(0)
-        for box in target.target.pattern.strips(target.sizes, max(1, strip // itemsize(target.spec.dtype))):
+    strip = max(1, worker.scratch.nbytes // itemsize(target.spec.dtype))
+    told(0)
+    with Output(path) as output:
+        for box in target.target.pattern.strips(target.sizes, strip):
             for piece in target.pieces(box) if whole else ():
                 if SOURCE + piece.source not in sources:
-                    sources[SOURCE + piece.source] = _digest(reader, piece.source)
-            straight = runs(target, box) if extent else None
-            if extent and straight is not None:
-                done = sum(_copy(run, reader, extent, descriptor, offset + at, digest) for run, at in _placed(straight))
+                    sources[SOURCE + piece.source] = _digest(worker.reader, piece.source)
+            straight = runs(target, box) if worker.extent else None
+            if straight is not None:
+                done = sum(_copy(run, worker, output, offset + at, digest) for run, at in _placed(straight))
             else:
-                done = _assemble(target, box, reader, descriptor, offset, digest)
+                done = _assemble(target, box, worker, output, offset, digest)
             offset += done
             told(done)
-    finally:
-        os.close(descriptor)
     return {**sources, target.spec.name: digest.hexdigest()}
 
 
@@ -112,25 +119,33 @@ def _placed(straight: Sequence[Run]) -> Iterator[tuple[Run, int]]:
     yield from zip(straight, starts, strict=False)
 
 
-def _copy(run: Run, reader: Reader, extent: Extent, descriptor: int, offset: int, digest: xxhash.xxh3_128) -> int:
-    """Hash a run where it is mapped, and let the kernel copy it."""
-    spec = reader.tensors[run.source]
+def _copy(run: Run, worker: Worker, output: Output, offset: int, digest: xxhash.xxh3_128) -> int:
+    """Hash a run where it is mapped, and write it."""
+    reader, spec = worker.reader, worker.reader.tensors[run.source]
     flat = reader.read(run.source, (slice(None),) * len(spec.shape)).reshape(-1).view(np.uint8)
     data = flat[run.start : run.start + run.nbytes].data
     digest.update(data)
+    done = 0 if worker.extent is None or output.passes_cache(run.nbytes) else _by_kernel(run, worker.extent, output, offset)
+    if done < run.nbytes:
+        output.put(worker.scratch.filled(data[done:], offset + done), offset + done)
+    reader.release(run.source, _rows(spec.shape, run, itemsize(spec.dtype)))
+    return run.nbytes
+
+
+def _by_kernel(run: Run, extent: Extent, output: Output, offset: int) -> int:
+    """Copy a run, or as much of it as the kernel can, without bringing it here; how many bytes that was."""
     file, begin = extent(run.source)
+    begin += run.start
     done = 0
     try:
         while done < run.nbytes and (
-            step := os.copy_file_range(file, descriptor, run.nbytes - done, begin + run.start + done, offset + done)
+            step := os.copy_file_range(file, output.descriptor, run.nbytes - done, begin + done, offset + done)
         ):
             done += step
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
-    put(descriptor, data[done:], offset + done)
-    reader.release(run.source, _rows(spec.shape, run, itemsize(spec.dtype)))
-    return run.nbytes
+    return done
 
 
 def _rows(shape: Sequence[int], run: Run, size: int) -> tuple[slice, ...]:
@@ -141,11 +156,11 @@ def _rows(shape: Sequence[int], run: Run, size: int) -> tuple[slice, ...]:
     return (slice(run.start // row, -(-(run.start + run.nbytes) // row)), *(slice(None),) * (len(shape) - 1))
 
 
-def _assemble(target: Target, box: Box, reader: Reader, descriptor: int, offset: int, digest: xxhash.xxh3_128) -> int:
-    with assembled(target, box, reader) as block:
+def _assemble(target: Target, box: Box, worker: Worker, output: Output, offset: int, digest: xxhash.xxh3_128) -> int:
+    with assembled(target, box, worker.reader, partial(worker.scratch.empty, offset=offset)) as block:
         data = block.reshape(-1).view(np.uint8).data
         digest.update(data)
-        put(descriptor, data, offset)
+        output.put(worker.scratch.filled(data, offset), offset)
         return len(data)
 
 
@@ -159,10 +174,3 @@ def _digest(reader: Reader, name: str) -> str:
         if spec.nbytes > SLAB // 2:
             reader.release(name, slices)
     return digest.hexdigest()
-
-
-def put(descriptor: int, block: memoryview, offset: int) -> None:
-    """Write all of a block at an offset."""
-    done = 0
-    while done < len(block):
-        done += os.pwrite(descriptor, block[done:], offset + done)

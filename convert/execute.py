@@ -17,7 +17,8 @@ from pathlib import Path
 
 from convert.blocks import SLAB
 from convert.commit import Stage
-from convert.copying import Extent, write_tensor
+from convert.copying import Extent, Worker, write_tensor
+from convert.direct import Scratch
 from convert.errors import UsageError
 from convert.manifest import SOURCE
 from convert.shards import File
@@ -117,9 +118,13 @@ def write_tensors(
             progress(done)
 
     def work(task: _Task) -> dict[str, str]:
-        return write_tensor(task.target, task.path, task.offset, reader, extent, budget.strip, told)
+        return write_tensor(task.target, task.path, task.offset, own.worker, told)
 
-    with ThreadPoolExecutor(budget.jobs) as pool:
+    def begin() -> None:
+        own.worker = Worker(reader, extent, Scratch(budget.strip))
+
+    own = threading.local()
+    with ThreadPoolExecutor(budget.jobs, initializer=begin) as pool:
         try:
             _drain(pool, work, tasks, stage, digests, budget.jobs)
         except BaseException:

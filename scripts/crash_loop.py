@@ -32,7 +32,7 @@ STEPS = (
     "convert.commit._open_stage",
     "convert.journal.append",
     "convert.execute._preallocate",
-    "convert.copying.put",
+    "convert.direct._put",
     "os.copy_file_range",
     "convert.execute._sync",
     "convert.write_hf.write_text",
@@ -48,7 +48,8 @@ STEPS = (
 CHILD = """
 import importlib, itertools, os, signal, sys
 step, when, number, exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-import convert.commit, convert.execute, convert.write_hf
+import convert.commit, convert.direct, convert.execute, convert.write_hf
+convert.direct.LEAST = convert.direct.PAGE  # so that small blocks go past the page cache, too
 if exchange == "no":
     convert.commit._exchange = lambda one, other: False
 if step:

@@ -190,8 +190,8 @@ def test_a_full_tmpfs(tmp_path, jobs):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_run_to_go_on_with(source, wanted, tmp_path, number):
-    slow = "import sys, time, convert.copying as e; from convert.cli import main; r = e.put\n"
-    slow += "e.put = lambda *a: (print(flush=True), time.sleep(0.05), r(*a))[2]\nsys.exit(main(sys.argv[1:]))"
+    slow = "import sys, time; from convert.cli import main; from convert.direct import Output; r = Output.put\n"
+    slow += "Output.put = lambda *a: (print(flush=True), time.sleep(0.05), r(*a))[2]\nsys.exit(main(sys.argv[1:]))"
     arguments = ["--prefuse", str(source), str(tmp_path / "out"), "--max-shard-size", "60000", "--quiet"]
     run = subprocess.Popen(
         [sys.executable, "-c", slow, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -244,6 +244,8 @@ def test_what_an_interrupted_batch_left_takes_no_room(tmp_path):
 
 
 def test_a_signal_is_raised_as_such_and_leaves_no_thread(tmp_path, capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts us in the background may ignore it
+
     def interrupt(done):
         if done and not sent:
             sent.append(done)
@@ -254,6 +256,7 @@ def test_a_signal_is_raised_as_such_and_leaves_no_thread(tmp_path, capfd):
     save(tmp_path / "in", train_state())
     with pytest.raises(KeyboardInterrupt):
         convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
+    signal.signal(signal.SIGINT, before)
     assert not [thread.name for thread in set(threading.enumerate()) - threads if "ThreadPool" in thread.name]
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in capfd.readouterr().err
