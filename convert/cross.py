@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.targets import OTHER, Target
@@ -15,7 +15,8 @@ from layouts.checkpoint import Reader, TensorSpec
 from layouts.errors import InputError, PlanError
 from layouts.families import FAMILIES, MAXTEXT, Family
 from layouts.layout import Layout, Layouts, Placed
-from layouts.maxtext import COMPUTED, HEADS, ROOT, TREES, Row, Stack, Tree
+from layouts.maxtext import HEADS, ROOT, Row, Stack, Tree
+from layouts.maxtext_trees import COMPUTED, TREES
 from layouts.parts import PARTS, companion, is_in_first
 from layouts.pattern import Pattern
 from layouts.targets import target
@@ -26,7 +27,7 @@ _BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The two places of one kind of tensor. `counts` are the sizes of axes that names hold on either side."""
+    """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads."""
 
     role: str
     part: str = ""
@@ -79,7 +80,6 @@ def cross_targets(
     """
     used: set[str] = set()
     found: list[Target] = []
-    heads = heads_of(config)
     for pair in pairs_of(tree, sides, config):
         names = names_of(pair)
         have = [name for name in names if name in reader.tensors]
@@ -87,7 +87,7 @@ def cross_targets(
             continue
         if lost := next((name for name in names if name not in reader.tensors), None):
             raise InputError(f"{reader.path}: {lost} is missing; {len(have)} of {len(names)} such tensors are there")
-        found += _targets(reader, pair, names, heads)
+        found += _targets(reader, pair, names)
         used.update(names)
     if left := [name for name in reader.tensors if name not in used and name not in left_out]:
         raise PlanError(
@@ -97,42 +97,66 @@ def cross_targets(
     return found
 
 
-def heads_of(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes that no shape tells."""
-    return {axis: config[word] for axis, word in HEADS.items() if type(config.get(word)) is int}
-
-
 def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pair]:
     """Every kind of tensor that a model with this `config.json` may have, with its two places.
 
     Raises:
         PlanError: `config.json` does not say how many layers or experts there are.
     """
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if not tree.vision or not isinstance(text, Mapping):
+        yield from _pairs(tree, sides, config, "")
+        return
+    yield from _pairs(tree, sides, text, tree.wrapped)
+    if isinstance(vision, Mapping):  # MaxText can leave that part of the model out
+        yield from (replace(pair, optional=True) for pair in _pairs(tree.vision, sides, vision, ""))
+
+
+def _pairs(tree: Tree, sides: Sides, config: Mapping[str, Any], wrapped: str) -> Iterator[Pair]:
+    heads = {axis: config[word] for axis, word in HEADS.items() if type(config.get(word)) is int}
     for row in tree.outside:
-        yield _pair(sides, _of_row(row, "", ROOT), optional=row.optional, counts={})
+        yield _pair(sides, _of_row(row, wrapped, ROOT), optional=row.optional, counts=heads)
     for stack in tree.stacks:
         count = _layers(stack, config)
         if not count:
             continue
-        single = ROOT + (stack.scanned if sides.scan else stack.single)
-        layer = _layer(stack, config)
+        scan = sides.scan and stack.scanned is not None
+        single = f"{ROOT}{stack.scanned if scan else stack.single}."
+        layer = wrapped + _layer(stack, config)
+        counts = {**heads, "l": count}
         for row in stack.rows:
-            yield _pair(sides, _of_row(row, f"{layer}.", f"{single}."), optional=row.optional, counts={"l": count})
+            yield _pair(sides, _of_row(row, layer, single), scan=scan, optional=row.optional, counts=counts)
         if stack.experts:
-            yield from _experts(sides, f"{layer}.{tree.hf_experts}", f"{single}.{stack.experts}", count, config)
+            places = layer + tree.hf_experts, single + stack.experts
+            yield from _experts(sides, places, scan, {**counts, "e": _expert_count(config), "g": 2})
 
 
 def _layers(stack: Stack, config: Mapping[str, Any]) -> int:
+    """How many layers a stack has; none if it is one for models of another kind."""
     first, last = (config.get(word) if isinstance(word, str) else word for word in (stack.first, stack.last))
     if type(first) is not int or type(last) is not int:
         raise PlanError(f"config.json does not say {stack.first} and {stack.last}, which say how many layers there are")
+    if stack.when:
+        word, values = stack.when
+        if type(config.get(word)) is not int:
+            raise PlanError(f"config.json does not say {word}, which says what kind of layers there are")
+        if config[word] not in values:
+            return 0
     return max(0, -(-(last - first) // stack.step))
 
 
 def _layer(stack: Stack, config: Mapping[str, Any]) -> str:
     first = config[stack.first] if isinstance(stack.first, str) else stack.first
     times, plus = (f"*{stack.step}" if stack.step > 1 else ""), (f"+{first}" if first else "")
-    return f"model.layers.{{l{times}{plus}}}"
+    return f"{stack.hf}.{{l{times}{plus}}}."
+
+
+def _expert_count(config: Mapping[str, Any]) -> int:
+    words = ("num_experts", "num_local_experts", "n_routed_experts")
+    stated = {int(config[word]) for word in words if type(config.get(word)) is int}
+    if len(stated) != 1:
+        raise PlanError(f"config.json should state the number of experts once; found {sorted(stated)}")
+    return stated.pop()
 
 
 def _of_row(row: Row, hf: str, maxtext: str) -> tuple[Placed, Placed]:
@@ -148,11 +172,12 @@ def _pair(
     *,
     counts: Mapping[str, int],
     optional: bool,
+    scan: bool = False,
     role: str = OTHER,
     part: str = "",
 ) -> Pair:
     hf, maxtext = places
-    if "l" in counts and sides.scan:
+    if scan:
         maxtext = Placed(maxtext.key, _scanned(maxtext.pattern))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
     return Pair(role=role, part=part, source=one, target=other, counts=counts, optional=optional)
@@ -164,18 +189,14 @@ def _scanned(pattern: Pattern) -> Pattern:
     return Pattern(" ".join([first, "l", *rest]))
 
 
-def _experts(sides: Sides, hf: str, maxtext: str, layers: int, config: Mapping[str, Any]) -> Iterator[Pair]:
+def _experts(sides: Sides, places: tuple[str, str], scan: bool, counts: Mapping[str, int]) -> Iterator[Pair]:
     """Weights and biases of the experts of a stack."""
-    stated = {
-        config[word] for word in ("num_experts", "num_local_experts", "n_routed_experts") if type(config.get(word)) is int
-    }
-    if len(stated) != 1:
-        raise PlanError(f"config.json should state the number of experts once; found {sorted(stated)}")
-    counts = {"l": layers, "e": stated.pop(), "g": 2}
+    hf, maxtext = places
     for role, (number, optional) in itertools.product(("wi", "wo"), ((0, False), (_BIAS, True))):
         one, other = _hf_part(sides.hf[role], role, hf, number), _maxtext_part(sides.maxtext[role], role, maxtext, number)
         if one:
-            yield _pair(sides, (one, other), counts=counts, optional=optional, role=role, part=PARTS[number].name)
+            part = PARTS[number].name
+            yield _pair(sides, (one, other), scan=scan, counts=counts, optional=optional, role=role, part=part)
 
 
 def _hf_part(layout: Layout, role: str, experts: str, number: int) -> Placed | None:
@@ -207,7 +228,7 @@ def names_of(pair: Pair) -> list[str]:
     return [key.render(dict(zip(key.slots, point, strict=True))) for point in points]
 
 
-def _targets(reader: Reader, pair: Pair, names: Sequence[str], heads: Mapping[str, int]) -> Iterator[Target]:
+def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Target]:
     first = reader.tensors[names[0]]
     for name in names:
         spec = reader.tensors[name]
@@ -216,7 +237,7 @@ def _targets(reader: Reader, pair: Pair, names: Sequence[str], heads: Mapping[st
                 f"{reader.path}: {name} is {spec.dtype} {spec.shape}, but {first.name} {first.dtype} {first.shape}"
             )
     try:
-        stored = pair.source.pattern.sizes(first.shape, {**heads, **pair.counts})
+        stored = pair.source.pattern.sizes(first.shape, pair.counts)
         sizes = {**pair.counts, **stored}
         shape = pair.target.pattern.shape(sizes)
     except (KeyError, ValueError) as error:

@@ -68,7 +68,7 @@ def make_cross_plan(
 
 def is_scanned(reader: Reader, tree: Tree) -> bool:
     """Whether a MaxText tree has its layers stacked."""
-    return any(name.startswith(f"{ROOT}{stack.scanned}.") for stack in tree.stacks for name in reader.tensors)
+    return any(name.startswith(f"{ROOT}{stack.scanned}.") for stack in tree.stacks if stack.scanned for name in reader.tensors)
 
 
 def config_of(reader: Reader) -> Mapping[str, Any]:

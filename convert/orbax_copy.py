@@ -8,14 +8,19 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
+
 from convert.commit import Stage
+from convert.direct import Output, Scratch
 from convert.execute import SYNC
 from convert.fill_arrays import Filler
 from convert.orbax_keep import database_files
 from convert.portions import Portion, total
 from convert.processes import Processes
+from layouts.errors import InputError
 from layouts.orbax import OrbaxReader
 
 _STEP = 64 << 20
@@ -42,7 +47,7 @@ def copy_database(
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes)
+        copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes, filler.budget.box)
         try:
             digests: dict[str, str] = {}
             own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
@@ -72,7 +77,7 @@ def _batches(found: Iterable[tuple[Portion, str]]) -> Iterator[dict[str, str]]:
     yield fresh
 
 
-def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event, processes: Processes) -> None:
+def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event, processes: Processes, box: int) -> None:
     every = list(database_files(source))
     # The manifest is written anew in the copy, so that it is always copied, and by the process that does so.
     tops = [file for file in every if file.parent == source and processes.first]
@@ -82,24 +87,38 @@ def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event,
     if needed > (free := shutil.disk_usage(target).free):
         text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, text, str(target))
+    scratch = Scratch(box)
     for file in files:
-        _copy(file, target / file.relative_to(source), stop)
+        _copy(file, target / file.relative_to(source), stop, scratch)
 
 
-def _copy(source: Path, target: Path, stop: threading.Event) -> None:
+def _copy(source: Path, target: Path, stop: threading.Event, scratch: Scratch) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reading, target.open("wb") as writing:
-        while _step(reading.fileno(), writing.fileno()):
+    size = source.stat().st_size
+    with target.open("wb") as file:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)
+    with source.open("rb", buffering=0) as reading, Output(target) as output:
+        done = 0
+        while done < size:
             if stop.is_set():
                 raise InterruptedError("stopped")
-        os.fsync(writing.fileno())
+            done += _step(reading, output, done, size - done, scratch)
+        os.fsync(output.descriptor)
 
 
-def _step(reading: int, writing: int) -> int:
-    try:
-        return os.copy_file_range(reading, writing, _STEP)
-    except OSError as error:
-        if error.errno not in _CANNOT:
-            raise
-    data = os.read(reading, 1 << 20)
-    return os.write(writing, data) if data else 0
+def _step(reading: FileIO, output: Output, at: int, left: int, scratch: Scratch) -> int:
+    """Copy some bytes: past the page cache, else in the kernel, else through it."""
+    if not output.passes_cache(left):
+        try:
+            if done := os.copy_file_range(reading.fileno(), output.descriptor, min(left, _STEP), at, at):
+                return done
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+    block = scratch.empty((min(left, scratch.nbytes),), np.uint8, at).data
+    done = os.preadv(reading.fileno(), [block], at)
+    if not done:
+        raise InputError(f"{reading.name}: it ends {left} bytes before it did; does something else write it?")
+    output.put(block[:done], at)
+    return done

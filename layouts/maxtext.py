@@ -1,4 +1,4 @@
-"""The table of MaxText's trees: for each tensor of a model its name and axes in a Hugging Face checkpoint and in MaxText.
+"""The language of `layouts.maxtext_trees`: for each tensor of a model its name and axes in Hugging Face and in MaxText.
 
 A row is read in both directions. MaxText stacks the layers of a `Stack` into one array whose second axis is the layer (its
 `param_scan_axis`), or has one subtree per layer when they are not scanned; the patterns here are those of one layer. Experts
@@ -34,21 +34,28 @@ class Row:
 class Stack:
     """Layers with the same tensors: `first`, `first + step`, ... up to `last` (before it), by the words of `config.json`.
 
-    `scanned` is the subtree of all of them, `single` that of layer `{l}`, counted within the stack.
+    `hf` is where Hugging Face has layers, `scanned` the subtree of all of them, `single` that of layer `{l}`, counted within
+    the stack. MaxText never stacks layers without `scanned`. The stack is there if the word `when` has one of these values.
     """
 
-    scanned: str
+    scanned: str | None
     single: str
     experts: str | None
     rows: tuple[Row, ...]
     first: int | str = 0
     step: int = 1
     last: str = "num_hidden_layers"
+    when: tuple[str, tuple[int, ...]] | None = None
+    hf: str = "model.layers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer."""
+    """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
+
+    A model that also sees has the words for its text under `text_config`, where names begin with `wrapped`, and those of its
+    `vision` under `vision_config`.
+    """
 
     stacks: tuple[Stack, ...]
     hf_experts: str = "mlp.experts"
@@ -57,160 +64,9 @@ class Tree:
         Row("model.norm.weight", "k", "decoder.decoder_norm.scale", "k"),
         Row("lm_head.weight", "v k", "decoder.logits_dense.kernel", "k v", optional=True),
     )
+    wrapped: str = ""
+    vision: Tree | None = None
 
-
-def _attention(place: str, *, bias: bool = False) -> tuple[Row, ...]:
-    """Grouped-query attention: q, k and v by head, and the projection back."""
-    projections = (("q_proj", "query", "h"), ("k_proj", "key", "j"), ("v_proj", "value", "j"))
-    rows = [Row(f"self_attn.{q}.weight", f"({h} d) k", f"{place}.{name}.kernel", f"k {h} d") for q, name, h in projections]
-    rows.append(Row("self_attn.o_proj.weight", "k (h d)", f"{place}.out.kernel", "h d k"))
-    if bias:
-        rows += [Row(f"self_attn.{q}.bias", f"({h} d)", f"{place}.{name}.bias", f"{h} d") for q, name, h in projections]
-        rows.append(Row("self_attn.o_proj.bias", "k", f"{place}.out.bias", "k"))
-    return tuple(rows)
-
-
-def _gated(hf: str, maxtext: str) -> tuple[Row, ...]:
-    """A gated MLP that is not routed: a dense layer, or a shared expert."""
-    return (
-        Row(f"{hf}.gate_proj.weight", "f k", f"{maxtext}.wi_0.kernel", "k f"),
-        Row(f"{hf}.up_proj.weight", "f k", f"{maxtext}.wi_1.kernel", "k f"),
-        Row(f"{hf}.down_proj.weight", "k f", f"{maxtext}.wo.kernel", "f k"),
-    )
-
-
-def _norms(before: str = "pre_self_attention_layer_norm", after: str = "post_self_attention_layer_norm") -> tuple[Row, ...]:
-    return (
-        Row("input_layernorm.weight", "k", f"{before}.scale", "k"),
-        Row("post_attention_layernorm.weight", "k", f"{after}.scale", "k"),
-    )
-
-
-_QK_NORM = (
-    Row("self_attn.q_norm.weight", "d", "self_attention.query_norm.scale", "d"),
-    Row("self_attn.k_norm.weight", "d", "self_attention.key_norm.scale", "d"),
-)
-_LATENT = (
-    Row("self_attn.q_proj.weight", "(h q) k", "self_attention.query.kernel", "k h q", optional=True),
-    Row("self_attn.q_a_proj.weight", "r k", "self_attention.wq_a.kernel", "k r", optional=True),
-    Row("self_attn.q_a_layernorm.weight", "r", "self_attention.q_norm.scale", "r", optional=True),
-    Row("self_attn.q_b_proj.weight", "(h q) r", "self_attention.wq_b.kernel", "r h q", optional=True),
-    Row("self_attn.kv_a_proj_with_mqa.weight", "p k", "self_attention.wkv_a.kernel", "k p"),
-    Row("self_attn.kv_a_layernorm.weight", "c", "self_attention.kv_norm.scale", "c"),
-    Row("self_attn.kv_b_proj.weight", "(h m) c", "self_attention.wkv_b.kernel", "c h m"),
-    Row("self_attn.o_proj.weight", "k (h d)", "self_attention.out.kernel", "h d k"),
-    Row("self_attn.indexer.k_norm.bias", "i", "self_attention.indexer.k_norm.bias", "i", optional=True),
-    Row("self_attn.indexer.k_norm.weight", "i", "self_attention.indexer.k_norm.scale", "i", optional=True),
-    Row("self_attn.indexer.weights_proj.weight", "i k", "self_attention.indexer.weights_proj.kernel", "k i", optional=True),
-    Row("self_attn.indexer.wk.weight", "i k", "self_attention.indexer.wk.kernel", "k i", optional=True),
-)
-_DEEPSEEK_MOE = "DeepSeekMoeBlock_0.MoeBlock_0"
-_DEEPSEEK = Tree(
-    stacks=(
-        Stack(
-            scanned="decoder.dense_layers",
-            single="decoder.dense_layers_{l}",
-            experts=None,
-            last="first_k_dense_replace",
-            rows=(*_norms(), *_LATENT, *_gated("mlp", "mlp")),
-        ),
-        Stack(
-            scanned="decoder.moe_layers",
-            single="decoder.moe_layers_{l}",
-            experts=_DEEPSEEK_MOE,
-            first="first_k_dense_replace",
-            rows=(
-                *_norms(),
-                *_LATENT,
-                *_gated("mlp.shared_experts", "DeepSeekMoeBlock_0.shared_experts"),
-                Row("mlp.gate.weight", "e k", f"{_DEEPSEEK_MOE}.gate.kernel", "k e"),
-                Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True),
-            ),
-        ),
-    )
-)
-_ROUTER = Row("mlp.gate.weight", "e k", "moe_block.gate.kernel", "k e")
-_GPT_OSS_ROWS = (
-    *_norms(),
-    *_attention("GptOssAttention", bias=True),
-    Row("self_attn.sinks", "h", "GptOssAttention.sinks", "h"),
-    Row("mlp.router.weight", "e k", "GptOssMlp.gate.kernel", "k e"),
-    Row("mlp.router.bias", "e", "GptOssMlp.gate.bias", "e"),
-)
-
-
-def _next_rows(slot: int) -> tuple[Row, ...]:
-    """Qwen3-Next: every fourth layer has full attention, the others a gated delta net."""
-    full = (
-        *_attention("attention.attention")[1:],  # its queries come with a gate: two for each head
-        Row("self_attn.q_proj.weight", "(h q) k", "attention.attention.query.kernel", "k h q"),
-        Row("self_attn.q_norm.weight", "d", "attention.attention.query_norm.scale", "d"),
-        Row("self_attn.k_norm.weight", "d", "attention.attention.key_norm.scale", "d"),
-    )
-    linear = (
-        Row("linear_attn.in_proj_qkvz.weight", "q k", "attention.in_proj_qkvz.kernel", "k q"),
-        Row("linear_attn.in_proj_ba.weight", "q k", "attention.in_proj_ba.kernel", "k q"),
-        Row("linear_attn.conv1d.weight", "q o w", "attention.conv1d.kernel", "w o q"),
-        Row("linear_attn.A_log", "q", "attention.A_log", "q"),
-        Row("linear_attn.dt_bias", "q", "attention.dt_bias", "q"),
-        Row("linear_attn.norm.weight", "q", "attention.norm.rms_norm.scale", "q"),
-        Row("linear_attn.out_proj.weight", "k q", "attention.out_proj.kernel", "q k"),
-    )
-    return (
-        *_norms("input_layernorm", "post_attention_layernorm"),
-        *(full if slot == 3 else linear),
-        *_gated("mlp.shared_expert", "mlp.shared_expert"),
-        Row("mlp.gate.weight", "e k", "mlp.routed_experts.gate.kernel", "k e"),
-        Row("mlp.shared_expert_gate.weight", "o k", "mlp.shared_expert_gate.kernel", "k o"),
-    )
-
-
-TREES: Mapping[str, Tree] = {
-    "qwen3_moe": Tree(
-        stacks=(
-            Stack(
-                scanned="decoder.layers",
-                single="decoder.layers_{l}",
-                experts="moe_block",
-                rows=(*_norms(), *_attention("self_attention"), *_QK_NORM, _ROUTER),
-            ),
-        )
-    ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "gpt_oss": Tree(
-        stacks=tuple(
-            Stack(
-                scanned=f"decoder.layers.layers_{slot}",
-                single=f"decoder.layers_{{l*2+{slot}}}" if slot else "decoder.layers_{l*2}",
-                experts="GptOssMlp",
-                first=slot,
-                step=2,
-                rows=_GPT_OSS_ROWS,
-            )
-            for slot in range(2)
-        )
-    ),
-    "qwen3_next": Tree(
-        stacks=tuple(
-            Stack(
-                scanned=f"decoder.layers.layer_{slot}",
-                single=f"decoder.layers_{{l*4+{slot}}}" if slot else "decoder.layers_{l*4}",
-                experts="mlp.routed_experts",
-                first=slot,
-                step=4,
-                rows=_next_rows(slot),
-            )
-            for slot in range(4)
-        )
-    ),
-}
-"""By the name of the family."""
-
-COMPUTED: Mapping[str, str] = {
-    "mixtral": "MaxText's Mixtral has the queries divided by the root of the head width, which would change values",
-}
-"""Families whose MaxText form is more than another layout."""
 
 HEADS: Mapping[str, str] = {"h": "num_attention_heads", "j": "num_key_value_heads"}
 """The axes whose sizes `config.json` has to give, because a shape does not tell a head from its width."""

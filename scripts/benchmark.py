@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SYNC = "\nimport os\nfor f in os.scandir(out):\n    fd = os.open(f.path, os.O_RDONLY); os.fsync(fd); os.close(fd)\n"
+DIRECT = "mkdir OUT; for f in SRC/*.safetensors; do dd if=$f of=OUT/${f##*/} bs=8M oflag=direct conv=fsync status=none; done"
 NUMPY = """
 import sys, glob, re, numpy as np, safetensors, ml_dtypes
 from safetensors.numpy import save_file
@@ -83,6 +84,7 @@ def _script(code: str) -> tuple[str, ...]:
 
 ROWS = (
     Row(name="cp -r, then fsync", command=("sh", "-c", "cp -r SRC OUT && sync OUT/*")),
+    Row(name="dd oflag=direct: the disk alone", command=("sh", "-c", DIRECT)),
     Row(name="--prefuse --layout transformers, --jobs 1", command=_ours("--prefuse", "--layout=transformers", "--jobs=1")),
     Row(name="--prefuse --layout transformers", command=_ours("--prefuse", "--layout=transformers"), keeps="fused"),
     Row(name="--split of it", command=_ours("--split"), source="fused"),

@@ -96,19 +96,61 @@ def qwen3_next(layers: int) -> dict[str, np.ndarray]:
     return found
 
 
-MODELS = {"qwen3_moe": (qwen3_moe, 3), "deepseek_v3": (deepseek_v3, 5), "gpt_oss": (gpt_oss, 4), "qwen3_next": (qwen3_next, 8)}
-COUNT = {"deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}
+def llama4(layers: int, step: int = 2) -> dict[str, np.ndarray]:
+    found = outside()
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found |= norms(layer) | attention(layer)
+        if (i + 1) % step:
+            found |= gated(f"{layer}.feed_forward", F)
+        else:
+            mlp = {"router.weight": (E, K), "experts.gate_up_proj": (E, K, 2 * N), "experts.down_proj": (E, N, K)}
+            found |= {f"{layer}.feed_forward.{name}": random(*shape) for name, shape in mlp.items()}
+            found |= gated(f"{layer}.feed_forward.shared_expert", N)
+    return {f"language_model.{name}": array for name, array in found.items()} | llama4_vision()
+
+
+def llama4_vision() -> dict[str, np.ndarray]:
+    c, h, d, f = 6, 3, 2, 10
+    shapes = {
+        "class_embedding": (c,), "positional_embedding_vlm": (5, c), "patch_embedding.linear.weight": (c, 12),
+        "layernorm_pre.weight": (c,), "layernorm_pre.bias": (c,), "layernorm_post.weight": (c,), "layernorm_post.bias": (c,),
+        "vision_adapter.mlp.fc1.weight": (7, 24), "vision_adapter.mlp.fc2.weight": (9, 7),
+    }  # fmt: skip
+    for layer in ("model.layers.0", "model.layers.1"):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes |= {f"{layer}.self_attn.{name}.weight": (c, h * d), f"{layer}.self_attn.{name}.bias": (c,)}
+        for name, sizes in (("fc1", (f, c)), ("fc2", (c, f))):
+            shapes |= {f"{layer}.mlp.{name}.weight": sizes, f"{layer}.mlp.{name}.bias": sizes[:1]}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{layer}.{name}.weight": (c,), f"{layer}.{name}.bias": (c,)}
+    found = {f"vision_model.{name}": random(*shape) for name, shape in shapes.items()}
+    return found | {"multi_modal_projector.linear_1.weight": random(K, 9)}
+
+
+MODELS = {
+    "qwen3_moe": (qwen3_moe, 3),
+    "deepseek_v3": (deepseek_v3, 5),
+    "gpt_oss": (gpt_oss, 4),
+    "qwen3_next": (qwen3_next, 8),
+    "llama4": (llama4, 8),
+}
+COUNT = {"deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts", "llama4": "num_local_experts"}
 
 
 def reader(name: str) -> MemoryReader:
     make, layers = MODELS[name]
     config = {"model_type": name, "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": J}
     config |= {COUNT.get(name, "num_experts"): E, "first_k_dense_replace": 2}
+    if name == "llama4":
+        text = config | {"model_type": "llama4_text", "interleave_moe_layer_step": 2}
+        vision = {"num_attention_heads": 3, "num_hidden_layers": 2}
+        config = {"model_type": name, "text_config": text, "vision_config": vision}
     return MemoryReader(make(layers), config=config)
 
 
 def across(source: MemoryReader, *, to_maxtext: bool, fused=None, scan: bool = True, is_fused: bool = False) -> MemoryReader:
-    family = next(f for f in FAMILIES if f.name == source.config["model_type"])
+    family = next(f for f in FAMILIES if source.config["model_type"] in f.model_types)
     sides = layouts_of(family, fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
     targets = cross_targets(source, tree_of(family, "memory"), sides, source.config)
     arrays = {target.spec.name: fill(target, source) for target in targets}
@@ -194,6 +236,65 @@ def test_dense_layers_and_experts_are_two_stacks():
     assert np.array_equal(wo[11, 0], hf["model.layers.2.mlp.experts.11.down_proj.weight"].T)
     unscanned = across(source, to_maxtext=True, scan=False).arrays
     assert np.array_equal(unscanned[P + "decoder.moe_layers_0.DeepSeekMoeBlock_0.MoeBlock_0.wo"], wo[:, 0])
+
+
+def test_llama_4_is_what_maxtext_makes_of_it():
+    """By its `llama4_ckpt_unscanned.py`; scanned, cycles of four layers are stacked as `Llama4ScannableBlock` has them."""
+    source = reader("llama4")
+    tree, hf = across(source, to_maxtext=True, scan=False).arrays, source.arrays
+    at, layer = P + "decoder.layers_5.", "language_model.model.layers.5."
+    gate, up = np.split(hf[layer + "feed_forward.experts.gate_up_proj"], 2, axis=-1)
+    wanted = {
+        P + "token_embedder.embedding": hf["language_model.model.embed_tokens.weight"],
+        P + "decoder.logits_dense.kernel": hf["language_model.lm_head.weight"].T,
+        at + "Llama4MoEBlock_0.MoeBlock_0.wi_0": gate,
+        at + "Llama4MoEBlock_0.MoeBlock_0.wi_1": up,
+        at + "Llama4MoEBlock_0.MoeBlock_0.wo": hf[layer + "feed_forward.experts.down_proj"],
+        at + "Llama4MoEBlock_0.MoeBlock_0.gate.kernel": hf[layer + "feed_forward.router.weight"].T,
+        at + "Llama4MoEBlock_0.shared_experts.wi_1.kernel": hf[layer + "feed_forward.shared_expert.up_proj.weight"].T,
+        at + "self_attention.query.kernel": hf[layer + "self_attn.q_proj.weight"].T.reshape(K, H, D),
+        P + "decoder.layers_4.mlp.wi_0.kernel": hf["language_model.model.layers.4.feed_forward.gate_proj.weight"].T,
+    }
+    seen, layer = P + "vision_encoder.Llama4VisionModel_0.", "vision_model.model.layers.1."
+    attention_at = seen + "Llama4VisionEncoder_0.layers_1.self_attention_vision."
+    mlp_at = seen + "Llama4VisionEncoder_0.layers_1.Llama4VisionMLP_0."
+    adapter = seen + "Llama4VisionPixelShuffleMLP_0.pixel_shuffle_mlp.vit_pixel_shuffle_mlp_"
+    wanted_vision = {
+        seen + "class_embedding": hf["vision_model.class_embedding"],
+        seen + "positional_embedding_vlm": hf["vision_model.positional_embedding_vlm"],
+        seen + "Llama4UnfoldConvolution_0.vit_unfold_linear.kernel": hf["vision_model.patch_embedding.linear.weight"].T,
+        seen + "layernorm_post.bias": hf["vision_model.layernorm_post.bias"],
+        attention_at + "key.kernel": hf[layer + "self_attn.k_proj.weight"].T.reshape(6, 3, 2),
+        attention_at + "key.bias": hf[layer + "self_attn.k_proj.bias"].reshape(3, 2),
+        attention_at + "out.kernel": hf[layer + "self_attn.o_proj.weight"].T.reshape(3, 2, 6),
+        attention_at + "out.bias": hf[layer + "self_attn.o_proj.bias"],
+        mlp_at + "vit_encoder_layer_mlp_fc1.kernel": hf[layer + "mlp.fc1.weight"].T,
+        adapter + "fc2.kernel": hf["vision_model.vision_adapter.mlp.fc2.weight"].T,
+        P + "vision_encoder.Llama4MultiModalProjector_0.vit_multi_modal_projector.kernel": hf[
+            "multi_modal_projector.linear_1.weight"
+        ].T,
+    }
+    assert same({name: tree.get(name) for name in wanted | wanted_vision}, wanted | wanted_vision)
+    scanned = across(source, to_maxtext=True, fused="concat").arrays
+    wi = [hf[f"language_model.model.layers.{i}.feed_forward.experts.gate_up_proj"] for i in (3, 7)]
+    assert np.array_equal(scanned[P + "decoder.layers.layers_3.Llama4MoEBlock_0.MoeBlock_0.wi"], np.stack(wi, 1))
+    assert scanned[P + "decoder.layers.layers_2.mlp.wo.kernel"].shape == (F, 2, K)
+    assert {name for name in scanned if "vision" in name} == {name for name in tree if "vision" in name}
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_llama_4_without_eyes_and_with_experts_in_every_nth_layer(step):
+    source = reader("llama4")
+    config = source.config["text_config"] | {"interleave_moe_layer_step": step}
+    arrays = {name.removeprefix("language_model."): array for name, array in llama4(8, step).items() if "vis" not in name}
+    arrays.pop("multi_modal_projector.linear_1.weight")
+    text = MemoryReader(arrays, config=config | {"model_type": "llama4_text"})
+    again = across(across(text, to_maxtext=True), to_maxtext=False)
+    assert same(again.arrays, text.arrays)
+    wrapped = MemoryReader(
+        {f"language_model.{n}": a for n, a in arrays.items()}, config=source.config | {"text_config": config}
+    )
+    assert same(across(across(wrapped, to_maxtext=True), to_maxtext=False).arrays, wrapped.arrays)
 
 
 def test_a_tensor_without_a_place_is_an_error():

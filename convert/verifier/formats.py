@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from convert.cross import Pair, heads_of, layouts_of, names_of, pairs_of, tree_of
+from convert.cross import Pair, layouts_of, names_of, pairs_of, tree_of
 from convert.cross_plan import config_of, is_fused, is_scanned
 from convert.errors import PlanError
 from convert.verifier.verdict import Level
@@ -47,7 +47,7 @@ def compare_formats(hf: Reader, tree: Reader, progress: Callable[[int], None]) -
         seen[1].update(stored)
         for index, name in _hf_names(pair):
             seen[0].add(name)
-            differences[pair.role in ROLES] += _compare(hf, tree, pair, index, name, heads_of(config), progress)
+            differences[pair.role in ROLES] += _compare(hf, tree, pair, index, name, progress)
     differences[False] += [f"{name} is only in {hf.path}" for name in hf.tensors if name not in seen[0]]
     differences[False] += [f"{n} is only in {tree.path}" for n in tree.tensors if n not in seen[1] and n.startswith(ROOT)]
     rest = sum(not name.startswith(ROOT) for name in tree.tensors)
@@ -74,7 +74,6 @@ def _compare(
     pair: Pair,
     index: Mapping[str, int],
     name: str,
-    heads: Mapping[str, int],
     progress: Callable[[int], None],
 ) -> Iterator[str]:
     """One tensor of Hugging Face against its part of an array, in strips of its first axis where it is large."""
@@ -88,7 +87,7 @@ def _compare(
         strip = range(start, min(start + step, rows))
         slices = tuple(slice(strip.start, strip.stop) if at == 0 else slice(None) for at in range(len(spec.shape)))
         block = hf.read(name, slices)
-        for g, part in _projections(pair, index, block, heads):
+        for g, part in _projections(pair, index, block):
             other = _other(tree, pair, {**index, **g}, {first: strip} if step < rows else {})
             if other is None or part.dtype != other.dtype or not np.array_equal(part, other):
                 yield f"{name} differs from {pair.source.key.render({'l': 0, **index, **g})}"
@@ -97,13 +96,11 @@ def _compare(
         hf.release(name, slices)
 
 
-def _projections(
-    pair: Pair, index: Mapping[str, int], block: Any, heads: Mapping[str, int]
-) -> Iterator[tuple[dict[str, int], Any]]:
+def _projections(pair: Pair, index: Mapping[str, int], block: Any) -> Iterator[tuple[dict[str, int], Any]]:
     """The block in MaxText's axes without those that are cut off; gate and up of a fused tensor one after the other."""
     axes = pair.target.pattern.text
     kept = [axis for axis in pair.source.pattern.axes if axis not in index and axis != "g"]
-    known = {axis: size for axis, size in {**heads, "g": 2}.items() if axis in pair.target.pattern.axes}
+    known = {axis: size for axis, size in {**pair.counts, "g": 2}.items() if axis in pair.target.pattern.axes}
     if "g" not in pair.target.pattern.axes:
         yield {}, rearrange(block, f"{axes} -> {' '.join(kept)}", **known)
         return

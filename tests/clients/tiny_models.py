@@ -80,6 +80,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "llama4": {"vision_config": {"projector_input_dim": HIDDEN, "projector_output_dim": HIDDEN}},
     "gemma4": {TEXT: GEMMA},
     "gemma4_text": GEMMA,
+    "qwen3_moe-sparse": {"mlp_only_layers": []},
     "qwen3_vl_moe-square": {TEXT: {"moe_intermediate_size": 32}},
     "deepseek_ocr2": {TEXT: {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4}},
     "qwen4_exp": {TEXT: QWEN4},
