@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,36 +88,6 @@ class Filler:
                 self._flying.clear()
                 raise
         return {array.portion.key: self._digest(array).hexdigest() for array in arrays}
-
-    def hashed(self, portions: Sequence[Portion]) -> Iterator[tuple[Portion, str]]:
-        """Hash them as they would be written, several at a time, the largest first; each as it is finished.
-
-        Raises:
-            InputError: data of the input cannot be read.
-        """
-        with ThreadPoolExecutor(self.budget.jobs) as pool:
-            ordered = sorted(portions, key=lambda portion: -portion.nbytes)
-            running = {pool.submit(self._hash, _array(portion)): portion for portion in ordered}
-            try:
-                for future in as_completed(running):
-                    yield running[future], future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _hash(self, array: _Array) -> str:
-        digest = xxhash.xxh3_128()
-        for box in self._boxes(array):
-            block = self._assemble(array.target, box, None)
-            digest.update(block.reshape(-1).view(np.uint8).data)
-            with self._lock:
-                self.progress(block.nbytes)
-        return digest.hexdigest()
-
-    def _boxes(self, array: _Array) -> Iterator[Box]:
-        """What is hashed, in storage order."""
-        return array.portion.strips(self.budget.box) if array.digest is None else array.portion.boxes()
 
     def _submitted(
         self, arrays: Sequence[_Array], pool: ThreadPoolExecutor

@@ -39,7 +39,11 @@ class Original:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def render(plan: Plan, digests: Mapping[str, Digest], original: Original | None) -> str:
+CHUNKS = "stored chunks"
+"""What digests are of where Orbax chunks were kept as they are: their bytes in the order of the grid, without decoding them."""
+
+
+def render(plan: Plan, digests: Mapping[str, Digest], original: Original | None, *, of_chunks: bool = False) -> str:
     """The manifest of a finished conversion; it names no host, user or time, so that equal runs give equal bytes."""
     tensors = {
         target.spec.name: {
@@ -58,6 +62,7 @@ def render(plan: Plan, digests: Mapping[str, Digest], original: Original | None)
         "layout": plan.layout,
         "record": plan.record,
         **({"computed": plan.computed} if plan.computed else {}),
+        **({"hashed": CHUNKS} if of_chunks else {}),
         "tensors": tensors,
         "sources": _sources(plan, digests),
     }

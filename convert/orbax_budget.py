@@ -16,18 +16,19 @@ from convert.blocks import SLAB
 from convert.chunks import Chunking, plan_chunks, touched
 from convert.errors import UsageError
 from convert.malloc import KEPT
+from convert.orbax_keep import keep
 from convert.planner import Plan
 from convert.targets import Target
 from layouts.checkpoint import Reader, itemsize
-from layouts.orbax import OrbaxReader, ReadLimits
+from layouts.orbax import NODES, OrbaxReader, ReadLimits
 from layouts.orbax_stream import WINDOW
 
 BASE, EACH = 96 << 20, 12 << 10
 """Bytes that the process needs before the first block (interpreter, NumPy, TensorStore, threads), and per array."""
-NODES = 16 << 20
-"""Bytes of OCDBT's tree that are kept on each side."""
 BOX, CACHE, STREAM, FLYING, GRAIN = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 << 20
 """Richest settings, in bytes: see `OrbaxBudget`."""
+HASHING = 8 << 20
+"""Bytes that a worker holds while it hashes stored chunks, in pieces of 1 MiB."""
 MAPPED = {1: 32 << 20, 2: 16 << 20, 4: 2 << 20, 8: 256 << 10}
 """By how much leaner the settings are."""
 
@@ -87,7 +88,17 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
     base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
     largest = ""
     least = None
-    for budget in _settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt):
+    settings = _settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt)
+    if keep(plan, reader):
+        richest = next(settings)
+        most = (memory - base - richest.box) // HASHING
+        if most < 1:
+            raise UsageError(
+                f"--memory of {memory >> 20} MiB is too little: {(base + richest.box + HASHING >> 20) + 1} MiB are needed"
+            )
+        workers = min(wanted, most)
+        return replace(richest, jobs=workers, peak=base + richest.box + workers * HASHING)
+    for budget in settings:
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")
         cache = _cache(budget, reader)

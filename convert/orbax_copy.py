@@ -1,4 +1,4 @@
-"""Copy the files of a database as they are, while the tensors in it are hashed."""
+"""Copy the files of a database as they are, while the chunks in it are hashed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import FileIO
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from convert.commit import Stage
 from convert.direct import Output, Scratch
-from convert.execute import SYNC
-from convert.fill_arrays import Filler
-from convert.orbax_keep import database_files
+from convert.execute import SYNC, Progress
+from convert.orbax_budget import OrbaxBudget
+from convert.orbax_digest import stored_digest
+from convert.orbax_keep import Kept, database_files, kept_chunks
 from convert.portions import Portion, total
 from convert.processes import Processes
 from layouts.errors import InputError
@@ -34,7 +35,9 @@ def copy_database(
     stage: Stage,
     copied: bool,
     portions: Sequence[Portion],
-    filler: Filler,
+    kept: Kept,
+    budget: OrbaxBudget,
+    progress: Progress,
     processes: Processes,
 ) -> dict[str, str]:
     """Copy the files, durably, if an earlier run has not `copied` them, and hash what it has not; the new digests by `key`.
@@ -47,16 +50,18 @@ def copy_database(
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes, filler.budget.box)
+        copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes, budget.box)
         try:
             digests: dict[str, str] = {}
             own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
-            filler.progress(total(portion for portion in own if portion.key in stage.done))
-            for fresh in _batches(filler.hashed([portion for portion in own if portion.key not in stage.done])):
+            progress(total(portion for portion in own if portion.key in stage.done))
+            left = [portion for portion in own if portion.key not in stage.done]
+            for fresh in _batches(_hashed(left, kept, reader, budget.jobs, stop)):
                 if copying.done():
                     copying.result()
-                stage.record(fresh)
-                digests |= fresh
+                stage.record({portion.key: digest for portion, digest in fresh})
+                progress(total(portion for portion, _ in fresh))
+                digests |= {portion.key: digest for portion, digest in fresh}
             copying.result()
         except BaseException:
             stop.set()
@@ -64,16 +69,37 @@ def copy_database(
     return digests
 
 
-def _batches(found: Iterable[tuple[Portion, str]]) -> Iterator[dict[str, str]]:
+def _hashed(
+    portions: Sequence[Portion], kept: Kept, reader: OrbaxReader, jobs: int, stop: threading.Event
+) -> Iterator[tuple[Portion, str]]:
+    """Hash several at a time, the largest first; each as it is finished."""
+
+    def told(_: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("stopped")
+
+    def work(portion: Portion) -> str:
+        return stored_digest(reader, kept_chunks(portion.target, kept, reader, portion.rows), told)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(work, portion): portion for portion in sorted(portions, key=lambda portion: -portion.nbytes)}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _batches(found: Iterable[tuple[Portion, str]]) -> Iterator[list[tuple[Portion, str]]]:
     """Digests, as many at a time as are worth a line in the journal."""
-    fresh: dict[str, str] = {}
-    nbytes = 0
+    fresh: list[tuple[Portion, str]] = []
     for portion, digest in found:
-        fresh[portion.key] = digest
-        nbytes += portion.nbytes
-        if nbytes > SYNC:
+        fresh.append((portion, digest))
+        if total(portion for portion, _ in fresh) > SYNC:
             yield fresh
-            fresh, nbytes = {}, 0
+            fresh = []
     yield fresh
 
 

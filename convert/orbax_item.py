@@ -12,11 +12,11 @@ from typing import Any
 import tensorstore as ts
 
 from convert.chunks import Chunking
-from convert.orbax_budget import FLYING, NODES, OrbaxBudget
+from convert.orbax_budget import FLYING, OrbaxBudget
 from convert.orbax_metadata import stored_name
 from convert.portions import Portion
 from layouts.checkpoint import DTYPES, Reader
-from layouts.orbax import OrbaxReader
+from layouts.orbax import NODES, OrbaxReader
 from layouts.orbax_tree import PROCESS
 
 _LEVEL = 1

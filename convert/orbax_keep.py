@@ -2,7 +2,7 @@
 
 Gate and up lie side by side in `wi`, so that the chunks of `wi_0` and `wi_1` are chunks of `wi`, compressed bytes and all, if
 they do not reach across the end of `n`. An OCDBT database keeps names and values apart: the files with the values are copied
-as they are, at the speed of the disk, and the tree of names is written anew. Digests are of what is read back from the source.
+as they are, at the speed of the disk, and the tree of names is written anew. Digests are of the chunks as they are stored.
 
 Checkpoints whose large arrays are one chunk each are not kept like that: whoever restores one onto many devices would have to
 decode it whole on each.
@@ -12,31 +12,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
-from convert.orbax_budget import NODES, OrbaxBudget
 from convert.orbax_metadata import stored_name
 from convert.planner import Plan
 from convert.targets import Target
 from layouts.checkpoint import Reader
 from layouts.layout import Placed
-from layouts.orbax import OrbaxReader
-from layouts.orbax_codec import PIECE
-from layouts.orbax_stream import WINDOW
+from layouts.orbax import NODES, OrbaxReader
+from layouts.orbax_chunks import Chunk, chunks_of, grid_shape, key_at
 from layouts.orbax_tree import ARRAYS, DATABASE, PROCESS
 from layouts.places import is_remote
 
 ONE = 64 << 20
 """Bytes above which an array of one chunk is cut anew."""
-_FEW = 4
-"""Workers up to which one stream is as fast as TensorStore, which decodes several chunks at a time and holds them."""
-_STREAM = 256 << 10
-"""Bytes that a stream of a small chunk takes besides twice the chunk."""
 _ONLY = ts.KvStore.KeyRange("", "\x00")
 """The key itself, not those that begin alike."""
 
@@ -52,20 +46,15 @@ class Part:
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """A conversion by names: the parts of each target that moves, and the streams it takes to hash tensors in order."""
-
-    parts: Mapping[str, tuple[Part, ...]]
-    streamed: Mapping[str, int]
+Kept = Mapping[str, tuple[Part, ...]]
+"""A conversion by names: the parts of each target that moves."""
 
 
-def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
+def keep(plan: Plan, reader: Reader) -> Kept | None:
     """Say how all chunks of a checkpoint can be kept; None if some cannot."""
     if not isinstance(reader, OrbaxReader) or not reader.use_ocdbt or not _complete(reader) or is_remote(reader.path):
         return None
     parts: dict[str, tuple[Part, ...]] = {}
-    streamed: dict[str, int] = {}
     for target in plan.targets:
         sources = sorted({piece.source for piece in target.pieces(target.target.pattern.whole(target.sizes))})
         if any(_is_one(reader, name) for name in sources) or not target.spec.nbytes:
@@ -75,15 +64,26 @@ def keep(plan: Plan, reader: Reader, budget: OrbaxBudget) -> Kept | None:
             if found is None:
                 return None
             parts[target.spec.name] = found
-        ordered = budget.chunking(target, reader).in_order()
-        open_ones = {name: _working_set(reader, name) for name in sources}
-        held = sum(count * min(WINDOW, 2 * reader.chunk_bytes(name) + _STREAM) for name, count in open_ones.items())
-        can = all(map(reader.streamable.get, sources)) and held * budget.jobs <= 2 * budget.flying
-        if not can and not ordered:
-            return None
-        if can and not (ordered and budget.jobs > _FEW):
-            streamed |= {name: count for name, count in open_ones.items() if not ordered or reader.chunk_bytes(name) > PIECE}
-    return Kept(parts=parts, streamed=streamed) if parts else None
+    return parts or None
+
+
+def kept_chunks(target: Target, kept: Kept, reader: OrbaxReader, rows: range | None = None) -> list[Chunk]:
+    """The chunks of the source that are a target's, each at its place there, in the order of its grid.
+
+    With `rows`, those that begin in them along the first dimension, which no part moves along.
+
+    Raises:
+        InputError: one has been lost.
+    """
+    if target.spec.name not in kept:
+        return chunks_of(reader, target.spec.name, rows)
+    found = []
+    for part in kept[target.spec.name]:
+        for at, name, key in chunks_of(reader, part.source, rows):
+            if part.begin <= at[part.axis] < part.end:
+                place = (*at[: part.axis], at[part.axis] + part.shift, *at[part.axis + 1 :])
+                found.append(Chunk(place, name, key))
+    return sorted(found)
 
 
 def _complete(reader: OrbaxReader) -> bool:
@@ -98,20 +98,6 @@ def _is_one(reader: OrbaxReader, name: str) -> bool:
     return spec.nbytes > ONE and math.prod(reader.chunks[name]) == math.prod(spec.shape)
 
 
-def _working_set(reader: OrbaxReader, name: str) -> int:
-    """How many chunks one comes back to when a tensor is read in storage order: those behind the first axis that they span."""
-    shape, chunk = reader.tensors[name].shape, reader.chunks[name]
-    first = next((i for i, size in enumerate(chunk) if size > 1), len(shape))
-    return math.prod(-(-size // c) for size, c in zip(shape[first + 1 :], chunk[first + 1 :], strict=True))
-
-
-def _grid(reader: OrbaxReader, name: str) -> Sequence[int]:
-    """The shape of a stored chunk."""
-    metadata = reader.grids[name]
-    found = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    return [int(size) for size in found]
-
-
 def _parts(target: Target, reader: OrbaxReader) -> tuple[Part, ...] | None:
     """The sources of a target whose chunks are its own; None if a chunk would be cut or turned."""
     source, wanted = target.source.pattern, target.target.pattern
@@ -120,6 +106,8 @@ def _parts(target: Target, reader: OrbaxReader) -> tuple[Part, ...] | None:
     if len(source.groups) != len(wanted.groups) or len(changed) != 1 or not plain:
         return None
     axis = changed[0]
+    if not axis:
+        return None
     pair = source.groups[axis], wanted.groups[axis]
     if pair == (("n",), ("g", "n")):
         names = [(g, _named(target.source, target, g)) for g in (0, 1)]
@@ -133,7 +121,7 @@ def _parts(target: Target, reader: OrbaxReader) -> tuple[Part, ...] | None:
 def kept_shape(target: Target, reader: OrbaxReader) -> tuple[int, ...]:
     """The shape of a stored chunk of a target that keeps those of its sources."""
     source = next(target.pieces(target.target.pattern.whole(target.sizes))).source
-    return tuple(_grid(reader, source))
+    return grid_shape(reader.grids[source])
 
 
 def _named(placed: Placed, target: Target, g: int) -> str:
@@ -141,7 +129,7 @@ def _named(placed: Placed, target: Target, g: int) -> str:
 
 
 def _aligned(found: Sequence[tuple[str, int, int]], axis: int, n: int, reader: OrbaxReader) -> tuple[Part, ...] | None:
-    grids = {tuple(_grid(reader, name)) for name, _, _ in found}
+    grids = {grid_shape(reader.grids[name]) for name, _, _ in found}
     alike = {json.dumps({**reader.grids[name], "shape": None}, sort_keys=True) for name, _, _ in found}
     size = next(iter(grids))[axis]
     if len(alike) > 1 or n % size:
@@ -170,36 +158,20 @@ def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader) -> None:
         spec = {"driver": "ocdbt", "base": base, "path": path, "cache_pool": "cache_pool#ocdbt"}
         return ts.KvStore.open(spec, context=context).result()
 
+    moved = [target for target in plan.targets if target.spec.name in kept]
     transaction = ts.Transaction(atomic=True)
-    for target in plan.targets:
-        if target.spec.name in kept.parts:
-            _rename(target, kept.parts[target.spec.name], reader, at, transaction)
-    for name in {part.source for parts in kept.parts.values() for part in parts}:
+    for target in moved:
+        new = f"{stored_name(target, reader)}/"
+        for chunk in kept_chunks(target, kept, reader):
+            old = at(f"{reader.leaves[chunk.name].stored}/{chunk.key}")
+            to = at(new + key_at(reader.grids[chunk.name], chunk.at)).with_transaction(transaction)
+            old.experimental_copy_range_to(to, _ONLY).result()
+    for name in {part.source for parts in kept.values() for part in parts}:
         everything = ts.KvStore.KeyRange()
         at(f"{reader.leaves[name].stored}/").with_transaction(transaction).delete_range(everything).result()
-    for target in plan.targets:
-        if target.spec.name in kept.parts:
-            key = "zarr.json" if reader.use_zarr3 else ".zarray"
-            old = at(f"{reader.leaves[kept.parts[target.spec.name][0].source].stored}/")
-            metadata = {**json.loads(old.read(key).result().value), "shape": list(target.spec.shape)}
-            store = at(f"{stored_name(target, reader)}/").with_transaction(transaction)
-            store.write(key, json.dumps(metadata)).result()
+    for target in moved:
+        key = "zarr.json" if reader.use_zarr3 else ".zarray"
+        old = at(f"{reader.leaves[kept[target.spec.name][0].source].stored}/")
+        metadata = {**json.loads(old.read(key).result().value), "shape": list(target.spec.shape)}
+        at(f"{stored_name(target, reader)}/").with_transaction(transaction).write(key, json.dumps(metadata)).result()
     transaction.commit_async().result()
-
-
-def _rename(target: Target, parts: Sequence[Part], reader: OrbaxReader, at: Callable[[str], Any], transaction: Any) -> None:
-    new = f"{stored_name(target, reader)}/"
-    for part in parts:
-        old = f"{reader.leaves[part.source].stored}/"
-        separator = "/" if reader.use_zarr3 else reader.grids[part.source].get("dimension_separator", ".")
-        prefix = "c/" if reader.use_zarr3 else ""
-        for raw in at(old).list().result():
-            key = raw.decode()
-            if key in ("zarr.json", ".zarray", ".zattrs"):
-                continue
-            place = key.removeprefix(prefix).split(separator)
-            here = int(place[part.axis])
-            if part.begin <= here < part.end:
-                place[part.axis] = str(here + part.shift)
-                to = at(new + prefix + separator.join(place)).with_transaction(transaction)
-                at(old + key).experimental_copy_range_to(to, _ONLY).result()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import xxhash
@@ -58,17 +57,16 @@ def write(
     keep_below(budget.mapped)
     place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
     item = Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
-    kept = keep(plan, reader, budget)
+    kept = keep(plan, reader)
     whole = batches_of(plan, reader, budget)
     portions = list(itertools.chain.from_iterable(whole))
     copied = _begin(stage, _KEPT if kept else _written(portions), processes)
     item.path.mkdir(parents=True, exist_ok=True)
     if isinstance(reader, OrbaxReader):
         reader.close()
-        reader.limits = replace(budget.limits, always=kept.streamed if kept else {})
+        reader.limits = budget.limits
     if kept and isinstance(reader, OrbaxReader):
-        filler = Filler(reader=reader, budget=budget, progress=progress, open=item.create)
-        found = copy_database(reader, item.path, stage, copied, portions, filler, processes)
+        found = copy_database(reader, item.path, stage, copied, portions, kept, budget, progress, processes)
     else:
         found = _fill(item, whole, stage, progress, processes)
     processes.agree("written")
@@ -87,7 +85,7 @@ def write(
     for name in plan.side_files:
         if name != manifest.NAME:
             copy_file(plan.source / name, stage.path / name)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original))
+    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original, of_chunks=kept is not None))
 
 
 def batches_of(plan: Plan, reader: Reader, budget: OrbaxBudget) -> list[list[Portion]]:

@@ -30,7 +30,7 @@ from layouts.places import kvstore_of, names_of
 __all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
 
 _CODES = {name: code for code, name in DTYPES.items()}
-_NODES = 16 << 20
+NODES = 16 << 20
 """Bytes of OCDBT's tree that are kept."""
 
 
@@ -39,21 +39,19 @@ class ReadLimits:
     """What reading may hold, in bytes.
 
     `cache` is for decoded chunks, `stream` the size above which a chunk is not decoded as a whole but piece by piece, as far
-    as its codec can be; those of the tensors `always` in any case, as many
-    at a time. `threads` decode at a time.
+    as its codec can be. `threads` decode at a time.
     """
 
     cache: int = 256 << 20
     stream: int = 512 << 20
     threads: int | None = None
-    always: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
 class OrbaxReader:
     """An open Orbax checkpoint; see `layouts.checkpoint.Reader`. `chunks` is what one read has to decode: name -> shape.
 
-    `grids` are the arrays' own zarr metadata.
+    `grids` are the arrays' own zarr metadata; in a `complete` checkpoint every chunk was stored, also those of zeros alone.
     """
 
     path: Path
@@ -68,12 +66,14 @@ class OrbaxReader:
     tree: Mapping[str, Any]
     use_ocdbt: bool
     use_zarr3: bool
+    complete: bool
     _specs: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     format: str = "orbax"
     limits: ReadLimits = field(default_factory=ReadLimits)
     _context: Any = None
     _stores: dict[str, Any] = field(default_factory=dict)
+    _values: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -108,6 +108,7 @@ class OrbaxReader:
             tree=tree,
             use_ocdbt=use_ocdbt,
             use_zarr3=zarr3,
+            complete=complete,
             _specs=specs,
         )
 
@@ -146,7 +147,7 @@ class OrbaxReader:
 
     def streams(self, name: str) -> bool:
         """Whether a tensor's chunks are read piece by piece."""
-        return self.streamable[name] and (self.chunk_bytes(name) > self.limits.stream or name in self.limits.always)
+        return self.streamable[name] and self.chunk_bytes(name) > self.limits.stream
 
     def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
         """A block as a fresh array of bits; the chunks it lies in stay decoded in a bounded cache, or are streamed.
@@ -164,6 +165,14 @@ class OrbaxReader:
             raise InputError(f"{self.item}: {name} cannot be read: {error}") from None
         return block.view(dtype)
 
+    def values(self, name: str) -> Any:
+        """What is stored for an array, by key, as TensorStore's key-value store has it: nothing is decoded."""
+        with self._lock:
+            self._context = self._context or _make_context(self._cache(), self.limits.threads)
+            if name not in self._values:
+                self._values[name] = ts.KvStore.open(self._specs[name]["kvstore"], context=self._context).result()
+            return self._values[name]
+
     def _store(self, name: str) -> Any:
         with self._lock:
             store = self._stores.pop(name, None)
@@ -171,7 +180,7 @@ class OrbaxReader:
                 self._context = self._context or _make_context(self._cache(), self.limits.threads)
                 store = ts.open(self._specs[name], context=self._context).result()
                 if self.streams(name):
-                    store = ChunkStreams.of(store, self.limits.always.get(name, 0))
+                    store = ChunkStreams.of(store)
                     self._forget_streams()
             self._stores[name] = store  # the last one used stands last
             return store
@@ -194,6 +203,7 @@ class OrbaxReader:
         """Forget the open arrays and their cache; reading opens them again."""
         with self._lock:
             self._stores.clear()
+            self._values.clear()
             self._context = None
 
 
@@ -217,7 +227,7 @@ def _make_context(cache: int, threads: int | None) -> Any:
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": cache},
-            "cache_pool#ocdbt": {"total_bytes_limit": _NODES},
+            "cache_pool#ocdbt": {"total_bytes_limit": NODES},
             "data_copy_concurrency": shared,
             "file_io_concurrency": shared,
             "gcs_request_concurrency": shared,

@@ -31,7 +31,7 @@ _MISSING = (1 << 64) - 1
 class ChunkStreams:
     """An array whose chunks are read piece by piece. Threads take turns.
 
-    `chunk` is the shape of a chunk; `keep` streams are held for reads to come back to, or as many as the last read took.
+    `chunk` is the shape of a chunk. As many streams as the last read took are held, for reads to come back to.
     """
 
     kvstore: Any
@@ -40,12 +40,11 @@ class ChunkStreams:
     width: int
     fill: bytes | None
     codec: Codec
-    keep: int = 0
     _streams: dict[tuple[int, ...], _Stream] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, store: Any, keep: int = 0) -> ChunkStreams:
+    def of(cls, store: Any) -> ChunkStreams:
         """From an open TensorStore array whose metadata is `streamable`."""
         spec = store.spec().to_json()
         codec = codec_of(spec["metadata"])
@@ -59,7 +58,6 @@ class ChunkStreams:
             width=store.dtype.numpy_dtype.itemsize,
             fill=None if not spec.get("fill_missing_data_reads", True) else bytes(store.dtype.numpy_dtype.itemsize),
             codec=codec,
-            keep=keep,
         )
 
     def read(self, slices: Sequence[slice], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -74,7 +72,7 @@ class ChunkStreams:
         with self._lock:
             for at in itertools.product(*grid):
                 self._from_chunk(at, spans, out)
-            for at in list(self._streams)[: -max(self.keep, math.prod(map(len, grid)), 1)]:
+            for at in list(self._streams)[: -max(math.prod(map(len, grid)), 1)]:
                 del self._streams[at]
         return out
 

@@ -1,6 +1,7 @@
 """Chunks of the input that are chunks of the output move as they are stored; others are written anew, to the same tensors."""
 
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import xxhash
 
 import convert
 from convert import orbax_copy, write_orbax
-from convert.orbax_budget import orbax_budget
 from convert.orbax_keep import keep
 from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
+from layouts.orbax_chunks import chunks_of, key_at, pieces
 
 E, L, K, N = 6, 4, 20, 24
 PATH = "params.params.decoder.layers.moe_block"
@@ -80,7 +81,7 @@ def values(item, name):
 def is_kept(path):
     with closing(open_checkpoint(path)) as reader:
         plan = make_plan(reader, Path("out"), "prefuse")
-        return keep(plan, reader, orbax_budget(2 << 30, 2, plan, reader)) is not None
+        return keep(plan, reader) is not None
 
 
 def check(tmp_path, moe):
@@ -93,8 +94,12 @@ def check(tmp_path, moe):
     assert np.array_equal(raw(block["wo"]), raw(moe["wo"]))
     again = restore(tmp_path / "back")["params"]["params"]["decoder"]["layers"]["moe_block"]
     assert all(np.array_equal(raw(again[name]), raw(moe[name])) for name in ("wi_0", "wi_1", "wo"))
-    digests = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())["tensors"]
-    assert digests[f"{PATH}.wi"]["xxh3_128"] == xxhash.xxh3_128(wi.tobytes()).hexdigest()
+    manifest = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())
+    stored = values(tmp_path / "out", "wi")
+    by_place = sorted(stored, key=lambda key: [int(word) for word in re.findall(rb"\d+", key)])
+    content = b"".join(stored[key] for key in by_place) if is_kept(tmp_path / "in") else wi.tobytes()
+    assert manifest["tensors"][f"{PATH}.wi"]["xxh3_128"] == xxhash.xxh3_128(content).hexdigest()
+    assert manifest.get("hashed") == ("stored chunks" if is_kept(tmp_path / "in") else None)
     assert convert.verify(tmp_path / "out").equal
     assert convert.verify(tmp_path / "back").equal
     assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
@@ -193,3 +198,33 @@ def test_a_lost_chunk_is_an_error(tmp_path):
     with pytest.raises(convert.InputError, match=r"wi_1 cannot be read"):
         convert.prefuse(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+@pytest.mark.parametrize("name", ["experts", "rows", "ragged", "single rows"])
+def test_the_chunks_of_some_rows(name, zarr3, tmp_path):
+    save(tmp_path / "in", KEPT[name], zarr3=zarr3)
+    with closing(open_checkpoint(tmp_path / "in")) as reader:
+        every = chunks_of(reader, f"{PATH}.wi_0")
+        counts = [-(-size // step) for size, step in zip((E, L, K, N), KEPT[name], strict=True)]
+        assert [chunk.at for chunk in every] == list(np.ndindex(*counts))
+        assert all(key_at(reader.grids[chunk.name], chunk.at) == chunk.key for chunk in every)
+        for rows in (range(E), range(2), range(2, 6), range(1, 4), range(5, 6)):
+            wanted = [chunk for chunk in every if chunk.at[0] * KEPT[name][0] in rows]
+            assert chunks_of(reader, f"{PATH}.wi_0", rows) == wanted
+        (scalar,) = chunks_of(reader, "step")
+        assert scalar.at == ()
+        assert b"".join(pieces(reader, scalar))
+
+
+def test_a_flipped_bit_in_a_kept_chunk_is_found(tmp_path):
+    save(tmp_path / "in", KEPT["experts"])
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    value = values(tmp_path / "out", "wi")[b"c/1/0/0/1"]
+    damaged = bytes([*value[:9], value[9] ^ 1, *value[10:]])
+    for file in (file for file in (tmp_path / "out").rglob("*") if file.is_file()):
+        file.write_bytes(file.read_bytes().replace(value, damaged))
+    assert values(tmp_path / "out", "wi")[b"c/1/0/0/1"] == damaged
+    verdict = convert.verify(tmp_path / "out")
+    assert not verdict.equal
+    assert [difference.split()[0] for level in verdict.levels for difference in level.differences] == [f"{PATH}.wi"]

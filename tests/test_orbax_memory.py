@@ -13,7 +13,9 @@ import pytest
 from convert.cli import main
 
 CHILD = """
-import sys, convert
+import sys, convert, convert.orbax_keep
+if {anew}:
+    convert.orbax_keep._is_one = lambda reader, name: True
 convert.{action}(sys.argv[1], sys.argv[2], memory=int(sys.argv[3]) << 20, jobs=2)
 assert not {{"jax", "orbax"}} & set(sys.modules)
 print(next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -38,24 +40,26 @@ def make(path, *, layers, embed, mlp, experts=8, chunk=None, zarr3=True):
     return path
 
 
-def peak(action, source, out, memory):
-    command = [sys.executable, "-c", CHILD.format(action=action), str(source), str(out), str(memory)]
+def peak(action, source, out, memory, anew):
+    command = [sys.executable, "-c", CHILD.format(action=action, anew=anew), str(source), str(out), str(memory)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     return int(done.stdout)
 
 
-def check(tmp_path, memory, *, split=True, **sizes):
+def check(tmp_path, memory, *, split=True, anew=False, **sizes):
+    """The highest peak; `anew`: chunks that could be kept are decoded and written again."""
     source = make(tmp_path / "in", **sizes)
-    peaks = [peak("prefuse", source, tmp_path / "out", memory)]
+    peaks = [peak("prefuse", source, tmp_path / "out", memory, anew)]
     if split:
-        peaks.append(peak("split", tmp_path / "out", tmp_path / "back", memory))
+        peaks.append(peak("split", tmp_path / "out", tmp_path / "back", memory, anew))
     assert max(peaks) < memory, peaks
     return max(peaks)
 
 
-def test_many_small_chunks(tmp_path):
-    sizes = {"embed": 512, "mlp": 1024, "chunk": 1 << 20}
+@pytest.mark.parametrize("anew", [False, True], ids=["kept", "written anew"])
+def test_many_small_chunks(tmp_path, anew):
+    sizes = {"embed": 512, "mlp": 1024, "chunk": 1 << 20, "anew": anew}
     peaks = [check(tmp_path / str(layers), 320, layers=layers, **sizes) for layers in (2, 8)]
     assert peaks[1] < peaks[0] + 48, f"{peaks} MiB, where the larger checkpoint has 145 MB more"
 
@@ -87,6 +91,7 @@ def test_the_plan_prints_the_bound_and_says_what_is_too_little(tmp_path, capsys)
 def test_a_chunk_that_must_be_decoded_whole_sets_the_least(tmp_path, capsys, monkeypatch):
     source = make(tmp_path / "in", layers=2, embed=2048, mlp=512)  # 32 MiB a leaf
     monkeypatch.setattr("layouts.orbax_codec.zstd", None)
+    monkeypatch.setattr("convert.orbax_keep.ONE", 1 << 20)  # or the chunks would stay as they are
     command = ["--prefuse", str(source), str(tmp_path / "out"), "--quiet", "--memory"]
     assert main([*command, "256MiB"]) == 2
     found = re.search(r"(\d+) MiB are needed: .*w[io]\S* is stored in chunks", capsys.readouterr().err)

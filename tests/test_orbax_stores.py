@@ -132,10 +132,11 @@ def test_any_chunks_of_the_source(chunk, tmp_path):
     save(tmp_path / "in", tree, chunk=chunk)
     convert.prefuse(tmp_path / "in", tmp_path / "out")
     assert flat(restore(tmp_path / "out")) == flat(fused(tree))
-    digests = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())["tensors"]
+    manifest = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())
     wi = fused(tree)["params"]["params"]["decoder"]["layers"]["moe_block"]["wi"]
-    found = digests["params.params.decoder.layers.moe_block.wi"]["xxh3_128"]
-    assert found == xxhash.xxh3_128(wi.tobytes()).hexdigest()
+    found = manifest["tensors"]["params.params.decoder.layers.moe_block.wi"]["xxh3_128"]
+    assert (found == xxhash.xxh3_128(wi.tobytes()).hexdigest()) == ("hashed" not in manifest)
+    assert convert.verify(tmp_path / "out").equal
 
 
 @pytest.mark.parametrize("chunk", [None, 64, 128, 1024])

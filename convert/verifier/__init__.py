@@ -141,19 +141,26 @@ def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
         for name in sorted(set(expected) & set(reader.tensors)):
             wanted = expected[name]
             for rows, digest in wanted.items() if isinstance(wanted, dict) else ((None, wanted),):
-                if _digest(reader, name, rows, progress or ignore) != digest:
+                if _digest(reader, name, rows, found.get("hashed"), progress or ignore) != digest:
                     where = f"{name}[{rows}]" if rows else name
                     differences.append(f"{where} (in {reader.where(name)}) is not what was written")
     level = Level(name="digests", covered=f"{len(expected)} tensors, xxh3-128", differences=tuple(differences))
     return Verdict(subject=str(path), levels=(level,))
 
 
-def _digest(reader: Reader, name: str, rows: str | None, progress: Progress) -> str:
-    """Of a tensor, or of a span of its first dimension such as `0:4`."""
+def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, progress: Progress) -> str:
+    """Of a tensor, or of a span of its first dimension such as `0:4`: of its values, or of its chunks as they are stored."""
+    span = range(*map(int, rows.split(":"))) if rows else None
+    if hashed == manifest.CHUNKS:
+        from convert.orbax_digest import stored_digest
+        from layouts.orbax import OrbaxReader
+        from layouts.orbax_chunks import chunks_of
+
+        assert isinstance(reader, OrbaxReader)
+        return stored_digest(reader, chunks_of(reader, name, span), progress)
     spec = reader.tensors[name]
     pattern = identity(len(spec.shape))
     digest = xxhash.xxh3_128()
-    span = range(*map(int, rows.split(":"))) if rows else None
     for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), STRIP, span):
         slices = tuple(slice(span.start, span.stop) for span in box.values())
         block = reader.read(name, slices)

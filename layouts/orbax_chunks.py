@@ -1,0 +1,97 @@
+"""The chunks of an array as they are stored: bytes under keys, which nobody decodes.
+
+Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io), for the keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import tensorstore as ts
+
+from layouts.errors import InputError
+from layouts.orbax import OrbaxReader
+from layouts.orbax_codec import pieces_of
+
+_OTHERS = ("zarr.json", ".zarray", ".zattrs")
+
+
+class Chunk(NamedTuple):
+    """A stored chunk: its place in a grid, and the array and the key that have it."""
+
+    at: tuple[int, ...]
+    name: str
+    key: str
+
+
+def grid_shape(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a stored chunk, which may hold smaller ones (`sharding_indexed`)."""
+    found = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    return tuple(map(int, found))
+
+
+def key_at(metadata: Mapping[str, Any], at: tuple[int, ...]) -> str:
+    """The key of the chunk at this place."""
+    first, separator = _form(metadata)
+    return separator.join((*first, *map(str, at))) or "0"
+
+
+def chunks_of(reader: OrbaxReader, name: str, rows: range | None = None) -> list[Chunk]:
+    """All stored chunks of an array, in the order of the grid; with `rows`, those that begin in them along the first dimension.
+
+    Raises:
+        InputError: one has been lost: where every chunk was stored, one that is not there does not stand for zeros.
+    """
+    spec, metadata = reader.tensors[name], reader.grids[name]
+    grid = grid_shape(metadata)
+    counts = [range(-(-size // step)) for size, step in zip(spec.shape, grid, strict=True)]
+    if rows is not None:
+        counts[0] = range(-(-rows.start // grid[0]), -(-rows.stop // grid[0]))
+    found = sorted(_listed(reader, name, counts[0] if rows is not None else None))
+    if len(found) != math.prod(map(len, counts)) and reader.complete:
+        have = {chunk.at for chunk in found}
+        lost = next(at for at in itertools.product(*counts) if at not in have)
+        raise InputError(f"{reader.item}: {name} cannot be read: chunk {key_at(metadata, lost)} is missing")
+    return found
+
+
+def _listed(reader: OrbaxReader, name: str, first: range | None) -> Iterator[Chunk]:
+    """The chunks in the order of their keys; with `first`, those that have one of these numbers in the first place."""
+    rank, metadata = len(reader.tensors[name].shape), reader.grids[name]
+    words, separator = _form(metadata)
+    ranges = [ts.KvStore.KeyRange()]
+    if first is not None:
+        last = separator if rank > 1 else ""
+        ranges = [_beginning(separator.join((*words, str(number))) + last, exactly=rank == 1) for number in first]
+    for part in ranges:
+        for raw in reader.values(name).list(part).result():
+            if (key := raw.decode()) not in _OTHERS:
+                yield Chunk(tuple(map(int, key.split(separator)[len(words) :][:rank])), name, key)
+
+
+def _beginning(text: str, *, exactly: bool) -> Any:
+    """The keys that begin with a text, or are it."""
+    return ts.KvStore.KeyRange(text, text + "\0" if exactly else text[:-1] + chr(ord(text[-1]) + 1))
+
+
+def pieces(reader: OrbaxReader, chunk: Chunk) -> Iterator[bytes]:
+    """The bytes of a stored chunk, a few at a time.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    try:
+        yield from pieces_of(reader.values(chunk.name), chunk.key, 0, None)()
+    except ValueError as error:
+        raise InputError(f"{reader.item}: {chunk.name} cannot be read: {error}") from None
+
+
+def _form(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """What keys begin with, and what stands between the numbers."""
+    if "chunks" in metadata:
+        return (), metadata.get("dimension_separator", ".")
+    encoding = metadata.get("chunk_key_encoding") or {}
+    return ("c",), encoding.get("configuration", {}).get("separator", "/")
