@@ -127,13 +127,14 @@ def prefuse(
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
+    from convert.processes import ALONE
     from convert.run import Options, convert_checkpoint
 
     return convert_checkpoint(
         source,
         out,
         "prefuse",
-        Options(jobs, memory, max_shard_size, resume, overwrite, processes),
+        Options(jobs, memory, max_shard_size, resume, overwrite, processes or ALONE),
         progress,
         layout=layout,
         shards=shards,
@@ -171,13 +172,14 @@ def split(
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
+    from convert.processes import ALONE
     from convert.run import Options, convert_checkpoint
 
     return convert_checkpoint(
         source,
         out,
         "split",
-        Options(jobs, memory, max_shard_size, resume, overwrite, processes),
+        Options(jobs, memory, max_shard_size, resume, overwrite, processes or ALONE),
         progress,
         family=family,
         source_layout=source_layout,
@@ -213,13 +215,14 @@ def reformat(
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
+    from convert.processes import ALONE
     from convert.run import Options, convert_checkpoint
 
     return convert_checkpoint(
         source,
         out,
         "convert",
-        Options(jobs, memory, max_shard_size, resume, overwrite, processes),
+        Options(jobs, memory, max_shard_size, resume, overwrite, processes or ALONE),
         progress,
         family=family,
         to=to,

@@ -99,7 +99,7 @@ def _numbers(text: str) -> frozenset[int]:
 def _sizes(text: str) -> dict[str, int]:
     """`expert=4,model=2` as a dictionary."""
     pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name in ("expert", "model") for name, _, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+    if not all(equals for _, equals, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mesh such as expert=4,model=2")
     return {name: _positive(size) for name, _, size in pairs}
 

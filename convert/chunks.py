@@ -65,19 +65,19 @@ class Chunking:
         return not any(self.box[b] < self.cell[b] and self.box[a] > 1 for a, b in itertools.combinations(axes, 2))
 
 
-def plan_chunks(target: Target, source_chunk: Sequence[int], limit: int, held: int, grain: int) -> Chunking:
+def plan_chunks(target: Target, source_chunk: Sequence[int] | None, limit: int, held: int, grain: int) -> Chunking:
     """Choose boxes of at most `limit` elements: for expert tensors one expert of one layer, or a part of its rows.
 
-    Source chunks that hold small parts of many experts (Orbax cuts the longest axes first) are joined along the rows to cells
-    of up to `held` elements, which must stay decoded together; else the chunks of the target would be crumbs. Chunks have
-    about `grain` elements, if the lengths can be halved that far.
+    Any part of a source without chunks can be read alone. Source chunks that hold small parts of many experts (Orbax cuts the
+    longest axes first) are joined along the rows to cells of up to `held` elements, which must stay decoded together; else
+    the chunks of the target would be crumbs. Chunks have about `grain` elements, if the lengths can be halved that far.
     """
     pattern, sizes = target.target.pattern, _stored(target)
     axes = tuple(sizes)
     if not math.prod(sizes.values()):
         some = {axis: max(1, size) for axis, size in sizes.items()}
         return Chunking(target=target, cell=some, box=some, chunk=some)
-    source = _reach(target, source_chunk)
+    source = {} if source_chunk is None else _reach(target, source_chunk)
     composed = {axis for group in pattern.groups if len(group) > 1 for axis in group}
     cell = {axis: min(source.get(axis, sizes[axis]), sizes[axis]) for axis in axes}
     cell |= {axis: sizes[axis] for axis in composed if sizes[axis] % cell[axis]}
@@ -100,6 +100,9 @@ def plan_chunks(target: Target, source_chunk: Sequence[int], limit: int, held: i
     for axis in reversed(axes):
         if axis not in whole and (room := min(limit, _CRUMB) // math.prod(box.values())) > 1:
             box[axis] = _divisor(cell[axis], room)
+    for axis in axes[:1]:
+        if source_chunk is None or axis not in target.source.pattern.axes:
+            cell[axis] = box[axis]  # no chunk reaches along it, so that the array can be cut there
     return Chunking(target=target, cell=cell, box=box, chunk=_grid(pattern, sizes, box, source, grain))
 
 

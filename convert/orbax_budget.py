@@ -29,6 +29,8 @@ BOX, CACHE, STREAM, FLYING, GRAIN = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 <<
 """Richest settings, in bytes: see `OrbaxBudget`."""
 HASHING = 8 << 20
 """Bytes that a worker holds while it hashes stored chunks, in pieces of 1 MiB."""
+COPIERS = 2
+"""Files that are copied at a time where chunks are kept: one is read while the other goes to the disk."""
 MAPPED = {1: 32 << 20, 2: 16 << 20, 4: 2 << 20, 8: 256 << 10}
 """By how much leaner the settings are."""
 
@@ -58,18 +60,12 @@ class OrbaxBudget:
 
     def chunking(self, target: Target, reader: Reader) -> Chunking:
         """How an array is cut."""
-        size = itemsize(target.spec.dtype)
+        size, held = itemsize(target.spec.dtype), 0
         source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
-        if isinstance(reader, OrbaxReader) and source is not None:
-            chunk = reader.chunks[source.source]
-            held = 0 if streams(reader, source.source, self.stream) else self.cache // 4
-        else:
-            chunk, held = target.source.pattern.shape(target.source_sizes), 0
-        found = plan_chunks(target, chunk, max(1, self.box // size), held // size, max(1, self.grain // size))
-        first = next(iter(found.cell), "")
-        if first and not (isinstance(reader, OrbaxReader) and first in target.source.pattern.axes):
-            return replace(found, cell={**found.cell, first: found.box[first]})  # no source's chunk reaches along it
-        return found
+        chunk = reader.chunks[source.source] if isinstance(reader, OrbaxReader) and source else None
+        if isinstance(reader, OrbaxReader) and source and not streams(reader, source.source, self.stream):
+            held = self.cache // 4
+        return plan_chunks(target, chunk, max(1, self.box // size), held // size, max(1, self.grain // size))
 
 
 def streams(reader: OrbaxReader, name: str, above: int) -> bool:
@@ -90,14 +86,7 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
     least = None
     settings = _settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt)
     if keep(plan, reader):
-        richest = next(settings)
-        most = (memory - base - richest.box) // HASHING
-        if most < 1:
-            raise UsageError(
-                f"--memory of {memory >> 20} MiB is too little: {(base + richest.box + HASHING >> 20) + 1} MiB are needed"
-            )
-        workers = min(wanted, most)
-        return replace(richest, jobs=workers, peak=base + richest.box + workers * HASHING)
+        return _keeping(next(settings), memory, base)
     for budget in settings:
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")
@@ -108,6 +97,15 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
         if least is None or peak < least:
             least, largest = peak, _why(worst, cache, budget, reader)
     raise UsageError(f"--memory of {memory >> 20} MiB is too little: {((least or 0) >> 20) + 1} MiB are needed{largest}")
+
+
+def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
+    """For chunks that nobody decodes."""
+    fixed = base + COPIERS * richest.box
+    jobs = min(richest.jobs, (memory - fixed) // HASHING)
+    if jobs < 1:
+        raise UsageError(f"--memory of {memory >> 20} MiB is too little: {(fixed + HASHING >> 20) + 1} MiB are needed")
+    return replace(richest, jobs=jobs, peak=fixed + jobs * HASHING)
 
 
 def _settings(jobs: int, use_ocdbt: bool) -> Iterator[OrbaxBudget]:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tensorstore as ts
 
@@ -151,27 +150,26 @@ def database_files(item: Path) -> Iterator[Path]:
 
 def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader) -> None:
     """Give the chunks in a copied database the names of the plan."""
+    base = {"driver": "file", "path": f"{item}/"}
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
-
-    def at(path: str) -> Any:
-        base = {"driver": "file", "path": f"{item}/"}
-        spec = {"driver": "ocdbt", "base": base, "path": path, "cache_pool": "cache_pool#ocdbt"}
-        return ts.KvStore.open(spec, context=context).result()
-
-    moved = [target for target in plan.targets if target.spec.name in kept]
+    old = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
     transaction = ts.Transaction(atomic=True)
-    for target in moved:
-        new = f"{stored_name(target, reader)}/"
-        for chunk in kept_chunks(target, kept, reader):
-            old = at(f"{reader.leaves[chunk.name].stored}/{chunk.key}")
-            to = at(new + key_at(reader.grids[chunk.name], chunk.at)).with_transaction(transaction)
-            old.experimental_copy_range_to(to, _ONLY).result()
+    new = old.with_transaction(transaction)
+    moved = [(target, f"{stored_name(target, reader)}/") for target in plan.targets if target.spec.name in kept]
+    for target, place in moved:
+        renamed = [
+            (old + f"{reader.leaves[name].stored}/{key}").experimental_copy_range_to(
+                new + (place + key_at(reader.grids[name], at)), _ONLY
+            )
+            for at, name, key in kept_chunks(target, kept, reader)
+        ]
+        for done in renamed:
+            done.result()
     for name in {part.source for parts in kept.values() for part in parts}:
-        everything = ts.KvStore.KeyRange()
-        at(f"{reader.leaves[name].stored}/").with_transaction(transaction).delete_range(everything).result()
-    for target in moved:
-        key = "zarr.json" if reader.use_zarr3 else ".zarray"
-        old = at(f"{reader.leaves[kept[target.spec.name][0].source].stored}/")
-        metadata = {**json.loads(old.read(key).result().value), "shape": list(target.spec.shape)}
-        at(f"{stored_name(target, reader)}/").with_transaction(transaction).write(key, json.dumps(metadata)).result()
+        (new + f"{reader.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
+    key = "zarr.json" if reader.use_zarr3 else ".zarray"
+    for target, place in moved:
+        source = reader.leaves[kept[target.spec.name][0].source].stored
+        metadata = {**json.loads((old + f"{source}/").read(key).result().value), "shape": list(target.spec.shape)}
+        (new + place).write(key, json.dumps(metadata)).result()
     transaction.commit_async().result()

@@ -30,19 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What does not change the tensors, only how they are written, and by whom. Sizes in bytes."""
+    """What does not change the tensors, only how they are written, and by which processes. Sizes in bytes."""
 
     jobs: int | None
     memory: int
     max_shard_size: int
     resume: bool
     overwrite: bool
-    team: Processes | None = None
-
-    @property
-    def processes(self) -> Processes:
-        """Those that share the work."""
-        return self.team or ALONE
+    processes: Processes = ALONE
 
 
 def open_and_plan(

@@ -135,9 +135,11 @@ def test_a_mesh_that_cannot_be_had(folder, capsys):
     arguments = ["--verify", str(folder / "qwen3_moe"), str(folder / "concat"), "--quiet"]
     assert main([*arguments, "--mesh", "expert=64"]) == 2
     assert "64 devices, but JAX has begun with 8" in capsys.readouterr().err
+    assert main([*arguments, "--mesh", "rows=2"]) == 2
+    assert "a mesh has the axes expert and model; found rows" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([*arguments, "--mesh", "rows=2"])
-    assert "'rows=2' is not a mesh such as expert=4,model=2" in capsys.readouterr().err
+        main([*arguments, "--mesh", "model"])
+    assert "'model' is not a mesh such as expert=4,model=2" in capsys.readouterr().err
     assert main([*arguments, "--backend", "cuda"]) == 2
 
 
