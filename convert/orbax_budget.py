@@ -29,8 +29,6 @@ BOX, CACHE, STREAM, FLYING, GRAIN = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 <<
 """Richest settings, in bytes: see `OrbaxBudget`."""
 HASHING = 8 << 20
 """Bytes that a worker holds while it hashes stored chunks, in pieces of 1 MiB."""
-COPIERS = 2
-"""Files that are copied at a time where chunks are kept: one is read while the other goes to the disk."""
 MAPPED = {1: 32 << 20, 2: 16 << 20, 4: 2 << 20, 8: 256 << 10}
 """By how much leaner the settings are."""
 
@@ -101,7 +99,7 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
 
 def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
     """For chunks that nobody decodes."""
-    fixed = base + COPIERS * richest.box
+    fixed = base + richest.box
     jobs = min(richest.jobs, (memory - fixed) // HASHING)
     if jobs < 1:
         raise UsageError(f"--memory of {memory >> 20} MiB is too little: {(fixed + HASHING >> 20) + 1} MiB are needed")

@@ -16,7 +16,7 @@ import numpy as np
 from convert.commit import Stage
 from convert.direct import Output, Scratch
 from convert.execute import SYNC, Progress
-from convert.orbax_budget import COPIERS, OrbaxBudget
+from convert.orbax_budget import OrbaxBudget
 from convert.orbax_digest import stored_digest
 from convert.orbax_keep import Kept, database_files, kept_chunks
 from convert.portions import Portion, total
@@ -113,19 +113,14 @@ def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event,
     if needed > (free := shutil.disk_usage(target).free):
         text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, text, str(target))
-    with ThreadPoolExecutor(COPIERS) as pool:
-        running = [pool.submit(_copy, file, target / file.relative_to(source), stop, box) for file in files]
-        try:
-            for future in running:
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
+    scratch = Scratch(box)
+    for file in files:
+        _copy(file, target / file.relative_to(source), stop, scratch)
 
 
-def _copy(source: Path, target: Path, stop: threading.Event, box: int) -> None:
+def _copy(source: Path, target: Path, stop: threading.Event, scratch: Scratch) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    size, scratch = source.stat().st_size, Scratch(box)
+    size = source.stat().st_size
     with target.open("wb") as file:
         if size:
             os.posix_fallocate(file.fileno(), 0, size)
