@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.cross import Sides, cross_targets, layouts_of, tree_of
+from convert.cross import cross_targets
+from convert.cross_pairs import Sides, layouts_of, tree_of
 from convert.planner import Action, Plan
 from convert.record import make_record
 from convert.targets import Target

@@ -6,8 +6,6 @@ are not in the rows: the tables of families and targets have them.
 
 Axes: `k` embed, `v` vocabulary, `h` query heads, `j` key/value heads, `d` head width, `f` dense or shared mlp, `e` expert,
 others as the rows use them.
-
-Source: MaxText `checkpoint_conversion/utils/param_mapping.py` (which maps names one by one, with functions for the axes).
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ class Stack:
 class Tree:
     """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
 
-    A model that also sees has the words for its text under `text_config`, where names begin with `wrapped`, and those of its
-    `vision` under `vision_config`.
+    A multimodal model has the words for its text under `text_config`, where names begin with `wrapped`, and those of its `vision`
+    encoder under `vision_config`.
     """
 
     stacks: tuple[Stack, ...]

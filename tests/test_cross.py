@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from convert.cross import cross_targets, layouts_of, tree_of
+from convert.cross import cross_targets
+from convert.cross_pairs import layouts_of, tree_of
 from convert.errors import InputError, PlanError
 from layouts.families import FAMILIES
 from tests.tiny import MemoryReader, fill, same
@@ -283,7 +284,7 @@ def test_llama_4_is_what_maxtext_makes_of_it():
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_llama_4_without_eyes_and_with_experts_in_every_nth_layer(step):
+def test_llama_4_without_vision_and_with_experts_in_every_nth_layer(step):
     source = reader("llama4")
     config = source.config["text_config"] | {"interleave_moe_layer_step": step}
     arrays = {name.removeprefix("language_model."): array for name, array in llama4(8, step).items() if "vis" not in name}

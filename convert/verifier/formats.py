@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from convert.cross import Pair, layouts_of, names_of, pairs_of, tree_of
+from convert.cross_pairs import Pair, layouts_of, names_of, pairs_of, tree_of
 from convert.cross_plan import config_of, is_fused, is_scanned
 from convert.errors import PlanError
 from convert.verifier.verdict import Level
