@@ -1,4 +1,4 @@
-"""Plan a conversion between Hugging Face and MaxText: every tensor by its row in `layouts.maxtext_trees`, experts by their layouts.
+"""Plan a conversion between Hugging Face and MaxText: tensors by the rows of `layouts.maxtext_trees`, experts by their layouts.
 
 It is the same operation as any other: two layouts of one tensor, and block copies between them. Pure.
 """

@@ -51,8 +51,8 @@ class Stack:
 class Tree:
     """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
 
-    A multimodal model has the words for its text under `text_config`, where names begin with `wrapped`, and those of its `vision`
-    encoder under `vision_config`.
+    A multimodal model has the words for its text under `text_config`, where names begin with `wrapped`, and those of its
+    `vision` encoder under `vision_config`.
     """
 
     stacks: tuple[Stack, ...]
