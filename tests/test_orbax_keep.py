@@ -18,6 +18,7 @@ from convert.orbax_keep import keep
 from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.orbax_chunks import chunks_of, key_at, pieces
+from scripts.make_checkpoint import make_checkpoint
 
 E, L, K, N = 6, 4, 20, 24
 PATH = "params.params.decoder.layers.moe_block"
@@ -228,3 +229,12 @@ def test_a_flipped_bit_in_a_kept_chunk_is_found(tmp_path):
     verdict = convert.verify(tmp_path / "out")
     assert not verdict.equal
     assert [difference.split()[0] for level in verdict.levels for difference in level.differences] == [f"{PATH}.wi"]
+
+
+def test_digests_of_chunks_are_for_orbax(tmp_path):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, layers=1)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    path = tmp_path / "out" / "convert_manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hashed": "stored chunks"}))
+    with pytest.raises(convert.InputError, match="no Orbax checkpoint"):
+        convert.verify(tmp_path / "out")

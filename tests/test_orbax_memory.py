@@ -61,7 +61,7 @@ def check(tmp_path, memory, *, split=True, anew=False, **sizes):
 def test_many_small_chunks(tmp_path, anew):
     sizes = {"embed": 512, "mlp": 1024, "chunk": 1 << 20, "anew": anew}
     peaks = [check(tmp_path / str(layers), 320, layers=layers, **sizes) for layers in (2, 8)]
-    assert peaks[1] < peaks[0] + 48, f"{peaks} MiB, where the larger checkpoint has 145 MB more"
+    assert peaks[1] < peaks[0] + 96, f"{peaks} MiB, where the larger checkpoint has 145 MB more"
 
 
 def test_a_leaf_of_one_chunk_is_never_decoded_whole(tmp_path):

@@ -156,7 +156,8 @@ def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, pro
         from layouts.orbax import OrbaxReader
         from layouts.orbax_chunks import chunks_of
 
-        assert isinstance(reader, OrbaxReader)
+        if not isinstance(reader, OrbaxReader):
+            raise InputError(f"{reader.path / manifest.NAME}: 'hashed' is {hashed!r}, but this is no Orbax checkpoint")
         return stored_digest(reader, chunks_of(reader, name, span), progress)
     spec = reader.tensors[name]
     pattern = identity(len(spec.shape))
