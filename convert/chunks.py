@@ -100,9 +100,8 @@ def plan_chunks(target: Target, source_chunk: Sequence[int] | None, limit: int, 
     for axis in reversed(axes):
         if axis not in whole and (room := min(limit, _CRUMB) // math.prod(box.values())) > 1:
             box[axis] = _divisor(cell[axis], room)
-    for axis in axes[:1]:
-        if source_chunk is None or axis not in target.source.pattern.axes:
-            cell[axis] = box[axis]  # no chunk reaches along it, so that the array can be cut there
+    if axes and (source_chunk is None or axes[0] not in target.source.pattern.axes):
+        cell[axes[0]] = box[axes[0]]  # no chunk reaches along it, so that the array can be cut there
     return Chunking(target=target, cell=cell, box=box, chunk=_grid(pattern, sizes, box, source, grain))
 
 

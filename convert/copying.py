@@ -7,10 +7,8 @@ within itself.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +27,6 @@ from layouts.pattern import Box, Pattern
 
 Extent = Callable[[str], tuple[int, int]]
 """Where a tensor lies: an open file and the offset of its first byte."""
-_CANNOT = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
-"""What `copy_file_range` says where it does not work: between file systems, on old kernels, on some network disks."""
 
 
 class Worker(NamedTuple):
@@ -125,27 +121,14 @@ def _copy(run: Run, worker: Worker, output: Output, offset: int, digest: xxhash.
     flat = reader.read(run.source, (slice(None),) * len(spec.shape)).reshape(-1).view(np.uint8)
     data = flat[run.start : run.start + run.nbytes].data
     digest.update(data)
-    done = 0 if worker.extent is None or output.passes_cache(run.nbytes) else _by_kernel(run, worker.extent, output, offset)
+    done = 0
+    if worker.extent and not output.passes_cache(run.nbytes):
+        file, begin = worker.extent(run.source)
+        done = output.copy(file, begin + run.start, run.nbytes, offset)
     if done < run.nbytes:
         output.put(worker.scratch.filled(data[done:], offset + done), offset + done)
     reader.release(run.source, _rows(spec.shape, run, itemsize(spec.dtype)))
     return run.nbytes
-
-
-def _by_kernel(run: Run, extent: Extent, output: Output, offset: int) -> int:
-    """Copy a run, or as much of it as the kernel can, without bringing it here; how many bytes that was."""
-    file, begin = extent(run.source)
-    begin += run.start
-    done = 0
-    try:
-        while done < run.nbytes and (
-            step := os.copy_file_range(file, output.descriptor, run.nbytes - done, begin + done, offset + done)
-        ):
-            done += step
-    except OSError as error:
-        if error.errno not in _CANNOT:
-            raise
-    return done
 
 
 def _rows(shape: Sequence[int], run: Run, size: int) -> tuple[slice, ...]:

@@ -11,7 +11,7 @@ from convert.targets import OTHER
 from layouts.errors import PlanError
 from layouts.families import FAMILIES, MAXTEXT, Family
 from layouts.layout import Layout, Layouts, Placed
-from layouts.maxtext import HEADS, ROOT, Row, Stack, Tree
+from layouts.maxtext import HEADS, ROOT, Row, Stack, Tree, numbered
 from layouts.maxtext_trees import COMPUTED, TREES
 from layouts.parts import PARTS, companion, is_in_first
 from layouts.pattern import Pattern
@@ -115,8 +115,7 @@ def _layers(stack: Stack, config: Mapping[str, Any]) -> int:
 
 def _layer(stack: Stack, config: Mapping[str, Any]) -> str:
     first = config[stack.first] if isinstance(stack.first, str) else stack.first
-    times, plus = (f"*{stack.step}" if stack.step > 1 else ""), (f"+{first}" if first else "")
-    return f"{stack.hf}.{{l{times}{plus}}}."
+    return f"{stack.hf}.{numbered(first, stack.step)}."
 
 
 def _expert_count(config: Mapping[str, Any]) -> int:

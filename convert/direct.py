@@ -26,6 +26,8 @@ LEAST = 256 << 10
 """Bytes below which the page cache is faster, because it puts neighbours together."""
 DISKS = ("btrfs", "ext4", "f2fs", "overlay", "xfs")
 """File systems of a local disk. Others keep the page cache; the servers behind some can copy within themselves, too."""
+_CANNOT = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+"""What `copy_file_range` says where it does not work: between file systems, on old kernels, on some network disks."""
 
 
 class Scratch:
@@ -66,6 +68,23 @@ class Output:
     def passes_cache(self, nbytes: int) -> bool:
         """Whether a block of this size goes past the page cache."""
         return self._direct is not None and nbytes >= LEAST
+
+    def copy(self, file: int, begin: int, nbytes: int, offset: int) -> int:
+        """Let the kernel copy bytes of a file to an offset, as many as it can; how many that was.
+
+        Raises:
+            OSError: the disk is full or failing.
+        """
+        done = 0
+        try:
+            while done < nbytes and (
+                step := os.copy_file_range(file, self.descriptor, nbytes - done, begin + done, offset + done)
+            ):
+                done += step
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+        return done
 
     def put(self, block: memoryview, offset: int) -> None:
         """Write all bytes of a block at an offset; past the page cache if it is large and lies as `Scratch` has it.

@@ -78,13 +78,13 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
         UsageError: none does; the message says how much the leanest need, and for which tensor.
     """
     wanted = jobs or min(8, len(os.sched_getaffinity(0)))
-    kinds = list(_kinds(plan, reader))
     base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
     largest = ""
     least = None
     settings = _settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt)
     if keep(plan, reader):
         return _keeping(next(settings), memory, base)
+    kinds = list(_kinds(plan, reader))
     for budget in settings:
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")

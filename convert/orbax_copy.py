@@ -26,7 +26,6 @@ from layouts.orbax import OrbaxReader
 
 _STEP = 64 << 20
 """Bytes that the kernel copies at a time."""
-_CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def copy_database(
@@ -95,11 +94,13 @@ def _hashed(
 def _batches(found: Iterable[tuple[Portion, str]]) -> Iterator[list[tuple[Portion, str]]]:
     """Digests, as many at a time as are worth a line in the journal."""
     fresh: list[tuple[Portion, str]] = []
+    nbytes = 0
     for portion, digest in found:
         fresh.append((portion, digest))
-        if total(portion for portion, _ in fresh) > SYNC:
+        nbytes += portion.nbytes
+        if nbytes > SYNC:
             yield fresh
-            fresh = []
+            fresh, nbytes = [], 0
     yield fresh
 
 
@@ -135,13 +136,8 @@ def _copy(source: Path, target: Path, stop: threading.Event, scratch: Scratch) -
 
 def _step(reading: FileIO, output: Output, at: int, left: int, scratch: Scratch) -> int:
     """Copy some bytes: past the page cache, else in the kernel, else through it."""
-    if not output.passes_cache(left):
-        try:
-            if done := os.copy_file_range(reading.fileno(), output.descriptor, min(left, _STEP), at, at):
-                return done
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
+    if not output.passes_cache(left) and (done := output.copy(reading.fileno(), at, min(left, _STEP), at)):
+        return done
     block = scratch.empty((min(left, scratch.nbytes),), np.uint8, at).data
     done = os.preadv(reading.fileno(), [block], at)
     if not done:

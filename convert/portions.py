@@ -66,11 +66,13 @@ def cut(targets: Iterable[Target], chunking: Callable[[Target], Chunking], limit
 def batches(portions: Iterable[Portion], limit: int) -> Iterator[list[Portion]]:
     """Neighbours, about `limit` bytes together: what a power cut can cost."""
     batch: list[Portion] = []
+    nbytes = 0
     for portion in portions:
-        if batch and total(batch) + portion.nbytes > limit:
+        if batch and nbytes + portion.nbytes > limit:
             yield batch
-            batch = []
+            batch, nbytes = [], 0
         batch.append(portion)
+        nbytes += portion.nbytes
     if batch:
         yield batch
 

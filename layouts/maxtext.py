@@ -66,5 +66,10 @@ class Tree:
     vision: Tree | None = None
 
 
+def numbered(first: int, step: int) -> str:
+    """The slot of the layers `first`, `first + step`, ...: `{l}`, or `{l*4+1}` for 1, 5, 9."""
+    return f"{{l{f'*{step}' if step > 1 else ''}{f'+{first}' if first else ''}}}"
+
+
 HEADS: Mapping[str, str] = {"h": "num_attention_heads", "j": "num_key_value_heads"}
 """The axes whose sizes `config.json` has to give, because a shape does not tell a head from its width."""

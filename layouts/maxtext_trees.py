@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from layouts.maxtext import Row, Stack, Tree
+from layouts.maxtext import Row, Stack, Tree, numbered
 
 
 def _attention(place: str, *, bias: bool = False, shared: str = "j") -> tuple[Row, ...]:
@@ -118,6 +119,12 @@ def _next_rows(slot: int) -> tuple[Row, ...]:
     )
 
 
+def _turn(slot: int, step: int, experts: str | None, rows: tuple[Row, ...], *, word: str = "layers") -> Stack:
+    """One of the stacks of a model whose layers take turns: every `step`-th layer from `slot` on."""
+    single = f"decoder.layers_{numbered(slot, step)}"
+    return Stack(scanned=f"decoder.layers.{word}_{slot}", single=single, experts=experts, first=slot, step=step, rows=rows)
+
+
 def _llama4_stacks() -> Iterator[Stack]:
     """Llama 4: cycles of four layers, because every fourth has no rotary embedding; each second one, or each, has experts."""
     mixture = (
@@ -125,15 +132,10 @@ def _llama4_stacks() -> Iterator[Stack]:
         Row("feed_forward.router.weight", "e k", "Llama4MoEBlock_0.MoeBlock_0.gate.kernel", "k e"),
     )
     for slot, sparse in itertools.product(range(4), (False, True)):
-        yield Stack(
-            scanned=f"decoder.layers.layers_{slot}",
-            single=f"decoder.layers_{{l*4+{slot}}}" if slot else "decoder.layers_{l*4}",
-            experts="Llama4MoEBlock_0.MoeBlock_0" if sparse else None,
-            first=slot,
-            step=4,
-            when=("interleave_moe_layer_step", tuple(step for step in (1, 2, 4) if ((slot + 1) % step == 0) == sparse)),
-            rows=(*_norms(), *_attention("self_attention"), *(mixture if sparse else _gated("feed_forward", "mlp"))),
-        )
+        steps = tuple(step for step in (1, 2, 4) if ((slot + 1) % step == 0) == sparse)
+        rows = (*_norms(), *_attention("self_attention"), *(mixture if sparse else _gated("feed_forward", "mlp")))
+        stack = _turn(slot, 4, "Llama4MoEBlock_0.MoeBlock_0" if sparse else None, rows)
+        yield replace(stack, when=("interleave_moe_layer_step", steps))
 
 
 def _norm(hf: str, maxtext: str) -> tuple[Row, ...]:
@@ -208,30 +210,10 @@ TREES: Mapping[str, Tree] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "gpt_oss": Tree(
-        stacks=tuple(
-            Stack(
-                scanned=f"decoder.layers.layers_{slot}",
-                single=f"decoder.layers_{{l*2+{slot}}}" if slot else "decoder.layers_{l*2}",
-                experts="GptOssMlp",
-                first=slot,
-                step=2,
-                rows=_GPT_OSS_ROWS,
-            )
-            for slot in range(2)
-        )
+        stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2)),
     ),
     "qwen3_next": Tree(
-        stacks=tuple(
-            Stack(
-                scanned=f"decoder.layers.layer_{slot}",
-                single=f"decoder.layers_{{l*4+{slot}}}" if slot else "decoder.layers_{l*4}",
-                experts="mlp.routed_experts",
-                first=slot,
-                step=4,
-                rows=_next_rows(slot),
-            )
-            for slot in range(4)
-        )
+        stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(slot), word="layer") for slot in range(4)),
     ),
     "llama4": Tree(
         stacks=tuple(_llama4_stacks()), hf_experts="feed_forward.experts", wrapped="language_model.", vision=_LLAMA4_VISION

@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from layouts.errors import InputError
 from layouts.orbax import OrbaxReader
-from layouts.orbax_codec import pieces_of
+from layouts.orbax_codec import key_form, key_of, pieces_of
 
 _OTHERS = ("zarr.json", ".zarray", ".zattrs")
 
@@ -35,8 +35,7 @@ def grid_shape(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 def key_at(metadata: Mapping[str, Any], at: tuple[int, ...]) -> str:
     """The key of the chunk at this place."""
-    first, separator = _form(metadata)
-    return separator.join((*first, *map(str, at))) or "0"
+    return key_of(*key_form(metadata), at)
 
 
 def chunks_of(reader: OrbaxReader, name: str, rows: range | None = None) -> list[Chunk]:
@@ -61,7 +60,7 @@ def chunks_of(reader: OrbaxReader, name: str, rows: range | None = None) -> list
 def _listed(reader: OrbaxReader, name: str, first: range | None) -> Iterator[Chunk]:
     """The chunks in the order of their keys; with `first`, those that have one of these numbers in the first place."""
     rank, metadata = len(reader.tensors[name].shape), reader.grids[name]
-    words, separator = _form(metadata)
+    words, separator = key_form(metadata)
     ranges = [ts.KvStore.KeyRange()]
     if first is not None:
         last = separator if rank > 1 else ""
@@ -87,11 +86,3 @@ def pieces(reader: OrbaxReader, chunk: Chunk) -> Iterator[bytes]:
         yield from pieces_of(reader.values(chunk.name), chunk.key, 0, None)()
     except ValueError as error:
         raise InputError(f"{reader.item}: {chunk.name} cannot be read: {error}") from None
-
-
-def _form(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-    """What keys begin with, and what stands between the numbers."""
-    if "chunks" in metadata:
-        return (), metadata.get("dimension_separator", ".")
-    encoding = metadata.get("chunk_key_encoding") or {}
-    return ("c",), encoding.get("configuration", {}).get("separator", "/")

@@ -7,7 +7,7 @@ Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ try:
 except ImportError:  # then such chunks are decoded whole
     zstd = None  # type: ignore[assignment]
 
-__all__ = ["PIECE", "Codec", "Pieces", "codec_of", "fetch", "pieces_of", "streamable", "zstd"]
+__all__ = ["PIECE", "Codec", "Pieces", "codec_of", "fetch", "key_form", "key_of", "pieces_of", "streamable", "zstd"]
 
 PIECE = 1 << 20
 """Bytes of a stored chunk that are fetched at a time, and below which rows are read whole, although a part is wanted."""
@@ -40,8 +40,8 @@ def codec_of(metadata: Mapping[str, Any]) -> Codec | None:
         plain = metadata.get("order") == "C" and not metadata.get("filters") and _is_little(metadata["dtype"])
         if not plain or (compressor and compressor["id"] != "zstd"):
             return None
-        separator = metadata.get("dimension_separator", ".")
-        return Codec(compressed=bool(compressor), shard=(), prefix=(), separator=separator)
+        prefix, separator = key_form(metadata)
+        return Codec(compressed=bool(compressor), shard=(), prefix=prefix, separator=separator)
     codecs, shard = metadata.get("codecs") or [], ()
     encoding = metadata.get("chunk_key_encoding") or {"name": "default"}
     if encoding["name"] != "default":
@@ -55,8 +55,21 @@ def codec_of(metadata: Mapping[str, Any]) -> Codec | None:
     names = [codec["name"] for codec in codecs if codec != _LITTLE and codec != {"name": "bytes"}]
     if names not in ([], ["zstd"]) or not codecs:
         return None
-    separator = encoding.get("configuration", {}).get("separator", "/")
-    return Codec(compressed=bool(names), shard=shard, prefix=("c",), separator=separator)
+    prefix, separator = key_form(metadata)
+    return Codec(compressed=bool(names), shard=shard, prefix=prefix, separator=separator)
+
+
+def key_form(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """What the keys of chunks begin with, and what stands between their numbers."""
+    if "chunks" in metadata:
+        return (), metadata.get("dimension_separator", ".")
+    encoding = metadata.get("chunk_key_encoding") or {}
+    return ("c",), encoding.get("configuration", {}).get("separator", "/")
+
+
+def key_of(prefix: tuple[str, ...], separator: str, at: Sequence[int]) -> str:
+    """The key of the chunk at this place of the grid."""
+    return separator.join((*prefix, *map(str, at))) or "0"
 
 
 def _is_little(dtype: Any) -> bool:

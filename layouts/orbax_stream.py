@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.orbax_codec import PIECE, Codec, Pieces, codec_of, fetch, pieces_of, zstd
+from layouts.orbax_codec import PIECE, Codec, Pieces, codec_of, fetch, key_of, pieces_of, zstd
 
 WINDOW = 8 << 20
 """Bytes that a stream holds: zstd's window (2 MB for what Orbax writes, level 3), two pieces, the end of the last run."""
@@ -111,7 +111,7 @@ class ChunkStreams:
         per_shard = [s // c for s, c in zip(codec.shard, self.chunk, strict=True)] if codec.shard else []
         if per_shard:
             grid = tuple(i // n for i, n in zip(at, per_shard, strict=True))
-        key = codec.separator.join((*codec.prefix, *map(str, grid))) or "0"
+        key = key_of(codec.prefix, codec.separator, grid)
         begin, nbytes = 0, None
         if per_shard:
             number = _flat([i % n for i, n in zip(at, per_shard, strict=True)], per_shard)

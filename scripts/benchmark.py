@@ -101,7 +101,7 @@ def measure(row: Row, directory: Path) -> tuple[float, float]:
     """Seconds and peak resident MB of one run; its output is removed unless the next row reads it."""
     out = directory / (row.keeps or "out")
     shutil.rmtree(out, ignore_errors=True)
-    _warm(directory / row.source)
+    warm(directory / row.source)
     words = {"SRC": str(directory / row.source), "OUT": str(out)}
     command = [_fill(part, words) for part in row.command]
     os.sync()
@@ -131,9 +131,9 @@ def one_round(directory: Path, *, peers: bool) -> Iterator[tuple[int, tuple[floa
         before = after
 
 
-def _warm(source: Path) -> None:
+def warm(source: Path) -> None:
     """Read a checkpoint, so that the page cache holds it."""
-    for path in source.glob("*.safetensors"):
+    for path in (path for path in source.rglob("*") if path.is_file()):
         with path.open("rb", buffering=0) as file:
             while file.read(8 << 20):
                 pass

@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmark import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = """
 import sys, numpy as np, ml_dtypes, jax, orbax.checkpoint as ocp
@@ -78,7 +80,7 @@ def measure(command: list[str], paths: dict[str, str]) -> tuple[float, float]:
     words = [paths.get(word.removeprefix("$"), word) if word.startswith("$") else word for word in command]
     target = paths["FUSED"] if "$FUSED" in command and "--prefuse" in command else paths["OUT"]
     shutil.rmtree(target, ignore_errors=True)
-    _warm(Path(paths["FUSED" if "--split" in command else "SRC"]))
+    warm(Path(paths["FUSED" if "--split" in command else "SRC"]))
     os.sync()
     started = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ, **paths})
@@ -88,15 +90,6 @@ def measure(command: list[str], paths: dict[str, str]) -> tuple[float, float]:
         raise SystemExit(f"{' '.join(words)} failed:\n{process.stderr.read().decode() if process.stderr else ''}")
     shutil.rmtree(paths["OUT"], ignore_errors=True)
     return seconds, usage.ru_maxrss / 1000
-
-
-def _warm(source: Path) -> None:
-    """Read a checkpoint, so that the page cache holds it."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.read(8 << 20):
-                    pass
 
 
 def main() -> None:
