@@ -44,8 +44,8 @@ class Sides:
     to_maxtext: bool
 
 
-def tree_of(family: Family, where: object) -> Tree:
-    """The family's tree.
+def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
+    """The family's trees: the one to write first.
 
     Raises:
         PlanError: it has none, or its MaxText form would change values.
@@ -91,12 +91,13 @@ def _pairs(tree: Tree, sides: Sides, config: Mapping[str, Any], wrapped: str) ->
         scan = sides.scan and stack.scanned is not None
         single = f"{ROOT}{stack.scanned if scan else stack.single}."
         layer = wrapped + _layer(stack, config)
-        counts = {**heads, "l": count}
+        counts = {**heads, "l": count, **({"p": stack.run} if stack.run > 1 else {})}
+        axes = tuple(axis for axis in "lp" if axis in counts) if scan else ()
         for row in stack.rows:
-            yield _pair(sides, _of_row(row, layer, single), scan=scan, optional=row.optional, counts=counts)
+            yield _pair(sides, _of_row(row, layer, single), scan=axes, optional=row.optional, counts=counts)
         if stack.experts:
             places = layer + tree.hf_experts, single + stack.experts
-            yield from _experts(sides, places, scan, {**counts, "e": _expert_count(config), "g": 2})
+            yield from _experts(sides, places, axes, {**counts, "e": _expert_count(config), "g": 2})
 
 
 def _layers(stack: Stack, config: Mapping[str, Any]) -> int:
@@ -110,12 +111,14 @@ def _layers(stack: Stack, config: Mapping[str, Any]) -> int:
             raise PlanError(f"config.json does not say {word}, which says what kind of layers there are")
         if config[word] not in values:
             return 0
+    if stack.run > 1 and last % stack.step:
+        raise PlanError(f"{last} layers ({stack.last}) do not make whole cycles of {stack.step}, and MaxText has only such")
     return max(0, -(-(last - first) // stack.step))
 
 
 def _layer(stack: Stack, config: Mapping[str, Any]) -> str:
     first = config[stack.first] if isinstance(stack.first, str) else stack.first
-    return f"{stack.hf}.{numbered(first, stack.step)}."
+    return f"{stack.hf}.{numbered(first, stack.step, stack.run)}."
 
 
 def _expert_count(config: Mapping[str, Any]) -> int:
@@ -139,24 +142,24 @@ def _pair(
     *,
     counts: Mapping[str, int],
     optional: bool,
-    scan: bool = False,
+    scan: tuple[str, ...] = (),
     role: str = OTHER,
     part: str = "",
 ) -> Pair:
     hf, maxtext = places
     if scan:
-        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern))
+        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
     return Pair(role=role, part=part, source=one, target=other, counts=counts, optional=optional)
 
 
-def _scanned(pattern: Pattern) -> Pattern:
-    """With the layers as the second axis."""
+def _scanned(pattern: Pattern, layers: tuple[str, ...]) -> Pattern:
+    """With the axes of the layers behind the first one."""
     first, *rest = pattern.tokens
-    return Pattern(" ".join([first, "l", *rest]))
+    return Pattern(" ".join([first, *layers, *rest]))
 
 
-def _experts(sides: Sides, places: tuple[str, str], scan: bool, counts: Mapping[str, int]) -> Iterator[Pair]:
+def _experts(sides: Sides, places: tuple[str, str], scan: tuple[str, ...], counts: Mapping[str, int]) -> Iterator[Pair]:
     """Weights and biases of the experts of a stack."""
     hf, maxtext = places
     for role, (number, optional) in itertools.product(("wi", "wo"), ((0, False), (_BIAS, True))):

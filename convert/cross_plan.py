@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from convert.cross import cross_targets
-from convert.cross_pairs import Sides, layouts_of, tree_of
+from convert.cross_pairs import Sides, layouts_of, trees_of
 from convert.planner import Action, Plan
 from convert.record import make_record
 from convert.targets import Target
@@ -45,11 +45,11 @@ def make_cross_plan(
     """
     config = config_of(reader)
     found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=family)
-    tree = tree_of(found, reader.path)
+    trees = trees_of(found, reader.path)
     fused = layout if action == "prefuse" else None
     if to == "orbax" and fused and fused not in _FUSED:
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
-    scan = scan if to == "orbax" else is_scanned(reader, tree)
+    tree, scan = (trees[0], scan) if to == "orbax" else tree_in(reader, trees)
     sides = layouts_of(found, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader))
     left_out = tuple(name for name in reader.tensors if params_only and to == "hf" and not name.startswith(ROOT))
     targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
@@ -67,9 +67,11 @@ def make_cross_plan(
     )
 
 
-def is_scanned(reader: Reader, tree: Tree) -> bool:
-    """Whether a MaxText tree has its layers stacked."""
-    return any(name.startswith(f"{ROOT}{stack.scanned}.") for stack in tree.stacks if stack.scanned for name in reader.tensors)
+def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
+    """Which of a family's trees a checkpoint of MaxText has, and whether its layers are stacked; its names tell."""
+    places = [(tree, f"{ROOT}{stack.scanned}.") for tree in trees for stack in tree.stacks if stack.scanned]
+    found = next((tree for tree, place in places if any(name.startswith(place) for name in reader.tensors)), None)
+    return found or trees[0], found is not None
 
 
 def config_of(reader: Reader) -> Mapping[str, Any]:

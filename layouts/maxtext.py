@@ -33,7 +33,8 @@ class Stack:
     """Layers with the same tensors: `first`, `first + step`, ... up to `last` (before it), by the words of `config.json`.
 
     `hf` is where Hugging Face has layers, `scanned` the subtree of all of them, `single` that of layer `{l}`, counted within
-    the stack. MaxText never stacks layers without `scanned`. The stack is there if the word `when` has one of these values.
+    the stack. MaxText never stacks layers without `scanned`. With `run`, each step is of so many layers in a row, which are
+    stacked once more, on an axis `p` behind `l`. The stack is there if the word `when` has one of these values.
     """
 
     scanned: str | None
@@ -42,6 +43,7 @@ class Stack:
     rows: tuple[Row, ...]
     first: int | str = 0
     step: int = 1
+    run: int = 1
     last: str = "num_hidden_layers"
     when: tuple[str, tuple[int, ...]] | None = None
     hf: str = "model.layers"
@@ -66,9 +68,10 @@ class Tree:
     vision: Tree | None = None
 
 
-def numbered(first: int, step: int) -> str:
-    """The slot of the layers `first`, `first + step`, ...: `{l}`, or `{l*4+1}` for 1, 5, 9."""
-    return f"{{l{f'*{step}' if step > 1 else ''}{f'+{first}' if first else ''}}}"
+def numbered(first: int, step: int, run: int = 1) -> str:
+    """The slot of the layers `first`, `first + step`, ...: `{l}`, `{l*4+1}` for 1, 5, 9, or `{l*4+p}` with runs of several."""
+    offset = "p" if run > 1 else first or ""
+    return f"{{l{f'*{step}' if step > 1 else ''}{f'+{offset}' if offset else ''}}}"
 
 
 HEADS: Mapping[str, str] = {"h": "num_attention_heads", "j": "num_key_value_heads"}

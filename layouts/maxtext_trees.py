@@ -1,7 +1,8 @@
 """The table of MaxText's trees, in the language of `layouts.maxtext`; one entry per family serves both directions.
 
 Source: MaxText `checkpoint_conversion/utils/param_mapping.py` (which maps names one by one, with functions for the axes); for
-Llama 4, which is not in it, `checkpoint_conversion/standalone_scripts/llama4_ckpt_unscanned.py` and `models/llama4.py`.
+Llama 4, which is not in it, `checkpoint_conversion/standalone_scripts/llama4_ckpt_unscanned.py` and `models/llama4.py`. That
+models of MaxText 0.2.5 compute with these trees what transformers computes, `tests/clients/test_maxtext.py` shows.
 """
 
 from __future__ import annotations
@@ -93,11 +94,14 @@ _GPT_OSS_ROWS = (
 )
 
 
-def _next_rows(slot: int) -> tuple[Row, ...]:
+def _next_rows(*, full: bool) -> tuple[Row, ...]:
     """Qwen3-Next: every fourth layer has full attention, the others a gated delta net."""
-    full = (
-        *_attention("attention.attention")[1:],  # its queries come with a gate: two for each head
-        Row("self_attn.q_proj.weight", "(h q) k", "attention.attention.query.kernel", "k h q"),
+    attention = (
+        Row(
+            "self_attn.q_proj.weight", "(h q) k", "attention.attention.query.kernel", "k h q"
+        ),  # with a gate: two for each head
+        *_attention("attention.attention")[1:3],
+        Row("self_attn.o_proj.weight", "k q", "attention.attention.out.kernel", "q k"),
         Row("self_attn.q_norm.weight", "d", "attention.attention.query_norm.scale", "d"),
         Row("self_attn.k_norm.weight", "d", "attention.attention.key_norm.scale", "d"),
     )
@@ -112,7 +116,7 @@ def _next_rows(slot: int) -> tuple[Row, ...]:
     )
     return (
         *_norms("input_layernorm", "post_attention_layernorm"),
-        *(full if slot == 3 else linear),
+        *(attention if full else linear),
         *_gated("mlp.shared_expert", "mlp.shared_expert"),
         Row("mlp.gate.weight", "e k", "mlp.routed_experts.gate.kernel", "k e"),
         Row("mlp.shared_expert_gate.weight", "o k", "mlp.shared_expert_gate.kernel", "k o"),
@@ -123,6 +127,20 @@ def _turn(slot: int, step: int, experts: str | None, rows: tuple[Row, ...], *, w
     """One of the stacks of a model whose layers take turns: every `step`-th layer from `slot` on."""
     single = f"decoder.layers_{numbered(slot, step)}"
     return Stack(scanned=f"decoder.layers.{word}_{slot}", single=single, experts=experts, first=slot, step=step, rows=rows)
+
+
+def _next_stacks() -> Iterator[Stack]:
+    """Three layers in a row, stacked twice, and every fourth."""
+    for place, first, run in (("local_layers", 0, 3), ("global_layer", 3, 1)):
+        yield Stack(
+            scanned=f"decoder.layers.{place}",
+            single=f"decoder.layers_{numbered(first, 4, run)}",
+            experts="mlp.routed_experts",
+            rows=_next_rows(full=first == 3),
+            first=first,
+            step=4,
+            run=run,
+        )
 
 
 def _llama4_stacks() -> Iterator[Stack]:
@@ -196,30 +214,38 @@ _LLAMA4_VISION = Tree(
 )
 
 
-TREES: Mapping[str, Tree] = {
-    "qwen3_moe": Tree(
-        stacks=(
-            Stack(
-                scanned="decoder.layers",
-                single="decoder.layers_{l}",
-                experts="moe_block",
-                rows=(*_norms(), *_attention("self_attention"), *_QK_NORM, _ROUTER),
-            ),
-        )
+TREES: Mapping[str, tuple[Tree, ...]] = {
+    "qwen3_moe": (
+        Tree(
+            stacks=(
+                Stack(
+                    scanned="decoder.layers",
+                    single="decoder.layers_{l}",
+                    experts="moe_block",
+                    rows=(*_norms(), *_attention("self_attention"), *_QK_NORM, _ROUTER),
+                ),
+            )
+        ),
     ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "gpt_oss": Tree(
-        stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2)),
+    "deepseek_v2": (_DEEPSEEK,),
+    "deepseek_v3": (_DEEPSEEK,),
+    "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
+    "qwen3_next": (
+        Tree(stacks=tuple(_next_stacks())),
+        Tree(
+            stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(full=slot == 3), word="layer") for slot in range(4)),
+        ),
     ),
-    "qwen3_next": Tree(
-        stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(slot), word="layer") for slot in range(4)),
-    ),
-    "llama4": Tree(
-        stacks=tuple(_llama4_stacks()), hf_experts="feed_forward.experts", wrapped="language_model.", vision=_LLAMA4_VISION
+    "llama4": (
+        Tree(
+            stacks=tuple(_llama4_stacks()),
+            hf_experts="feed_forward.experts",
+            wrapped="language_model.",
+            vision=_LLAMA4_VISION,
+        ),
     ),
 }
-"""By the name of the family."""
+"""By the name of the family: the tree that MaxText has now, which is written, and those that it had before, read only."""
 
 COMPUTED: Mapping[str, str] = {
     "mixtral": "MaxText's Mixtral has the queries divided by the root of the head width, which would change values",

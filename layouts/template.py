@@ -14,17 +14,71 @@ from functools import cached_property
 Index = Mapping[str, int | str]
 """Where a name puts its tensor: `{"l": 3, "e": 17, "g": 0}`; a path slot holds text."""
 
-_SLOT = re.compile(r"\{([a-z]+)(?:\*([1-9]\d*))?(?:\+([1-9]\d*))?(?::([^{}]+))?\}")
+_SLOT = re.compile(r"\{([a-z]+)(?:\*([1-9]\d*))?(?:\+([1-9]\d*|[a-z]))?(?::([^{}]+))?\}")
 _INTEGER = r"(0|[1-9][0-9]{0,8})"
 """Nine digits at most: no checkpoint has more of anything, and int() refuses what is much longer."""
 _PATH = r"(.+)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slot:
+    """A slot of a template: a path, a choice of `words`, or a number: `factor * axis` plus an `offset` or an `inner` axis."""
+
+    axis: str
+    factor: int = 1
+    offset: int = 0
+    inner: str = ""
+    words: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, axis: str, factor: str | None, offset: str | None, words: str | None) -> _Slot:
+        """From what the text of a slot says."""
+        inner = offset if offset and offset.isalpha() else ""
+        return cls(
+            axis=axis,
+            factor=int(factor or 1),
+            offset=int(offset or 0) if not inner else 0,
+            inner=inner,
+            words=tuple(words.split(",")) if words else (),
+        )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return (self.axis, self.inner) if self.inner else (self.axis,)
+
+    @property
+    def regex(self) -> str:
+        if self.words:
+            return f"({'|'.join(map(re.escape, self.words))})"
+        return _INTEGER if len(self.axis) == 1 else _PATH
+
+    def parse(self, text: str) -> dict[str, int | str] | None:
+        if self.words:
+            return {self.axis: self.words.index(text)}
+        if len(self.axis) > 1:
+            return {self.axis: text}
+        number, rest = divmod(int(text) - self.offset, self.factor)
+        if self.inner:
+            return {self.axis: number, self.inner: rest}
+        return None if rest or number < 0 else {self.axis: number}
+
+    def render(self, index: Index) -> str:
+        if self.words:
+            return self.words[int(index[self.axis])]
+        if len(self.axis) > 1:
+            return str(index[self.axis])
+        rest = int(index[self.inner]) if self.inner else self.offset
+        if self.inner and rest >= self.factor:
+            raise ValueError(f"{self.inner} = {rest} is not below {self.factor}")
+        return str(int(index[self.axis]) * self.factor + rest)
 
 
 @dataclass(frozen=True)
 class Template:
     """A tensor name with slots: `{e}` an index, `{g:gate,up}` a choice (its place is the index), `{path}` any text.
 
-    An index may count otherwise than the name: `{l*4+1}` is 1, 5, 9, ... for `l` = 0, 1, 2, ...
+    An index may count otherwise than the name: `{l*4+1}` is 1, 5, 9, ... for `l` = 0, 1, 2, ..., and `{l*4+p}` has two: 6 is
+    `l` = 1 and `p` = 2.
 
     Names match in full and indices are digits without leading zeros, so that `parse` and `render` are exact inverses.
 
@@ -41,14 +95,16 @@ class Template:
             return
         if len(set(self.slots)) != len(self.slots):
             raise ValueError(f"{self.text!r}: a slot is used twice")
-        if any(len(set(words)) < max(2, len(words)) for words in self._choices.values()):
+        if any(len(set(slot.words)) < max(2, len(slot.words)) for slot in self._slots if slot.words):
             raise ValueError(f"{self.text!r}: a choice needs two words or more, all different")
+        if any(slot.inner and slot.factor == 1 for slot in self._slots):
+            raise ValueError(f"{self.text!r}: of two axes in one number the first needs a factor")
         if any(brace in literal for literal in self._literals for brace in "{}") or "" in self._literals[1:-1]:
             raise ValueError(f"{self.text!r}: slots are written {{e}} or {{g:gate,up}}, with text between any two")
 
     @cached_property
     def _parts(self) -> list[str]:
-        """Literal, slot, factor, offset, choices, literal, slot, ..., literal."""
+        """Literal, axis, factor, offset, choices, literal, axis, ..., literal."""
         return [self.text] if self.literal else _SLOT.split(self.text)
 
     @cached_property
@@ -56,66 +112,47 @@ class Template:
         return self._parts[::5]
 
     @cached_property
+    def _slots(self) -> tuple[_Slot, ...]:
+        return tuple(_Slot.of(*self._parts[at : at + 4]) for at in range(1, len(self._parts), 5))
+
+    @cached_property
     def slots(self) -> tuple[str, ...]:
         """The axes stored in the name, in order of appearance."""
-        return tuple(self._parts[1::5])
-
-    @cached_property
-    def _scales(self) -> dict[str, tuple[int, int]]:
-        """Factor and offset of the slots that have them."""
-        found = zip(self.slots, self._parts[2::5], self._parts[3::5], strict=True)
-        return {slot: (int(factor or 1), int(offset or 0)) for slot, factor, offset in found if factor or offset}
-
-    @cached_property
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        pairs = zip(self.slots, self._parts[4::5], strict=True)
-        return {slot: tuple(words.split(",")) for slot, words in pairs if words}
+        return tuple(axis for slot in self._slots for axis in slot.axes)
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        def slot(name: str) -> str:
-            if words := self._choices.get(name):
-                return "(" + "|".join(map(re.escape, words)) + ")"
-            return _INTEGER if len(name) == 1 else _PATH
-
         pattern = re.escape(self._literals[0])
-        for name, literal in zip(self.slots, self._literals[1:], strict=True):
-            pattern += slot(name) + re.escape(literal)
+        for slot, literal in zip(self._slots, self._literals[1:], strict=True):
+            pattern += slot.regex + re.escape(literal)
         return re.compile(pattern, re.DOTALL)
 
     def parse(self, name: str) -> dict[str, int | str] | None:
         """The index that `name` stands for, or None when the name is not of this form."""
         if not (match := self._regex.fullmatch(name)):
             return None
-        index = {slot: self._value(slot, text) for slot, text in zip(self.slots, match.groups(), strict=True)}
-        for slot, (factor, offset) in self._scales.items():
-            number, rest = divmod(int(index[slot]) - offset, factor)
-            if rest or number < 0:
+        index: dict[str, int | str] = {}
+        for slot, text in zip(self._slots, match.groups(), strict=True):
+            if (found := slot.parse(text)) is None:
                 return None
-            index[slot] = number
+            index |= found
         return index
-
-    def _value(self, slot: str, text: str) -> int | str:
-        if words := self._choices.get(slot):
-            return words.index(text)
-        return int(text) if len(slot) == 1 else text
 
     def render(self, index: Index) -> str:
         """The name at `index`; entries that are not slots of this template are ignored.
 
         Raises:
             KeyError: the index lacks a slot.
+            ValueError: the second axis of a number is beyond the factor of the first.
         """
         name = self._literals[0]
-        for slot, literal in zip(self.slots, self._literals[1:], strict=True):
-            words, (factor, offset) = self._choices.get(slot), self._scales.get(slot, (1, 0))
-            text = words[int(index[slot])] if words else str(index[slot])
-            name += (str(int(text) * factor + offset) if slot in self._scales else text) + literal
+        for slot, literal in zip(self._slots, self._literals[1:], strict=True):
+            name += slot.render(index) + literal
         return name
 
     def bind(self, slot: str, value: int) -> Template:
         """This template with one choice made; unchanged when it has no such slot."""
-        words = self._choices.get(slot)
-        if not words:
-            return self
-        return Template(self.text.replace(f"{{{slot}:{','.join(words)}}}", words[value]))
+        for found in self._slots:
+            if found.axis == slot and found.words:
+                return Template(self.text.replace(f"{{{slot}:{','.join(found.words)}}}", found.words[value]))
+        return self

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from convert.cross import cross_targets
-from convert.cross_pairs import layouts_of, tree_of
+from convert.cross_pairs import layouts_of, trees_of
+from convert.cross_plan import tree_in
 from convert.errors import InputError, PlanError
 from layouts.families import FAMILIES
 from tests.tiny import MemoryReader, fill, same
@@ -150,10 +151,14 @@ def reader(name: str) -> MemoryReader:
     return MemoryReader(make(layers), config=config)
 
 
-def across(source: MemoryReader, *, to_maxtext: bool, fused=None, scan: bool = True, is_fused: bool = False) -> MemoryReader:
+def across(
+    source: MemoryReader, *, to_maxtext: bool, fused=None, scan: bool = True, is_fused: bool = False, version: int = 0
+) -> MemoryReader:
     family = next(f for f in FAMILIES if source.config["model_type"] in f.model_types)
+    trees = trees_of(family, "memory")
+    tree, scan = (trees[version], scan) if to_maxtext else tree_in(source, trees)
     sides = layouts_of(family, fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
-    targets = cross_targets(source, tree_of(family, "memory"), sides, source.config)
+    targets = cross_targets(source, tree, sides, source.config)
     arrays = {target.spec.name: fill(target, source) for target in targets}
     return MemoryReader(arrays, config=source.config, format="orbax" if to_maxtext else "hf")
 
@@ -166,7 +171,7 @@ def test_there_and_back(name, scan, fused):
     tree = across(original, to_maxtext=True, fused=fused, scan=scan)
     assert sum(array.size for array in tree.arrays.values()) == sum(array.size for array in original.arrays.values())
     assert any(key.endswith(".wi") for key in tree.arrays) == bool(fused)
-    again = across(tree, to_maxtext=False, scan=scan, is_fused=bool(fused))
+    again = across(tree, to_maxtext=False, is_fused=bool(fused))
     assert same(again.arrays, original.arrays)
 
 
@@ -226,6 +231,57 @@ def test_layers_in_turn_go_to_the_slots_of_their_cycle():
     assert np.array_equal(
         unscanned[P + "decoder.layers_3.GptOssMlp.wi_0"], hf["model.layers.3.mlp.experts.gate_up_proj"][..., ::2]
     )
+
+
+def test_runs_of_layers_are_stacked_twice():
+    """Three layers of each cycle of Qwen3-Next lie behind one another in each of its blocks: (E, blocks, 3, K, N)."""
+    source = reader("qwen3_next")
+    tree, hf = across(source, to_maxtext=True, fused="concat").arrays, source.arrays
+    local, whole = P + "decoder.layers.local_layers.", P + "decoder.layers.global_layer."
+    layer = "model.layers.{}."
+
+    def twice(name: str, rule) -> np.ndarray:
+        rows = [np.stack([rule(hf[f"model.layers.{4 * b + p}.{name}"]) for p in range(3)], axis=1) for b in range(2)]
+        return np.stack(rows, axis=1)
+
+    wanted = {
+        local + "input_layernorm.scale": twice("input_layernorm.weight", np.array),
+        local + "attention.A_log": twice("linear_attn.A_log", np.array),
+        local + "attention.conv1d.kernel": twice("linear_attn.conv1d.weight", lambda array: array.transpose(2, 1, 0)),
+        local + "attention.in_proj_qkvz.kernel": twice("linear_attn.in_proj_qkvz.weight", np.transpose),
+        local + "mlp.routed_experts.gate.kernel": twice("mlp.gate.weight", np.transpose),
+        whole + "attention.attention.out.kernel": stacked(
+            hf, [layer.format(i) + "self_attn.o_proj.weight" for i in (3, 7)], np.transpose
+        ),
+        whole + "attention.attention.query.kernel": stacked(
+            hf, [layer.format(i) + "self_attn.q_proj.weight" for i in (3, 7)], by_heads(H)
+        ),
+    }
+    assert same({name: tree.get(name) for name in wanted}, wanted)
+    wi = tree[local + "mlp.routed_experts.wi"]
+    assert wi.shape == (E, 2, 3, K, 2 * N)
+    for expert, block, position in ((0, 0, 0), (7, 1, 2), (11, 0, 1)):
+        at = f"model.layers.{4 * block + position}.mlp.experts.{expert}."
+        halves = (hf[at + "gate_proj.weight"].T, hf[at + "up_proj.weight"].T)
+        assert np.array_equal(wi[expert, block, position], np.concatenate(halves, axis=-1))
+
+
+@pytest.mark.parametrize("fused", [None, "concat"])
+def test_the_tree_of_an_older_maxtext_is_read_as_well(fused):
+    source = reader("qwen3_next")
+    tree = across(source, to_maxtext=True, fused=fused, version=1)
+    assert np.array_equal(
+        tree.arrays[P + "decoder.layers.layer_2.attention.dt_bias"],
+        stacked(source.arrays, [f"model.layers.{i}.linear_attn.dt_bias" for i in (2, 6)], np.array),
+    )
+    assert same(across(tree, to_maxtext=False, is_fused=bool(fused)).arrays, source.arrays)
+
+
+def test_a_cycle_that_is_not_whole_is_refused():
+    source = reader("qwen3_next")
+    config = source.config | {"num_hidden_layers": 7}
+    with pytest.raises(PlanError, match=r"7 layers .*do not make whole cycles of 4"):
+        across(MemoryReader(source.arrays, config=config), to_maxtext=True)
 
 
 def test_dense_layers_and_experts_are_two_stacks():
@@ -316,4 +372,4 @@ def test_a_missing_tensor_is_named(name):
 @pytest.mark.parametrize(("name", "words"), [("mixtral", "would change values"), ("olmoe", "no MaxText tree is known")])
 def test_what_would_compute_or_is_unknown_is_refused(name, words):
     with pytest.raises(PlanError, match=words):
-        tree_of(next(f for f in FAMILIES if f.name == name), "memory")
+        trees_of(next(f for f in FAMILIES if f.name == name), "memory")

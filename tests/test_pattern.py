@@ -34,6 +34,13 @@ def templates(draw):
             choices = draw(st.lists(WORDS, min_size=2, max_size=3, unique=True))
             text += f"{{{slot}:{','.join(choices)}}}"
             index[slot] = draw(st.integers(0, len(choices) - 1))
+        elif draw(st.booleans()):
+            factor = draw(st.integers(2, 9))
+            inner = draw(st.sampled_from([None, slot.translate(str.maketrans("elgst", "vwxyz"))]))
+            offset = draw(st.integers(0, factor - 1))
+            text += f"{{{slot}*{factor}{f'+{inner or offset}' if inner or offset else ''}}}"
+            index[slot] = draw(st.integers(0, 99_999_999))
+            index |= {inner: offset} if inner else {}
         else:
             text += f"{{{slot}}}"
             index[slot] = draw(NUMBERS)
@@ -82,7 +89,25 @@ def test_names_match_in_full_and_indices_have_one_spelling(name, index):
     assert EXPERT.parse(name) == index
 
 
-@pytest.mark.parametrize("text", ["{e}.{e}", "a{g:x}", "a{g:x,x}", "{e}{l}", "a.{e", "a.{E}", "a.}", "{g:}", "{}"])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("a.6", {"l": 1, "p": 2}), ("a.3", {"l": 0, "p": 3}), ("a.0", {"l": 0, "p": 0}), ("a.03", None)],
+)
+def test_one_number_may_hold_two_axes(name, index):
+    template = Template("a.{l*4+p}")
+    assert template.slots == ("l", "p")
+    assert template.parse(name) == index
+    assert index is None or template.render(index) == name
+
+
+def test_the_second_axis_of_a_number_ends_before_the_first_counts_on():
+    with pytest.raises(ValueError, match="p = 4 is not below 4"):
+        Template("a.{l*4+p}").render({"l": 0, "p": 4})
+
+
+@pytest.mark.parametrize(
+    "text", ["{e}.{e}", "{l+p}", "{l*4+l}", "a{g:x}", "a{g:x,x}", "{e}{l}", "a.{e", "a.{E}", "a.}", "{g:}", "{}"]
+)
 def test_misspelt_templates_are_refused(text):
     with pytest.raises(ValueError, match=re.escape(text)):
         Template(text)

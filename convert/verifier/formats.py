@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from convert.cross_pairs import Pair, layouts_of, names_of, pairs_of, tree_of
-from convert.cross_plan import config_of, is_fused, is_scanned
+from convert.cross_pairs import Pair, layouts_of, names_of, pairs_of, trees_of
+from convert.cross_plan import config_of, is_fused, tree_in
 from convert.errors import PlanError
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
@@ -36,8 +36,8 @@ def compare_formats(hf: Reader, tree: Reader, progress: Callable[[int], None]) -
         raise PlanError(f"{hf.path}: its experts are fused; compare a split checkpoint with the MaxText tree")
     config = config_of(hf)
     family = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf")
-    rows = tree_of(family, hf.path)
-    sides = layouts_of(family, None, scan=is_scanned(tree, rows), to_maxtext=False, is_fused=is_fused(tree))
+    rows, scan = tree_in(tree, trees_of(family, hf.path))
+    sides = layouts_of(family, None, scan=scan, to_maxtext=False, is_fused=is_fused(tree))
     differences: dict[bool, list[str]] = {True: [], False: []}
     seen: tuple[set[str], set[str]] = (set(), set())
     for pair in pairs_of(rows, sides, config):

@@ -12,8 +12,8 @@ import tiny_models  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
-CASES = ["qwen3_moe-sparse", *sorted(TREES.keys() - {"qwen3_moe"}), "llama4_text"]
-"""MaxText's Qwen3 has experts in every layer."""
+CASES = ["qwen3_moe-sparse", "qwen3_next-cycles", *sorted(TREES.keys() - {"qwen3_moe", "qwen3_next"}), "llama4_text"]
+"""MaxText's Qwen3 has experts in every layer, and its Qwen3-Next whole cycles of four."""
 
 
 def test_every_tree_is_here():

@@ -1,0 +1,169 @@
+"""MaxText's own models restore what we write and compute the logits that transformers computes, fused or not.
+
+MaxText aligns what it restores with its model by repeating or padding where sizes differ, silently, so only logits prove that a
+tree is right. It needs Python 3.12 and is not among our dependencies: `pip install -e '.[maxtext]'`, then `pytest -m clients
+tests/clients/test_maxtext.py`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import convert
+from layouts.maxtext_trees import TREES
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+maxtext = pytest.importorskip("maxtext")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import tiny_models  # noqa: E402
+from maxtext.common.common_types import MODEL_MODE_TRAIN  # noqa: E402
+from maxtext.configs import pyconfig  # noqa: E402
+from maxtext.utils import maxtext_utils, model_creation_utils  # noqa: E402
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
+
+LENGTH = 17
+RUN: Mapping[str, Any] = {
+    "run_name": "convert", "hardware": "cpu", "skip_jax_distributed_system": True, "enable_checkpointing": True,
+    "override_model_config": True, "log_config": False, "dataset_type": "synthetic", "base_output_directory": "/nonexistent",
+    "dtype": "float32", "weight_dtype": "float32", "matmul_precision": "highest", "attention": "dot_product",
+    "per_device_batch_size": 2, "max_target_length": LENGTH, "max_prefill_predict_length": 4,
+    "sparse_matmul": True, "megablox": False, "capacity_factor": -1.0,
+}  # fmt: skip
+"""How MaxText runs: on a CPU, in float32, no token dropped, through `jax.lax.ragged_dot`."""
+
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "base_emb_dim": ("hidden_size",),
+    "base_num_query_heads": ("num_attention_heads",),
+    "base_num_kv_heads": ("num_key_value_heads",),
+    "base_num_decoder_layers": ("num_hidden_layers",),
+    "vocab_size": ("vocab_size",),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok",),
+    "base_moe_mlp_dim": ("moe_intermediate_size", "intermediate_size"),
+    "base_mlp_dim": ("intermediate_size_mlp", "intermediate_size"),
+    "normalization_layer_epsilon": ("rms_norm_eps",),
+    # where only some models have it
+    "first_num_dense_layers": ("first_k_dense_replace",),
+    "shared_experts": ("n_shared_experts",),
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_nope_head_dim": ("qk_nope_head_dim",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
+    "n_routing_groups": ("n_group",),
+    "topk_routing_group": ("topk_group",),
+    "routed_scaling_factor": ("routed_scaling_factor",),
+    "gdn_conv_kernel_dim": ("linear_conv_kernel_dim",),
+    "gdn_key_head_dim": ("linear_key_head_dim",),
+    "gdn_value_head_dim": ("linear_value_head_dim",),
+    "gdn_num_key_heads": ("linear_num_key_heads",),
+    "gdn_num_value_heads": ("linear_num_value_heads",),
+    "interleave_moe_layer_step": ("interleave_moe_layer_step",),
+    "chunk_attn_window_size": ("attention_chunk_size",),
+}
+"""MaxText's words, each with those of `config.json` that say the same."""
+
+YARN = {"rope_type": "yarn", "rope_factor": 1, "original_max_position_embeddings": 128, "max_position_embeddings": 128}
+CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen3_moe-sparse": ("qwen3-30b-a3b", {}),
+    # by default MaxText rotates halves for them; its YaRN with a factor of 1 rotates pairs, and scales nothing
+    "deepseek_v2": ("deepseek2-16b", {**YARN, "mscale": 1.0}),
+    "deepseek_v3": ("deepseek3-671b", YARN),
+    "gpt_oss": ("gpt-oss-20b", {"sliding_window_size": 16}),
+    "qwen3_next-cycles": ("qwen3-next-80b-a3b", {"gdn_chunk_size": 4}),
+    "llama4_text-top1": ("llama4-17b-16e", {"rope_use_scale": False}),
+}
+"""The tiny model of transformers, MaxText's name of its kind, and what that has otherwise than the tiny one."""
+
+
+def test_every_tree_is_here():
+    assert {case.partition("-")[0].removesuffix("_text") for case in CASES} == set(TREES)
+
+
+def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, *, scan: bool, fused: bool) -> np.ndarray:
+    """What MaxText's model computes with the parameters of a tree."""
+    kind, special = CASES[case]
+    own = {
+        word: next((getattr(stated, name) for name in names if hasattr(stated, name)), None) for word, names in WORDS.items()
+    }
+    rope = stated.rope_parameters
+    words: dict[str, Any] = {
+        **RUN,
+        **{word: value for word, value in own.items() if value is not None},
+        "head_dim": getattr(stated, "head_dim", None) or stated.hidden_size // stated.num_attention_heads,
+        "rope_max_timescale": int(rope["rope_theta"]),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+        **special,
+        "model_name": kind,
+        "scan_layers": scan,
+        "prefuse_moe_weights": fused,
+        "load_parameters_path": str(tree / "0" / "items"),
+    }
+    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+    config = pyconfig.initialize(["", str(base), *(f"{word}={_text(value)}" for word, value in words.items())])
+    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+    model = model_creation_utils.from_pretrained(config, mesh=mesh, model_mode=MODEL_MODE_TRAIN)
+    tokens = jnp.asarray(ids, jnp.int32)
+    with jax.set_mesh(mesh):
+        found = model(
+            decoder_input_tokens=tokens,
+            decoder_positions=jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape),
+            decoder_segment_ids=jnp.ones_like(tokens),
+            enable_dropout=False,
+        )
+    return np.asarray(found[0] if isinstance(found, tuple) else found, np.float32)
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def make(case: str, where: Path) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Save a tiny model of transformers as `where / "in"`: its config, tokens, and its logits for these."""
+    built = tiny_models.build(case)
+    built.save_pretrained(where / "in")
+    ids = torch.randint(3, 160, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    return built.config.get_text_config(), ids.numpy(), tiny_models.forward(built.float(), ids).numpy()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request, tmp_path_factory):
+    where = tmp_path_factory.mktemp(request.param)
+    return request.param, where, *make(request.param, where)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["prefused", "split"])
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+def test_maxtext_computes_what_transformers_does(model, scan, fused):
+    case, where, stated, ids, wanted = model
+    tree = where / f"tree-{scan}-{fused}"
+    (convert.prefuse if fused else convert.reformat)(where / "in", tree, to="orbax", scan=scan)
+    found = logits(case, stated, tree, ids, scan=scan, fused=fused)
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_gate_and_up_exchanged_are_noticed(tmp_path):
+    """That the test above can fail: MaxText takes the halves the wrong way round without a word."""
+    case = "qwen3_moe-sparse"
+    stated, ids, wanted = make(case, tmp_path)
+    for file in (tmp_path / "in").glob("*.safetensors"):
+        _exchange(file)
+    convert.prefuse(tmp_path / "in", tmp_path / "wrong", to="orbax")
+    found = logits(case, stated, tmp_path / "wrong", ids, scan=True, fused=True)
+    assert np.abs(found - wanted).max() > 0.1
+
+
+def _exchange(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    words = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    tensors = {".".join(words.get(part, part) for part in name.split(".")): t for name, t in load_file(file).items()}
+    save_file(tensors, file)
