@@ -43,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--drop-optimizer", action="store_true", help="Orbax: leave the optimizer's state out (muon, adafactor)")
     found.add_argument("--no-scan", action="store_true", help="--to orbax: a subtree for each layer, not stacked ones")
     found.add_argument(
+        "--scan-axis",
+        type=_natural,
+        metavar="{0,1}",
+        help="Orbax: where MaxText's layers are stacked, its param_scan_axis (default: as the tree says, else 1)",
+    )
+    found.add_argument(
         "--source-layout",
         metavar="NAME",
         help="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards",

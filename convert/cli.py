@@ -76,6 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
             family=arguments.family,
             to=arguments.to,
             scan=not arguments.no_scan,
+            scan_axis=arguments.scan_axis,
             params_only=arguments.params_only,
             drop_optimizer=arguments.drop_optimizer,
             jobs=arguments.jobs,
@@ -125,6 +126,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         source_layout=arguments.source_layout,
         to=arguments.to,
         scan=not arguments.no_scan,
+        scan_axis=arguments.scan_axis,
         params_only=arguments.params_only,
         drop_optimizer=arguments.drop_optimizer,
         dequantize=arguments.dequantize,
@@ -150,6 +152,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         "backend": arguments.backend,
         "mesh": arguments.mesh,
         "memory": arguments.memory,
+        "scan_axis": arguments.scan_axis,
     }
     if arguments.dry_run:
         from convert.verifier import Options, estimate_cost

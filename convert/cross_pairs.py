@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.targets import OTHER
 from layouts.errors import PlanError
-from layouts.families import FAMILIES, MAXTEXT, Family
+from layouts.families import Family
 from layouts.layout import Layout, Layouts, Placed
 from layouts.maxtext import HEADS, ROOT, Row, Stack, Tree, numbered
 from layouts.maxtext_trees import COMPUTED, TREES
@@ -35,9 +35,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """What a cross conversion is between: the family, its tree, and how its experts are stored on both sides."""
+    """What a cross conversion is between: the family, and how its experts are stored on both sides.
+
+    `tree` is MaxText's family, which knows along which axis layers are stacked, if they are (`scan`).
+    """
 
     family: Family
+    tree: Family
     hf: Layouts
     maxtext: Layouts
     scan: bool
@@ -57,12 +61,12 @@ def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
     return TREES[family.name]
 
 
-def layouts_of(family: Family, fused: str | None, *, scan: bool, to_maxtext: bool, is_fused: bool) -> Sides:
+def sides_of(family: Family, tree: Family, fused: str | None, *, scan: bool, to_maxtext: bool, is_fused: bool = False) -> Sides:
     """The sides; `fused` names the layout of the experts in the output, if they are to be; `is_fused` is said of the input."""
     hf = target(fused, family, shards=1, align=128) if fused and not to_maxtext else family.native[0]
-    trees = next(family for family in FAMILIES if family.format == "orbax")
-    maxtext = target("concat", trees, shards=1, align=128) if (fused if to_maxtext else is_fused) else MAXTEXT
-    return Sides(family=family, hf=hf, maxtext=maxtext, scan=scan, to_maxtext=to_maxtext)
+    concat = fused if to_maxtext else is_fused
+    stored = target("concat", tree, shards=1, align=128) if concat else tree.native[0]
+    return Sides(family=family, tree=tree, hf=hf, maxtext=stored, scan=scan, to_maxtext=to_maxtext)
 
 
 def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pair]:
@@ -148,15 +152,14 @@ def _pair(
 ) -> Pair:
     hf, maxtext = places
     if scan:
-        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan))
+        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, sides.tree.scan_axis))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
     return Pair(role=role, part=part, source=one, target=other, counts=counts, optional=optional)
 
 
-def _scanned(pattern: Pattern, layers: tuple[str, ...]) -> Pattern:
-    """With the axes of the layers behind the first one."""
-    first, *rest = pattern.tokens
-    return Pattern(" ".join([first, *layers, *rest]))
+def _scanned(pattern: Pattern, layers: tuple[str, ...], at: int) -> Pattern:
+    """With the axes of the layers where they are stacked."""
+    return Pattern(" ".join([*pattern.tokens[:at], *layers, *pattern.tokens[at:]]))
 
 
 def _experts(sides: Sides, places: tuple[str, str], scan: tuple[str, ...], counts: Mapping[str, int]) -> Iterator[Pair]:

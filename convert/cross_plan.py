@@ -6,52 +6,46 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.choices import Choices
 from convert.cross import cross_targets
-from convert.cross_pairs import Sides, layouts_of, trees_of
+from convert.cross_pairs import Sides, sides_of, trees_of
 from convert.planner import Action, Plan
-from convert.record import make_record
+from convert.record import family_record, make_record
 from convert.targets import Target
+from layouts.candidates import record_of
 from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
-from layouts.families import FAMILIES
+from layouts.families import Family, maxtext
 from layouts.hf import CONFIG, RECORD, read_json
 from layouts.layout import ROLES
 from layouts.lookup import find_family
 from layouts.maxtext import ROOT, Tree
+from layouts.orbax_tree import COMMITTED, STEP
 
 _FUSED = ("concat",)
 """The layouts in which MaxText has a place for `wi`, for experts that are not cut into shards."""
 
 
-def make_cross_plan(
-    reader: Reader,
-    out: Path,
-    to: str,
-    action: Action,
-    *,
-    layout: str,
-    family: str | None,
-    scan: bool,
-    params_only: bool = False,
-) -> Plan:
-    """Plan HF -> Orbax (MaxText) or back.
-
-    `scan` is for MaxText trees to be written: layers stacked, or a subtree for each. A tree that is read says so itself.
-    `params_only` leaves out what else a training checkpoint holds: step, optimizer state.
+def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices) -> Plan:
+    """Plan HF -> Orbax (MaxText) or back. Whether the layers of a tree that is read are stacked, its names tell.
 
     Raises:
         PlanError: no lossless plan exists.
         InputError: tensors or `config.json` are missing.
     """
+    layout, to = choices.layout, "hf" if reader.format == "orbax" else "orbax"
     config = config_of(reader)
-    found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=family)
+    found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=choices.family)
     trees = trees_of(found, reader.path)
     fused = layout if action == "prefuse" else None
     if to == "orbax" and fused and fused not in _FUSED:
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
-    tree, scan = (trees[0], scan) if to == "orbax" else tree_in(reader, trees)
-    sides = layouts_of(found, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader))
-    left_out = tuple(name for name in reader.tensors if params_only and to == "hf" and not name.startswith(ROOT))
+    tree, scan = (trees[0], choices.scan) if to == "orbax" else tree_in(reader, trees)
+    where = stacked_along(reader, choices.scan_axis)
+    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader))
+    # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
+    side_files = tuple(name for name in reader.side_files if name.rpartition("/")[2] not in (STEP, COMMITTED))
+    left_out = tuple(name for name in reader.tensors if choices.params_only and to == "hf" and not name.startswith(ROOT))
     targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
     return Plan(
         source=reader.path,
@@ -60,10 +54,11 @@ def make_cross_plan(
         format=to,
         family=found.name,
         layout=layout if fused else ("maxtext" if to == "orbax" else "native"),
-        record=_record(layout, sides, targets) if fused else None,
+        record=_record(layout, sides, targets) if fused else family_record(where) if to == "orbax" else None,
         targets=tuple(targets),
-        side_files=tuple(reader.side_files),
+        side_files=side_files,
         left_out=left_out,
+        scanned=scan if to == "orbax" else None,
     )
 
 
@@ -72,6 +67,18 @@ def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
     places = [(tree, f"{ROOT}{stack.scanned}.") for tree in trees for stack in tree.stacks if stack.scanned]
     found = next((tree for tree, place in places if any(name.startswith(place) for name in reader.tensors)), None)
     return found or trees[0], found is not None
+
+
+def stacked_along(reader: Reader, axis: int | None = None) -> Family:
+    """MaxText's family by the axis of its layers: as asked for, else as a tree says that we wrote, else as MaxText has it.
+
+    Raises:
+        PlanError: the tree says otherwise.
+    """
+    stated = record_of(reader).get("family") if reader.format == "orbax" else None
+    if stated and axis is not None and stated != maxtext(axis).name:
+        raise PlanError(f"{reader.path}: it was written as {stated}; do without --scan-axis {axis}")
+    return find_family(None, (), where=reader.path, format="orbax", override=str(stated)) if stated else maxtext(axis)
 
 
 def config_of(reader: Reader) -> Mapping[str, Any]:
@@ -95,13 +102,13 @@ def is_fused(reader: Reader) -> bool:
         return True
     if reader.format == "orbax" and any(name.endswith(".wi") for name in reader.tensors):
         raise PlanError(f"{reader.path}: it has a fused wi without our record; split it first, with --source-layout")
-    if record and reader.format == "hf":
+    if record.get("layout") and reader.format == "hf":
         raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
     return False
 
 
 def _record(layout: str, sides: Sides, targets: Iterable[Target]) -> dict[str, Any]:
     """The record of the fused experts, in the words of the format that has them."""
-    owner = next(each for each in FAMILIES if each.format == "orbax") if sides.to_maxtext else sides.family
+    owner = sides.tree if sides.to_maxtext else sides.family
     wanted = sides.maxtext if sides.to_maxtext else sides.hf
     return make_record(layout, owner, wanted, [(owner.native[0][t.role], t) for t in targets if t.role in ROLES])

@@ -47,6 +47,12 @@ def render(plan: Plan, reader: Reader, chunks: Mapping[str, tuple[int, ...]]) ->
     return files
 
 
+def render_step(scanned: bool) -> str:
+    """What stands beside the item: MaxText takes from it whether layers are stacked, or refuses a run that says otherwise."""
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    return json.dumps({"item_handlers": {"items": handler}, "custom_metadata": {"scan_layers": scanned}})
+
+
 def stored_name(target: Target, reader: Reader) -> str:
     """The name of a target's array: its own, in a box where its first source is in one."""
     leaf = reader.leaves.get(_first_source(target)) if isinstance(reader, OrbaxReader) else None

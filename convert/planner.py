@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from convert import relay
-from convert.record import make_record
+from convert.choices import Choices
+from convert.record import family_record, make_record
 from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, TensorSpec
 from layouts.describe import Description, Group, describe, identity
 from layouts.errors import PlanError
+from layouts.families import maxtext
 from layouts.layout import Layouts, Placed
-from layouts.targets import DEFAULT, TAKE_SCALARS, target
+from layouts.targets import TAKE_SCALARS, target
 from layouts.template import Template
 
 __all__ = ["Action", "Piece", "Plan", "Target", "make_plan"]
 
 Action = Literal["prefuse", "split", "convert"]
 """What a conversion does to the experts; `convert` leaves them as the other format has them."""
+DEFAULTS = Choices()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,8 @@ class Plan:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     """Tensors of the input that the user asked to leave out."""
+    scanned: bool | None = None
+    """Whether the layers of a MaxText tree that is made are stacked."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
 
@@ -50,27 +55,18 @@ class Plan:
         return sum(target.spec.nbytes for target in self.targets)
 
 
-def make_plan(
-    reader: Reader,
-    out: Path,
-    action: Action,
-    *,
-    layout: str = DEFAULT,
-    shards: int = 1,
-    align: int | str = 128,
-    family: str | None = None,
-    source_layout: str | None = None,
-) -> Plan:
-    """Plan the conversion of an open checkpoint.
-
-    `shards` and `align` (columns, or `maxtext`) are for layouts that are cut for tensor parallelism.
+def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS) -> Plan:
+    """Plan the conversion of an open checkpoint within its format.
 
     Raises:
         PlanError: no lossless plan exists, or there is nothing to do.
         InputError: experts are missing.
     """
-    described = describe(reader, family=family, source_layout=source_layout)
-    wanted = target(layout, described.family, shards=shards, align=align)
+    layout, family = choices.layout, choices.family
+    if reader.format == "orbax" and choices.scan_axis is not None:
+        family = family or maxtext(choices.scan_axis).name
+    described = describe(reader, family=family, source_layout=choices.source_layout)
+    wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
     experts = list(_experts(reader, described, None if action == "split" else wanted))
     found = [made for _, made in experts]
     if action == "prefuse" and layout not in TAKE_SCALARS:
@@ -87,7 +83,7 @@ def make_plan(
         format=reader.format,
         family=described.family.name,
         layout="native" if action == "split" else layout,
-        record=None
+        record=family_record(described.family)
         if action == "split"
         else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
         targets=_in_reading_order(reader, found),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from convert.targets import Target
-from layouts.families import Family
+from layouts.families import Family, maxtext
 from layouts.layout import Layout, Layouts
 from layouts.pattern import Pattern
 from layouts.targets import VERSION
@@ -29,6 +29,12 @@ def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> di
     if stored := _stored([target for _, target in made], wanted):
         record["stored"] = stored
     return record
+
+
+def family_record(family: Family) -> dict[str, Any] | None:
+    """The record of experts that are not fused: the family, where nothing else in the checkpoint tells it."""
+    usual = family.format != "orbax" or family.name == maxtext().name
+    return None if usual else {"version": VERSION, "family": family.name}
 
 
 def _words(layout: Layout, family: Family) -> dict[str, Any]:

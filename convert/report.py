@@ -10,8 +10,9 @@ from convert.planner import Plan
 from convert.processes import share
 from convert.targets import OTHER, Target
 from layouts.checks import PACKED
-from layouts.families import FAMILIES, NOT_GATED, SOURCES
+from layouts.families import FAMILIES, NOT_GATED
 from layouts.layout import ROLES, Layouts
+from layouts.natives import SOURCES
 from layouts.parts import PACKED_TYPES
 from layouts.targets import TARGETS
 from layouts.template import Template

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convert import manifest
 from convert.blocks import SLAB
+from convert.choices import Choices
 from convert.commit import Stage, check_output, staging
 from convert.cross_plan import make_cross_plan
 from convert.errors import InputError, UsageError
@@ -20,9 +20,7 @@ from convert.processes import ALONE, Processes
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.dequantize import RULE, dequantized
-from layouts.families import SOURCES
 from layouts.places import is_remote, place
-from layouts.targets import DEFAULT, TARGETS
 
 if TYPE_CHECKING:
     from convert.orbax_budget import OrbaxBudget
@@ -40,50 +38,27 @@ class Options:
     processes: Processes = ALONE
 
 
-def open_and_plan(
-    source: str | Path,
-    out: str | Path,
-    action: Action,
-    *,
-    layout: str = DEFAULT,
-    shards: int = 1,
-    align: int | str = 128,
-    family: str | None = None,
-    source_layout: str | None = None,
-    to: str | None = None,
-    scan: bool = True,
-    params_only: bool = False,
-    dequantize: str | None = None,
-    drop_optimizer: bool = False,
-) -> tuple[Reader, Plan]:
+def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan]:
     """Open a checkpoint and plan its conversion; the caller closes the reader.
 
-    `to` is the format of the output, `hf` or `orbax`, if not the input's; `scan` whether layers are stacked in it, and
-    `params_only` leaves out the training state of a MaxText checkpoint on the way to Hugging Face. `dequantize` computes
-    values as `bf16`; `drop_optimizer` leaves out an Orbax checkpoint's optimizer state.
-
     Raises:
-        UsageError: an unknown layout.
+        UsageError: choices that do not go together, or with this checkpoint.
         InputError, PlanError: see `convert.errors`.
     """
-    _check_choices(layout, shards, align, source_layout)
-    if dequantize not in (None, "bf16"):
-        raise UsageError(f"values can be computed as bf16 only, not as {dequantize!r}")
+    choices.check()
     reader = open_checkpoint(source)
     try:
-        if dequantize:
+        if choices.dequantize:
             reader = dequantized(reader)
         if reader.format == "orbax":
-            reader = _with_optimizer(reader, drop_optimizer)
-        if to is not None and to != reader.format:
-            kind = {"layout": layout, "family": family, "scan": scan, "params_only": params_only}
-            plan = make_cross_plan(reader, Path(out), to, action, **kind)  # type: ignore[arg-type]
+            reader = _with_optimizer(reader, choices.drop_optimizer)
+        if choices.to is not None and choices.to != reader.format:
+            plan = make_cross_plan(reader, Path(out), action, choices)
         elif action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
-            choices = {"layout": layout, "shards": shards, "align": align, "family": family, "source_layout": source_layout}
-            plan = make_plan(reader, Path(out), action, **choices)  # type: ignore[arg-type]
-        return reader, replace(plan, computed=RULE if dequantize else None)
+            plan = make_plan(reader, Path(out), action, choices)
+        return reader, replace(plan, computed=RULE if choices.dequantize else None)
     except BaseException:
         reader.close()
         raise
@@ -100,24 +75,13 @@ def _with_optimizer(reader: Reader, drop: bool) -> Reader:
     return reader
 
 
-def _check_choices(layout: str, shards: int, align: int | str, source_layout: str | None) -> None:
-    for name, known in ((layout, TARGETS), ((source_layout or layout).partition(":")[0], {**TARGETS, **SOURCES})):
-        if name not in known:
-            raise UsageError(f"no layout is called {name!r}; known: {', '.join(known)}")
-    if shards < 1 or (align != "maxtext" and (not isinstance(align, int) or align < 1)):
-        raise UsageError(f"shards and align are positive numbers, or align is 'maxtext'; found {shards} and {align!r}")
-    cut = "{shards}" in TARGETS[layout]["wi"].pattern
-    if shards > 1 and not cut:
-        raise UsageError(f"layout {layout!r} is not cut into shards; did you mean --layout per-shard?")
-
-
 def convert_checkpoint(
     source: str | Path,
     out: str | Path,
     action: Action,
     options: Options,
     progress: Progress | None,
-    **choices: Any,
+    choices: Choices,
 ) -> Report:
     """Plan and write; see `convert.prefuse` for what it raises."""
     with options.processes.together():
@@ -125,7 +89,7 @@ def convert_checkpoint(
 
 
 def _convert(
-    source: str | Path, out: str | Path, action: Action, options: Options, progress: Progress, choices: Mapping[str, Any]
+    source: str | Path, out: str | Path, action: Action, options: Options, progress: Progress, choices: Choices
 ) -> Report:
     started = time.monotonic()
     if is_remote(out):
@@ -133,7 +97,7 @@ def _convert(
     origin = place(source)  # once, because a store is listed for it
     if not (finished := (Path(out) / manifest.NAME).exists()):
         check_output(origin, Path(out), overwrite=options.overwrite)
-    reader, plan = open_and_plan(origin, out, action, **choices)
+    reader, plan = open_and_plan(origin, out, action, choices)
     with closing(reader):
         if finished and not options.overwrite and manifest.is_of(plan):
             return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)

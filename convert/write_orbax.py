@@ -25,12 +25,13 @@ from convert.orbax_budget import OrbaxBudget
 from convert.orbax_copy import copy_database
 from convert.orbax_item import Item
 from convert.orbax_keep import keep, kept_shape, rename
-from convert.orbax_metadata import render
+from convert.orbax_metadata import render, render_step
 from convert.planner import Plan
 from convert.portions import Portion, batches, by_array, cut, total
 from convert.processes import ALONE, Processes
 from layouts.checkpoint import Reader
 from layouts.orbax import OrbaxReader
+from layouts.orbax_tree import STEP
 
 _WAY = ".convert_way"
 """Stands beside the journal and says how the arrays are written; with other memory it may be another way."""
@@ -82,6 +83,8 @@ def write(
     digests = by_array(portions, stage.done | stage.by_helpers() | found)
     for name, text in render(plan, reader, chunks).items():
         write_text(item.path / name, text)
+    if plan.scanned is not None:
+        write_text(item.path.parent / STEP, render_step(plan.scanned))
     for name in plan.side_files:
         if name != manifest.NAME:
             copy_file(plan.source / name, stage.path / name)

@@ -8,8 +8,9 @@ from typing import Any
 
 from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
-from layouts.families import SOURCES, Family
+from layouts.families import Family
 from layouts.layout import ROLES, Layout, Layouts, checked
+from layouts.natives import SOURCES
 from layouts.pattern import Pattern
 from layouts.targets import TARGETS, VERSION, target
 
@@ -73,7 +74,7 @@ def candidates(reader: Reader, family: Family, source_layout: str | None) -> Can
         table = named(source_layout, family)
         relaid = [Known(role=role, layout=table[role], natives=(family.native[0][role],)) for role in table]
         return Candidates(known=_apart(relaid, family.native))
-    if not record:
+    if "layout" not in record and set(record) <= {"version", "family"}:
         return Candidates(known=_apart([], _by_writer(reader, family)))
     if record.get("version") != VERSION:
         raise PlanError(f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}")

@@ -13,7 +13,7 @@ from layouts.candidates import Candidates, Known, candidates, record_of
 from layouts.checkpoint import Reader, TensorSpec
 from layouts.checks import check_blocks, check_equal, check_grid
 from layouts.errors import InputError, PlanError
-from layouts.families import FAMILIES, Family
+from layouts.families import Family, maxtext
 from layouts.layout import ROLES, Layout, Placed
 from layouts.lookup import expert_counts, find_family, fitting
 from layouts.parts import CHUNKS, PARTS, forms
@@ -88,12 +88,12 @@ def describe(reader: Reader, *, family: str | None = None, source_layout: str | 
 
 
 def _family(reader: Reader, override: str | None) -> Family:
-    if reader.format == "hf" or override:
-        wanted = override or record_of(reader).get("family")
-        return find_family(
-            reader.config.get("model_type"), list(reader.tensors), where=reader.path, format=reader.format, override=wanted
-        )
-    return next(family for family in FAMILIES if family.format == reader.format)
+    wanted = override or record_of(reader).get("family")
+    if reader.format == "orbax" and not wanted:
+        return maxtext()
+    return find_family(
+        reader.config.get("model_type"), list(reader.tensors), where=reader.path, format=reader.format, override=wanted
+    )
 
 
 def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Matched, list[str]]:

@@ -4,8 +4,7 @@ One entry says it all, in the language of `layouts.pattern`. `experts` is the pl
 that published checkpoints have (the first one is what `--split` writes if nothing is known of the original), and `others` are
 tensors that look like experts and are none.
 
-Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`, published checkpoints; MaxText `layers/moe.py`.
-`nn.Linear` stores [out, in].
+Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`, published checkpoints.
 """
 
 from __future__ import annotations
@@ -13,71 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from layouts.layout import Layouts, layouts
-
-PER_EXPERT = layouts(
-    wi=("{experts}.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
-    wo=("{experts}.{e}.down_proj.{part}", "k n"),
-)
-PER_EXPERT_W123 = layouts(
-    wi=("{experts}.{e}.{g:w1,w3}.{part}", "n k"),
-    wo=("{experts}.{e}.w2.{part}", "k n"),
-)
-UP_FIRST = layouts(
-    wi=("{experts}.{e}.gate_and_up_proj.{part}", "(-g n) k"),
-    wo=("{experts}.{e}.down_proj.{part}", "k n"),
-)
-FUSED = layouts(
-    wi=("{experts}.gate_up_proj{part}", "e (g n) k"),
-    wo=("{experts}.down_proj{part}", "e k n"),
-)
-FUSED_IN_OUT = layouts(
-    wi=("{experts}.gate_up_proj{part}", "e k (g n)"),
-    wo=("{experts}.down_proj{part}", "e n k"),
-)
-FUSED_INTERLEAVED = layouts(
-    wi=("{experts}.gate_up_proj{part}", "e k (n g)"),
-    wo=("{experts}.down_proj{part}", "e n k"),
-)
-PROJECTION_FIRST = layouts(
-    wi=("{experts}.{g:gate_proj,up_proj}.{e}.{part}", "n k"),
-    wo=("{experts}.down_proj.{e}.{part}", "k n"),
-)
-STACKED_BARE = layouts(
-    wi=("{experts}.{g:gate_proj,up_proj}", "e n k"),
-    wo=("{experts}.down_proj", "e k n"),
-)
-STACKED = layouts(
-    wi=("{experts}.{g:gate_proj,up_proj}.{part}", "e n k"),
-    wo=("{experts}.down_proj.{part}", "e k n"),
-)
-FLAT = layouts(
-    wi=("{experts}.mlp.{g:w1,v1}", "(e n) k"),
-    wo=("{experts}.mlp.w2", "(e n) k"),
-)
-LINEAR = layouts(
-    wi=("{experts}.input_linear.{part}", "e (g n) k"),
-    wo=("{experts}.output_linear.{part}", "e k n"),
-)
-FC = layouts(
-    wi=("{experts}.fc1.{part}", "e k (g n)"),
-    wo=("{experts}.fc2.{part}", "e n k"),
-)
-FUSED_BELOW = layouts(
-    wi=("{experts}.experts.gate_up_proj{part}", "e (g n) k"),
-    wo=("{experts}.experts.down_proj{part}", "e k n"),
-)
-FUSED_IN_MLP = layouts(
-    wi=("{path}.{l}.mlp.experts.gate_up_proj{part}", "e (g n) k"),
-    wo=("{path}.{l}.mlp.experts.down_proj{part}", "e k n"),
-)
-W13_INTERLEAVED = layouts(
-    wi=("{experts}.w13_{part}", "e (n g) k"),
-    wo=("{experts}.w2_{part}", "e k n"),
-)
-MAXTEXT = layouts(
-    wi=("{experts}.wi_{g:0,1}", "e ... k n"),
-    wo=("{experts}.wo", "e ... n k"),
+from layouts.layout import Layouts
+from layouts.natives import (
+    FC,
+    FLAT,
+    FUSED,
+    FUSED_BELOW,
+    FUSED_IN_MLP,
+    FUSED_IN_OUT,
+    FUSED_INTERLEAVED,
+    LINEAR,
+    MAXTEXT,
+    MAXTEXT_AXIS_0,
+    PER_EXPERT,
+    PER_EXPERT_W123,
+    STACKED,
+    UP_FIRST,
+    W13_INTERLEAVED,
 )
 
 
@@ -96,6 +47,8 @@ class Family:
     """The major version of transformers since which the second native layout stands under the keys of the first."""
     format: str = "hf"
     """`orbax` for trees that are told by their structure, `hf` for families that `config.json` names."""
+    scan_axis: int = 1
+    """The axis along which MaxText stacks layers (its `param_scan_axis`), if it does."""
 
 
 _MLP = "{path}.{l}.mlp.experts"
@@ -216,7 +169,15 @@ FAMILIES: tuple[Family, ...] = (
     _fused("gpt_oss", native=FUSED_INTERLEAVED),
     _fused("dbrx", experts="{path}.{l}.ffn.experts", native=FLAT),
     Family(name="maxtext", experts="{path}", native=(MAXTEXT,), format="orbax"),
+    Family(name="maxtext-axis-0", experts="{path}", native=(MAXTEXT_AXIS_0,), format="orbax", scan_axis=0),
 )
+
+
+def maxtext(scan_axis: int | None = None) -> Family:
+    """MaxText's trees whose layers are stacked along this axis; by default along MaxText's own."""
+    wanted = 1 if scan_axis is None else scan_axis
+    return next(family for family in FAMILIES if family.format == "orbax" and family.scan_axis == wanted)
+
 
 NOT_GATED: Mapping[str, str] = {
     "nemotron_h": "experts of an up and a down projection (relu squared)",
@@ -226,23 +187,3 @@ NOT_GATED: Mapping[str, str] = {
     "phi-msft": "experts of fc1 and fc2",
 }
 """Model types whose experts have no gate, and what they have."""
-
-SOURCES: Mapping[str, Layouts] = {
-    "per-expert": PER_EXPERT,
-    "per-expert-w123": PER_EXPERT_W123,
-    "per-expert-up-first": UP_FIRST,
-    "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
-    "stacked": STACKED,
-    "stacked-bare": STACKED_BARE,  # VeOmni
-    "stacked-flat": FLAT,
-    "fused-out-in": FUSED,
-    "fused-in-out": FUSED_IN_OUT,
-    "fused-interleaved": FUSED_INTERLEAVED,
-    "fused-linear": LINEAR,
-    "fused-fc": FC,
-    "fused-below": FUSED_BELOW,  # Granite and JetMoE as transformers holds them
-    "fused-in-mlp": FUSED_IN_MLP,  # Step and Mistral Large 4 as transformers holds them
-    "w13-interleaved": W13_INTERLEAVED,
-    "maxtext": MAXTEXT,
-}
-"""The names of the layouts that checkpoints come in; `--source-layout` takes them besides the targets."""

@@ -15,6 +15,8 @@ from layouts.hf import read_json
 
 METADATA = "_METADATA"
 STRINGS = "_strings.json"
+STEP, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
+"""What Orbax keeps beside the items of a step: what its user said of it, and that it is complete."""
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Part of the names of directories that Orbax has not finished; they are no checkpoints and no part of one."""
 ITEMS = ("items", "default", "model_params", "model", "params", "state", "pytree")

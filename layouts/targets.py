@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from layouts.families import FUSED, Family
+from layouts.families import Family
 from layouts.layout import Layout, Layouts, layouts
+from layouts.natives import FUSED
 from layouts.parts import weight_only
 
 _WO = ("{experts}.wo{part}", "e ... n k")
@@ -53,7 +54,7 @@ TAKE_SCALARS = frozenset(TARGETS) - {"transformers"}
 def target(name: str, family: Family, *, shards: int, align: int | str) -> Layouts:
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
-    words = {"{shards}": str(shards), "{align}": str(align)}
+    words = {"{shards}": str(shards), "{align}": str(align)} | ({} if family.scan_axis else {"e ...": "... e"})
     keep = str if family.format == "hf" else weight_only
     return {role: Layout(keep(layout.key), _fill(layout.pattern, words)) for role, layout in table.items()}
 

@@ -13,7 +13,8 @@ import pytest
 import convert
 from convert import write_hf
 from convert.cli import main, verify_main
-from layouts.families import FAMILIES, PER_EXPERT, PER_EXPERT_W123
+from layouts.families import FAMILIES
+from layouts.natives import PER_EXPERT, PER_EXPERT_W123
 from layouts.targets import TARGETS
 from tests.tiny import HF, checkpoint, config, load, same, tensors, times, tree
 

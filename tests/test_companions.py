@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert.choices import Choices
 from convert.errors import InputError, PlanError
 from convert.planner import make_plan
 from layouts.checkpoint import TensorSpec, bits
@@ -45,7 +46,7 @@ def checkpoint(parts, codes, *, n=N, config=None) -> MemoryReader:
 
 def round_trip(reader, **choices) -> dict[str, np.ndarray]:
     fused = run(reader, "prefuse", **choices)
-    fused.tensors = {t.spec.name: t.spec for t in make_plan(reader, Path("out"), "prefuse", **choices).targets}
+    fused.tensors = {t.spec.name: t.spec for t in make_plan(reader, Path("out"), "prefuse", Choices(**choices)).targets}
     back = make_plan(fused, Path("out"), "split")
     assert {t.spec.name: (t.spec.dtype, t.spec.shape) for t in back.targets} == {
         name: (spec.dtype, spec.shape) for name, spec in reader.tensors.items()
@@ -93,7 +94,7 @@ def test_fp8_blocks_fuse_with_their_weights():
 )
 def test_blocks_that_would_be_torn_are_refused(n, config, choices, words):
     with pytest.raises(PlanError, match=words):
-        make_plan(checkpoint(FP8_PARTS, FP8, n=n, config=config), Path("out"), "prefuse", **choices)
+        make_plan(checkpoint(FP8_PARTS, FP8, n=n, config=config), Path("out"), "prefuse", Choices(**choices))
 
 
 def test_a_block_size_is_never_inferred_from_the_grid():
@@ -122,7 +123,7 @@ def test_one_scale_for_each_projection_stays_two(shape):
     assert np.array_equal(round_trip(reader)[f"{PLACE}.wi_scale"], wanted)
     assert np.array_equal(round_trip(reader, layout="vllm")[f"{PLACE}.w13_weight_scale"], wanted)
     with pytest.raises(PlanError, match=r"one number for gate.*would change values.*\(E, 2\)"):
-        make_plan(reader, Path("out"), "prefuse", layout="transformers")
+        make_plan(reader, Path("out"), "prefuse", Choices(layout="transformers"))
 
 
 INT4 = {
@@ -146,7 +147,7 @@ def test_int4_keeps_its_rows(layout):
 def test_packed_values_are_not_padded_along_the_packed_axis():
     reader = checkpoint(INT4, {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I32"})
     with pytest.raises(PlanError, match="packed along the axis that would be padded"):
-        make_plan(reader, Path("out"), "prefuse", layout="fused-moe")
+        make_plan(reader, Path("out"), "prefuse", Choices(layout="fused-moe"))
 
 
 def test_nvfp4_keeps_its_rows_and_its_two_scalars():

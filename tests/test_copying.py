@@ -9,6 +9,7 @@ import pytest
 
 import convert
 from convert.blocks import assembled
+from convert.choices import Choices
 from convert.copying import runs
 from convert.planner import make_plan
 from layouts.families import FAMILIES
@@ -24,7 +25,7 @@ QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
 )
 def test_runs_are_the_bytes_of_the_block(layout, straight, limit):
     reader = memory(QWEN, TARGETS["transformers"] if layout is None else None, n=8)
-    plan = make_plan(reader, Path("out"), "split" if layout is None else "prefuse", layout=layout or "concat")
+    plan = make_plan(reader, Path("out"), "split" if layout is None else "prefuse", Choices(layout=layout or "concat"))
     seen = set()
     for target in plan.targets:
         for box in target.target.pattern.strips(target.sizes, limit):
@@ -39,7 +40,7 @@ def test_runs_are_the_bytes_of_the_block(layout, straight, limit):
 
 
 def test_neighbours_become_one_run():
-    plan = make_plan(memory(QWEN), Path("out"), "prefuse", layout="transformers")
+    plan = make_plan(memory(QWEN), Path("out"), "prefuse", Choices(layout="transformers"))
     for target in plan.targets:
         whole = target.target.pattern.whole(target.sizes)
         sources = {piece.source for piece in target.pieces(whole)}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from convert.cross import cross_targets
-from convert.cross_pairs import layouts_of, trees_of
+from convert.cross_pairs import sides_of, trees_of
 from convert.cross_plan import tree_in
 from convert.errors import InputError, PlanError
-from layouts.families import FAMILIES
+from layouts.families import FAMILIES, maxtext
 from tests.tiny import MemoryReader, fill, same
 
 K, H, J, D, V, N, E, F = 8, 4, 2, 3, 11, 5, 12, 7
@@ -152,26 +152,33 @@ def reader(name: str) -> MemoryReader:
 
 
 def across(
-    source: MemoryReader, *, to_maxtext: bool, fused=None, scan: bool = True, is_fused: bool = False, version: int = 0
+    source: MemoryReader,
+    *,
+    to_maxtext: bool,
+    fused=None,
+    scan: bool = True,
+    is_fused: bool = False,
+    version: int = 0,
+    axis: int = 1,
 ) -> MemoryReader:
     family = next(f for f in FAMILIES if source.config["model_type"] in f.model_types)
     trees = trees_of(family, "memory")
     tree, scan = (trees[version], scan) if to_maxtext else tree_in(source, trees)
-    sides = layouts_of(family, fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
+    sides = sides_of(family, maxtext(axis), fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
     targets = cross_targets(source, tree, sides, source.config)
     arrays = {target.spec.name: fill(target, source) for target in targets}
     return MemoryReader(arrays, config=source.config, format="orbax" if to_maxtext else "hf")
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+@pytest.mark.parametrize(("scan", "axis"), [(True, 1), (True, 0), (False, 1)], ids=["scanned", "scanned-0", "unscanned"])
 @pytest.mark.parametrize("fused", [None, "concat"])
-def test_there_and_back(name, scan, fused):
+def test_there_and_back(name, scan, axis, fused):
     original = reader(name)
-    tree = across(original, to_maxtext=True, fused=fused, scan=scan)
+    tree = across(original, to_maxtext=True, fused=fused, scan=scan, axis=axis)
     assert sum(array.size for array in tree.arrays.values()) == sum(array.size for array in original.arrays.values())
     assert any(key.endswith(".wi") for key in tree.arrays) == bool(fused)
-    again = across(tree, to_maxtext=False, is_fused=bool(fused))
+    again = across(tree, to_maxtext=False, is_fused=bool(fused), axis=axis)
     assert same(again.arrays, original.arrays)
 
 
@@ -212,6 +219,17 @@ def test_a_scanned_qwen_is_what_maxtext_makes_of_it():
             [np.stack([hf[f"{p}mlp.experts.{e}.{word}.weight"].T for p in each]) for e in range(E)]
         )
     assert same(tree, wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_stacked_along_the_axis_that_maxtext_is_given(name):
+    """`param_scan_axis` 0: the axes of the layers before the first one instead of behind it."""
+    source = reader(name)
+    one, other = (across(source, to_maxtext=True, fused="concat", axis=axis).arrays for axis in (1, 0))
+    assert one.keys() == other.keys()
+    for key, array in one.items():
+        layers = 0 if not key.startswith(P + "decoder.") or "layers" not in key else 2 if "local_layers" in key else 1
+        assert np.array_equal(np.moveaxis(array, 0, layers), other[key]), key
 
 
 def test_layers_in_turn_go_to_the_slots_of_their_cycle():

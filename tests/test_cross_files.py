@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
+from convert.errors import PlanError
 from scripts.make_checkpoint import make_checkpoint
 from tests.tiny import tree
 
@@ -54,6 +55,48 @@ def test_orbax_restores_the_tree_and_the_way_back_restores_the_files(source, tmp
     again = tree(tmp_path / "again")
     assert again.pop("convert_manifest.json")
     assert again == tree(source)
+
+
+def test_a_tree_with_its_layers_first_says_so_itself(source, tmp_path):
+    """`param_scan_axis` 0, from and to Hugging Face, fused later, split, verified: nobody has to say it twice."""
+    convert.reformat(source, tmp_path / "tree", to="orbax", scan_axis=0)
+    block = restore(tmp_path / "tree")["params"]["params"]["decoder"]
+    block = block["layers"]["moe_block"] if "layers" in block else block["moe_layers"]["DeepSeekMoeBlock_0"]["MoeBlock_0"]
+    assert block["wi_0"].shape[1:] == (12, 64, 40)
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    convert.split(tmp_path / "fused", tmp_path / "split")
+    for one, other in (("tree", "fused"), ("split", "fused"), ("tree", "split")):
+        assert convert.verify(tmp_path / one, tmp_path / other).equal
+        assert convert.verify(source, tmp_path / one).equal
+    for name in ("tree", "fused", "split"):
+        (convert.reformat if name == "tree" else convert.split)(tmp_path / name, tmp_path / f"{name}-hf", to="hf")
+        assert tree(source).items() <= tree(tmp_path / f"{name}-hf").items()
+    with pytest.raises(PlanError, match="it was written as maxtext-axis-0"):
+        convert.plan(tmp_path / "fused", tmp_path / "out", split=True, to="hf", scan_axis=1)
+
+
+def test_a_tree_of_maxtext_with_its_layers_first_has_to_be_named(tmp_path):
+    """What nobody of ours wrote: shapes could tell 12 experts from 3 layers here, but not where both are as many."""
+    params = {f"wi_{g}": np.arange(3 * 12 * 8 * 4, dtype="f4").reshape(3, 12, 8, 4) + g for g in (0, 1)}
+    params |= {"wo": np.ones((3, 12, 4, 8), "f4")}
+    item = {"params": {"params": {"decoder": {"layers": {"moe_block": params}}}}}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "in" / "0" / "items", item)
+    convert.prefuse(tmp_path / "in", tmp_path / "out", scan_axis=0)
+    verdict = convert.verify(tmp_path / "in", tmp_path / "out")
+    assert verdict.equal
+    assert "layer" in str(verdict)
+    fused = restore(tmp_path / "out")["params"]["params"]["decoder"]["layers"]["moe_block"]["wi"]
+    np.testing.assert_array_equal(fused, np.concatenate((params["wi_0"], params["wi_1"]), -1))
+    plan = convert.plan(tmp_path / "in", tmp_path / "x", prefuse=True, scan_axis=0)
+    assert {target.sizes["e"] for target in plan.targets if target.role == "wi"} == {12}
+
+
+def test_maxtext_is_told_whether_layers_are_stacked(source, tmp_path):
+    for scan in (True, False):
+        convert.prefuse(source, tmp_path / str(scan), to="orbax", scan=scan)
+        with ocp.CheckpointManager(tmp_path / str(scan), item_names=("items",)) as manager:
+            assert manager.metadata(0).custom_metadata == {"scan_layers": scan}
 
 
 def test_without_fusing_and_fused_later(source, tmp_path):

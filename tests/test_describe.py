@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert.choices import Choices
 from convert.errors import ConvertError, InputError, PlanError
 from convert.planner import _check_names, make_plan
-from layouts.families import FAMILIES, PER_EXPERT, Family
+from layouts.families import FAMILIES, Family
 from layouts.lookup import find_family
+from layouts.natives import PER_EXPERT
 from layouts.targets import TARGETS
 from tests.tiny import HF, LOOKALIKES, E, K, MemoryReader, N, config, logical, memory, run, same, tensors
 
@@ -25,7 +27,7 @@ GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 
 
 def plan(reader, action="prefuse", **choices):
-    return make_plan(reader, Path("out"), action, **choices)
+    return make_plan(reader, Path("out"), action, Choices(**choices))
 
 
 def edited(family: Family, layout=None, **changes) -> MemoryReader:

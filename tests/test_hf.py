@@ -9,8 +9,8 @@ import pytest
 from convert.cli import main
 from layouts.checkpoint import DTYPES, itemsize, open_checkpoint
 from layouts.errors import InputError
-from layouts.families import PER_EXPERT
 from layouts.hf import read_shard
+from layouts.natives import PER_EXPERT
 from tests.tiny import HF, checkpoint, config, load, same, tensors
 
 QWEN = next(family for family in HF if family.native[0] is PER_EXPERT)

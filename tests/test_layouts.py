@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert.choices import Choices
 from convert.errors import InputError, PlanError
 from convert.planner import make_plan
 from layouts.families import FAMILIES
@@ -152,7 +153,7 @@ def test_any_layout_becomes_any_other(layout, other):
 )
 def test_what_cannot_be_cut_is_refused(choices, words):
     with pytest.raises(PlanError, match=words):
-        make_plan(reader(96), Path("out"), "prefuse", **choices)
+        make_plan(reader(96), Path("out"), "prefuse", Choices(**choices))
 
 
 @pytest.mark.parametrize("layout", ["per-shard", "gmm-ep", "fused-moe"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert.choices import Choices
 from convert.errors import InputError, PlanError
 from convert.planner import make_plan
 from tests.by_hand import MODELS, config, in_out, interleaved, out_in, projections, tensors, weights
@@ -43,7 +44,7 @@ def test_a_checkpoint_of_which_some_layers_are_fused():
     for layer in (1, 2):
         assert np.array_equal(fused.arrays[f"model.layers.{layer}.mlp.experts.wi"], concat(layer))
     assert same(run(fused, "split").arrays, arrays)
-    plan = make_plan(source, OUT, "prefuse", layout="transformers")
+    plan = make_plan(source, OUT, "prefuse", Choices(layout="transformers"))
     assert {target.moved for target in plan.targets} == {True, False}
 
 

@@ -222,10 +222,9 @@ def test_an_interrupted_run_goes_on_with_the_next_batch(ocdbt, zarr3, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         convert.prefuse(tmp_path / "in", tmp_path / "out", progress=interrupt)
     assert not (tmp_path / "out").exists()
-    staged = list(tmp_path.glob("out.partial-*/new/**/*"))
+    assert list(tmp_path.glob("out.partial-*/.convert_journal"))
     report = convert.prefuse(tmp_path / "in", tmp_path / "out")
     assert report.resumed >= 1
-    assert len(staged) > 3
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "out"]
     assert flat(restore(tmp_path / "out")) == flat(fused(restore(tmp_path / "in")))
     assert convert.verify(tmp_path / "out").equal

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from convert.relay import targets
 from layouts.checkpoint import DTYPES, bits, itemsize, numpy_dtype
 from layouts.describe import Group
-from layouts.families import PER_EXPERT, SOURCES
 from layouts.layout import layouts
+from layouts.natives import PER_EXPERT, SOURCES
 from layouts.pattern import Pattern
 from layouts.targets import TARGETS
 from layouts.template import Template

@@ -14,9 +14,11 @@ from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
 from convert.blocks import assembled
+from convert.choices import Choices
 from convert.planner import Plan, Target, make_plan
 from layouts.checkpoint import Reader, TensorSpec, bits
-from layouts.families import FAMILIES, Family, Layouts
+from layouts.families import FAMILIES, Family
+from layouts.layout import Layouts
 
 HF = [family for family in FAMILIES if family.format == "hf"]
 E, K, N = 12, 6, 4
@@ -147,7 +149,7 @@ def fill(target: Target, reader: Reader, limit: int = 1 << 20) -> np.ndarray:
 
 def run(reader: MemoryReader, action: str, **choices: Any) -> MemoryReader:
     """Convert in memory."""
-    plan: Plan = make_plan(reader, Path("out"), action, **choices)  # type: ignore[arg-type]
+    plan: Plan = make_plan(reader, Path("out"), action, Choices(**choices))  # type: ignore[arg-type]
     arrays = {target.spec.name: fill(target, reader) for target in plan.targets}
     return MemoryReader(arrays, config=reader.config, record=plan.record, format=reader.format)
 

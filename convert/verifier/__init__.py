@@ -16,8 +16,10 @@ from convert.errors import InputError, UsageError
 from convert.execute import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks
 from convert.verifier.verdict import Level, Verdict
+from layouts.candidates import record_of
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.describe import Description, describe, identity
+from layouts.families import maxtext
 
 if TYPE_CHECKING:
     from convert.verifier.cost import Cost
@@ -34,7 +36,7 @@ class Options:
     """What is compared, and how: all layers and experts if None; with `gemm` also the outputs of grouped GEMMs.
 
     `tokens` multiplies those of each probe, `backend` is one of `convert.verifier.backends` or `all`, `mesh` the devices along
-    `expert` and `model`, `memory` bytes.
+    `expert` and `model`, `memory` bytes. `scan_axis` is where MaxText's layers are stacked, if the checkpoints do not say it.
     """
 
     gemm: bool = True
@@ -44,6 +46,7 @@ class Options:
     backend: str = "ragged_dot"
     mesh: Mapping[str, int] | None = None
     memory: int = 2 << 30
+    scan_axis: int | None = None
 
 
 def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, options: Options | None = None) -> Verdict:
@@ -61,9 +64,9 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
             from convert.verifier.formats import compare_formats
 
             hf, tree = (one, other) if one.format == "hf" else (other, one)
-            return Verdict(subject=f"{a} against {b}", levels=compare_formats(hf, tree, report))
+            return Verdict(subject=f"{a} against {b}", levels=compare_formats(hf, tree, report, options.scan_axis))
         how = _how(one, other, options) if options.gemm else None
-        first, second, scope = describe(one), describe(other), _scope(options)
+        (first, second), scope = _described(one, other, options), _scope(options)
         left, right = _blocks((one, first), (other, second), scope=scope)
         levels = [
             exact.compare_experts(left, right, report, scope),
@@ -90,7 +93,8 @@ def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
         if one.format != other.format:
             raise UsageError("two formats are compared by their bits alone, at the speed of the disk; nothing to estimate")
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
-        left, right = _blocks((one, describe(one)), (other, describe(other)), scope=scope)
+        first, second = _described(one, other, options)
+        left, right = _blocks((one, first), (other, second), scope=scope)
         return measure(left, right, scope, how)
 
 
@@ -98,6 +102,15 @@ def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
 def _both(a: Path, b: Path) -> Iterator[tuple[Reader, Reader]]:
     with closing(open_checkpoint(a)) as one, closing(open_checkpoint(b)) as other:
         yield one, other
+
+
+def _described(one: Reader, other: Reader, options: Options) -> tuple[Description, Description]:
+    """Both; a MaxText tree that does not say along which axis its layers are is taken to be as the other one says."""
+    stated = [record_of(reader).get("family") for reader in (one, other)]
+    usual = None
+    if one.format == "orbax":
+        usual = next(filter(None, stated), None) if options.scan_axis is None else maxtext(options.scan_axis).name
+    return describe(one, family=stated[0] or usual), describe(other, family=stated[1] or usual)
 
 
 def _scope(options: Options) -> Scope:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from convert.cross_pairs import Pair, layouts_of, names_of, pairs_of, trees_of
-from convert.cross_plan import config_of, is_fused, tree_in
+from convert.cross_pairs import Pair, names_of, pairs_of, sides_of, trees_of
+from convert.cross_plan import config_of, is_fused, stacked_along, tree_in
 from convert.errors import PlanError
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
@@ -26,7 +26,9 @@ _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
 
 
-def compare_formats(hf: Reader, tree: Reader, progress: Callable[[int], None]) -> tuple[Level, ...]:
+def compare_formats(
+    hf: Reader, tree: Reader, progress: Callable[[int], None], scan_axis: int | None = None
+) -> tuple[Level, ...]:
     """Every tensor of the model on both sides, bit for bit; what is on one side only is a difference.
 
     Raises:
@@ -37,7 +39,7 @@ def compare_formats(hf: Reader, tree: Reader, progress: Callable[[int], None]) -
     config = config_of(hf)
     family = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf")
     rows, scan = tree_in(tree, trees_of(family, hf.path))
-    sides = layouts_of(family, None, scan=scan, to_maxtext=False, is_fused=is_fused(tree))
+    sides = sides_of(family, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=is_fused(tree))
     differences: dict[bool, list[str]] = {True: [], False: []}
     seen: tuple[set[str], set[str]] = (set(), set())
     for pair in pairs_of(rows, sides, config):

@@ -87,8 +87,8 @@ def test_every_tree_is_here():
     assert {case.partition("-")[0].removesuffix("_text") for case in CASES} == set(TREES)
 
 
-def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, *, scan: bool, fused: bool) -> np.ndarray:
-    """What MaxText's model computes with the parameters of a tree."""
+def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None, *, fused: bool) -> np.ndarray:
+    """What MaxText's model computes with the parameters of a tree whose layers are stacked along an axis, or are not."""
     kind, special = CASES[case]
     own = {
         word: next((getattr(stated, name) for name in names if hasattr(stated, name)), None) for word, names in WORDS.items()
@@ -102,7 +102,8 @@ def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, *, scan: bool, f
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
         **special,
         "model_name": kind,
-        "scan_layers": scan,
+        "scan_layers": axis is not None,
+        "param_scan_axis": 1 if axis is None else axis,
         "prefuse_moe_weights": fused,
         "load_parameters_path": str(tree / "0" / "items"),
     }
@@ -140,12 +141,12 @@ def model(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["prefused", "split"])
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
-def test_maxtext_computes_what_transformers_does(model, scan, fused):
+@pytest.mark.parametrize("axis", [1, 0, None])
+def test_maxtext_computes_what_transformers_does(model, axis, fused):
     case, where, stated, ids, wanted = model
-    tree = where / f"tree-{scan}-{fused}"
-    (convert.prefuse if fused else convert.reformat)(where / "in", tree, to="orbax", scan=scan)
-    found = logits(case, stated, tree, ids, scan=scan, fused=fused)
+    tree = where / f"tree-{axis}-{fused}"
+    (convert.prefuse if fused else convert.reformat)(where / "in", tree, to="orbax", scan=axis is not None, scan_axis=axis)
+    found = logits(case, stated, tree, ids, axis, fused=fused)
     assert np.abs(wanted).max() > 1
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
@@ -157,7 +158,7 @@ def test_gate_and_up_exchanged_are_noticed(tmp_path):
     for file in (tmp_path / "in").glob("*.safetensors"):
         _exchange(file)
     convert.prefuse(tmp_path / "in", tmp_path / "wrong", to="orbax")
-    found = logits(case, stated, tmp_path / "wrong", ids, scan=True, fused=True)
+    found = logits(case, stated, tmp_path / "wrong", ids, 1, fused=True)
     assert np.abs(found - wanted).max() > 0.1
 
 
