@@ -13,7 +13,7 @@ from layouts.families import Family
 from layouts.layout import Layout, Layouts, Placed
 from layouts.maxtext import HEADS, ROOT, Row, Stack, Tree, numbered
 from layouts.maxtext_trees import COMPUTED, TREES
-from layouts.parts import PARTS, companion, is_in_first
+from layouts.parts import PARTS, companion, is_in_first, takes
 from layouts.pattern import Pattern
 from layouts.targets import target
 from layouts.template import Template
@@ -174,7 +174,7 @@ def _experts(sides: Sides, places: tuple[str, str], scan: tuple[str, ...], count
 
 def _hf_part(layout: Layout, role: str, experts: str, number: int) -> Placed | None:
     """A weight or a bias in a layout of Hugging Face."""
-    if number and "{part}" not in layout.key:
+    if not takes(layout.key, PARTS[number].name):
         return None
     pattern = _plain(layout)
     if number:
@@ -185,7 +185,7 @@ def _hf_part(layout: Layout, role: str, experts: str, number: int) -> Placed | N
 def _maxtext_part(layout: Layout, role: str, experts: str, number: int) -> Placed:
     """The same in MaxText, whose biases stay apart whatever its weights are."""
     if not number:
-        return Placed(layout.template(experts), _plain(layout))
+        return Placed(layout.template(experts).bind("part", number), _plain(layout))
     key, pattern = ("wi_{g:0,1}_bias", "e n") if role == "wi" else ("wo_bias", "e k")
     return Placed(Template(f"{experts}.{key}"), Pattern(pattern))
 

@@ -16,11 +16,14 @@ import numpy as np
 from convert.errors import PlanError
 
 GATE, UP, FUSED = "wi_0", "wi_1", "wi"
+PARTS = ("", "_scale")
+"""The ends of the names of what is fused: weights, and MaxText's block scales (E, ..., K / block, N / block)."""
 
 
 def fuse(params: Any) -> Any:
     """Replace sibling arrays `wi_0`, `wi_1` (E, ..., K, N) by `wi` (E, ..., K, 2N), gate first, wherever they stand.
 
+    Block scales `wi_0_scale`, `wi_1_scale` beside them become `wi_scale`; biases stay apart, as MaxText declares them.
     Mappings, lists and tuples are rebuilt (mappings as `dict`), every other leaf is passed on as the same object.
 
     Raises:
@@ -58,30 +61,43 @@ def _walk(node: Any, change: Any, path: tuple[str, ...]) -> tuple[Any, int]:
 
 
 def _fuse_pair(node: dict[str, Any], path: tuple[str, ...]) -> tuple[dict[str, Any], int]:
-    gate: Any = node.get(GATE)
-    up: Any = node.get(UP)
-    if not (_is_expert(gate) or _is_expert(up)):
+    if not (_is_expert(node.get(GATE)) or _is_expert(node.get(UP))):
         return node, 0
-    where = ".".join(path)
-    if FUSED in node or not (_is_expert(gate) and _is_expert(up)):
-        raise PlanError(f"{where}: expected arrays {GATE} and {UP} and no {FUSED}, found {sorted(node)}")
-    if (gate.shape, gate.dtype) != (up.shape, up.dtype):
-        raise PlanError(f"{where}: {GATE} is {gate.dtype} {gate.shape}, {UP} is {up.dtype} {up.shape}")
+    for end in PARTS:
+        node = _fused(node, end, ".".join(path)) if f"{GATE}{end}" in node or f"{UP}{end}" in node else node
+    return node, 1
+
+
+def _fused(node: dict[str, Any], end: str, where: str) -> dict[str, Any]:
+    one, other, both = (f"{name}{end}" for name in (GATE, UP, FUSED))
+    gate, up = node.get(one), node.get(other)
+    if both in node or not (_is_expert(gate) and _is_expert(up)):
+        raise PlanError(f"{where}: expected arrays {one} and {other} of rank 3 or more and no {both}, found {sorted(node)}")
+    if (gate.shape, gate.dtype) != (up.shape, up.dtype):  # type: ignore[union-attr]
+        raise PlanError(f"{where}: {one} is {gate.dtype} {gate.shape}, {other} is {up.dtype} {up.shape}")  # type: ignore[union-attr]
     fused = _concatenate(gate, up)
-    return {FUSED if key == GATE else key: fused if key == GATE else v for key, v in node.items() if key != UP}, 1
+    return {both if key == one else key: fused if key == one else v for key, v in node.items() if key != other}
 
 
 def _split_one(node: dict[str, Any], path: tuple[str, ...]) -> tuple[dict[str, Any], int]:
-    fused: Any = node.get(FUSED)
-    if not _is_expert(fused):
+    if not _is_expert(node.get(FUSED)):
         return node, 0
-    if fused.shape[-1] % 2 or GATE in node or UP in node:
-        raise PlanError(f"{'.'.join(path)}: {FUSED} has shape {fused.shape} beside {sorted(node)}; it cannot be split")
+    for end in PARTS:
+        node = _halved(node, end, ".".join(path)) if f"{FUSED}{end}" in node else node
+    return node, 1
+
+
+def _halved(node: dict[str, Any], end: str, where: str) -> dict[str, Any]:
+    one, other, both = (f"{name}{end}" for name in (GATE, UP, FUSED))
+    fused = node[both]
+    if not _is_expert(fused) or fused.shape[-1] % 2 or one in node or other in node:
+        shape = getattr(fused, "shape", None)
+        raise PlanError(f"{where}: {both} has shape {shape} beside {sorted(node)}; it cannot be split")
     gate, up = _halves(fused)
     out: dict[str, Any] = {}
     for key, value in node.items():
-        out |= {GATE: gate, UP: up} if key == FUSED else {key: value}
-    return out, 1
+        out |= {one: gate, other: up} if key == both else {key: value}
+    return out
 
 
 def _is_expert(leaf: Any) -> bool:

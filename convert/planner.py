@@ -69,7 +69,7 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
     wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
     experts = list(_experts(reader, described, None if action == "split" else wanted))
     found = [made for _, made in experts]
-    if action == "prefuse" and layout not in TAKE_SCALARS:
+    if action == "prefuse" and (layout not in TAKE_SCALARS or reader.format == "orbax"):
         _check_scalars(reader, described.groups, layout)
     if not any(made.moved for made in found):
         state = "as they were published" if action == "split" else f"in layout {layout!r}"
@@ -105,11 +105,12 @@ def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> 
 
 
 def _check_scalars(reader: Reader, groups: Sequence[Group], layout: str) -> None:
+    consumer = "MaxText's wi" if reader.format == "orbax" else f"layout {layout!r}"
     for group in groups:
         if group.role == "wi" and group.part and not {"in", "out", "rest"} & set(group.dims.split()):
             raise PlanError(
-                f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; layout {layout!r} has "
-                f"room for one, and to make them one would change values. Use a layout that keeps (E, 2), as concat or vllm do"
+                f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
+                f"has room for one, and to make them one would change values"
             )
 
 

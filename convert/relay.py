@@ -11,7 +11,7 @@ from layouts.checks import PACKED, is_packed
 from layouts.describe import Group
 from layouts.errors import PlanError
 from layouts.layout import Layout, Placed
-from layouts.parts import AXES, CHUNKS, PARTS, companion, is_in_first
+from layouts.parts import AXES, CHUNKS, PARTS, companion, is_in_first, takes
 from layouts.pattern import Pattern
 
 _NUMBER = {part.name: number for number, part in enumerate(PARTS)}
@@ -26,7 +26,7 @@ def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layou
         PlanError: the layout cannot hold them without loss.
     """
     placed = layout.place(experts)
-    if group.part and "{part}" not in layout.key:
+    if not takes(layout.key, group.part):
         raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
     try:
         pattern = _pattern(reader, group, beside, placed.pattern)
@@ -90,7 +90,7 @@ def _unit(reader: Reader, group: Group, beside: Sequence[Group], axis: str, patt
     if own == whole or (own == 1 and axis in AXES[group.role][:1]):
         return 1
     block = _block(reader, axis, group.role)
-    if group.part in PACKED and whole % own == 0:
+    if (group.part in PACKED or reader.format == "orbax") and whole % own == 0:  # MaxText has whole blocks only
         unit = whole // own
     elif block and -(-whole // block) == own:
         unit = block

@@ -171,7 +171,9 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
         check_equal(reader, [reader.tensors[name] for name in names])
         place = placed.key.bind("part", part)
         grid = check_grid(reader, role, place, dict(block), names)
-        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid)
+        weight = matched.get((role, 0, block))
+        scan = _scan_axes(reader, weight[1].pattern, weight[2][0]) if weight else None
+        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan)
         made[key] = Group(
             role=role,
             part=PARTS[part].name,
@@ -195,14 +197,16 @@ def _beside(pattern: Pattern, wo: Group | None) -> dict[str, int]:
 
 
 def _fit(
-    reader: Reader, spec: TensorSpec, found: Sequence[tuple[str, Pattern]], known: Mapping[str, int]
+    reader: Reader, spec: TensorSpec, found: Sequence[tuple[str, Pattern]], known: Mapping[str, int], scan: int | None
 ) -> tuple[str, Pattern, dict[str, int]]:
-    """The first form that a tensor of this shape can have, with its sizes."""
+    """The first form that a tensor of this shape can have, with its sizes; its weight is stacked along `scan` axes."""
     stated = expert_counts(reader.config)
     flat = {"e": min(stated)} if len(stated) == 1 and any("e" in g and len(g) > 1 for g in found[0][1].groups) else {}
     problems = []
     for dims, form in found:
         try:
+            if scan is not None and "..." in form.axes and _extra(form, len(spec.shape)) != scan:
+                raise ValueError(f"shape {spec.shape} is not of the form '{form.text}' behind {scan} scan axes")
             pattern = form.expand(len(spec.shape))
             sizes = pattern.sizes(spec.shape, {"g": 2, **flat, **known})
         except ValueError as error:
@@ -214,6 +218,15 @@ def _fit(
             raise InputError(f"{reader.path}: {spec.name} is of {have} experts, but config.json says {said}")
         return dims, pattern, sizes
     raise PlanError(f"{reader.path}: {spec.name} (in {reader.where(spec.name)}): {problems[0]}")
+
+
+def _scan_axes(reader: Reader, pattern: Pattern, name: str) -> int | None:
+    """How many axes `...` stands for in a weight, by its rank."""
+    return _extra(pattern, len(reader.tensors[name].shape)) if "..." in pattern.axes else None
+
+
+def _extra(pattern: Pattern, rank: int) -> int:
+    return rank - len(pattern.groups) + 1
 
 
 @cache

@@ -70,13 +70,15 @@ W13_INTERLEAVED = layouts(
     wi=("{experts}.w13_{part}", "e (n g) k"),
     wo=("{experts}.w2_{part}", "e k n"),
 )
+MAXTEXT_PART = "scale"
+"""The one companion that MaxText fuses with its weights; biases stay apart there."""
 MAXTEXT = layouts(
-    wi=("{experts}.wi_{g:0,1}", "e ... k n"),
-    wo=("{experts}.wo", "e ... n k"),
+    wi=("{experts}.wi_{g:0,1}{part:scale}", "e ... k n"),
+    wo=("{experts}.wo{part:scale}", "e ... n k"),
 )
 MAXTEXT_AXIS_0 = layouts(
-    wi=("{experts}.wi_{g:0,1}", "... e k n"),
-    wo=("{experts}.wo", "... e n k"),
+    wi=("{experts}.wi_{g:0,1}{part:scale}", "... e k n"),
+    wo=("{experts}.wo{part:scale}", "... e n k"),
 )
 
 SOURCES: Mapping[str, Layouts] = {

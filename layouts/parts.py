@@ -9,6 +9,7 @@ AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,17 +66,33 @@ PARTS: Sequence[Part] = (
 )
 
 
+_SLOT = re.compile(r"\{part(?::([a-z_0-9]+))?\}")
+_ABSENT = "\0"
+"""Begins words that no name has: they keep the places of companions that a key leaves out."""
+
+
 def words(key: str) -> str:
-    """A key with `{part}` as a choice of the words that fit: `.{part}` and `_{part}` have the word, else `_name` or nothing."""
-    before = key.partition("{part}")[0][-1:]
-    choice = [part.word if before in "._" else part.name and f"_{part.name}" for part in PARTS]
-    return key.replace("{part}", f"{{part:{','.join(choice)}}}")
+    """A key with `{part}` as a choice of the words that fit: `.{part}` and `_{part}` have the word, else `_name` or nothing.
+
+    `{part:scale}` leaves out all companions but this one.
+    """
+    if not (found := _SLOT.search(key)):
+        return key
+    dotted = key[: found.start()].endswith((".", "_"))
+    choice = [part.word if dotted else part.name and f"_{part.name}" for part in PARTS]
+    kept = [word if takes(key, part.name) else _ABSENT + word for part, word in zip(PARTS, choice, strict=True)]
+    return _SLOT.sub(f"{{part:{','.join(kept)}}}", key)
 
 
-def weight_only(key: str) -> str:
-    """A key without companions, for trees that keep theirs apart (MaxText's `wi_0_bias`, `wi_1_bias` and `wo_bias`)."""
-    before = key.partition("{part}")[0][-1:]
-    return key.replace("{part}", PARTS[0].word if before in "._" else PARTS[0].name)
+def takes(key: str, name: str) -> bool:
+    """Whether a key has a place for a companion (all have for the weight)."""
+    found = _SLOT.search(key)
+    return not name or bool(found and found[1] in (None, name))
+
+
+def only(key: str, name: str) -> str:
+    """A key that takes no companions but this one."""
+    return _SLOT.sub(f"{{part:{name}}}", key)
 
 
 def forms(weight: Pattern, role: str, part: Part) -> list[tuple[str, Pattern]]:

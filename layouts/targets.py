@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from layouts.families import Family
 from layouts.layout import Layout, Layouts, layouts
-from layouts.natives import FUSED
-from layouts.parts import weight_only
+from layouts.natives import FUSED, MAXTEXT_PART
+from layouts.parts import only
 
 _WO = ("{experts}.wo{part}", "e ... n k")
 _W2 = ("{experts}.w2_{part}", "e k n")
@@ -55,8 +55,8 @@ def target(name: str, family: Family, *, shards: int, align: int | str) -> Layou
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
     words = {"{shards}": str(shards), "{align}": str(align)} | ({} if family.scan_axis else {"e ...": "... e"})
-    keep = str if family.format == "hf" else weight_only
-    return {role: Layout(keep(layout.key), _fill(layout.pattern, words)) for role, layout in table.items()}
+    keys = {role: layout.key if family.format == "hf" else only(layout.key, MAXTEXT_PART) for role, layout in table.items()}
+    return {role: Layout(keys[role], _fill(layout.pattern, words)) for role, layout in table.items()}
 
 
 def _fill(text: str, words: Mapping[str, str]) -> str:

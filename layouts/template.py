@@ -99,8 +99,17 @@ class Template:
             raise ValueError(f"{self.text!r}: a choice needs two words or more, all different")
         if any(slot.inner and slot.factor == 1 for slot in self._slots):
             raise ValueError(f"{self.text!r}: of two axes in one number the first needs a factor")
-        if any(brace in literal for literal in self._literals for brace in "{}") or "" in self._literals[1:-1]:
+        if any(brace in literal for literal in self._literals for brace in "{}") or self._run_together:
             raise ValueError(f"{self.text!r}: slots are written {{e}} or {{g:gate,up}}, with text between any two")
+
+    @property
+    def _run_together(self) -> bool:
+        """Whether it could not be told where a slot ends and the next begins; of two choices it can, if all pairs differ."""
+        for one, other, between in zip(self._slots, self._slots[1:], self._literals[1:], strict=False):
+            pairs = {first + second for first in one.words for second in other.words}
+            if not between and (not pairs or len(pairs) < len(one.words) * len(other.words)):
+                return True
+        return False
 
     @cached_property
     def _parts(self) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import tensorstore as ts
 
 import convert
+from convert.errors import PlanError
 
 E, L, K, N = 4, 3, 16, 8
 RANDOM = np.random.default_rng(0)
@@ -91,6 +92,48 @@ def restore(path):
 def flat(tree):
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): (x.dtype.name, x.shape, x.tobytes()) for path, x in leaves}
+
+
+def quantized(scan):
+    """As MaxText's `RoutedMoE` holds weights of 8 bits: scales of blocks beside them, biases apart."""
+    stack = (E, L) if scan else (E,)
+    shapes = {"wi_0": (K, N), "wi_1": (K, N), "wo": (N, K)}
+    moe = {
+        name: RANDOM.integers(0, 120, (*stack, *shape), "u1").view(ml_dtypes.float8_e4m3fn) for name, shape in shapes.items()
+    }
+    moe |= {f"{name}_scale": RANDOM.random((*stack, *(size // 2 for size in shape)), "f4") for name, shape in shapes.items()}
+    moe |= {f"wi_{g}_bias": RANDOM.random((*stack, N), "f4") for g in (0, 1)}
+    return {"params": {"params": {"decoder": {"layers": {"moe_block": moe}}}}}
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+def test_block_scales_are_fused_with_their_weights(scan, axis, tmp_path):
+    """MaxText 0.2.5 `layers/moe.py`: `wi_scale` (E, K / block, 2N / block) where `prefuse_moe_weights` is set."""
+    tree = quantized(scan)
+    if scan and not axis:
+        tree = jax.tree.map(lambda array: np.swapaxes(array, 0, 1).copy(), tree)
+    save(tmp_path / "in", tree)
+    convert.prefuse(tmp_path / "in", tmp_path / "out", scan_axis=axis)
+    convert.split(tmp_path / "out", tmp_path / "back")
+    moe, made = (t["params"]["params"]["decoder"]["layers"]["moe_block"] for t in (tree, restore(tmp_path / "out")))
+    assert made.keys() == {"wi", "wi_scale", "wo", "wo_scale", "wi_0_bias", "wi_1_bias"}
+    for end in ("", "_scale"):
+        halves = [moe[f"wi_{g}{end}"] for g in (0, 1)]
+        assert made[f"wi{end}"].tobytes() == np.concatenate(halves, -1).tobytes()
+    assert flat(restore(tmp_path / "back")) == flat(tree)
+    verdict = convert.verify(tmp_path / "in", tmp_path / "out")
+    assert verdict.equal, verdict
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
+def test_a_scale_for_each_expert_cannot_be_fused(scan, tmp_path):
+    tree = quantized(scan)
+    moe = tree["params"]["params"]["decoder"]["layers"]["moe_block"]
+    moe |= {key: np.ones(moe[key].shape[: 1 + scan], "f4") for key in moe if key.endswith("_scale")}
+    save(tmp_path / "in", tree)
+    with pytest.raises(PlanError, match="one number for gate, and another stands for up; MaxText's wi has room for one"):
+        convert.plan(tmp_path / "in", tmp_path / "out", prefuse=True)
 
 
 @pytest.mark.parametrize("ocdbt", [True, False])

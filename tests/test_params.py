@@ -38,6 +38,17 @@ def test_fuse_and_split_keep_every_bit_and_the_structure(make):
         assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
 
 
+def test_block_scales_are_fused_and_biases_stay():
+    rng = np.random.default_rng(2)
+    arrays = {f"wi_{g}{end}": rng.random((3, *rest)) for g in (0, 1) for end, rest in (("", (4, 6)), ("_scale", (2, 3)))}
+    moe = {**arrays, "wo_scale": rng.random((3, 3, 2)), "wi_0_bias": rng.random((3, 6)), "wi_1_bias": rng.random((3, 6))}
+    fused = convert.prefuse_params({"moe": moe})["moe"]
+    assert fused.keys() == {"wi", "wi_scale", "wo_scale", "wi_0_bias", "wi_1_bias"}
+    np.testing.assert_array_equal(fused["wi_scale"], np.concatenate((arrays["wi_0_scale"], arrays["wi_1_scale"]), -1))
+    again = convert.split_params({"moe": fused})["moe"]
+    assert all(np.array_equal(again[key], moe[key]) for key in moe | again)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -45,6 +56,11 @@ def test_fuse_and_split_keep_every_bit_and_the_structure(make):
         ({"m": {"wi_0": np.ones((1, 2, 2))}}, "m: expected arrays wi_0 and wi_1"),
         ({"m": {"wi_0": np.ones((1, 2, 2)), "wi_1": np.ones((1, 2, 3))}}, "m: wi_0 is float64"),
         ({"m": {"wi_0": np.ones((1, 2, 2)), "wi_1": np.ones((1, 2, 2)), "wi": 1}}, "no wi"),
+        # a scale for each expert: one for gate and one for up have no place in one
+        (
+            {"m": {"wi_0": np.ones((2, 2, 2)), "wi_1": np.ones((2, 2, 2)), "wi_0_scale": np.ones(2), "wi_1_scale": np.ones(2)}},
+            "wi_0_scale and wi_1_scale of rank 3",
+        ),
     ],
 )
 def test_fuse_refuses_what_it_cannot_fuse(params, message):
