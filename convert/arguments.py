@@ -43,6 +43,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--drop-optimizer", action="store_true", help="Orbax: leave the optimizer's state out (muon, adafactor)")
     found.add_argument("--no-scan", action="store_true", help="--to orbax: a subtree for each layer, not stacked ones")
     found.add_argument(
+        "--keep-chunks",
+        action="store_true",
+        help="Orbax: do not cut arrays that are one large chunk (fast; restores read them whole)",
+    )
+    found.add_argument(
         "--scan-axis",
         type=_natural,
         metavar="{0,1}",

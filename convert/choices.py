@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from convert.errors import UsageError
-from layouts.natives import SOURCES
-from layouts.targets import DEFAULT, TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +15,11 @@ class Choices:
     `family` and `source_layout` say what the input does not. `to` is the format of the output, `hf` or `orbax`, if not the
     input's; `scan` whether layers are stacked in a MaxText tree that is written, `scan_axis` along which axis they are in one
     that is read or written. `params_only` leaves out the training state of one that is read on the way to Hugging Face,
-    `drop_optimizer` the state of an Orbax checkpoint's optimizer. `dequantize` computes values as `bf16`.
+    `drop_optimizer` the state of an Orbax checkpoint's optimizer. `keep_chunks` keeps the chunks of one even where an array is
+    one large chunk. `dequantize` computes values as `bf16`.
     """
 
-    layout: str = DEFAULT
+    layout: str = "concat"
     shards: int = 1
     align: int | str = 128
     family: str | None = None
@@ -30,6 +29,7 @@ class Choices:
     scan_axis: int | None = None
     params_only: bool = False
     drop_optimizer: bool = False
+    keep_chunks: bool = False
     dequantize: str | None = None
 
     def check(self) -> None:
@@ -38,6 +38,9 @@ class Choices:
         Raises:
             UsageError: it is not; the message lists what there is.
         """
+        from layouts.natives import SOURCES  # not for `convert --help`
+        from layouts.targets import TARGETS
+
         source = (self.source_layout or self.layout).partition(":")[0]
         for name, known in ((self.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
             if name not in known:

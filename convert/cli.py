@@ -97,11 +97,12 @@ def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[st
     if not (arguments.prefuse or arguments.split):
         return convert.reformat, {"dequantize": arguments.dequantize}
     if arguments.split:
-        return convert.split, {"source_layout": arguments.source_layout}
+        return convert.split, {"source_layout": arguments.source_layout, "keep_chunks": arguments.keep_chunks}
     layout = {"layout": arguments.layout} if arguments.layout else {}
     return convert.prefuse, {
         **layout,
         "dequantize": arguments.dequantize,
+        "keep_chunks": arguments.keep_chunks,
         "shards": arguments.shards,
         "align": arguments.align,
         "source_layout": arguments.source_layout,
@@ -129,6 +130,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         scan_axis=arguments.scan_axis,
         params_only=arguments.params_only,
         drop_optimizer=arguments.drop_optimizer,
+        keep_chunks=arguments.keep_chunks,
         dequantize=arguments.dequantize,
     )
     with closing(open_checkpoint(source)) as reader:

@@ -35,6 +35,7 @@ def plan(
     scan_axis: int | None = None,
     params_only: bool = False,
     drop_optimizer: bool = False,
+    keep_chunks: bool = False,
     dequantize: Literal["bf16"] | None = None,
 ) -> Plan:
     """Plan a conversion from names and shapes alone, writing nothing.
@@ -59,6 +60,7 @@ def plan(
         scan_axis=scan_axis,
         params_only=params_only,
         drop_optimizer=drop_optimizer,
+        keep_chunks=keep_chunks,
         dequantize=dequantize,
     )
     reader, planned = open_and_plan(source, out, "prefuse" if prefuse else "split" if split else "convert", choices)
@@ -80,6 +82,7 @@ def prefuse(
     scan_axis: int | None = None,
     params_only: bool = False,
     drop_optimizer: bool = False,
+    keep_chunks: bool = False,
     dequantize: Literal["bf16"] | None = None,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -95,8 +98,10 @@ def prefuse(
     for the layouts `per-shard` and `lane`. `to` is the format of the output if it is another than the input's; `scan` says
     whether a MaxText tree that is made has its layers stacked, and `scan_axis` along which axis they are in one that is made
     or read (its `param_scan_axis`). `params_only` leaves out the training state of one that is read, and `drop_optimizer` the
-    optimizer's alone, which has to go where it cannot be fused. `dequantize` computes FP8 block and MXFP4 weights as bfloat16,
-    which nothing else here does. `processes` are those that share the work (from `connect`); each of them makes the same call.
+    optimizer's alone, which has to go where it cannot be fused. `keep_chunks` keeps Orbax chunks as they are also where an
+    array is one large chunk, which else is cut for restores onto many devices. `dequantize` computes FP8 block and MXFP4
+    weights as bfloat16, which nothing else here does. `processes` are those that share the work (from `connect`); each of
+    them makes the same call.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
@@ -115,6 +120,7 @@ def prefuse(
         scan_axis=scan_axis,
         params_only=params_only,
         drop_optimizer=drop_optimizer,
+        keep_chunks=keep_chunks,
         dequantize=dequantize,
     )
     options = Options(jobs, memory, max_shard_size, resume, overwrite, processes or ALONE)
@@ -132,6 +138,7 @@ def split(
     scan_axis: int | None = None,
     params_only: bool = False,
     drop_optimizer: bool = False,
+    keep_chunks: bool = False,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
     max_shard_size: int = DEFAULT_SHARD,
@@ -156,6 +163,7 @@ def split(
         scan_axis=scan_axis,
         params_only=params_only,
         drop_optimizer=drop_optimizer,
+        keep_chunks=keep_chunks,
     )
     options = Options(jobs, memory, max_shard_size, resume, overwrite, processes or ALONE)
     return convert_checkpoint(source, out, "split", options, progress, choices)

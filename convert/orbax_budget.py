@@ -99,11 +99,11 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
 
 def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
     """For chunks that nobody decodes."""
-    fixed = base + richest.box
-    jobs = min(richest.jobs, (memory - fixed) // HASHING)
+    each = HASHING + richest.box
+    jobs = min(richest.jobs, (memory - base) // each)
     if jobs < 1:
-        raise UsageError(f"--memory of {memory >> 20} MiB is too little: {(fixed + HASHING >> 20) + 1} MiB are needed")
-    return replace(richest, jobs=jobs, peak=fixed + jobs * HASHING)
+        raise UsageError(f"--memory of {memory >> 20} MiB is too little: {(base + each >> 20) + 1} MiB are needed")
+    return replace(richest, jobs=jobs, peak=base + jobs * each)
 
 
 def _settings(jobs: int, use_ocdbt: bool) -> Iterator[OrbaxBudget]:

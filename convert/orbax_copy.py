@@ -1,4 +1,4 @@
-"""Copy the files of a database as they are, while the chunks in it are hashed."""
+"""Copy files as they are, while the chunks in them are hashed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,19 +22,23 @@ from convert.direct import Output, Scratch
 from convert.execute import SYNC, Progress
 from convert.orbax_budget import OrbaxBudget
 from convert.orbax_digest import stored_digest
-from convert.orbax_keep import Kept, database_files, kept_chunks
+from convert.orbax_keep import Kept, kept_chunks
+from convert.orbax_moves import Move
 from convert.portions import Portion, total
 from convert.processes import Processes
 from layouts.errors import InputError
 from layouts.orbax import OrbaxReader
 
 _STEP = 64 << 20
-"""Bytes that the kernel copies at a time."""
+"""Bytes of a file that a worker copies at a time."""
+_Thing = TypeVar("_Thing")
+_Made = TypeVar("_Made")
 
 
-def copy_database(
+def copy_and_hash(
     reader: OrbaxReader,
     item: Path,
+    moves: Sequence[Move],
     stage: Stage,
     copied: bool,
     portions: Sequence[Portion],
@@ -47,15 +55,18 @@ def copy_database(
         OSError: the disk is full or failing.
         InputError: data of the input cannot be read.
     """
-    stop = threading.Event()
+    first = [move for move in moves if move.own and processes.first]
+    rest = [move for move in moves if not move.own and not copied]
+    share = first + [rest[number] for number in processes.mine([move.nbytes for move in rest])]
+    copier = _Copier(jobs=budget.jobs, box=budget.box)
     with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(_copy_files, reader.item, item, copied, stop, processes, budget.box)
+        copying = pool.submit(copier.copy, share, item)
         try:
             digests: dict[str, str] = {}
             own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
             progress(total(portion for portion in own if portion.key in stage.done))
             left = [portion for portion in own if portion.key not in stage.done]
-            for fresh in _batches(_hashed(left, kept, reader, budget.jobs, stop)):
+            for fresh in _batches(_hashed(left, kept, reader, budget.jobs, copier.stop)):
                 if copying.done():
                     copying.result()
                 stage.record({portion.key: digest for portion, digest in fresh})
@@ -63,7 +74,7 @@ def copy_database(
                 digests |= {portion.key: digest for portion, digest in fresh}
             copying.result()
         except BaseException:
-            stop.set()
+            copier.stop.set()
             raise
     return digests
 
@@ -77,14 +88,19 @@ def _hashed(
         if stop.is_set():
             raise InterruptedError("stopped")
 
-    def work(portion: Portion) -> str:
-        return stored_digest(reader, kept_chunks(portion.target, kept, reader, portion.rows), told)
+    def work(portion: Portion) -> tuple[Portion, str]:
+        return portion, stored_digest(reader, kept_chunks(portion.target, kept, reader, portion.rows), told)
 
+    return _each(work, sorted(portions, key=lambda portion: -portion.nbytes), jobs, stop)
+
+
+def _each(work: Callable[[_Thing], _Made], things: Iterable[_Thing], jobs: int, stop: threading.Event) -> Iterator[_Made]:
+    """What `work` makes of each thing, as it is finished; an error stops the others."""
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(work, portion): portion for portion in sorted(portions, key=lambda portion: -portion.nbytes)}
+        running = [pool.submit(work, thing) for thing in things]
         try:
             for future in as_completed(running):
-                yield running[future], future.result()
+                yield future.result()
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -104,39 +120,63 @@ def _batches(found: Iterable[tuple[Portion, str]]) -> Iterator[list[tuple[Portio
     yield fresh
 
 
-def _copy_files(source: Path, target: Path, copied: bool, stop: threading.Event, processes: Processes, box: int) -> None:
-    every = list(database_files(source))
-    # The manifest is written anew in the copy, so that it is always copied, and by the process that does so.
-    tops = [file for file in every if file.parent == source and processes.first]
-    below = [file for file in every if file.parent != source and not copied]
-    files = tops + [below[number] for number in processes.mine([file.stat().st_size for file in below])]
-    needed = sum(file.stat().st_size for file in files)
-    if needed > (free := shutil.disk_usage(target).free):
-        text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
-        raise OSError(errno.ENOSPC, text, str(target))
-    scratch = Scratch(box)
-    for file in files:
-        _copy(file, target / file.relative_to(source), stop, scratch)
+@dataclass(slots=True, kw_only=True)
+class _Copier:
+    """Copies files with `jobs` workers, each with a block of `box` bytes; a large file is shared by them."""
+
+    jobs: int
+    box: int
+    stop: threading.Event = field(default_factory=threading.Event)
+    _idle: SimpleQueue[Scratch] = field(default_factory=SimpleQueue)
+
+    def copy(self, moves: Sequence[Move], folder: Path) -> None:
+        """Copy all files; they are durable on return. `folder` is on the disk that they go to.
+
+        Raises:
+            OSError: the disk is full or failing.
+            InputError: a file is shorter than it was.
+        """
+        needed, free = sum(move.nbytes for move in moves), shutil.disk_usage(folder).free
+        if needed > free:
+            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+            raise OSError(errno.ENOSPC, text, str(folder))
+        for _ in range(self.jobs):
+            self._idle.put(Scratch(self.box))
+        for parent in {move.target.parent for move in moves}:
+            parent.mkdir(parents=True, exist_ok=True)
+        spans = ((move, at) for move in moves for at in range(0, max(1, move.nbytes), _STEP))
+        deque(_each(_create, moves, self.jobs, self.stop), 0)
+        deque(_each(self._span, spans, self.jobs, self.stop), 0)
+        deque(_each(_sync, moves, self.jobs, self.stop), 0)
+
+    def _span(self, span: tuple[Move, int]) -> None:
+        move, at = span
+        scratch = self._idle.get()
+        try:
+            with move.source.open("rb", buffering=0) as reading, Output(move.target) as output:
+                stop = min(at + _STEP, move.nbytes)
+                while at < stop:
+                    if self.stop.is_set():
+                        raise InterruptedError("stopped")
+                    at += _step(reading, output, at, stop - at, scratch)
+        finally:
+            self._idle.put(scratch)
 
 
-def _copy(source: Path, target: Path, stop: threading.Event, scratch: Scratch) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    size = source.stat().st_size
-    with target.open("wb") as file:
-        if size:
-            os.posix_fallocate(file.fileno(), 0, size)
-    with source.open("rb", buffering=0) as reading, Output(target) as output:
-        done = 0
-        while done < size:
-            if stop.is_set():
-                raise InterruptedError("stopped")
-            done += _step(reading, output, done, size - done, scratch)
-        os.fsync(output.descriptor)
+def _create(move: Move) -> None:
+    with move.target.open("wb") as file:
+        if move.nbytes:
+            os.posix_fallocate(file.fileno(), 0, move.nbytes)
+
+
+def _sync(move: Move) -> None:
+    with move.target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _step(reading: FileIO, output: Output, at: int, left: int, scratch: Scratch) -> int:
     """Copy some bytes: past the page cache, else in the kernel, else through it."""
-    if not output.passes_cache(left) and (done := output.copy(reading.fileno(), at, min(left, _STEP), at)):
+    if not output.passes_cache(left) and (done := output.copy(reading.fileno(), at, left, at)):
         return done
     block = scratch.empty((min(left, scratch.nbytes),), np.uint8, at).data
     done = os.preadv(reading.fileno(), [block], at)

@@ -17,12 +17,11 @@ from convert.orbax_metadata import stored_name
 from convert.portions import Portion
 from layouts.checkpoint import DTYPES, Reader
 from layouts.orbax import NODES, OrbaxReader
+from layouts.orbax_chunks import LOCK
 from layouts.orbax_tree import PROCESS
 
 _LEVEL = 1
 """zstd's: on bfloat16 weights higher ones take longer for the same size."""
-_LOCK = ".__lock"
-"""Ends the name of a file that TensorStore has not finished; one that is killed leaves it."""
 _NODE = 64 << 10
 """Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
 
@@ -100,7 +99,7 @@ class Item:
         for path in self.paths(number, batch):
             for directory, _, files in os.walk(path, topdown=False):
                 for name in [*files, "."]:
-                    if name.endswith(_LOCK):
+                    if name.endswith(LOCK):
                         continue  # another process is writing its portion, and renames this at any moment
                     descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
                     try:
@@ -114,7 +113,7 @@ class Item:
         An array in portions has its metadata in each of them, alike.
         """
         if not self.ocdbt:
-            for left in self.path.rglob(f"*{_LOCK}"):
+            for left in self.path.rglob(f"*{LOCK}"):
                 left.unlink()
             return
         for path in (self.path / "manifest.ocdbt", self.path / "d"):

@@ -1,37 +1,31 @@
-"""Fuse without touching a chunk: where each chunk of the source is a chunk of the target, only its name changes.
+"""Fuse without touching a chunk: where each chunk of the source is a chunk of the target, only its name changes. Pure.
 
 Gate and up lie side by side in `wi`, so that the chunks of `wi_0` and `wi_1` are chunks of `wi`, compressed bytes and all, if
-they do not reach across the end of `n`. An OCDBT database keeps names and values apart: the files with the values are copied
-as they are, at the speed of the disk, and the tree of names is written anew. Digests are of the chunks as they are stored.
+they do not reach across the end of `n`. What it takes on the disk is in `convert.orbax_moves`. Digests are of the chunks as
+they are stored.
 
-Checkpoints whose large arrays are one chunk each are not kept like that: whoever restores one onto many devices would have to
-decode it whole on each.
+Checkpoints whose large arrays are one chunk each are kept like that on demand only: whoever restores one onto many devices has
+to decode it whole on each.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import tensorstore as ts
-
-from convert.orbax_metadata import stored_name
 from convert.planner import Plan
 from convert.targets import Target
 from layouts.checkpoint import Reader
 from layouts.layout import Placed
-from layouts.orbax import NODES, OrbaxReader
-from layouts.orbax_chunks import Chunk, chunks_of, grid_shape, key_at
-from layouts.orbax_tree import ARRAYS, DATABASE, PROCESS
+from layouts.orbax import OrbaxReader
+from layouts.orbax_chunks import Chunk, chunks_of, grid_shape
+from layouts.orbax_tree import ARRAYS
 from layouts.places import is_remote
 
 ONE = 64 << 20
 """Bytes above which an array of one chunk is cut anew."""
-_ONLY = ts.KvStore.KeyRange("", "\x00")
-"""The key itself, not those that begin alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +45,13 @@ Kept = Mapping[str, tuple[Part, ...]]
 
 def keep(plan: Plan, reader: Reader) -> Kept | None:
     """Say how all chunks of a checkpoint can be kept; None if some cannot."""
-    if not isinstance(reader, OrbaxReader) or not reader.use_ocdbt or not _complete(reader) or is_remote(reader.path):
+    if not isinstance(reader, OrbaxReader) or not _complete(reader) or is_remote(reader.path):
         return None
     parts: dict[str, tuple[Part, ...]] = {}
     for target in plan.targets:
         sources = sorted({piece.source for piece in target.pieces(target.target.pattern.whole(target.sizes))})
-        if any(_is_one(reader, name) for name in sources) or not target.spec.nbytes:
+        cut = not plan.keep_chunks and any(_is_one(reader, name) for name in sources)
+        if cut or not target.spec.nbytes:
             return None
         if sources != [target.spec.name] or target.source.pattern != target.target.pattern:
             found = _parts(target, reader)
@@ -86,10 +81,10 @@ def kept_chunks(target: Target, kept: Kept, reader: OrbaxReader, rows: range | N
 
 
 def _complete(reader: OrbaxReader) -> bool:
-    """Whether the database holds nothing that the plan leaves out, for its bytes would come along, under names that we know."""
+    """Whether a database holds nothing that the plan leaves out, for its bytes would come along, under names that we know."""
     arrays = [entry for entry in reader.tree["tree_metadata"].values() if entry["value_metadata"]["value_type"] in ARRAYS]
     encodings = [metadata.get("chunk_key_encoding", {"name": "default"})["name"] for metadata in reader.grids.values()]
-    return len(arrays) == len(reader.tensors) and set(encodings) <= {"default"}
+    return set(encodings) <= {"default"} and (not reader.use_ocdbt or len(arrays) == len(reader.tensors))
 
 
 def _is_one(reader: OrbaxReader, name: str) -> bool:
@@ -138,38 +133,3 @@ def _aligned(found: Sequence[tuple[str, int, int]], axis: int, n: int, reader: O
         Part(source=name, axis=axis, shift=by * steps, begin=first * steps, end=(first + 1) * steps)
         for name, by, first in found
     )
-
-
-def database_files(item: Path) -> Iterator[Path]:
-    """The files of an item that hold values and names, without the manifests of single processes."""
-    for entry in sorted(item.iterdir()):
-        if entry.name.startswith(PROCESS) or entry.name in DATABASE:
-            files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
-            yield from (f for f in files if not (f.name == "manifest.ocdbt" and f.parent != item))
-
-
-def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader) -> None:
-    """Give the chunks in a copied database the names of the plan."""
-    base = {"driver": "file", "path": f"{item}/"}
-    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
-    old = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
-    transaction = ts.Transaction(atomic=True)
-    new = old.with_transaction(transaction)
-    moved = [(target, f"{stored_name(target, reader)}/") for target in plan.targets if target.spec.name in kept]
-    for target, place in moved:
-        renamed = [
-            (old + f"{reader.leaves[name].stored}/{key}").experimental_copy_range_to(
-                new + (place + key_at(reader.grids[name], at)), _ONLY
-            )
-            for at, name, key in kept_chunks(target, kept, reader)
-        ]
-        for done in renamed:
-            done.result()
-    for name in {part.source for parts in kept.values() for part in parts}:
-        (new + f"{reader.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
-    key = "zarr.json" if reader.use_zarr3 else ".zarray"
-    for target, place in moved:
-        source = reader.leaves[kept[target.spec.name][0].source].stored
-        metadata = {**json.loads((old + f"{source}/").read(key).result().value), "shape": list(target.spec.shape)}
-        (new + place).write(key, json.dumps(metadata)).result()
-    transaction.commit_async().result()

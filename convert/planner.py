@@ -46,6 +46,8 @@ class Plan:
     """Tensors of the input that the user asked to leave out."""
     scanned: bool | None = None
     """Whether the layers of a MaxText tree that is made are stacked."""
+    keep_chunks: bool = False
+    """Whether Orbax chunks stay as they are even where an array is one large chunk."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
 
@@ -88,6 +90,7 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
         targets=_in_reading_order(reader, found),
         side_files=tuple(reader.side_files),
+        keep_chunks=choices.keep_chunks,
     )
 
 
@@ -105,12 +108,14 @@ def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> 
 
 
 def _check_scalars(reader: Reader, groups: Sequence[Group], layout: str) -> None:
-    consumer = "MaxText's wi" if reader.format == "orbax" else f"layout {layout!r}"
+    consumer, way = f"layout {layout!r}", ". Use a layout that keeps (E, 2), as concat or vllm do"
+    if reader.format == "orbax":
+        consumer, way = "MaxText's wi", ""
     for group in groups:
         if group.role == "wi" and group.part and not {"in", "out", "rest"} & set(group.dims.split()):
             raise PlanError(
                 f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
-                f"has room for one, and to make them one would change values"
+                f"has room for one, and to make them one would change values{way}"
             )
 
 

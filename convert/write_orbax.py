@@ -22,10 +22,11 @@ from convert.execute import SYNC, Progress
 from convert.fill_arrays import Filler
 from convert.malloc import keep_below
 from convert.orbax_budget import OrbaxBudget
-from convert.orbax_copy import copy_database
+from convert.orbax_copy import copy_and_hash
 from convert.orbax_item import Item
-from convert.orbax_keep import keep, kept_shape, rename
+from convert.orbax_keep import keep, kept_shape
 from convert.orbax_metadata import render, render_step
+from convert.orbax_moves import moves, rename
 from convert.planner import Plan
 from convert.portions import Portion, batches, by_array, cut, total
 from convert.processes import ALONE, Processes
@@ -67,7 +68,8 @@ def write(
         reader.close()
         reader.limits = budget.limits
     if kept and isinstance(reader, OrbaxReader):
-        found = copy_database(reader, item.path, stage, copied, portions, kept, budget, progress, processes)
+        files = moves(plan, kept, reader, item.path)
+        found = copy_and_hash(reader, item.path, files, stage, copied, portions, kept, budget, progress, processes)
     else:
         found = _fill(item, whole, stage, progress, processes)
     processes.agree("written")

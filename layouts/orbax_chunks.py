@@ -16,7 +16,11 @@ from layouts.errors import InputError
 from layouts.orbax import OrbaxReader
 from layouts.orbax_codec import key_form, key_of, pieces_of
 
-_OTHERS = ("zarr.json", ".zarray", ".zattrs")
+METADATA: Mapping[str, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
+"""The key of an array's own metadata, by TensorStore's driver."""
+_OTHERS = (*METADATA.values(), ".zattrs")
+LOCK = ".__lock"
+"""Ends the name of a file that TensorStore has not finished; one that is killed leaves it."""
 
 
 class Chunk(NamedTuple):
@@ -67,7 +71,7 @@ def _listed(reader: OrbaxReader, name: str, first: range | None) -> Iterator[Chu
         ranges = [_beginning(separator.join((*words, str(number))) + last, exactly=rank == 1) for number in first]
     for part in ranges:
         for raw in reader.values(name).list(part).result():
-            if (key := raw.decode()) not in _OTHERS:
+            if (key := raw.decode()) not in _OTHERS and not key.endswith(LOCK):
                 yield Chunk(tuple(map(int, key.split(separator)[len(words) :][:rank])), name, key)
 
 

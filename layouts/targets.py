@@ -43,7 +43,6 @@ TARGETS: Mapping[str, Layouts] = {
     ),
 }
 
-DEFAULT = "concat"
 VERSION = 1
 """Written beside a target's name in every output; it grows when the meaning of a name changes."""
 

@@ -39,21 +39,21 @@ def noise(*shape):
     return RANDOM.integers(0, 1 << 16, shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
 
 
-def spec(item, name, zarr3):
-    kvstore = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"}
+def spec(item, name, zarr3, ocdbt=True):
+    kvstore = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"} if ocdbt else f"file://{item}/{name}/"
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
 
 
-def save(path, chunk, *, zarr3=True):
+def save(path, chunk, *, zarr3=True, ocdbt=True):
     """A checkpoint of Orbax's whose experts have been stored again with these chunks."""
     moe = {"wi_0": noise(E, L, K, N), "wi_1": noise(E, L, K, N), "wo": noise(E, L, N, K), "gate": {"kernel": noise(K, L, E)}}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=zarr3)) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=zarr3, use_ocdbt=ocdbt)) as checkpointer:
         tree = {"params": {"params": {"decoder": {"layers": {"moe_block": moe}}}}, "step": 3}
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
     for name in ("wi_0", "wi_1"):
         zstd = {} if zarr3 else {"metadata": {"compressor": {"id": "zstd", "level": 1}}}  # blosc by default
         made = ts.open(
-            spec(path, f"{PATH}.{name}", zarr3) | zstd,
+            spec(path, f"{PATH}.{name}", zarr3, ocdbt) | zstd,
             create=True,
             delete_existing=True,
             dtype="bfloat16",
@@ -74,7 +74,7 @@ def raw(array):
 
 
 def values(item, name):
-    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item}/", "path": f"{PATH}.{name}/"}).result()
+    store = ts.KvStore.open(spec(item, f"{PATH}.{name}", True, (item / "manifest.ocdbt").exists())["kvstore"]).result()
     keys = [key for key in store.list().result() if not key.endswith((b"json", b".zarray"))]
     return {key: store.read(key).result().value for key in keys}
 
@@ -106,10 +106,11 @@ def check(tmp_path, moe):
     assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
 
 
+@pytest.mark.parametrize("ocdbt", [True, False], ids=["database", "directories"])
 @pytest.mark.parametrize("zarr3", [True, False])
 @pytest.mark.parametrize("name", KEPT)
-def test_chunks_move_as_they_are_stored(name, zarr3, tmp_path):
-    moe = save(tmp_path / "in", KEPT[name], zarr3=zarr3)
+def test_chunks_move_as_they_are_stored(name, zarr3, ocdbt, tmp_path):
+    moe = save(tmp_path / "in", KEPT[name], zarr3=zarr3, ocdbt=ocdbt)
     assert is_kept(tmp_path / "in")
     check(tmp_path, moe)
     stored = sorted(value for half in ("wi_0", "wi_1") for value in values(tmp_path / "in", half).values())
@@ -119,10 +120,11 @@ def test_chunks_move_as_they_are_stored(name, zarr3, tmp_path):
         assert not values(tmp_path / "out", half)
 
 
+@pytest.mark.parametrize("ocdbt", [True, False], ids=["database", "directories"])
 @pytest.mark.parametrize("zarr3", [True, False])
 @pytest.mark.parametrize("name", CUT)
-def test_chunks_that_would_be_cut_are_written_anew(name, zarr3, tmp_path):
-    moe = save(tmp_path / "in", CUT[name], zarr3=zarr3)
+def test_chunks_that_would_be_cut_are_written_anew(name, zarr3, ocdbt, tmp_path):
+    moe = save(tmp_path / "in", CUT[name], zarr3=zarr3, ocdbt=ocdbt)
     assert not is_kept(tmp_path / "in")
     check(tmp_path, moe)
 
@@ -137,10 +139,19 @@ def test_all_written_anew_is_the_same(name, zarr3, tmp_path, monkeypatch):
     check(tmp_path, moe)
 
 
-def test_a_large_array_of_one_chunk_is_cut(tmp_path, monkeypatch):
+def test_a_large_array_of_one_chunk_is_cut_unless_it_should_be_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("convert.orbax_keep.ONE", 1000)
-    save(tmp_path / "in", KEPT["one"])
+    moe = save(tmp_path / "in", KEPT["one"])
     assert not is_kept(tmp_path / "in")
+    convert.prefuse(tmp_path / "in", tmp_path / "out", keep_chunks=True)
+    assert len(values(tmp_path / "in", "wi_0")) == 1
+    assert len(values(tmp_path / "out", "wi")) == 2
+    convert.split(tmp_path / "out", tmp_path / "back", keep_chunks=True)
+    assert values(tmp_path / "back", "wi_1") == values(tmp_path / "in", "wi_1")
+    (tmp_path / "out").rename(tmp_path / "kept")
+    (tmp_path / "back").rename(tmp_path / "split")
+    check(tmp_path, moe)
+    assert convert.verify(tmp_path / "kept", tmp_path / "out", gemm=False).equal
 
 
 def test_different_codecs_of_gate_and_up_are_written_anew(tmp_path):
@@ -159,8 +170,8 @@ def test_an_interrupted_run_goes_on_and_copies_once(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     moe = save(tmp_path / "in", KEPT["experts"])
-    copied, copy = [], orbax_copy._copy
-    monkeypatch.setattr(orbax_copy, "_copy", lambda source, *rest: (copied.append(source.name), copy(source, *rest)))
+    copied, sync = [], orbax_copy._sync
+    monkeypatch.setattr(orbax_copy, "_sync", lambda move: (copied.append(move.source.name), sync(move)))
     with monkeypatch.context() as patch:
         patch.setattr(write_orbax, "rename", fail)
         with pytest.raises(KeyboardInterrupt):

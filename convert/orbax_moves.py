@@ -1,0 +1,100 @@
+"""What a conversion by names does on the disk: which files are copied, and how their chunks get new names.
+
+An OCDBT database keeps names and values apart: the files with the values are copied as they are, at the speed of the disk, and
+the tree of names is written anew. Where each array is a directory, a chunk is a file, and is copied under its new name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorstore as ts
+
+from convert.commit import write_text
+from convert.orbax_keep import Kept, kept_chunks
+from convert.orbax_metadata import stored_name
+from convert.planner import Plan
+from convert.targets import Target
+from layouts.orbax import NODES, OrbaxReader
+from layouts.orbax_chunks import METADATA, key_at
+from layouts.orbax_tree import DATABASE, PROCESS
+
+_ONLY = ts.KvStore.KeyRange("", "\x00")
+"""The key itself, not those that begin alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A file to copy. An `own` one is written anew in the copy later on, so that it is always copied, by the first process."""
+
+    source: Path
+    target: Path
+    nbytes: int
+    own: bool = False
+
+
+def moves(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> list[Move]:
+    """All files that the item in the output consists of, but for its metadata and that of arrays that change."""
+    pairs = _database(reader, item) if reader.use_ocdbt else _directories(plan, kept, reader, item)
+    return [Move(source, target, source.stat().st_size, own) for source, target, own in pairs]
+
+
+def _database(reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+    """The files with values and names, without the manifests of single processes."""
+    for entry in sorted(reader.item.iterdir()):
+        if entry.name.startswith(PROCESS) or entry.name in DATABASE:
+            files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
+            for file in files:
+                if file.name != "manifest.ocdbt" or file.parent == reader.item:
+                    yield file, item / file.relative_to(reader.item), file.parent == reader.item
+
+
+def _directories(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+    for target in plan.targets:
+        place = item / stored_name(target, reader)
+        for at, name, key in kept_chunks(target, kept, reader):
+            yield reader.item / reader.leaves[name].stored / key, place / key_at(reader.grids[name], at), False
+
+
+def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader) -> None:
+    """Give the chunks that have been copied the names of the plan; on a disk they have them, and only metadata is written."""
+    if not reader.use_ocdbt:
+        for target in plan.targets:
+            write_text(item / stored_name(target, reader) / _metadata_key(reader), _metadata(target, kept, reader))
+        return
+    base = {"driver": "file", "path": f"{item}/"}
+    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
+    old = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
+    transaction = ts.Transaction(atomic=True)
+    new = old.with_transaction(transaction)
+    moved = [(target, f"{stored_name(target, reader)}/") for target in plan.targets if target.spec.name in kept]
+    for target, place in moved:
+        renamed = [
+            (old + f"{reader.leaves[name].stored}/{key}").experimental_copy_range_to(
+                new + (place + key_at(reader.grids[name], at)), _ONLY
+            )
+            for at, name, key in kept_chunks(target, kept, reader)
+        ]
+        for done in renamed:
+            done.result()
+    for name in {part.source for parts in kept.values() for part in parts}:
+        (new + f"{reader.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
+    for target, place in moved:
+        (new + place).write(_metadata_key(reader), _metadata(target, kept, reader)).result()
+    transaction.commit_async().result()
+
+
+def _metadata_key(reader: OrbaxReader) -> str:
+    return METADATA["zarr3" if reader.use_zarr3 else "zarr"]
+
+
+def _metadata(target: Target, kept: Kept, reader: OrbaxReader) -> str:
+    """What an array says of itself: as its first source does, but for the shape."""
+    parts = kept.get(target.spec.name)
+    stored = json.loads(
+        reader.values(parts[0].source if parts else target.spec.name).read(_metadata_key(reader)).result().value
+    )
+    return json.dumps({**stored, "shape": list(target.spec.shape)})
