@@ -7,8 +7,11 @@ run leaves the staging directory, and the same command takes it up again. It hol
     .convert_journal   one JSON object per line: first the identity of new/, then the digests of finished tensors
     .convert_journal-3 the same of a process that helps the first one, without the first line
 
+    .convert_way       how Orbax arrays are written; with other memory it may be another way
+
 The journal stands beside `new/`, not in it, so that nothing is left to do to the output once it is shown; and it knows the
-inode of `new/`, because after `--overwrite` has exchanged the two, what is called `new/` is the old output.
+inode of `new/`, because after `--overwrite` has exchanged the two, what is called `new/` is the old output. In an object store
+it is otherwise: see `convert.commit_store`.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert import journal
-from convert.errors import OutputError, StorageError
+from convert.commit_store import StoreStage, store_staging
+from convert.durable import remove, sync_directory, write_text
+from convert.errors import OutputError, StorageError, UsageError
 from convert.processes import ALONE, Processes
+from layouts.places import RemotePath
 
-NEW, OLD = "new", "old"
+NEW, OLD, _WAY = "new", "old", ".convert_way"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -43,6 +49,9 @@ class Stage:
         """Note finished tensors whose data is durable already; the note itself is durable on return."""
         journal.append(self.journal, digests)
 
+    def check(self) -> None:
+        """See that no other run writes the same output: none does, because this one holds a lock."""
+
     def forget(self) -> None:
         """Start over: remove what was written, and the notes on it before that."""
         journal.cut(self.journal, lines=1)
@@ -54,26 +63,44 @@ class Stage:
         self.done.clear()
         self.done.update(journal.digests(self.path.parent / journal.NAME))
 
+    def way(self) -> str:
+        """How an earlier run wrote arrays."""
+        note = self.path.parent / _WAY
+        return note.read_text() if note.exists() else ""
+
+    def take_way(self, text: str) -> None:
+        """Note how arrays are written."""
+        write_text(self.path.parent / _WAY, text)
+
     def by_helpers(self) -> dict[str, str]:
         """What the other processes have finished in this run."""
         return {name: digest for path in journal.helpers(self.path.parent) for name, digest in journal.digests(path).items()}
 
 
+AnyStage = Stage | StoreStage
+
+
 def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that would hurt something.
+    """Refuse an output that would hurt something; what a store holds there is looked at when it is opened.
 
     Raises:
         OutputError: it exists (and `overwrite` is off), or one of the two paths contains the other.
+        UsageError: something in a store is to be replaced.
     """
-    here, there = source.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
+    here, there = f"{source.resolve()}/", f"{out.resolve()}/"
+    if here.startswith(there) or there.startswith(here):
         raise OutputError(f"{out}: input {source} and output must not contain one another; choose another output")
-    if os.path.lexists(out) and not overwrite:
+    if isinstance(out, RemotePath):
+        if overwrite or not out.root.spec["path"]:
+            raise UsageError(
+                f"{out}: in a store nothing can be replaced at once; give the place of a new checkpoint in a bucket"
+            )
+    elif os.path.lexists(out) and not overwrite:
         raise OutputError(f"{out} exists already; remove it, choose another output, or pass --overwrite")
 
 
 @contextmanager
-def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool, processes: Processes = ALONE) -> Iterator[Stage]:
+def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool, processes: Processes = ALONE) -> Iterator[AnyStage]:
     """Lock and fill a staging directory; on success publish it as `out`, on failure leave it to be resumed.
 
     Of several processes the first one does this, and the others only fill.
@@ -82,6 +109,10 @@ def staging(out: Path, fingerprint: str, *, resume: bool, overwrite: bool, proce
         OutputError: another run is writing `out`, or it has appeared meanwhile.
         StorageError: the disk is full or failing, or another process has failed.
     """
+    if isinstance(out, RemotePath):
+        with store_staging(out, fingerprint, resume=resume, processes=processes) as there:
+            yield there
+        return
     home = out.parent / f"{out.name}.partial-{fingerprint}"
     try:
         if not processes.first:
@@ -149,11 +180,7 @@ def _lock(path: Path, until: ExitStack) -> bool:
 def empty(path: Path) -> None:
     """Remove what earlier runs left in a staging directory."""
     for entry in path.iterdir():
-        _remove(entry)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(entry)
 
 
 def _open_stage(home: Path) -> Stage:
@@ -209,32 +236,3 @@ def _exchange(one: Path, other: Path) -> bool:
     call = getattr(ctypes.CDLL(None), "renameat2", None)
     names = os.fsencode(one), os.fsencode(other)
     return call is not None and call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
-
-
-def sync_directory(path: Path) -> None:
-    """Make the entries of a directory durable."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:  # line ends are the text's own
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a side file's contents durably; permissions are the user's own, as for any new file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, Path):
-        shutil.copyfile(source, target)
-    else:
-        target.write_bytes(source.read_bytes())
-    with target.open("rb") as file:
-        os.fsync(file.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import tensorstore as ts
 
 from convert.chunks import Chunking
+from convert.durable import remove
 from convert.orbax_budget import FLYING, OrbaxBudget
 from convert.orbax_metadata import stored_name
 from convert.portions import Portion
@@ -19,6 +19,7 @@ from layouts.checkpoint import DTYPES, Reader
 from layouts.orbax import NODES, OrbaxReader
 from layouts.orbax_chunks import LOCK
 from layouts.orbax_tree import PROCESS
+from layouts.places import is_remote, kvstore_of
 
 _LEVEL = 1
 """zstd's: on bfloat16 weights higher ones take longer for the same size."""
@@ -50,8 +51,7 @@ class Item:
         """A new batch; what an interrupted run left of it goes, or is written over by files of the same names."""
         whole = batch if self.ocdbt else [portion for portion in batch if portion.rows is None]
         for path in self.paths(number, whole):
-            if path.exists():
-                shutil.rmtree(path)
+            remove(path)
         self._base = self.paths(number, batch)[0] if self.ocdbt else self.path
         # No sync per write: a batch is synced as a whole.
         self._context = ts.Context(
@@ -61,6 +61,8 @@ class Item:
                 "data_copy_concurrency": {"limit": max(2, self.budget.jobs)},
                 "file_io_concurrency": {"limit": max(2, self.budget.jobs)},
                 "file_io_sync": False,
+                "gcs_request_concurrency": {"limit": max(2, self.budget.jobs)},
+                "s3_request_concurrency": {"limit": max(2, self.budget.jobs)},
             }
         )
 
@@ -73,10 +75,8 @@ class Item:
     def create(self, chunking: Chunking) -> Any:
         """The stored array of a tensor of the batch."""
         name = stored_name(chunking.target, self.reader)
-        file = {"driver": "file", "path": f"{self._base}/"}
-        kvstore: dict[str, Any] = {**file, "path": f"{self._base}/{name}/"}
-        if self.ocdbt:
-            kvstore = _database(f"{self._base}/") | {"path": f"{name}/"}
+        assert self._base is not None
+        kvstore = _database(self._base) | {"path": f"{name}/"} if self.ocdbt else kvstore_of(self._base / name)
         spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
         return ts.open(
             spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.zarr3)},
@@ -94,8 +94,10 @@ class Item:
         return not isinstance(self.reader, OrbaxReader) or source is None or self.reader.compressed[source.source]
 
     def sync(self, number: int, batch: Sequence[Portion]) -> None:
-        """Make a batch durable."""
+        """Make a batch durable; a store is, once it has answered."""
         self._context = None
+        if is_remote(self.path):
+            return
         for path in self.paths(number, batch):
             for directory, _, files in os.walk(path, topdown=False):
                 for name in [*files, "."]:
@@ -113,24 +115,24 @@ class Item:
         An array in portions has its metadata in each of them, alike.
         """
         if not self.ocdbt:
-            for left in self.path.rglob(f"*{LOCK}"):
+            for left in () if is_remote(self.path) else self.path.rglob(f"*{LOCK}"):
                 left.unlink()
             return
         for path in (self.path / "manifest.ocdbt", self.path / "d"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
         context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
-        whole = ts.KvStore.open(_database(f"{self.path}/"), context=context).result()
+        whole = ts.KvStore.open(_database(self.path), context=context).result()
         transaction = ts.Transaction(atomic=True)
         for number in range(batches):
-            one = ts.KvStore.open(_database(f"{self.path}/{PROCESS}{number}/"), context=context).result()
+            one = ts.KvStore.open(_database(self.path / f"{PROCESS}{number}"), context=context).result()
             one.experimental_copy_range_to(whole.with_transaction(transaction)).result()
         transaction.commit_async().result()
 
 
-def _database(path: str) -> dict[str, Any]:
+def _database(path: Path) -> dict[str, Any]:
     return {
         "driver": "ocdbt",
-        "base": {"driver": "file", "path": path},
+        "base": kvstore_of(path),
         # Metadata of arrays is kept in the tree, chunks are not.
         "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": _NODE, "manifest_kind": "single"},
         "target_data_file_size": FLYING,

@@ -45,7 +45,7 @@ Kept = Mapping[str, tuple[Part, ...]]
 
 def keep(plan: Plan, reader: Reader) -> Kept | None:
     """Say how all chunks of a checkpoint can be kept; None if some cannot."""
-    if not isinstance(reader, OrbaxReader) or not _complete(reader) or is_remote(reader.path):
+    if not isinstance(reader, OrbaxReader) or not _complete(reader) or is_remote(reader.path) or is_remote(plan.out):
         return None
     parts: dict[str, tuple[Part, ...]] = {}
     for target in plan.targets:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from convert.commit import write_text
+from convert.durable import write_text
 from convert.orbax_keep import Kept, kept_chunks
 from convert.orbax_metadata import stored_name
 from convert.planner import Plan

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from convert import manifest
 from convert.blocks import SLAB
 from convert.choices import Choices
-from convert.commit import Stage, check_output, staging
+from convert.commit import AnyStage, Stage, check_output, staging
+from convert.commit_store import mark_of
 from convert.cross_plan import make_cross_plan
 from convert.errors import InputError, UsageError
 from convert.execute import Budget, Progress, ignore, make_budget
@@ -53,11 +54,11 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
         if reader.format == "orbax":
             reader = _with_optimizer(reader, choices.drop_optimizer)
         if choices.to is not None and choices.to != reader.format:
-            plan = make_cross_plan(reader, Path(out), action, choices)
+            plan = make_cross_plan(reader, place(out), action, choices)
         elif action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
-            plan = make_plan(reader, Path(out), action, choices)
+            plan = make_plan(reader, place(out), action, choices)
         return reader, replace(plan, computed=RULE if choices.dequantize else None)
     except BaseException:
         reader.close()
@@ -92,16 +93,17 @@ def _convert(
     source: str | Path, out: str | Path, action: Action, options: Options, progress: Progress, choices: Choices
 ) -> Report:
     started = time.monotonic()
-    if is_remote(out):
-        raise UsageError(f"{out}: a store has no rename that would show an output at once; write to a disk and copy it there")
-    origin = place(source)  # once, because a store is listed for it
-    if not (finished := (Path(out) / manifest.NAME).exists()):
-        check_output(origin, Path(out), overwrite=options.overwrite)
-    reader, plan = open_and_plan(origin, out, action, choices)
+    origin, target = place(source), place(out)  # once, because a store is listed for it
+    if not (finished := (target / manifest.NAME).exists()):
+        check_output(origin, target, overwrite=options.overwrite)
+    reader, plan = open_and_plan(origin, target, action, choices)
     with closing(reader):
-        if finished and not options.overwrite and manifest.is_of(plan):
+        mark = _mark(plan, options)
+        if finished and not options.overwrite and (mark_of(target) == mark if is_remote(target) else manifest.is_of(plan)):
             return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
-        check_output(origin, Path(out), overwrite=options.overwrite)
+        check_output(origin, target, overwrite=options.overwrite)
+        if is_remote(target) and plan.format == "hf":
+            raise UsageError(f"{out}: safetensors are written to disks only; write them there and copy them")
         return write_plan(plan, reader, options, progress, started)
 
 
@@ -109,14 +111,18 @@ def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress,
     """Execute a plan into a staging directory and publish it."""
     processes = options.processes
     budget = budget_of(plan, reader, options.memory, options.jobs, processes.held)
-    mark = manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
+    mark = _mark(plan, options)
     with staging(plan.out, mark, resume=options.resume, overwrite=options.overwrite, processes=processes) as stage:
         resumed = len(stage.done)
         notes = _write(plan, reader, stage, budget, progress, options)
-        if manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size}) != mark:
+        if _mark(plan, options) != mark:
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
+
+
+def _mark(plan: Plan, options: Options) -> str:
+    return manifest.fingerprint(plan, {"max_shard_size": options.max_shard_size})
 
 
 def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None, held: int = 0) -> Budget | OrbaxBudget:
@@ -155,16 +161,17 @@ def pieces_of(plan: Plan, reader: Reader, budget: Budget | OrbaxBudget, max_shar
 
 
 def _write(
-    plan: Plan, reader: Reader, stage: Stage, budget: Budget | OrbaxBudget, progress: Progress, options: Options
+    plan: Plan, reader: Reader, stage: AnyStage, budget: Budget | OrbaxBudget, progress: Progress, options: Options
 ) -> tuple[str, ...]:
     """The one place that tells the formats apart when writing; TensorStore is imported only if it is needed."""
     from convert import write_hf
 
-    if isinstance(budget, Budget):
+    if isinstance(budget, Budget) and isinstance(stage, Stage):
         limit = options.max_shard_size
         return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=limit, processes=options.processes)
     from convert import write_orbax
 
+    assert not isinstance(budget, Budget)
     original = write_hf.original_of(plan, reader)
     write_orbax.write(plan, reader, stage, budget, progress, original, options.processes)
     return ()

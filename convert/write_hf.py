@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import manifest
-from convert.commit import Stage, copy_file, write_text
+from convert.commit import Stage
+from convert.durable import copy_file, write_text
 from convert.errors import PlanError
 from convert.execute import Budget, Progress, write_tensors
 from convert.planner import Plan

@@ -17,7 +17,8 @@ from pathlib import Path
 import xxhash
 
 from convert import manifest
-from convert.commit import Stage, copy_file, write_text
+from convert.commit import AnyStage, Stage
+from convert.durable import copy_file, write_text
 from convert.execute import SYNC, Progress
 from convert.fill_arrays import Filler
 from convert.malloc import keep_below
@@ -32,17 +33,16 @@ from convert.portions import Portion, batches, by_array, cut, total
 from convert.processes import ALONE, Processes
 from layouts.checkpoint import Reader
 from layouts.orbax import OrbaxReader
-from layouts.orbax_tree import STEP
+from layouts.orbax_tree import COMMITTED, METADATA, STEP
+from layouts.places import is_remote
 
-_WAY = ".convert_way"
-"""Stands beside the journal and says how the arrays are written; with other memory it may be another way."""
 _KEPT, _COPIED, _WRITTEN = "chunks are kept", "chunks are kept and copied", "chunks are written"
 
 
 def write(
     plan: Plan,
     reader: Reader,
-    stage: Stage,
+    stage: AnyStage,
     budget: OrbaxBudget,
     progress: Progress,
     original: manifest.Original | None = None,
@@ -67,7 +67,7 @@ def write(
     if isinstance(reader, OrbaxReader):
         reader.close()
         reader.limits = budget.limits
-    if kept and isinstance(reader, OrbaxReader):
+    if kept and isinstance(reader, OrbaxReader) and isinstance(stage, Stage):
         files = moves(plan, kept, reader, item.path)
         found = copy_and_hash(reader, item.path, files, stage, copied, portions, kept, budget, progress, processes)
     else:
@@ -76,21 +76,23 @@ def write(
     if not processes.first:
         return
     if kept and isinstance(reader, OrbaxReader):
-        write_text(stage.path.parent / _WAY, _COPIED)
+        stage.take_way(_COPIED)
         rename(item.path, plan, kept, reader)
         chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}
     else:
         item.join(len(whole))
         chunks = {portion.target.spec.name: portion.chunking.shape for portion in portions}
     digests = by_array(portions, stage.done | stage.by_helpers() | found)
-    for name, text in render(plan, reader, chunks).items():
-        write_text(item.path / name, text)
+    texts = render(plan, reader, chunks)
+    for name in texts.keys() - {METADATA}:
+        write_text(item.path / name, texts[name])
     if plan.scanned is not None:
         write_text(item.path.parent / STEP, render_step(plan.scanned))
     for name in plan.side_files:
-        if name != manifest.NAME:
+        if name != manifest.NAME and not (is_remote(stage.path) and name.endswith(COMMITTED)):
             copy_file(plan.source / name, stage.path / name)
     write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original, of_chunks=kept is not None))
+    write_text(item.path / METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
 
 
 def batches_of(plan: Plan, reader: Reader, budget: OrbaxBudget) -> list[list[Portion]]:
@@ -99,7 +101,7 @@ def batches_of(plan: Plan, reader: Reader, budget: OrbaxBudget) -> list[list[Por
 
 
 def _fill(
-    item: Item, whole: Sequence[Sequence[Portion]], stage: Stage, progress: Progress, processes: Processes
+    item: Item, whole: Sequence[Sequence[Portion]], stage: AnyStage, progress: Progress, processes: Processes
 ) -> dict[str, str]:
     """Write our share of the batches, but for those that an earlier run has finished; their digests by `key`."""
     digests: dict[str, str] = {}
@@ -109,6 +111,7 @@ def _fill(
         if finished and all(path.exists() for path in item.paths(number, batch)):
             progress(total(batch))
             continue
+        stage.check()
         item.begin(number, batch)
         fresh = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create).fill(batch)
         item.sync(number, batch)
@@ -117,22 +120,17 @@ def _fill(
     return digests
 
 
-def _begin(stage: Stage, way: str, processes: Processes) -> bool:
+def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:
     """Whether an earlier run has copied the files. If one went another way, all that it left is removed."""
-    note = stage.path.parent / _WAY
-    if processes.first and _read(note) != way and not (_read(note) == _COPIED and way == _KEPT):
+    if processes.first and stage.way() != way and not (stage.way() == _COPIED and way == _KEPT):
         stage.forget()
-        write_text(note, way)
+        stage.take_way(way)
     processes.agree("begun", way)
     stage.refresh()
-    return _read(note) == _COPIED
+    return stage.way() == _COPIED
 
 
 def _written(portions: Sequence[Portion]) -> str:
     """The way of writing arrays in these portions."""
     keys = "\n".join(portion.key for portion in portions)
     return f"{_WRITTEN} in portions {xxhash.xxh3_64_hexdigest(keys.encode())}"
-
-
-def _read(note: Path) -> str:
-    return note.read_text() if note.exists() else ""

@@ -1,7 +1,7 @@
 """Where a checkpoint lies: a directory, or a prefix in an object store (`gs://`, `s3://`), which TensorStore lists and reads.
 
-Reading asks little of a path, so `RemotePath` has just those of `pathlib.Path`'s words. Credentials are found as TensorStore
-finds them (https://google.github.io/tensorstore/kvstore), the same for arrays and for what stands beside them;
+A checkpoint asks little of a path, so `RemotePath` has just those of `pathlib.Path`'s words. Credentials are found as
+TensorStore finds them (https://google.github.io/tensorstore/kvstore), the same for arrays and for what stands beside them;
 `AWS_ENDPOINT_URL` and `AWS_REGION` say where a store that speaks S3 is, if it is not Amazon's.
 """
 
@@ -77,7 +77,7 @@ class _Root:
     text: str
     spec: Mapping[str, Any]
     store: Any
-    files: frozenset[str]
+    files: set[str]
 
     @classmethod
     def open(cls, scheme: str, rest: str) -> _Root:
@@ -92,7 +92,7 @@ class _Root:
         text = f"{scheme}://{rest}"
         try:
             store = ts.KvStore.open(spec).result()
-            files = frozenset(key.decode() for key in store.list().result())
+            files = {key.decode() for key in store.list().result()}
         except ValueError as error:
             raise InputError(f"{text}: cannot be listed: {error}") from None
         return cls(text=text, spec=spec, store=store, files=files)
@@ -106,7 +106,10 @@ class _Root:
 
 @dataclass(frozen=True, slots=True, order=True)
 class RemotePath:
-    """A place in a store, with those of `pathlib.Path`'s words that reading a checkpoint takes."""
+    """A place in a store, with those of `pathlib.Path`'s words that a checkpoint takes.
+
+    What is there is what was there when the store was listed, and what has been written from here since.
+    """
 
     root: _Root = field(compare=False)
     key: str = ""
@@ -123,13 +126,16 @@ class RemotePath:
         return str(self).rpartition("/")[2]
 
     @property
-    def parents(self) -> tuple[RemotePath, ...]:
-        """None that matter: an output on a disk cannot be in a store."""
-        return ()
+    def parent(self) -> RemotePath:
+        """The place above."""
+        return RemotePath(self.root, self.key.rpartition("/")[0])
 
     def resolve(self) -> RemotePath:
         """There are no links."""
         return self
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """There are no directories."""
 
     def is_file(self) -> bool:
         """Whether there is an object of this name."""
@@ -148,8 +154,10 @@ class RemotePath:
         yield from (self / name for name in sorted({name.partition("/")[0] for name in self.below()}))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """What is directly below and is called so."""
-        yield from (child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern))
+        """What is directly below and is called so; with folders before it, below these."""
+        folder, _, last = pattern.rpartition("/")
+        here = self / folder if folder else self
+        yield from (child for child in here.iterdir() if fnmatch.fnmatchcase(child.name, last))
 
     def relative_to(self, other: RemotePath) -> PurePosixPath:
         """The way from there to here."""
@@ -173,7 +181,48 @@ class RemotePath:
         """The whole object as text."""
         return self.read_bytes().decode(encoding)
 
+    def write_bytes(self, data: bytes) -> None:
+        """Put an object here, in place of what was.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            self.root.store.write(self.key, data).result()
+        except ValueError as error:
+            raise OSError(5, str(error), str(self)) from None
+        self.root.files.add(self.key)
+
+    def remove(self) -> None:
+        """Remove the object and all below.
+
+        Raises:
+            OSError: they cannot be removed.
+        """
+        import tensorstore as ts
+
+        gone = [name for name in self.root.files if name == self.key or name.startswith(self._prefix)]
+        try:
+            self.root.store.write(self.key, None).result() if self.key in self.root.files else None
+            self.root.store.delete_range(ts.KvStore.KeyRange(self._prefix, _behind(self._prefix))).result()
+        except ValueError as error:
+            raise OSError(5, str(error), str(self)) from None
+        self.root.files.difference_update(gone)
+
+    def listed_anew(self) -> RemotePath:
+        """The same place as the store has it now."""
+        return cast(RemotePath, place(str(self)))
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.key}/" if self.key else ""
+
     def below(self) -> Iterator[str]:
         """The names of all objects below, from here."""
-        prefix = f"{self.key}/" if self.key else ""
+        prefix = self._prefix
         return (name[len(prefix) :] for name in self.root.files if name.startswith(prefix))
+
+
+def _behind(prefix: str) -> str:
+    """The end of the range of all keys that begin so."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
