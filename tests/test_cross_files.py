@@ -77,8 +77,8 @@ def test_a_tree_with_its_layers_first_says_so_itself(source, tmp_path):
 
 def test_a_tree_of_maxtext_with_its_layers_first_has_to_be_named(tmp_path):
     """What nobody of ours wrote: shapes could tell 12 experts from 3 layers here, but not where both are as many."""
-    params = {f"wi_{g}": np.arange(3 * 12 * 8 * 4, dtype="f4").reshape(3, 12, 8, 4) + g for g in (0, 1)}
-    params |= {"wo": np.ones((3, 12, 4, 8), "f4")}
+    shapes = {"wi_0": (3, 12, 8, 4), "wi_1": (3, 12, 8, 4), "wo": (3, 12, 4, 8)}
+    params = {name: np.random.default_rng(0).standard_normal(shape, "f4") for name, shape in shapes.items()}
     item = {"params": {"params": {"decoder": {"layers": {"moe_block": params}}}}}
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "in" / "0" / "items", item)
@@ -205,20 +205,53 @@ def test_one_flipped_bit_is_found_across_formats(source, tmp_path, name, level):
 
     convert.prefuse(source, tmp_path / "tree", to="orbax")
     verdict = convert.verify(swapped(source, tmp_path / "other", flip), tmp_path / "tree")
-    assert [each.name for each in verdict.levels if each.differences] == [level]
+    assert [each.name for each in verdict.levels if each.differences] == ([level, "identity"] if level == "exact" else [level])
     assert any(name in line for each in verdict.levels for line in each.differences)
 
 
-def test_gate_and_up_exchanged_are_found_across_formats(source, tmp_path):
-    def exchange(tensors):
-        names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-        found = {}
-        for name, array in tensors.items():
-            *place, word, weight = name.split(".")
-            word = names.get(word, word) if "experts" in place else word
-            found[".".join([*place, word, weight])] = array
-        return found
+@pytest.fixture(scope="module")
+def normal(tmp_path_factory) -> Path:
+    """Experts whose numbers are those of a model, so that GEMMs of them say something."""
+    return make_checkpoint(tmp_path_factory.mktemp("normal") / "in", family="deepseek_v3", values="normal", layers=4)
 
+
+@pytest.mark.parametrize(("scan", "axis"), [(True, 1), (True, 0), (False, None)])
+def test_grouped_gemms_are_compared_across_formats(normal, tmp_path, capsys, scan, axis):
+    """Experts one by one on one side, `wi` with its scan axes on the other; the first layer has none and counts as 0."""
+    convert.prefuse(normal, tmp_path / "tree", to="orbax", scan=scan, scan_axis=axis)
+    verdict = convert.verify(tmp_path / "tree", normal)
+    assert verdict.equal, verdict
+    names = ["exact", "others", "identity", "gemm", "gradients", "layer"]
+    assert [level.name for level in verdict.levels] == names
+    wanted = {(True, 1): "e l k (g n)", (True, 0): "l e k (g n)"}.get((scan, axis), "e k (g n)")
+    assert f"'e g k n' against '{wanted}'" in verdict.levels[3].covered
+    assert list(verdict.levels[3].errors) == ["layer 1", "layer 2", "layer 3"]
+    assert "the checkpoint's routers" in verdict.levels[5].covered
+    narrow = convert.verify(normal, tmp_path / "tree", layers=[2], experts=[3])
+    assert list(narrow.levels[3].errors) == ["layer 2"]
+    assert main(["--verify", str(normal), str(tmp_path / "tree"), "--dry-run"]) == 0
+    assert "3 MoE layers" in capsys.readouterr().out
+
+
+def exchange(tensors):
+    names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    found = {}
+    for name, array in tensors.items():
+        *place, word, weight = name.split(".")
+        word = names.get(word, word) if "experts" in place else word
+        found[".".join([*place, word, weight])] = array
+    return found
+
+
+def test_the_probes_find_an_exchange_by_themselves(normal, tmp_path):
+    convert.prefuse(normal, tmp_path / "tree", to="orbax")
+    other = swapped(normal, tmp_path / "other", exchange)
+    (other / "model.safetensors.index.json").unlink()
+    verdict = convert.verify(other, tmp_path / "tree")
+    assert [level.name for level in verdict.levels if level.differences] == ["exact", "identity", "gemm", "layer"]
+
+
+def test_gate_and_up_exchanged_are_found_across_formats(source, tmp_path):
     convert.prefuse(source, tmp_path / "tree", to="orbax")
     other = swapped(source, tmp_path / "other", exchange)
     (other / "model.safetensors.index.json").unlink()

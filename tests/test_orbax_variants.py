@@ -350,3 +350,24 @@ def test_what_several_processes_saved_is_read(anew, tmp_path, monkeypatch):
     assert sorted(found) == sorted(set(found))
     assert len(names) == 1
     assert "opt_state.0.mu.params.moe_block.wi" in found
+
+
+@pytest.mark.parametrize(("scan", "axis"), [((), 1), ((L,), 1), ((L,), 0), ((2, L), 1), ((2, L), 0)])
+def test_the_verifier_sends_tokens_by_the_router_of_each_layer(scan, axis, tmp_path):
+    """Whatever the axes of the layers; a router of other numbers sends them elsewhere, and the whole layer differs."""
+
+    def stacked(*shape):
+        return RANDOM.standard_normal((*shape[:axis], *scan, *shape[axis:]), np.float32)
+
+    moe = {"gate": {"kernel": stacked(K, E)}, "wi_0": stacked(E, K, N), "wi_1": stacked(E, K, N), "wo": stacked(E, N, K)}
+    other = moe | {"gate": {"kernel": moe["gate"]["kernel"].copy()}}
+    last = (*(-1 for _ in scan), slice(None), slice(None)) if not axis else (slice(None), *(-1 for _ in scan), slice(None))
+    other["gate"]["kernel"][last] *= -1
+    for name, tree in (("in", moe), ("other", other)):
+        save(tmp_path / name, {"params": {"params": {"layers": {"moe_block": tree}}}})
+    convert.prefuse(tmp_path / "in", tmp_path / "out", scan_axis=axis)
+    verdict = convert.verify(tmp_path / "in", tmp_path / "out")
+    assert verdict.equal, verdict
+    assert "the checkpoint's routers" in verdict.levels[-1].covered
+    (level,) = (level for level in convert.verify(tmp_path / "other", tmp_path / "out").levels if level.name == "layer")
+    assert len(level.differences) == 1

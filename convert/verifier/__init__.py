@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from convert import manifest
-from convert.errors import InputError, UsageError
+from convert.errors import InputError
 from convert.execute import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks
 from convert.verifier.verdict import Level, Verdict
@@ -22,6 +22,7 @@ from layouts.describe import Description, describe, identity
 from layouts.families import maxtext
 
 if TYPE_CHECKING:
+    from convert.verifier.across import Formats
     from convert.verifier.cost import Cost
     from convert.verifier.gemm import How
 
@@ -56,45 +57,71 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
         InputError, PlanError: one of them cannot be read or described.
         UsageError: a backend or a mesh that is not there.
     """
-    from convert.verifier import exact
-
     report, options = progress or ignore, options or Options()
     with _both(a, b) as (one, other):
-        if one.format != other.format:
-            from convert.verifier.formats import compare_formats
+        make = _across if one.format != other.format else _alike
+        return Verdict(subject=f"{a} against {b}", levels=tuple(make(one, other, options, report)))
 
-            hf, tree = (one, other) if one.format == "hf" else (other, one)
-            return Verdict(subject=f"{a} against {b}", levels=compare_formats(hf, tree, report, options.scan_axis))
-        how = _how(one, other, options) if options.gemm else None
-        (first, second), scope = _described(one, other, options), _scope(options)
-        left, right = _blocks((one, first), (other, second), scope=scope)
-        levels = [
-            exact.compare_experts(left, right, report, scope),
-            exact.compare_others(one, other, first, second, report),
-        ]
-        if how:
-            from convert.verifier.gemm import compare_outputs
 
-            broken = {line.partition(", expert ")[0] for line in levels[0].differences if exact.PADDING in line}
-            levels += compare_outputs(left, right, scope, how, broken, report)
-    return Verdict(subject=f"{a} against {b}", levels=tuple(levels))
+def _alike(one: Reader, other: Reader, options: Options, report: Progress) -> Iterator[Level]:
+    """The levels of two checkpoints in the same format."""
+    from convert.verifier import exact
+
+    how = _how(one, other, options) if options.gemm else None
+    (first, second), scope = _described(one, other, options), _scope(options)
+    left, right = _blocks((one, first), (other, second), scope=scope)
+    experts = exact.compare_experts(left, right, report, scope)
+    yield experts
+    yield exact.compare_others(one, other, first, second, report)
+    if how:
+        from convert.verifier.gemm import compare_outputs
+
+        broken = {line.partition(", expert ")[0] for line in experts.differences if exact.PADDING in line}
+        yield from compare_outputs(left, right, scope, how, broken, report)
+
+
+def _across(one: Reader, other: Reader, options: Options, report: Progress) -> Iterator[Level]:
+    """The levels of a Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
+    from convert.verifier.formats import compare_formats
+
+    how = _how(one, other, options) if options.gemm else None
+    both = _formats(one, other, options)
+    yield from compare_formats(both, report)
+    if how:
+        from convert.verifier.across import layers_of
+        from convert.verifier.gemm import compare_outputs
+
+        scope = _scope(options)
+        yield from compare_outputs(
+            *layers_of(both, scope), scope, replace(how, config=both.config, one_router=True), (), report
+        )
+
+
+def _formats(one: Reader, other: Reader, options: Options) -> Formats:
+    from convert.verifier.across import formats_of
+
+    hf, tree = (one, other) if one.format == "hf" else (other, one)
+    return formats_of(hf, tree, options.scan_axis)
 
 
 def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
     """What a verification will cost here, by trying it on a few experts.
 
     Raises:
-        InputError, PlanError, UsageError: as `verify_checkpoints`; also for two checkpoints in different formats.
+        InputError, PlanError, UsageError: as `verify_checkpoints`.
     """
     from convert.verifier.cost import measure
 
     options = options or Options()
     with _both(a, b) as (one, other):
-        if one.format != other.format:
-            raise UsageError("two formats are compared by their bits alone, at the speed of the disk; nothing to estimate")
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
-        first, second = _described(one, other, options)
-        left, right = _blocks((one, first), (other, second), scope=scope)
+        if one.format != other.format:
+            from convert.verifier.across import layers_of
+
+            left, right = layers_of(_formats(one, other, options), scope)
+        else:
+            first, second = _described(one, other, options)
+            left, right = _blocks((one, first), (other, second), scope=scope)
         return measure(left, right, scope, how)
 
 

@@ -13,40 +13,24 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from convert.cross_pairs import Pair, names_of, pairs_of, sides_of, trees_of
-from convert.cross_plan import config_of, is_fused, stacked_along, tree_in
-from convert.errors import PlanError
+from convert.cross_pairs import Pair, names_of
+from convert.verifier.across import Formats
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
 from layouts.layout import ROLES
-from layouts.lookup import find_family
 from layouts.maxtext import ROOT
 
 _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
 
 
-def compare_formats(
-    hf: Reader, tree: Reader, progress: Callable[[int], None], scan_axis: int | None = None
-) -> tuple[Level, ...]:
-    """Every tensor of the model on both sides, bit for bit; what is on one side only is a difference.
-
-    Raises:
-        PlanError: no MaxText tree is known for the family, or the experts of the Hugging Face side are fused.
-    """
-    if hf.record:
-        raise PlanError(f"{hf.path}: its experts are fused; compare a split checkpoint with the MaxText tree")
-    config = config_of(hf)
-    family = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf")
-    rows, scan = tree_in(tree, trees_of(family, hf.path))
-    sides = sides_of(family, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=is_fused(tree))
+def compare_formats(both: Formats, progress: Callable[[int], None]) -> tuple[Level, ...]:
+    """Every tensor of the model on both sides, bit for bit; what is on one side only is a difference."""
+    hf, tree = both.hf, both.tree
     differences: dict[bool, list[str]] = {True: [], False: []}
     seen: tuple[set[str], set[str]] = (set(), set())
-    for pair in pairs_of(rows, sides, config):
-        stored = names_of(pair)
-        if pair.optional and not any(name in tree.tensors for name in stored):
-            continue
-        seen[1].update(stored)
+    for pair in both.pairs:
+        seen[1].update(names_of(pair))
         for index, name in _hf_names(pair):
             seen[0].add(name)
             differences[pair.role in ROLES] += _compare(hf, tree, pair, index, name, progress)

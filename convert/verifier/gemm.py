@@ -30,13 +30,17 @@ COPIES = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class How:
-    """How outputs are computed: backends, and why others are left out; a mesh; the model's `config.json`; bytes of memory."""
+    """How outputs are computed: backends, and why others are left out; a mesh; the model's `config.json`; bytes of memory.
+
+    With `one_router` tokens go to the experts of the first checkpoint's router in both, where the other has its own elsewhere.
+    """
 
     backends: Sequence[Backend] = (BACKENDS[DEFAULT],)
     missing: Sequence[str] = ()
     mesh: Mesh | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     memory: int = 2 << 30
+    one_router: bool = False
 
 
 def compare_outputs(
@@ -60,7 +64,7 @@ def compare_outputs(
     runnable = [sides for sides in pairs if all(map(can_run, sides)) and sides[0].label not in broken]
     routers: list[Routed] = []
     for number, sides in enumerate(runnable):
-        to = [routed(block, routing_of(how.config, block.experts), tokens_for(block, scope.tokens)) for block in sides]
+        to = _routed(sides, scope, how)
         routers += to
         _probe_layer(sides, to, scope, how, found, number in (0, len(runnable) - 1), progress)
     left = len(pairs) - len(runnable)
@@ -73,6 +77,12 @@ def compare_outputs(
         texts["gemm"] += "".join(f"; {why}" for why in how.missing) if number == 0 else ""
         levels += each.levels(texts, f"/{each.setting.backend.name}" if number else "")
     return tuple(levels)
+
+
+def _routed(sides: Sides, scope: Scope, how: How) -> list[Routed]:
+    asked = sides[:1] if how.one_router else sides
+    to = [routed(block, routing_of(how.config, block.experts), tokens_for(block, scope.tokens)) for block in asked]
+    return to * (len(sides) // len(to))
 
 
 def _probe_layer(

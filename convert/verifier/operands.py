@@ -105,8 +105,8 @@ def _stacked(block: Block, role: str, part: str) -> bool:
     placed = block.groups[role, part].placed
     pattern = placed.pattern
     count = 3 if not part else 2
-    whole = "e" in pattern.axes and "g" not in placed.key.slots and len(pattern.tokens) - len(block.scan) == count
-    return whole and pattern.groups[0] == ("e",)
+    rest = [axes for axes in pattern.groups if axes[0] not in block.scan]
+    return "g" not in placed.key.slots and len(rest) == count and rest[0] == ("e",)
 
 
 def _columns(dimension: list[Axis]) -> Columns:

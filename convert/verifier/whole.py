@@ -25,7 +25,7 @@ ROWS = 32
 """Routed rows that go through the layer at a time: tokens come in pieces, so that memory does not grow with them."""
 WEIGHTS = tuple(f"{name}.weight" for name in ("gate", "router", "router.gate", "gate.wg", "router.layer", "router.classifier"))
 KERNEL = "gate.kernel"
-"""MaxText's router, (K, E), or (K, L, E) in a stack of layers."""
+"""MaxText's router, (K, E); in a stack of layers (K, L, E), or (L, K, E) where the layers come first."""
 BIASES = ("router.bias",)
 _CORRECTION = "e_score_correction_bias"
 CORRECTIONS = (
@@ -83,15 +83,17 @@ def routed(block: Block, routing: Routing, x: NDArray[Any]) -> Routed:
 
 def _router(block: Block, experts: int, k: int) -> tuple[NDArray[Any] | None, ...]:
     """Weight (E, K), bias and correction (E,) of the layer's router, as far as they are there."""
-    reader, name = block.reader, block.groups["wi", ""].names[0]
+    reader, group = block.reader, block.groups["wi", ""]
+    name = group.names[0]
     place = name.partition(".experts")[0] if ".experts" in name else name.removesuffix(".weight").rpartition(".")[0]
     if f"{place}.{HASHED}" in reader.tensors:
         return None, None, None
     weight = _named(reader, place, WEIGHTS, (experts, k))
-    at = next(iter(block.scan.values()), None)
-    kernel = reader.tensors.get(f"{place}.{KERNEL}") if len(block.scan) < 2 else None
-    if weight is None and kernel and kernel.shape in ((k, experts), (k, kernel.shape[1], experts)):
-        slices = (slice(None), *([] if at is None else [slice(at, at + 1)]), slice(None))
+    kernel = reader.tensors.get(f"{place}.{KERNEL}")
+    scan, layer = [group.sizes[axis] for axis in block.scan], [slice(at, at + 1) for at in block.scan.values()]
+    first = 0 if group.placed.pattern.groups[0][0] in block.scan else 1
+    if weight is None and kernel and kernel.shape == (*(k,) * first, *scan, *(k,) * (1 - first), experts):
+        slices = (*(slice(None),) * first, *layer, *(slice(None),) * (2 - first))
         weight = _values(reader, kernel.name, slices).reshape(k, experts).T
     return weight, *(_named(reader, place, names, (experts,)) for names in (BIASES, CORRECTIONS))
 

@@ -1,0 +1,107 @@
+"""The MoE layers of a Hugging Face checkpoint and of a MaxText tree, side by side, for the probes.
+
+A layer of the one is a place in a stack of the other, by the rows of both tables; what is read there is read as everywhere in
+this package.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert.cross_pairs import Pair, Sides, names_of, pairs_of, sides_of, trees_of
+from convert.cross_plan import config_of, is_fused, stacked_along, tree_in
+from convert.errors import PlanError
+from convert.verifier.logical import Block, Scope, blocks
+from layouts.checkpoint import Reader
+from layouts.describe import Group, describe
+from layouts.layout import ROLES
+from layouts.lookup import find_family
+
+LAYERS = ("l", "p")
+"""The axes of layers in `layouts.maxtext`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formats:
+    """Two checkpoints, and the kinds of tensors that both have, from MaxText's side to that of Hugging Face."""
+
+    hf: Reader
+    tree: Reader
+    config: Mapping[str, Any]
+    sides: Sides
+    pairs: tuple[Pair, ...]
+
+
+def formats_of(hf: Reader, tree: Reader, scan_axis: int | None = None) -> Formats:
+    """What the tables say of both.
+
+    Raises:
+        PlanError: no MaxText tree is known for the family, or the experts of the Hugging Face side are fused.
+    """
+    if hf.record:
+        raise PlanError(f"{hf.path}: its experts are fused; compare a split checkpoint with the MaxText tree")
+    config = config_of(hf)
+    family = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf")
+    rows, scan = tree_in(tree, trees_of(family, hf.path))
+    sides = sides_of(family, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=is_fused(tree))
+    pairs = tuple(pair for pair in pairs_of(rows, sides, config) if not (pair.optional and _lacks(tree, pair)))
+    return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs)
+
+
+def _lacks(tree: Reader, pair: Pair) -> bool:
+    return not any(name in tree.tensors for name in names_of(pair))
+
+
+def layers_of(both: Formats, scope: Scope) -> tuple[dict[str, Block], dict[str, Block]]:
+    """The MoE layers of both under the same keys, as far as they are in the scope.
+
+    Raises:
+        InputError, PlanError: the Hugging Face side cannot be described.
+    """
+    left = {key: block for key, block in blocks(both.hf, describe(both.hf)).items() if scope.holds(block)}
+    keys = {name: key for key, block in left.items() for group in block.groups.values() for name in group.names}
+    right = {keys[name]: block for pairs in _stacks(both.pairs) for name, block in _blocks(both, pairs) if name in keys}
+    return left, right
+
+
+def _stacks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """The expert tensors that stand at one place in the tree."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.role in ROLES:
+            found.setdefault(pair.source.key.text.rpartition(".")[0], []).append(pair)
+    yield from found.values()
+
+
+def _blocks(both: Formats, pairs: list[Pair]) -> Iterator[tuple[str, Block]]:
+    """Each layer of a stack, with the name of one of its tensors in Hugging Face."""
+    first = pairs[0]
+    axes = [axis for axis in LAYERS if axis in first.counts]
+    for point in itertools.product(*(range(first.counts[axis]) for axis in axes)):
+        at = dict(zip(axes, point, strict=True))
+        scan = {axis: i for axis, i in at.items() if axis in first.source.pattern.axes}
+        index = {axis: i for axis, i in at.items() if axis not in scan}
+        groups = {(pair.role, pair.part): _group(both, pair, index) for pair in pairs}
+        name = first.target.key.render({**at, "e": 0, "g": 0})
+        yield name, Block(reader=both.tree, groups=groups, scan=scan, label=name)
+
+
+def _group(both: Formats, pair: Pair, index: Mapping[str, int]) -> Group:
+    halves = range(2) if "g" in pair.source.key.slots else range(1)
+    names = tuple(pair.source.key.render({**index, "g": g}) for g in halves)
+    spec = both.tree.tensors[names[0]]
+    return Group(
+        role=pair.role,
+        part=pair.part,
+        dims="out" if pair.part else "out in",
+        placed=pair.source,
+        index=index,
+        sizes={**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)},
+        dtype=spec.dtype,
+        names=names,
+        native=both.sides.maxtext[pair.role],
+        relaid=False,
+    )
