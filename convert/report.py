@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from layouts.checks import PACKED
 from layouts.families import FAMILIES, NOT_GATED
 from layouts.layout import ROLES, Layouts
 from layouts.natives import SOURCES
-from layouts.parts import PACKED_TYPES
+from layouts.parts import CHUNKS, PACKED_TYPES
 from layouts.targets import TARGETS
 from layouts.template import Template
 
@@ -52,14 +53,23 @@ class Report:
 
 def _headline(plan: Plan) -> str:
     moved = [target for target in plan.targets if target.role in ROLES]
-    blocks = {tuple((k, v) for k, v in t.index.items() if k not in "eg") for t in moved}
     experts = max((target.sizes["e"] for target in moved), default=0)
     others = len(plan.targets) - len(moved)
     how = "copied as they are" if all(t.role != OTHER for t in plan.targets) else "in the other format's axes"
     return (
-        f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: {len(blocks)} MoE blocks of "
+        f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: {_blocks(moved)} MoE blocks of "
         f"{experts} experts, {len(moved)} expert tensors, {others} others {how}"
     )
+
+
+def _blocks(moved: Iterable[Target]) -> int:
+    """How many times the experts of a layer are there, also in stacks of layers, and as an optimizer's moments."""
+    found = {}
+    for target in (t for t in moved if t.role == "wi" and not t.part):
+        place = target.target.key.text, *((axis, at) for axis, at in target.index.items() if axis not in "eg")
+        layers = (target.sizes[axis] for axis in target.target.pattern.axes if axis not in {*"ekgd", *CHUNKS})
+        found[place] = math.prod(layers)
+    return sum(found.values())
 
 
 def describe_plan(plan: Plan, peak: int, jobs: int) -> str:

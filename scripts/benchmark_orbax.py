@@ -3,9 +3,10 @@
     python scripts/benchmark_orbax.py --layers 4 --repeats 3 --directory /tmp/bench-orbax
 
 Makes a Qwen3-MoE-like tree as MaxText saves it (scanned; E = 64, K = 2048, N = 768, bfloat16 normal values; 0.6 GB a layer) in
-three stores: sharded over 16 devices as MaxText's converter shards by default, as one chunk for each leaf, and sharded without
-compression. Each row runs in a process of its own, all rows in turn, finds its input in the page cache, and ends with its
-output on the disk (fsync); a first round is thrown away. Prints medians, ratios to `cp`, and peak resident memory.
+four stores: sharded over 16 devices as MaxText's converter shards by default, the same with a directory for each array in
+place of a database, as one chunk for each leaf, and sharded without compression. Each row runs in a process of its own, all
+rows in turn, finds its input in the page cache, and ends with its output on the disk (fsync); a first round is thrown away.
+Prints medians, ratios to `cp`, and peak resident memory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ moe = {name: weights(E, L, K, N) for name in ("wi_0", "wi_1")} | {"wo": weights(
 moe["gate"] = {"kernel": weights(K, L, E)}
 attention = {name: {"kernel": weights(K, L, K)} for name in ("query", "out")}
 tree = {"params": {"params": {"decoder": {"layers": {"moe_block": moe, "self_attention": attention}}}}, "step": 7}
-handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=kind != "not compressed")
+database = kind != "directories"
+handler = ocp.PyTreeCheckpointHandler(use_ocdbt=database, use_zarr3=database, use_compression=kind != "not compressed")
 with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(out, args=ocp.args.PyTreeSave(tree))
 """
@@ -59,10 +61,10 @@ with ocp.PyTreeCheckpointer() as checkpointer:
 with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as checkpointer:
     checkpointer.save(out, args=ocp.args.PyTreeSave(tree))
 """
-KINDS = ("16 shards", "one chunk", "not compressed")
+KINDS = ("16 shards", "directories", "one chunk", "not compressed")
 
 
-def rows(no_peers: bool) -> dict[str, list[str]]:
+def rows(kind: str, no_peers: bool) -> dict[str, list[str]]:
     """Name -> shell words; SRC, OUT and FUSED (what the second row has made) are filled in."""
     ours = [sys.executable, "-m", "convert", "--quiet"]
     found = {
@@ -71,6 +73,8 @@ def rows(no_peers: bool) -> dict[str, list[str]]:
         "--prefuse --memory 300MiB": [*ours, "--prefuse", "--memory", "300MiB", "$SRC", "$OUT"],
         "--split": [*ours, "--split", "$FUSED", "$OUT"],
     }
+    if kind == "one chunk":
+        found["--prefuse --keep-chunks"] = [*ours, "--prefuse", "--keep-chunks", "$SRC", "$OUT"]
     plain = f'{sys.executable} -W ignore -c "$PLAIN" "$SRC" "$OUT" && {SYNC}'
     return found if no_peers else found | {"Orbax: restore, concatenate, save": ["sh", "-c", plain]}
 
@@ -117,7 +121,7 @@ def _one(kind: str, arguments: argparse.Namespace) -> None:
     paths = {"SRC": str(source), "OUT": str(source) + "-out", "FUSED": str(source) + "-fused", "PLAIN": PLAIN}
     times: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(arguments.repeats + 1):
-        for name, command in rows(arguments.no_peers).items():
+        for name, command in rows(kind, arguments.no_peers).items():
             result = measure(command, paths)
             if repeat:
                 times.setdefault(name, []).append(result)

@@ -92,6 +92,17 @@ def test_a_tree_of_maxtext_with_its_layers_first_has_to_be_named(tmp_path):
     assert {target.sizes["e"] for target in plan.targets if target.role == "wi"} == {12}
 
 
+@pytest.mark.parametrize(
+    ("name", "scan", "blocks"), [("qwen3_moe", True, 3), ("qwen3_moe", False, 3), ("deepseek_v3", True, 2)]
+)
+def test_the_summary_counts_layers_also_in_stacks(name, scan, blocks, tmp_path):
+    make_checkpoint(tmp_path / "in", family=name)
+    for to, command in (("tree", convert.prefuse), ("plain", convert.reformat)):
+        report = command(tmp_path / "in", tmp_path / to, to="orbax", scan=bool(scan))
+        assert f": {blocks} MoE blocks of 12 experts" in str(report)
+    assert f": {blocks} MoE blocks of 12 experts" in str(convert.prefuse(tmp_path / "plain", tmp_path / "fused"))
+
+
 def test_maxtext_is_told_whether_layers_are_stacked(source, tmp_path):
     for scan in (True, False):
         convert.prefuse(source, tmp_path / str(scan), to="orbax", scan=scan)
