@@ -67,13 +67,14 @@ def verify(
     mesh: Mapping[str, int] | None = None,
     memory: int = DEFAULT_MEMORY,
     scan_axis: int | None = None,
+    source_layout: str | None = None,
 ) -> Verdict:
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
     With one path, re-check the digests in its manifest instead. `layers` and `experts` narrow a comparison down; `tokens`
     multiplies those of its probes. `backend` is a grouped GEMM of `convert.verifier.backends` or `all`, and `mesh` how many
     devices there are along `expert` and `model`, on which the experts are run, too. `memory` is in bytes. `scan_axis` is where
-    MaxText's layers are stacked, if neither of the two says so.
+    MaxText's layers are stacked, and `source_layout` the layout of a fused checkpoint, where it does not say so itself.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
@@ -93,6 +94,7 @@ def verify(
         mesh=mesh,
         memory=memory,
         scan_axis=scan_axis,
+        source_layout=source_layout,
     )
     return verify_checkpoints(place(a), place(b), progress, options)
 

@@ -155,6 +155,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         "mesh": arguments.mesh,
         "memory": arguments.memory,
         "scan_axis": arguments.scan_axis,
+        "source_layout": arguments.source_layout,
     }
     if arguments.dry_run:
         from convert.verifier import Options, estimate_cost

@@ -42,7 +42,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
     tree, scan = (trees[0], choices.scan) if to == "orbax" else tree_in(reader, trees)
     where = stacked_along(reader, choices.scan_axis)
-    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader))
+    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader, choices.source_layout))
     # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
     side_files = tuple(name for name in reader.side_files if name.rpartition("/")[2] not in (STEP, COMMITTED))
     left_out = tuple(name for name in reader.tensors if choices.params_only and to == "hf" and not name.startswith(ROOT))
@@ -95,13 +95,18 @@ def config_of(reader: Reader) -> Mapping[str, Any]:
     return found
 
 
-def is_fused(reader: Reader) -> bool:
-    """Whether an Orbax tree that is read has its experts fused; our record says so, and only that is believed."""
-    record = reader.record or {}
-    if isinstance(record, Mapping) and record.get("layout") in _FUSED:
+def is_fused(reader: Reader, stated: str | None = None) -> bool:
+    """Whether an Orbax tree that is read has its experts fused: as our record says, or as is `stated` where there is none."""
+    record = record_of(reader)
+    if record.get("layout") in _FUSED:
         return True
     if reader.format == "orbax" and any(name.endswith(".wi") for name in reader.tensors):
-        raise PlanError(f"{reader.path}: it has a fused wi without our record; split it first, with --source-layout")
+        if not record.get("layout") and stated in _FUSED:
+            return True
+        raise PlanError(
+            f"{reader.path}: it has a fused wi, and nothing says in which layout; if it is gate and up side by side, as "
+            f"MaxText has it, say so with --source-layout {_FUSED[0]}, else split it first"
+        )
     if record.get("layout") and reader.format == "hf":
         raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
     return False

@@ -103,6 +103,23 @@ def test_the_summary_counts_layers_also_in_stacks(name, scan, blocks, tmp_path):
     assert f": {blocks} MoE blocks of 12 experts" in str(convert.prefuse(tmp_path / "plain", tmp_path / "fused"))
 
 
+def test_what_maxtext_has_saved_of_a_fused_tree_has_to_be_named(source, tmp_path, capsys):
+    """A training run goes on from a prefused checkpoint, and what it saves says nothing of layouts."""
+    convert.prefuse(source, tmp_path / "tree", to="orbax")
+    metadata = tmp_path / "tree" / "0" / "items" / "_METADATA"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"custom_metadata": None}))
+    names = [str(tmp_path / "tree"), str(tmp_path / "again")]
+    assert main(["--split", "--to", "hf", *names, "--quiet"]) == 4
+    assert "say so with --source-layout concat" in capsys.readouterr().err
+    assert main(["--split", "--to", "hf", *names, "--quiet", "--source-layout", "concat"]) == 0
+    assert tree(source).items() <= tree(tmp_path / "again").items()
+    assert main(["--verify", str(source), names[0], "--no-gemm"]) == 4
+    assert main(["--verify", str(source), names[0], "--no-gemm", "--source-layout", "concat"]) == 0
+    convert.reformat(source, tmp_path / "plain", to="orbax")
+    assert main(["--verify", str(tmp_path / "plain"), names[0], "--no-gemm"]) == 4
+    assert main(["--verify", str(tmp_path / "plain"), names[0], "--source-layout", "concat"]) == 0
+
+
 def test_maxtext_is_told_whether_layers_are_stacked(source, tmp_path):
     for scan in (True, False):
         convert.prefuse(source, tmp_path / str(scan), to="orbax", scan=scan)

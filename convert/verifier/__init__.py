@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from convert import manifest
-from convert.errors import InputError
+from convert.errors import InputError, PlanError
 from convert.execute import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks
 from convert.verifier.verdict import Level, Verdict
@@ -37,7 +37,8 @@ class Options:
     """What is compared, and how: all layers and experts if None; with `gemm` also the outputs of grouped GEMMs.
 
     `tokens` multiplies those of each probe, `backend` is one of `convert.verifier.backends` or `all`, `mesh` the devices along
-    `expert` and `model`, `memory` bytes. `scan_axis` is where MaxText's layers are stacked, if the checkpoints do not say it.
+    `expert` and `model`, `memory` bytes. `scan_axis` is where MaxText's layers are stacked, and `source_layout` what a fused
+    checkpoint is in, where they do not say so themselves.
     """
 
     gemm: bool = True
@@ -48,6 +49,7 @@ class Options:
     mesh: Mapping[str, int] | None = None
     memory: int = 2 << 30
     scan_axis: int | None = None
+    source_layout: str | None = None
 
 
 def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, options: Options | None = None) -> Verdict:
@@ -101,7 +103,7 @@ def _formats(one: Reader, other: Reader, options: Options) -> Formats:
     from convert.verifier.across import formats_of
 
     hf, tree = (one, other) if one.format == "hf" else (other, one)
-    return formats_of(hf, tree, options.scan_axis)
+    return formats_of(hf, tree, options.scan_axis, options.source_layout)
 
 
 def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
@@ -137,7 +139,17 @@ def _described(one: Reader, other: Reader, options: Options) -> tuple[Descriptio
     usual = None
     if one.format == "orbax":
         usual = next(filter(None, stated), None) if options.scan_axis is None else maxtext(options.scan_axis).name
-    return describe(one, family=stated[0] or usual), describe(other, family=stated[1] or usual)
+    return _describe(one, stated[0] or usual, options), _describe(other, stated[1] or usual, options)
+
+
+def _describe(reader: Reader, family: str | None, options: Options) -> Description:
+    """As it stands, or in the layout that was named, if it cannot be described as it stands."""
+    try:
+        return describe(reader, family=family)
+    except PlanError:
+        if options.source_layout is None:
+            raise
+        return describe(reader, family=family, source_layout=options.source_layout)
 
 
 def _scope(options: Options) -> Scope:

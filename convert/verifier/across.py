@@ -35,8 +35,8 @@ class Formats:
     pairs: tuple[Pair, ...]
 
 
-def formats_of(hf: Reader, tree: Reader, scan_axis: int | None = None) -> Formats:
-    """What the tables say of both.
+def formats_of(hf: Reader, tree: Reader, scan_axis: int | None = None, source_layout: str | None = None) -> Formats:
+    """What the tables say of both, and of the tree `scan_axis` and `source_layout`, if it does not say that itself.
 
     Raises:
         PlanError: no MaxText tree is known for the family, or the experts of the Hugging Face side are fused.
@@ -46,7 +46,8 @@ def formats_of(hf: Reader, tree: Reader, scan_axis: int | None = None) -> Format
     config = config_of(hf)
     family = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf")
     rows, scan = tree_in(tree, trees_of(family, hf.path))
-    sides = sides_of(family, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=is_fused(tree))
+    fused = is_fused(tree, source_layout)
+    sides = sides_of(family, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=fused)
     pairs = tuple(pair for pair in pairs_of(rows, sides, config) if not (pair.optional and _lacks(tree, pair)))
     return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs)
 

@@ -75,3 +75,4 @@ def test_training_goes_on_from_a_prefused_checkpoint(scan, tmp_path):
     assert stepped == (3 if scan == "true" else 6), "weights, mu and nu of every wi have moved in the fourth step"
     convert.split(fused / "3", tmp_path / "split", source_layout="concat")  # what MaxText saves does not say it
     assert arrays(tmp_path / "split").keys() == wanted.keys()
+    assert convert.verify(fused / "3", tmp_path / "split", source_layout="concat").equal
