@@ -140,6 +140,9 @@ def _begin(out: RemotePath, home: RemotePath, resume: bool) -> None:
     if not resume:
         home.remove()
         out.remove()
+    for last in (COMMITTED, METADATA):  # of a run that ended while it published: it is no checkpoint until this one has
+        for name in [name for name in out.below() if name.rpartition("/")[2] == last]:
+            (out / name).remove()
     (home / _RUN).write_bytes(uuid.uuid4().hex.encode())
 
 

@@ -20,7 +20,8 @@ from convert.orbax_keep import keep
 from convert.planner import Plan
 from convert.targets import Target
 from layouts.checkpoint import Reader, itemsize
-from layouts.orbax import NODES, OrbaxReader, ReadLimits
+from layouts.orbax import OrbaxReader, ReadLimits
+from layouts.orbax_arrays import NODES
 from layouts.orbax_stream import WINDOW
 
 BASE, EACH = 96 << 20, 12 << 10

@@ -16,7 +16,8 @@ from convert.orbax_budget import FLYING, OrbaxBudget
 from convert.orbax_metadata import stored_name
 from convert.portions import Portion
 from layouts.checkpoint import DTYPES, Reader
-from layouts.orbax import NODES, OrbaxReader
+from layouts.orbax import OrbaxReader
+from layouts.orbax_arrays import NODES
 from layouts.orbax_chunks import LOCK
 from layouts.orbax_tree import PROCESS
 from layouts.places import is_remote, kvstore_of

@@ -18,7 +18,8 @@ from convert.orbax_keep import Kept, kept_chunks
 from convert.orbax_metadata import stored_name
 from convert.planner import Plan
 from convert.targets import Target
-from layouts.orbax import NODES, OrbaxReader
+from layouts.orbax import OrbaxReader
+from layouts.orbax_arrays import NODES
 from layouts.orbax_chunks import METADATA, key_at
 from layouts.orbax_tree import DATABASE, PROCESS
 

@@ -19,19 +19,27 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from layouts.checkpoint import DTYPES, TensorSpec, bits, itemsize
+from layouts.checkpoint import TensorSpec, bits, itemsize
 from layouts.errors import InputError
 from layouts.hf import RECORD, read_json
+from layouts.orbax_arrays import chunk_of, describe, make_context, open_all, spec_of
 from layouts.orbax_codec import streamable
 from layouts.orbax_stream import ChunkStreams
-from layouts.orbax_tree import ARRAYS, METADATA, OWN, PROCESS, UNFINISHED, Leaf, find_item, read_leaves, read_strings
-from layouts.places import kvstore_of, names_of
+from layouts.orbax_tree import (
+    ARRAYS,
+    METADATA,
+    OWN,
+    PROCESS,
+    UNFINISHED,
+    Leaf,
+    check_finished,
+    find_item,
+    read_leaves,
+    read_strings,
+)
+from layouts.places import names_of
 
 __all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
-
-_CODES = {name: code for code, name in DTYPES.items()}
-NODES = 16 << 20
-"""Bytes of OCDBT's tree that are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,24 +91,25 @@ class OrbaxReader:
         Raises:
             InputError: something is missing or corrupt, or of a kind that this tool does not know.
         """
+        check_finished(item)
         tree = read_json(item / METADATA)
         leaves = read_leaves(item, tree)
         ocdbt, zarr3 = tree.get("use_ocdbt"), bool(tree.get("use_zarr3", False))
         use_ocdbt = (item / "manifest.ocdbt").exists() if ocdbt is None else bool(ocdbt)
         complete = bool(tree.get("store_array_data_equal_to_fill_value", False))
         specs = {
-            name: _spec(item, leaf.stored, ocdbt=use_ocdbt, zarr3=zarr3, complete=complete)
+            name: spec_of(item, leaf.stored, ocdbt=use_ocdbt, zarr3=zarr3, complete=complete)
             for name, leaf in leaves.items()
             if leaf.kind in ARRAYS
         }
-        stores = _open_all(item, specs)
+        stores = open_all(item, specs)
         metadata = {name: store.spec().to_json()["metadata"] for name, store in stores.items()}
         return cls(
             path=path,
             item=item,
             leaves=leaves,
-            tensors={name: _describe(item, name, store) for name, store in stores.items()},
-            chunks={name: _chunk(store) for name, store in stores.items()},
+            tensors={name: describe(item, name, store) for name, store in stores.items()},
+            chunks={name: chunk_of(store) for name, store in stores.items()},
             grids=metadata,
             streamable={name: streamable(found) for name, found in metadata.items()},
             compressed={name: "zstd" in str(found) for name, found in metadata.items()},
@@ -168,7 +177,7 @@ class OrbaxReader:
     def values(self, name: str) -> Any:
         """What is stored for an array, by key, as TensorStore's key-value store has it: nothing is decoded."""
         with self._lock:
-            self._context = self._context or _make_context(self._cache(), self.limits.threads)
+            self._context = self._context or make_context(self._cache(), self.limits.threads)
             if name not in self._values:
                 self._values[name] = ts.KvStore.open(self._specs[name]["kvstore"], context=self._context).result()
             return self._values[name]
@@ -177,7 +186,7 @@ class OrbaxReader:
         with self._lock:
             store = self._stores.pop(name, None)
             if store is None:
-                self._context = self._context or _make_context(self._cache(), self.limits.threads)
+                self._context = self._context or make_context(self._cache(), self.limits.threads)
                 store = ts.open(self._specs[name], context=self._context).result()
                 if self.streams(name):
                     store = ChunkStreams.of(store)
@@ -205,55 +214,3 @@ class OrbaxReader:
             self._stores.clear()
             self._values.clear()
             self._context = None
-
-
-def _spec(item: Path, name: str, *, ocdbt: bool, zarr3: bool, complete: bool) -> dict[str, Any]:
-    base = kvstore_of(item)
-    kvstore: dict[str, Any] = {**base, "path": f"{base['path']}{name}/"}
-    if ocdbt:
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
-    return {
-        "driver": "zarr3" if zarr3 else "zarr",
-        "kvstore": kvstore,
-        "recheck_cached_data": False,
-        "recheck_cached_metadata": False,
-        # Where every chunk was stored, one that is not there has been lost; it does not stand for zeros.
-        "fill_missing_data_reads": not complete,
-    }
-
-
-def _make_context(cache: int, threads: int | None) -> Any:
-    shared = {"limit": threads} if threads else {}
-    return ts.Context(
-        {
-            "cache_pool": {"total_bytes_limit": cache},
-            "cache_pool#ocdbt": {"total_bytes_limit": NODES},
-            "data_copy_concurrency": shared,
-            "file_io_concurrency": shared,
-            "gcs_request_concurrency": shared,
-            "s3_request_concurrency": shared,
-        }
-    )
-
-
-def _open_all(item: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
-    context = _make_context(0, None)
-    futures = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
-    stores = {}
-    for name, future in futures.items():
-        try:
-            stores[name] = future.result()
-        except ValueError as error:
-            raise InputError(f"{item}: {name} cannot be opened: {error}") from None
-    return stores
-
-
-def _describe(item: Path, name: str, store: Any) -> TensorSpec:
-    if store.dtype.name not in _CODES:
-        raise InputError(f"{item}: {name} has element type {store.dtype.name}; known: {', '.join(_CODES)}")
-    return TensorSpec(name=name, dtype=_CODES[store.dtype.name], shape=tuple(store.shape))
-
-
-def _chunk(store: Any) -> tuple[int, ...]:
-    shape = store.chunk_layout.read_chunk.shape
-    return tuple(map(min, shape, store.shape)) if shape else tuple(store.shape)

@@ -79,6 +79,19 @@ def find_item(path: Path) -> Path | None:
     return next(iter(steps.values()), None)
 
 
+def check_finished(item: Path) -> None:
+    """In `gs://`, where nothing is renamed, Orbax says in a file that it has finished.
+
+    Raises:
+        InputError: it has not.
+    """
+    places = (item, item.parent)
+    if str(item).startswith("gs://") and not any((place / COMMITTED).is_file() for place in places):
+        raise InputError(
+            f"{item}: no {COMMITTED} there or above: whoever wrote it has not finished, so that parts may be missing"
+        )
+
+
 def _item_of(step: Path) -> Path | None:
     found = [child for child in _folders(step) if (child / METADATA).is_file()]
     usual = [step / name for name in ITEMS if step / name in found]

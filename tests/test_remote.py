@@ -14,7 +14,7 @@ import tensorstore as ts
 
 import convert
 from convert.cli import main
-from layouts import places
+from layouts import orbax_tree, places
 from layouts.errors import InputError
 from scripts.make_checkpoint import make_checkpoint
 
@@ -224,6 +224,44 @@ def test_a_killed_run_leaves_no_checkpoint_and_is_taken_up_again(server, fresh, 
     assert convert.verify(f"s3://{BUCKET}/{fresh}").equal
     assert f"{fresh}/commit_success.txt" in objects(f"{fresh}/")
     assert not objects(f"{fresh}.partial")
+
+
+def test_a_run_that_ended_while_it_published_is_taken_up_again(server, fresh, tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe")
+    out, put = f"s3://{BUCKET}/{fresh}", places.RemotePath.write_bytes
+
+    def end(path, data):
+        if str(path) == f"{out}/commit_success.txt":
+            raise OSError(5, "gone")
+        assert path.name != "manifest.ocdbt"
+        put(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(places.RemotePath, "write_bytes", end)
+        with pytest.raises(convert.StorageError, match="is no checkpoint; run the same command again"):
+            convert.prefuse(tmp_path / "in", out, to="orbax")
+    seen = []
+
+    def look(path, data):
+        seen.extend(name for name in objects(f"{fresh}/") if path.name == "run" and name.endswith(("/_METADATA", ".txt")))
+        put(path, data)
+
+    monkeypatch.setattr(places.RemotePath, "write_bytes", look)
+    assert convert.prefuse(tmp_path / "in", out, to="orbax").resumed
+    assert not seen, "before anything is written again, it is no checkpoint any more"
+    assert convert.verify(out).equal
+    assert not objects(f"{fresh}.partial")
+
+
+def test_what_orbax_has_not_finished_in_gcs_is_no_input():
+    def item(*files):
+        root = places._Root(text="gs://bucket/7", spec={}, store=None, files=set(files))
+        return places.RemotePath(root, "items")
+
+    orbax_tree.check_finished(item("items/_METADATA", "commit_success.txt"))
+    orbax_tree.check_finished(item("items/_METADATA", "items/commit_success.txt"))
+    with pytest.raises(InputError, match="has not finished"):
+        orbax_tree.check_finished(item("items/_METADATA"))
 
 
 def test_of_two_runs_the_later_one_goes_on(server, fresh, tmp_path, monkeypatch):

@@ -1,0 +1,86 @@
+"""The arrays of an Orbax item as TensorStore opens them: in a database or a directory each, zarr 2 or 3.
+
+Source: Orbax 0.12 `serialization/tensorstore_utils.py`, https://google.github.io/tensorstore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from layouts.checkpoint import DTYPES, TensorSpec
+from layouts.errors import InputError
+from layouts.places import kvstore_of
+
+CODES = {name: code for code, name in DTYPES.items()}
+"""TensorStore's (and NumPy's) names of element types -> safetensors' codes."""
+NODES = 16 << 20
+"""Bytes of OCDBT's tree that are kept."""
+
+
+def spec_of(item: Path, name: str, *, ocdbt: bool, zarr3: bool, complete: bool) -> dict[str, Any]:
+    """TensorStore's spec of an array of an item."""
+    base = kvstore_of(item)
+    kvstore: dict[str, Any] = {**base, "path": f"{base['path']}{name}/"}
+    if ocdbt:
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
+    return {
+        "driver": "zarr3" if zarr3 else "zarr",
+        "kvstore": kvstore,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        # Where every chunk was stored, one that is not there has been lost; it does not stand for zeros.
+        "fill_missing_data_reads": not complete,
+    }
+
+
+def make_context(cache: int, threads: int | None) -> Any:
+    """What arrays share: a cache for decoded chunks, in bytes, one for the nodes of databases, and threads."""
+    shared = {"limit": threads} if threads else {}
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": cache},
+            "cache_pool#ocdbt": {"total_bytes_limit": NODES},
+            "data_copy_concurrency": shared,
+            "file_io_concurrency": shared,
+            "gcs_request_concurrency": shared,
+            "s3_request_concurrency": shared,
+        }
+    )
+
+
+def open_all(item: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arrays, opened at once.
+
+    Raises:
+        InputError: one cannot be.
+    """
+    context = make_context(0, None)
+    futures = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
+    stores = {}
+    for name, future in futures.items():
+        try:
+            stores[name] = future.result()
+        except ValueError as error:
+            raise InputError(f"{item}: {name} cannot be opened: {error}") from None
+    return stores
+
+
+def describe(item: Path, name: str, store: Any) -> TensorSpec:
+    """Shape and element type of an array.
+
+    Raises:
+        InputError: an element type that this tool does not know.
+    """
+    if store.dtype.name not in CODES:
+        raise InputError(f"{item}: {name} has element type {store.dtype.name}; known: {', '.join(CODES)}")
+    return TensorSpec(name=name, dtype=CODES[store.dtype.name], shape=tuple(store.shape))
+
+
+def chunk_of(store: Any) -> tuple[int, ...]:
+    """The shape of what has to be decoded to read any element."""
+    shape = store.chunk_layout.read_chunk.shape
+    return tuple(map(min, shape, store.shape)) if shape else tuple(store.shape)
