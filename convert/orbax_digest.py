@@ -5,23 +5,22 @@ Where chunks are kept, decoding them would be nearly all of the work; and that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import xxhash
 
 from layouts.orbax import OrbaxReader
-from layouts.orbax_chunks import Chunk, pieces
+from layouts.orbax_chunks import Chunk, contents
 
 
-def stored_digest(reader: OrbaxReader, chunks: Iterable[Chunk], told: Callable[[int], None]) -> str:
+def stored_digest(reader: OrbaxReader, chunks: Sequence[Chunk], told: Callable[[int], None]) -> str:
     """xxh3-128 (hex) of chunks, in this order. `told` is called with the bytes of each piece; it may raise to stop.
 
     Raises:
         InputError: a chunk cannot be read.
     """
     digest = xxhash.xxh3_128()
-    for chunk in chunks:
-        for piece in pieces(reader, chunk):
-            digest.update(piece)
-            told(len(piece))
+    for piece in contents(reader, chunks):
+        digest.update(piece)
+        told(len(piece))
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ _LEVEL = 1
 """zstd's: on bfloat16 weights higher ones take longer for the same size."""
 _NODE = 64 << 10
 """Bytes of a node of a batch's tree: small, because each commit writes those that change anew."""
+_JOINED = 1 << 13
+"""Chunks whose names are joined at once: until these are written, they are in memory."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,11 +125,23 @@ class Item:
             remove(path)
         context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
         whole = ts.KvStore.open(_database(self.path), context=context).result()
-        transaction = ts.Transaction(atomic=True)
+        transaction, copied = ts.Transaction(atomic=True), 0
         for number in range(batches):
             one = ts.KvStore.open(_database(self.path / f"{PROCESS}{number}"), context=context).result()
-            one.experimental_copy_range_to(whole.with_transaction(transaction)).result()
+            for keys, count in _spans(sorted(one.list().result())):
+                one.experimental_copy_range_to(whole.with_transaction(transaction), keys).result()
+                copied += count
+                if copied >= _JOINED:
+                    transaction.commit_async().result()
+                    transaction, copied = ts.Transaction(atomic=True), 0
         transaction.commit_async().result()
+
+
+def _spans(keys: Sequence[bytes]) -> Iterator[tuple[Any, int]]:
+    """Ranges that hold all of these keys, some in each, and how many."""
+    for start in range(0, len(keys), _JOINED):
+        span = keys[start : start + _JOINED]
+        yield ts.KvStore.KeyRange(span[0], span[-1] + b"\0"), len(span)
 
 
 def _database(path: Path) -> dict[str, Any]:

@@ -6,8 +6,9 @@ the tree of names is written anew. Where each array is a directory, a chunk is a
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from convert.durable import write_text
 from convert.orbax_keep import Kept, kept_chunks
 from convert.orbax_metadata import stored_name
 from convert.planner import Plan
+from convert.portions import Portion
 from convert.targets import Target
 from layouts.orbax import OrbaxReader
 from layouts.orbax_arrays import NODES
@@ -25,6 +27,8 @@ from layouts.orbax_tree import DATABASE, PROCESS
 
 _ONLY = ts.KvStore.KeyRange("", "\x00")
 """The key itself, not those that begin alike."""
+RENAMED = 1 << 13
+"""Chunks that are renamed at once. Until they are written, their new names are in memory: of 300,000 that is 280 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +64,46 @@ def _directories(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> Ite
             yield reader.item / reader.leaves[name].stored / key, place / key_at(reader.grids[name], at), False
 
 
-def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader) -> None:
-    """Give the chunks that have been copied the names of the plan; on a disk they have them, and only metadata is written."""
+def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader, files: Sequence[Move], portions: Sequence[Portion]) -> None:
+    """Give the chunks that have been copied the names of the plan; on a disk they have them, and only metadata is written.
+
+    It may be done again, after the manifest has been copied again: what else is there besides the `files` goes.
+    """
     if not reader.use_ocdbt:
         for target in plan.targets:
             write_text(item / stored_name(target, reader) / _metadata_key(reader), _metadata(target, kept, reader))
         return
+    copied = {move.target for move in files}
+    for left in [path for path in item.rglob("*") if path.is_file() and path not in copied]:
+        left.unlink()
     base = {"driver": "file", "path": f"{item}/"}
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
-    old = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
-    transaction = ts.Transaction(atomic=True)
-    new = old.with_transaction(transaction)
-    moved = [(target, f"{stored_name(target, reader)}/") for target in plan.targets if target.spec.name in kept]
-    for target, place in moved:
-        renamed = [
-            (old + f"{reader.leaves[name].stored}/{key}").experimental_copy_range_to(
-                new + (place + key_at(reader.grids[name], at)), _ONLY
-            )
-            for at, name, key in kept_chunks(target, kept, reader)
-        ]
-        for done in renamed:
+    stored = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
+    renamed = _renamed(kept, reader, portions)
+    while some := list(itertools.islice(renamed, RENAMED)):
+        transaction = ts.Transaction(atomic=True)
+        new = stored.with_transaction(transaction)
+        copying = [(stored + old).experimental_copy_range_to(new + key, _ONLY) for old, key in some]
+        for done in copying:
             done.result()
+        transaction.commit_async().result()
+    transaction = ts.Transaction(atomic=True)
+    new = stored.with_transaction(transaction)
     for name in {part.source for parts in kept.values() for part in parts}:
         (new + f"{reader.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
-    for target, place in moved:
+    for target in (target for target in plan.targets if target.spec.name in kept):
+        place = f"{stored_name(target, reader)}/"
         (new + place).write(_metadata_key(reader), _metadata(target, kept, reader)).result()
     transaction.commit_async().result()
+
+
+def _renamed(kept: Kept, reader: OrbaxReader, portions: Sequence[Portion]) -> Iterator[tuple[str, str]]:
+    """The old and the new key of each chunk that moves."""
+    for portion in portions:
+        if portion.target.spec.name in kept:
+            place = stored_name(portion.target, reader)
+            for at, name, key in kept_chunks(portion.target, kept, reader, portion.rows):
+                yield f"{reader.leaves[name].stored}/{key}", f"{place}/{key_at(reader.grids[name], at)}"
 
 
 def _metadata_key(reader: OrbaxReader) -> str:

@@ -27,7 +27,7 @@ from convert.orbax_copy import copy_and_hash
 from convert.orbax_item import Item
 from convert.orbax_keep import keep, kept_shape
 from convert.orbax_metadata import render, render_step
-from convert.orbax_moves import moves, rename
+from convert.orbax_moves import Move, moves, rename
 from convert.planner import Plan
 from convert.portions import Portion, batches, by_array, cut, total
 from convert.processes import ALONE, Processes
@@ -67,6 +67,7 @@ def write(
     if isinstance(reader, OrbaxReader):
         reader.close()
         reader.limits = budget.limits
+    files: list[Move] = []
     if kept and isinstance(reader, OrbaxReader) and isinstance(stage, Stage):
         files = moves(plan, kept, reader, item.path)
         found = copy_and_hash(reader, item.path, files, stage, copied, portions, kept, budget, progress, processes)
@@ -77,7 +78,7 @@ def write(
         return
     if kept and isinstance(reader, OrbaxReader):
         stage.take_way(_COPIED)
-        rename(item.path, plan, kept, reader)
+        rename(item.path, plan, kept, reader, files, portions)
         chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}
     else:
         item.join(len(whole))

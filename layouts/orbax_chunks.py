@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorstore as ts
 
+from layouts.checkpoint import itemsize
 from layouts.errors import InputError
 from layouts.orbax import OrbaxReader
-from layouts.orbax_codec import key_form, key_of, pieces_of
+from layouts.orbax_codec import PIECE, key_form, key_of, pieces_of
 
 METADATA: Mapping[str, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
 """The key of an array's own metadata, by TensorStore's driver."""
 _OTHERS = (*METADATA.values(), ".zattrs")
+_AHEAD = 16
+"""Chunks that are read ahead at most: one by one, small ones take longer to ask for than to hash."""
 LOCK = ".__lock"
 """Ends the name of a file that TensorStore has not finished; one that is killed leaves it."""
 
@@ -80,13 +84,34 @@ def _beginning(text: str, *, exactly: bool) -> Any:
     return ts.KvStore.KeyRange(text, text + "\0" if exactly else text[:-1] + chr(ord(text[-1]) + 1))
 
 
-def pieces(reader: OrbaxReader, chunk: Chunk) -> Iterator[bytes]:
-    """The bytes of a stored chunk, a few at a time.
+def contents(reader: OrbaxReader, chunks: Sequence[Chunk]) -> Iterator[bytes]:
+    """The bytes of stored chunks, one after another: small ones as a whole, some of them ahead, and large ones in pieces.
 
     Raises:
         InputError: they cannot be read.
     """
+    name = ""
     try:
-        yield from pieces_of(reader.values(chunk.name), chunk.key, 0, None)()
+        reading: deque[Any] = deque()
+        for chunk in chunks:
+            name, size = chunk.name, _decoded(reader, chunk.name)
+            if size > PIECE:
+                yield from _landed(reading, 0)
+                yield from pieces_of(reader.values(name), chunk.key, 0, None)()
+                continue
+            reading.append(reader.values(name).read(chunk.key))
+            yield from _landed(reading, min(_AHEAD, PIECE // max(1, size)))
+        yield from _landed(reading, 0)
     except ValueError as error:
-        raise InputError(f"{reader.item}: {chunk.name} cannot be read: {error}") from None
+        raise InputError(f"{reader.item}: {name} cannot be read: {error}") from None
+
+
+def _decoded(reader: OrbaxReader, name: str) -> int:
+    """Bytes of a stored chunk once it is decoded; what is stored is hardly more."""
+    return math.prod(grid_shape(reader.grids[name])) * itemsize(reader.tensors[name].dtype)
+
+
+def _landed(reading: deque[Any], most: int) -> Iterator[bytes]:
+    """What the first of these reads give, until no more than `most` are left."""
+    while len(reading) > most:
+        yield reading.popleft().result().value

@@ -13,11 +13,11 @@ import tensorstore as ts
 import xxhash
 
 import convert
-from convert import orbax_copy, write_orbax
+from convert import orbax_copy, orbax_moves, write_orbax
 from convert.orbax_keep import keep
 from convert.planner import make_plan
 from layouts.checkpoint import open_checkpoint
-from layouts.orbax_chunks import chunks_of, key_at, pieces
+from layouts.orbax_chunks import chunks_of, contents, key_at
 from scripts.make_checkpoint import make_checkpoint
 
 E, L, K, N = 6, 4, 20, 24
@@ -186,6 +186,42 @@ def test_an_interrupted_run_goes_on_and_copies_once(tmp_path, monkeypatch):
     check(tmp_path, moe)
 
 
+def test_names_of_many_chunks_are_written_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_moves, "RENAMED", 7)
+    monkeypatch.setattr("convert.orbax_item._JOINED", 7)
+    check(tmp_path, save(tmp_path / "in", KEPT["ragged"]))
+    for path in ("out", "back"):
+        (tmp_path / path).rename(tmp_path / f"kept {path}")
+    monkeypatch.setattr("convert.write_orbax.keep", lambda plan, reader: None)
+    monkeypatch.setattr("convert.orbax_budget.keep", lambda plan, reader: None)
+    for way in (convert.prefuse, convert.split):
+        source, out = ("in", "out") if way is convert.prefuse else ("out", "back")
+        way(tmp_path / source, tmp_path / out)
+        assert convert.verify(tmp_path / out).equal
+        assert convert.verify(tmp_path / f"kept {out}", tmp_path / out, gemm=False).equal
+
+
+def test_renaming_that_was_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    def files(path):
+        return sorted(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+    monkeypatch.setattr(orbax_moves, "RENAMED", 7)
+    moe = save(tmp_path / "in", KEPT["rows"])
+    convert.prefuse(tmp_path / "in", tmp_path / "once")
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_moves, "_metadata", fail)  # after all chunks have their new names
+        with pytest.raises(KeyboardInterrupt):
+            convert.prefuse(tmp_path / "in", tmp_path / "out")
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert len(files(tmp_path / "out")) == len(files(tmp_path / "once"))
+    (tmp_path / "out").rename(tmp_path / "resumed")
+    check(tmp_path, moe)
+    assert convert.verify(tmp_path / "resumed", tmp_path / "out", gemm=False).equal
+
+
 @pytest.mark.parametrize("anew_first", [True, False])
 def test_a_run_that_goes_another_way_begins_anew(anew_first, tmp_path, monkeypatch):
     def fail(*arguments):
@@ -226,7 +262,7 @@ def test_the_chunks_of_some_rows(name, zarr3, tmp_path):
             assert chunks_of(reader, f"{PATH}.wi_0", rows) == wanted
         (scalar,) = chunks_of(reader, "step")
         assert scalar.at == ()
-        assert b"".join(pieces(reader, scalar))
+        assert b"".join(contents(reader, [scalar]))
 
 
 def test_a_flipped_bit_in_a_kept_chunk_is_found(tmp_path):
