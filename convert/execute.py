@@ -1,7 +1,7 @@
 """Write the tensors of a plan into safetensors files: the only home of threads.
 
 Each worker writes one tensor (see `convert.copying`). Tensors of different files are taken in turn, because two threads that
-write one file wait for each other.
+write one file wait for each other; but those that are read from Orbax in the order that is given (see `convert.reading`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def write_tensors(
     _check_space(files, stage.path)
     for file in files:
         _preallocate(stage.path / file.name, file)
-    tasks = [task for task in _in_turn(targets, files, stage.path) if task.target.spec.name not in digests]
+    tasks = _tasks(targets, files, stage.path)
+    tasks = [task for task in (_in_turn(tasks) if extent else tasks) if task.target.spec.name not in digests]
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
     lock = threading.Lock()
@@ -212,11 +213,15 @@ def _preallocate(path: Path, file: File) -> None:
         os.fsync(handle.fileno())
 
 
-def _in_turn(targets: Sequence[Target], files: Sequence[File], stage: Path) -> Iterator[_Task]:
-    home = {name: (file, offset) for file in files for name, offset in file.offsets.items()}
-    queues: dict[str, list[_Task]] = {file.name: [] for file in files}
-    for target in targets:
-        file, offset = home[target.spec.name]
-        queues[file.name].append(_Task(target, stage / file.name, offset))
+def _tasks(targets: Sequence[Target], files: Sequence[File], stage: Path) -> list[_Task]:
+    home = {name: (stage / file.name, offset) for file in files for name, offset in file.offsets.items()}
+    return [_Task(target, *home[target.spec.name]) for target in targets]
+
+
+def _in_turn(tasks: Sequence[_Task]) -> Iterator[_Task]:
+    """Tasks of different files in turn."""
+    queues: dict[Path, list[_Task]] = {}
+    for task in tasks:
+        queues.setdefault(task.path, []).append(task)
     for turn in itertools.zip_longest(*queues.values()):
         yield from (task for task in turn if task is not None)

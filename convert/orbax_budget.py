@@ -7,10 +7,12 @@ the target, which are ours. The richest settings that fit are taken; the output 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from convert.blocks import SLAB
 from convert.chunks import Chunking, plan_chunks, touched
@@ -18,16 +20,20 @@ from convert.errors import UsageError
 from convert.malloc import KEPT
 from convert.orbax_keep import keep
 from convert.planner import Plan
+from convert.reading import plan_windows
 from convert.targets import Target
 from layouts.checkpoint import Reader, itemsize
 from layouts.orbax import OrbaxReader, ReadLimits
 from layouts.orbax_arrays import NODES
 from layouts.orbax_stream import WINDOW
+from layouts.orbax_windows import Windows
 
 BASE, EACH = 96 << 20, 12 << 10
 """Bytes that the process needs before the first block (interpreter, NumPy, TensorStore, threads), and per array."""
 BOX, CACHE, STREAM, FLYING, GRAIN = 8 << 20, 128 << 20, 64 << 20, 64 << 20, 1 << 20
 """Richest settings, in bytes: see `OrbaxBudget`."""
+_PARTS = (4, 8, 16)
+"""Windows get one in so many parts of the memory, the larger ones first."""
 HASHING = 8 << 20
 """Bytes that a worker holds while it hashes stored chunks, in pieces of 1 MiB."""
 MAPPED = {1: 32 << 20, 2: 16 << 20, 4: 2 << 20, 8: 256 << 10}
@@ -39,8 +45,9 @@ class OrbaxBudget:
     """Settings of one conversion; sizes in bytes.
 
     `jobs` workers assemble boxes of up to `box` bytes each. Decoded chunks are kept in a cache of `cache`, those above `stream`
-    are decoded piece by piece. Up to `flying` bytes wait to be compressed and written, in chunks of about `grain`. Blocks of
-    `mapped` bytes go back to the system when they are freed. `peak` bounds the resident memory of the process.
+    are decoded piece by piece, `streams` of them at a time. `windows` are there if arrays are read bit by bit. Up to `flying`
+    bytes wait to be compressed and written, in chunks of about `grain`. Blocks of `mapped` bytes go back to the system once
+    they are freed. `peak` bounds the resident memory of the process.
     """
 
     jobs: int
@@ -51,11 +58,13 @@ class OrbaxBudget:
     grain: int
     mapped: int
     peak: int
+    streams: int = 0
+    windows: Windows = field(default_factory=Windows)
 
     @property
     def limits(self) -> ReadLimits:
         """The reader's part."""
-        return ReadLimits(cache=self.cache, stream=self.stream, threads=max(2, self.jobs))
+        return ReadLimits(cache=self.cache, stream=self.stream, streams=self.streams, threads=max(2, self.jobs))
 
     def chunking(self, target: Target, reader: Reader) -> Chunking:
         """How an array is cut."""
@@ -65,6 +74,13 @@ class OrbaxBudget:
         if isinstance(reader, OrbaxReader) and source and not streams(reader, source.source, self.stream):
             held = self.cache // 4
         return plan_chunks(target, chunk, max(1, self.box // size), held // size, max(1, self.grain // size))
+
+
+class _Reading(NamedTuple):
+    """What reading takes: bytes, and how many streams are open, which are among these."""
+
+    nbytes: int
+    streams: int
 
 
 def streams(reader: OrbaxReader, name: str, above: int) -> bool:
@@ -82,20 +98,32 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
     base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
     largest = ""
     least = None
-    settings = _settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt)
+    settings = list(_settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt))
     if keep(plan, reader):
-        return _keeping(next(settings), memory, base)
+        return _keeping(settings[0], memory, base)
     kinds = list(_kinds(plan, reader))
-    for budget in settings:
+    for budget in _windowed(settings, plan, reader, memory):
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")
+        reading = costs.get(worst, _Reading(0, 0))
         cache = _cache(budget, reader)
-        peak = base + cache + costs.get(worst, 0) + (budget.jobs + 4) * budget.box + 2 * budget.flying + KEPT * budget.mapped
+        peak = base + cache + reading.nbytes + (budget.jobs + 4) * budget.box + 2 * budget.flying + KEPT * budget.mapped
+        peak += budget.windows.limit
         if peak <= memory:
-            return replace(budget, peak=peak)
+            return replace(budget, peak=peak, streams=max((cost.streams for cost in costs.values()), default=0))
         if least is None or peak < least:
             least, largest = peak, _why(worst, cache, budget, reader)
     raise UsageError(f"--memory of {memory >> 20} MiB is too little: {((least or 0) >> 20) + 1} MiB are needed{largest}")
+
+
+def _windowed(settings: Sequence[OrbaxBudget], plan: Plan, reader: Reader, memory: int) -> Iterator[OrbaxBudget]:
+    """The settings, with windows as large as can be where they help: without, all might be decoded for each tensor again."""
+    if plan.format != "hf" or not isinstance(reader, OrbaxReader):
+        yield from settings
+        return
+    for part, budget in itertools.product(_PARTS, settings):
+        windows = plan_windows(plan.targets, reader, budget.box, memory // part)
+        yield replace(budget, windows=windows if windows.shapes else Windows())
 
 
 def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
@@ -135,24 +163,27 @@ def _kinds(plan: Plan, reader: Reader) -> Iterator[Target]:
             yield target
 
 
-def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> int:
+def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> _Reading:
     """What the workers hold while they assemble boxes of a target, besides these."""
     chunking = budget.chunking(target, reader)
     sizes = target.target.pattern.stored(target.sizes)
     size, block = itemsize(target.spec.dtype), chunking.largest * itemsize(target.spec.dtype)
     if not isinstance(reader, OrbaxReader):
-        return budget.jobs * (SLAB + 2 * block)
+        return _Reading(budget.jobs * (SLAB + 2 * block), 0)
     spans = {axis: range(min(length, sizes[axis])) for axis, length in chunking.box.items()}
-    decoded = windows = 0
+    decoded = loaded = streamed = 0
     for piece in target.pieces(spans):
         shape = target.source.pattern.shape({a: max(1, len(span)) for a, span in piece.source_box.items()})
-        count, elements = touched(reader.tensors[piece.source].shape, reader.chunks[piece.source], shape)
+        window = budget.windows.shapes.get(piece.source)
+        count, elements = touched(reader.tensors[piece.source].shape, reader.chunks[piece.source], window or shape)
         if streams(reader, piece.source, budget.stream):
-            windows += count * WINDOW
+            streamed += 2 * count  # a box that is streamed waits for the one before it
+        elif window:
+            loaded += size * min(elements, budget.limits.at_once * math.prod(reader.chunks[piece.source]))
         else:
             decoded = max(decoded, elements * size)
-    # A chunk is held compressed and decoded at once; a box that is streamed waits for the one before it.
-    return budget.jobs * (2 * decoded + 2 * block) + 2 * windows
+    # A chunk is held compressed and decoded at once.
+    return _Reading(budget.jobs * (2 * decoded + 2 * block) + 2 * loaded + streamed * WINDOW, streamed)
 
 
 def _cache(budget: OrbaxBudget, reader: Reader) -> int:

@@ -138,12 +138,14 @@ def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None, held: i
 def _budget(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budget | OrbaxBudget:
     if plan.format == "hf" and reader.format == "hf":
         return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
+    from convert.malloc import keep_below
     from convert.orbax_budget import orbax_budget
     from layouts.orbax import OrbaxReader
 
     found = orbax_budget(memory, jobs, plan, reader)
     if plan.format == "hf" and isinstance(reader, OrbaxReader):
-        reader.limits = found.limits
+        keep_below(found.mapped)
+        reader.limits, reader.windows = found.limits, found.windows
         return Budget(jobs=found.jobs, strip=found.box, base=found.peak - found.jobs * (found.box + SLAB))
     return found
 

@@ -72,6 +72,10 @@ def write(
     own = [files[number] for number in processes.mine([file.size for file in files])]
     names = {name for file in own for name in file.offsets}
     targets = [target for target in plan.targets if target.spec.name in names]
+    if not extent:
+        from convert.reading import in_order  # TensorStore comes with it
+
+        targets = in_order(targets, reader)
     digests = write_tensors(targets, own, reader, stage, budget, progress, extent)
     processes.agree("written")
     if not processes.first:

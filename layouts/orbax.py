@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from layouts.checkpoint import TensorSpec, bits, itemsize
 from layouts.errors import InputError
 from layouts.hf import RECORD, read_json
-from layouts.orbax_arrays import chunk_of, describe, make_context, open_all, spec_of
+from layouts.orbax_arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax_codec import streamable
 from layouts.orbax_stream import ChunkStreams
 from layouts.orbax_tree import (
@@ -37,6 +37,7 @@ from layouts.orbax_tree import (
     read_leaves,
     read_strings,
 )
+from layouts.orbax_windows import Windows
 from layouts.places import names_of
 
 __all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
@@ -47,12 +48,18 @@ class ReadLimits:
     """What reading may hold, in bytes.
 
     `cache` is for decoded chunks, `stream` the size above which a chunk is not decoded as a whole but piece by piece, as far
-    as its codec can be. `threads` decode at a time.
+    as its codec can be; `streams` of them are open at a time, or as many as one read takes. `threads` decode at a time.
     """
 
     cache: int = 256 << 20
     stream: int = 512 << 20
+    streams: int = 32
     threads: int | None = None
+
+    @property
+    def at_once(self) -> int:
+        """Chunks of a window that are on their way at a time."""
+        return (self.threads or 4) + 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +86,7 @@ class OrbaxReader:
     config: Mapping[str, Any] = field(default_factory=dict)
     format: str = "orbax"
     limits: ReadLimits = field(default_factory=ReadLimits)
+    windows: Windows = field(default_factory=Windows, compare=False)
     _context: Any = None
     _stores: dict[str, Any] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
@@ -159,20 +167,34 @@ class OrbaxReader:
         return self.streamable[name] and self.chunk_bytes(name) > self.limits.stream
 
     def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
-        """A block as a fresh array of bits; the chunks it lies in stay decoded in a bounded cache, or are streamed.
+        """A block as an array of bits; the chunks it lies in stay decoded in a bounded cache, in windows, or are streamed.
 
         Raises:
             InputError: the data is missing or cannot be decoded.
         """
+        spec = self.tensors[name]
+        slices = tuple(slice(*part.indices(size)) for part, size in zip(slices, spec.shape, strict=True))
+        held = self.windows.read(name, slices, itemsize(spec.dtype), self._load_window)
+        return self._load(name, slices) if held is None else held
+
+    def _load(self, name: str, slices: tuple[slice, ...], some: int = 0) -> NDArray[Any]:
+        """The same, as it is stored; of a window, not more chunks at a time than `some`."""
         dtype = bits(self.tensors[name].dtype)
         try:
             store = self._store(name)
             if isinstance(store, ChunkStreams):
-                return store.read(slices, dtype)
-            block = np.asarray(store[slices].read(order="C").result())
+                block = store.read(slices, dtype)
+                self._forget_streams()
+                return block
+            if not some:
+                return np.asarray(store[slices].read(order="C").result()).view(dtype)
+            return read_by_chunks(store, slices, self.chunks[name], some).view(dtype)
         except ValueError as error:
             raise InputError(f"{self.item}: {name} cannot be read: {error}") from None
-        return block.view(dtype)
+
+    def _load_window(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+        within = tuple(slice(p.start, min(p.stop, size)) for p, size in zip(slices, self.tensors[name].shape, strict=True))
+        return self._load(name, within, self.limits.at_once)
 
     def values(self, name: str) -> Any:
         """What is stored for an array, by key, as TensorStore's key-value store has it: nothing is decoded."""
@@ -190,15 +212,16 @@ class OrbaxReader:
                 store = ts.open(self._specs[name], context=self._context).result()
                 if self.streams(name):
                     store = ChunkStreams.of(store)
-                    self._forget_streams()
             self._stores[name] = store  # the last one used stands last
             return store
 
     def _forget_streams(self) -> None:
-        """Of thousands of arrays, only those that are being read may hold a stream."""
-        streams = [name for name, store in self._stores.items() if isinstance(store, ChunkStreams)]
-        for name in streams[: -2 * (self.limits.threads or 4)]:
-            del self._stores[name]
+        """Of many arrays, only those that were read last may hold streams."""
+        with self._lock:
+            held = {name: len(store.streams) for name, store in self._stores.items() if isinstance(store, ChunkStreams)}
+            for name in list(held)[:-1]:
+                if sum(held.values()) > self.limits.streams:
+                    del self._stores[name], held[name]
 
     def _cache(self) -> int:
         """A chunk that is read in parts must be decoded once, not once per part, and gate and up are read side by side."""
@@ -213,4 +236,5 @@ class OrbaxReader:
         with self._lock:
             self._stores.clear()
             self._values.clear()
+            self.windows = Windows()
             self._context = None

@@ -5,11 +5,15 @@ Source: Orbax 0.12 `serialization/tensorstore_utils.py`, https://google.github.i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
+from numpy.typing import NDArray
 
 from layouts.checkpoint import DTYPES, TensorSpec
 from layouts.errors import InputError
@@ -84,3 +88,32 @@ def chunk_of(store: Any) -> tuple[int, ...]:
     """The shape of what has to be decoded to read any element."""
     shape = store.chunk_layout.read_chunk.shape
     return tuple(map(min, shape, store.shape)) if shape else tuple(store.shape)
+
+
+def read_by_chunks(store: Any, slices: Sequence[slice], chunk: Sequence[int], some: int) -> NDArray[Any]:
+    """A block, chunk by chunk and a few of them at a time: TensorStore by itself would have all decoded before it copies any.
+
+    Raises:
+        ValueError: data is missing or damaged.
+    """
+    block = np.empty([part.stop - part.start for part in slices], store.dtype.numpy_dtype)
+    reading: deque[tuple[tuple[slice, ...], Any]] = deque()
+    for part in itertools.product(*(_steps(whole, step) for whole, step in zip(slices, chunk, strict=True))):
+        inside = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, slices, strict=True))
+        reading.append((inside, store[part].read(order="C")))
+        if len(reading) == some:
+            _land(reading, block)
+    while reading:
+        _land(reading, block)
+    return block
+
+
+def _land(reading: deque[tuple[tuple[slice, ...], Any]], block: NDArray[Any]) -> None:
+    inside, future = reading.popleft()
+    block[inside] = future.result()
+
+
+def _steps(whole: slice, step: int) -> list[slice]:
+    """The parts of a range that lie in one chunk each."""
+    cuts = [whole.start, *range((whole.start // step + 1) * step, whole.stop, step), whole.stop]
+    return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]

@@ -40,7 +40,7 @@ class ChunkStreams:
     width: int
     fill: bytes | None
     codec: Codec
-    _streams: dict[tuple[int, ...], _Stream] = field(default_factory=dict)
+    streams: dict[tuple[int, ...], _Stream] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -72,8 +72,8 @@ class ChunkStreams:
         with self._lock:
             for at in itertools.product(*grid):
                 self._from_chunk(at, spans, out)
-            for at in list(self._streams)[: -max(math.prod(map(len, grid)), 1)]:
-                del self._streams[at]
+            for at in list(self.streams)[: -max(math.prod(map(len, grid)), 1)]:
+                del self.streams[at]
         return out
 
     def _from_chunk(self, at: tuple[int, ...], spans: Sequence[range], out: NDArray[Any]) -> None:
@@ -81,8 +81,8 @@ class ChunkStreams:
         parts = [range(max(s.start, b), min(s.stop, b + c)) for s, b, c in zip(spans, starts, self.chunk, strict=True)]
         into = out[tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(parts, spans, strict=True))]
         inside = [range(p.start - b, p.stop - b) for p, b in zip(parts, starts, strict=True)]
-        stream = self._streams.pop(at, None) or self._open(at)
-        self._streams[at] = stream  # the last one used stands last
+        stream = self.streams.pop(at, None) or self._open(at)
+        self.streams[at] = stream  # the last one used stands last
         depth, inner = self._run(inside)
         for point in itertools.product(*inside[: max(0, depth)]):
             first = math.prod(self.chunk[depth:]) * _flat(point, self.chunk[:depth])

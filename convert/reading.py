@@ -1,0 +1,70 @@
+"""In which order tensors are made from Orbax arrays, and which parts of these stay decoded meanwhile. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from convert.targets import Target
+from layouts.checkpoint import Reader, itemsize
+from layouts.orbax import OrbaxReader
+from layouts.orbax_windows import Slices, Windows, window_shape
+from layouts.pattern import Box
+
+
+def plan_windows(targets: Iterable[Target], reader: OrbaxReader, strip: int, limit: int) -> Windows:
+    """The windows, of `limit` bytes together, for targets that are made one after another in strips of `strip` bytes.
+
+    There is room for two of each array that a target is made from, because some workers are still at the last one.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    seen: set[str] = set()
+    for target in targets:
+        whole = target.target.pattern.whole(target.sizes)
+        if not target.spec.nbytes or next(target.pieces(whole)).source in seen:
+            continue
+        width = itemsize(target.spec.dtype)
+        units, reads = _blocks(target, whole), _blocks(target, _first_strip(target, max(1, strip // width)))
+        for name, unit in units.items():
+            seen.add(name)
+            read = reads.get(name, unit)
+            shape, chunk, room = reader.tensors[name].shape, reader.chunks[name], limit // width // (2 * len(units))
+            if found := window_shape(shape, chunk, _lengths(unit), _lengths(read), room):
+                shapes[name] = found
+    return Windows(shapes=shapes, limit=limit)
+
+
+def in_order(targets: Sequence[Target], reader: Reader) -> list[Target]:
+    """Targets in the order of the windows that they are made from; those that need none are first, as they stand."""
+    if not isinstance(reader, OrbaxReader) or not reader.windows.shapes:
+        return list(targets)
+    windows, order = reader.windows, {name: number for number, name in enumerate(reader.tensors)}
+
+    def place(target: Target) -> tuple[int, tuple[int, ...]]:
+        if not target.spec.nbytes:
+            return -1, ()
+        piece = next(target.pieces(target.target.pattern.whole(target.sizes)))
+        slices = target.source.pattern.window(target.source_sizes, piece.source_box).slices
+        number = windows.number(piece.source, slices)
+        return (order[piece.source], number) if number else (-1, ())
+
+    return sorted(targets, key=place)
+
+
+def _first_strip(target: Target, elements: int) -> Box:
+    return next(iter(target.target.pattern.strips(target.sizes, elements)))
+
+
+def _blocks(target: Target, box: Box) -> dict[str, Slices]:
+    """The blocks of the sources that a box of the target is made from."""
+    found: dict[str, Slices] = {}
+    for piece in target.pieces(box):
+        slices = target.source.pattern.window(target.source_sizes, piece.source_box).slices
+        have = found.get(piece.source, slices)
+        found[piece.source] = tuple(
+            slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(have, slices, strict=True)
+        )
+    return found
+
+
+def _lengths(block: Slices) -> list[int]:
+    return [part.stop - part.start for part in block]

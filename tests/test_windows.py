@@ -1,0 +1,176 @@
+"""Where a stored chunk reaches across many reads, these go through windows; who reads in their order decodes nothing twice."""
+
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+import convert
+from layouts.checkpoint import open_checkpoint
+from layouts.orbax import OrbaxReader
+from layouts.orbax_windows import Windows, window_shape
+from scripts.make_checkpoint import make_checkpoint
+
+RANDOM = np.random.default_rng(0)
+SHAPE = (8, 6, 20, 12)
+"""(E, L, K, N)"""
+ONE = (1, 1, 20, 12)
+"""An expert of a layer."""
+
+
+@pytest.mark.parametrize(
+    ("chunk", "limit", "wanted"),
+    [
+        (ONE, 10**6, None),
+        ((1, 1, 5, 12), 10**6, None),
+        ((2, 6, 20, 12), 10**6, (2, 6, 20, 12)),
+        ((2, 6, 20, 12), 2 * 6 * 240, (2, 6, 20, 12)),
+        ((2, 6, 20, 12), 2 * 6 * 240 - 1, (1, 6, 20, 12)),
+        ((2, 6, 20, 12), 6 * 240 - 1, (1, 5, 20, 12)),
+        ((8, 6, 5, 12), 10**6, (8, 6, 20, 12)),
+        ((8, 6, 5, 12), 3 * 6 * 240, (3, 6, 20, 12)),
+        ((2, 6, 5, 12), 5 * 6 * 240, (2, 6, 20, 12)),
+        ((8, 6, 5, 12), 240, ONE),
+        ((8, 6, 5, 12), 239, None),
+    ],
+)
+def test_windows_hold_whole_chunks_if_they_can_and_whole_reads_in_any_case(chunk, limit, wanted):
+    assert window_shape(SHAPE, chunk, ONE, ONE, limit) == wanted
+
+
+def test_a_window_holds_what_is_read_in_turn_before_it_holds_chunks():
+    unit, read = (8, 1, 20, 12), (2, 1, 20, 12)
+    assert window_shape(SHAPE, (4, 6, 20, 12), unit, read, 8 * 3 * 240) == (8, 3, 20, 12)
+    assert window_shape(SHAPE, (4, 6, 20, 12), unit, read, 7 * 240) == (6, 1, 20, 12)
+
+
+@pytest.mark.parametrize("chunk", [(2, 6, 20, 12), (8, 6, 5, 12), (3, 4, 7, 12), (8, 6, 20, 12), (5, 5, 20, 5)])
+@pytest.mark.parametrize("limit", [240, 1000, 5000, 10**6])
+def test_every_read_lies_in_one_window(chunk, limit):
+    shape = window_shape(SHAPE, chunk, ONE, ONE, limit)
+    assert math.prod(shape) <= limit
+    array, loads = RANDOM.integers(0, 1 << 16, SHAPE, np.uint16), []
+
+    def load(name, slices):
+        loads.append(slices)
+        return array[slices]
+
+    windows = Windows(shapes={"x": shape}, limit=2 * math.prod(shape))
+    points = sorted(np.ndindex(SHAPE[:2]), key=lambda at: tuple(i // w for i, w in zip(at, shape, strict=False)))
+    for e, layer in points:
+        slices = (slice(e, e + 1), slice(layer, layer + 1), slice(0, 20), slice(0, 12))
+        assert np.array_equal(windows.read("x", slices, 2, load), array[slices])
+    assert len(loads) == len(set(map(str, loads))), "in their order, each is loaded once"
+    assert windows.read("x", (slice(0, 8), slice(0, 6), slice(0, 20), slice(0, 12)), 2, load) is None or shape == SHAPE
+    assert windows.read("y", slices, 2, load) is None
+
+
+def test_threads_wait_for_the_one_that_loads():
+    array, loads, begun = np.arange(64), [], threading.Barrier(4)
+
+    def load(name, slices):
+        loads.append(slices)
+        return array[slices]
+
+    windows = Windows(shapes={"x": (16,)}, limit=1 << 20)
+
+    def read(start):
+        begun.wait()
+        return windows.read("x", (slice(start, start + 4),), 8, load)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [list(found) for found in pool.map(read, (16, 20, 24, 28))] == [list(range(i, i + 4)) for i in (16, 20, 24, 28)]
+    assert loads == [(slice(16, 32),)]
+
+
+def test_who_waits_for_a_window_learns_that_it_cannot_be_loaded():
+    def fail(name, slices):
+        raise convert.InputError("broken")
+
+    windows = Windows(shapes={"x": (16,)}, limit=1 << 20)
+    for _ in range(2):
+        with pytest.raises(convert.InputError, match="broken"):
+            windows.read("x", (slice(0, 4),), 8, fail)
+
+
+def store_again(item, chunk_of):
+    """An item with other chunks, as a run on many devices saves it."""
+    with closing(open_checkpoint(item)) as reader:
+        for name, spec in reader.tensors.items():
+            stored = f"{reader.leaves[name].stored}/"
+            where = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{item}/", "path": stored}}
+            values = ts.open(where).result().read().result()
+            chunk = chunk_of(spec.shape)
+            layout = ts.ChunkLayout(read_chunk_shape=chunk, write_chunk_shape=chunk)
+            zstd = {"codecs": ["bytes", {"name": "zstd", "configuration": {"level": 1}}]}
+            again = ts.open(
+                where | {"metadata": zstd, "store_data_equal_to_fill_value": True},
+                create=True,
+                delete_existing=True,
+                dtype=values.dtype.name,
+                shape=spec.shape,
+                chunk_layout=layout,
+            ).result()
+            again.write(values).result()
+
+
+def cut(axis, parts):
+    """The chunks of an array whose dimension `axis` (or its last one) is cut."""
+
+    def chunk(shape):
+        at = min(axis, len(shape) - 1)
+        return tuple(max(1, -(-size // parts)) if i == at else size for i, size in enumerate(shape))
+
+    return chunk
+
+
+CHUNKS = {"experts": cut(0, 4), "rows": cut(2, 4), "columns": cut(3, 4), "one": lambda shape: shape}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The windows that are loaded."""
+    found, load = [], OrbaxReader._load_window
+
+    def noted(reader, name, slices):
+        found.append((name, slices))
+        return load(reader, name, slices)
+
+    monkeypatch.setattr(OrbaxReader, "_load_window", noted)
+    return found
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("scan_axis", [0, 1])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_stack_saved_on_many_devices_becomes_hugging_face_with_each_window_loaded_once(
+    name, scan_axis, streams, tmp_path, monkeypatch, loaded
+):
+    if streams:
+        monkeypatch.setattr("convert.orbax_budget.STREAM", 8)
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=8, layers=6)
+    convert.reformat(tmp_path / "in", tmp_path / "tree", to="orbax", scan_axis=scan_axis)
+    store_again(tmp_path / "tree" / "0" / "items", CHUNKS[name])
+    for jobs in (1, 4):
+        loaded.clear()
+        convert.reformat(tmp_path / "tree", tmp_path / str(jobs), to="hf", scan_axis=scan_axis, jobs=jobs)
+        assert {name.rpartition(".")[2] for name, _ in loaded} >= {"wi_0", "wi_1", "wo"}
+        assert len(loaded) == len(set(map(str, loaded)))
+        files = {file.name: file.read_bytes() for file in (tmp_path / "in").glob("*.safetensors")}
+        assert {file.name: file.read_bytes() for file in (tmp_path / str(jobs)).glob("*.safetensors")} == files
+
+
+def test_fused_experts_of_hugging_face_are_made_from_windows_of_both_halves(tmp_path, loaded):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=8, layers=6)
+    convert.reformat(tmp_path / "in", tmp_path / "tree", to="orbax")
+    store_again(tmp_path / "tree" / "0" / "items", CHUNKS["rows"])
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused", to="hf")
+    assert len(loaded) == len(set(map(str, loaded)))
+    convert.split(tmp_path / "fused", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 8
+    assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
