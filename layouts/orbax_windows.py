@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class _Held(NamedTuple):
 class Windows:
     """The windows of some arrays, by `shapes`; of what they hold, `limit` bytes stay, those that were used last."""
 
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     limit: int = 0
     _held: dict[_Key, _Held] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -134,15 +135,21 @@ CHUNKS = {"experts": cut(0, 4), "rows": cut(2, 4), "columns": cut(3, 4), "one": 
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """The windows that are loaded."""
-    found, load = [], OrbaxReader._load_window
+    """The windows that are loaded, and the blocks that are read without one."""
+    found, load = [], OrbaxReader._load
 
-    def noted(reader, name, slices):
-        found.append((name, slices))
-        return load(reader, name, slices)
+    def noted(reader, name, slices, some=0):
+        found.append((str(reader.path), name, str(slices), "window" if some else "block"))
+        return load(reader, name, slices, some)
 
-    monkeypatch.setattr(OrbaxReader, "_load_window", noted)
+    monkeypatch.setattr(OrbaxReader, "_load", noted)
     return found
+
+
+def often(loaded):
+    """How often each window was loaded, at most; experts that are read without one are not wanted."""
+    assert not [entry for entry in loaded if entry[-1] == "block" and ".wi" in entry[1] and "_bias" not in entry[1]]
+    return max(Counter(entry for entry in loaded if entry[-1] == "window").values())
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -159,8 +166,8 @@ def test_a_stack_saved_on_many_devices_becomes_hugging_face_with_each_window_loa
     for jobs in (1, 4):
         loaded.clear()
         convert.reformat(tmp_path / "tree", tmp_path / str(jobs), to="hf", scan_axis=scan_axis, jobs=jobs)
-        assert {name.rpartition(".")[2] for name, _ in loaded} >= {"wi_0", "wi_1", "wo"}
-        assert len(loaded) == len(set(map(str, loaded)))
+        assert {entry[1].rpartition(".")[2] for entry in loaded} >= {"wi_0", "wi_1", "wo"}
+        assert often(loaded) == 1
         files = {file.name: file.read_bytes() for file in (tmp_path / "in").glob("*.safetensors")}
         assert {file.name: file.read_bytes() for file in (tmp_path / str(jobs)).glob("*.safetensors")} == files
 
@@ -170,7 +177,53 @@ def test_fused_experts_of_hugging_face_are_made_from_windows_of_both_halves(tmp_
     convert.reformat(tmp_path / "in", tmp_path / "tree", to="orbax")
     store_again(tmp_path / "tree" / "0" / "items", CHUNKS["rows"])
     convert.prefuse(tmp_path / "tree", tmp_path / "fused", to="hf")
-    assert len(loaded) == len(set(map(str, loaded)))
+    assert often(loaded) == 1
     convert.split(tmp_path / "fused", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 8
     assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
+
+
+SMALL = 1 << 15
+"""For windows of 64 KB in all, which a stack of these does not fit into."""
+
+
+@pytest.mark.parametrize("part", [8, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_stacks_are_verified_with_each_window_loaded_once_for_bits_and_once_for_probes(
+    name, part, tmp_path, monkeypatch, loaded
+):
+    monkeypatch.setattr("convert.verifier.order.PART", part)
+    make_checkpoint(tmp_path / "hf", family="qwen3_moe", experts=8, layers=6)
+    convert.reformat(tmp_path / "hf", tmp_path / "tree", to="orbax")
+    store_again(tmp_path / "tree" / "0" / "items", CHUNKS[name])
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    for one, other in (("hf", "tree"), ("tree", "fused"), ("fused", "hf")):
+        for gemm in (False, True):
+            loaded.clear()
+            verdict = convert.verify(tmp_path / one, tmp_path / other, gemm=gemm)
+            assert verdict.equal
+            assert len(verdict.levels) == (6 if gemm else 2)
+            assert often(loaded) <= 1 + gemm
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_what_is_read_through_windows_is_compared(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.verifier.order.PART", SMALL)
+    make_checkpoint(tmp_path / "hf", family="qwen3_moe", experts=8, layers=6, values="normal")
+    for tree in ("tree", "damaged"):
+        convert.reformat(tmp_path / "hf", tmp_path / tree, to="orbax")
+    item = tmp_path / "damaged" / "0" / "items"
+    path = "params.params.decoder.layers.moe_block.wi_1/"
+    store = ts.open({"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{item}/", "path": path}}).result()
+    store[5, 4, 3, 2].write(store[5, 4, 3, 2].read().result() * -1).result()
+    for tree in ("tree", "damaged"):
+        store_again(tmp_path / tree / "0" / "items", CHUNKS[name])
+    verdict = convert.verify(tmp_path / "tree", tmp_path / "damaged")
+    failed = {level.name for level in verdict.levels if level.differences}
+    assert {"exact", "gemm"} <= failed <= {"exact", "identity", "gemm", "layer", "gradients"}
+    (difference,) = next(level.differences for level in verdict.levels if level.name == "exact")
+    assert "scanned 4, expert 5, up (wi_1): 1 of" in difference
+    across = convert.verify(tmp_path / "hf", tmp_path / "damaged", gemm=False)
+    assert [line.split()[0] for level in across.levels for line in level.differences] == [
+        "model.layers.4.mlp.experts.5.up_proj.weight"
+    ]

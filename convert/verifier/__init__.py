@@ -14,7 +14,8 @@ import xxhash
 from convert import manifest
 from convert.errors import InputError, PlanError
 from convert.execute import Progress, ignore
-from convert.verifier.logical import Block, Scope, blocks
+from convert.verifier.logical import Block, Scope, blocks, pair
+from convert.verifier.order import hold_experts
 from convert.verifier.verdict import Level, Verdict
 from layouts.candidates import record_of
 from layouts.checkpoint import Reader, open_checkpoint
@@ -71,7 +72,7 @@ def _alike(one: Reader, other: Reader, options: Options, report: Progress) -> It
 
     how = _how(one, other, options) if options.gemm else None
     (first, second), scope = _described(one, other, options), _scope(options)
-    left, right = _blocks((one, first), (other, second), scope=scope)
+    left, right = _held((one, first), (other, second), scope=scope, memory=options.memory)
     experts = exact.compare_experts(left, right, report, scope)
     yield experts
     yield exact.compare_others(one, other, first, second, report)
@@ -88,15 +89,15 @@ def _across(one: Reader, other: Reader, options: Options, report: Progress) -> I
 
     how = _how(one, other, options) if options.gemm else None
     both = _formats(one, other, options)
-    yield from compare_formats(both, report)
+    yield from compare_formats(both, options.memory, report)
     if how:
         from convert.verifier.across import layers_of
         from convert.verifier.gemm import compare_outputs
 
         scope = _scope(options)
-        yield from compare_outputs(
-            *layers_of(both, scope), scope, replace(how, config=both.config, one_router=True), (), report
-        )
+        left, right = layers_of(both, scope)
+        hold_experts(list(pair(left, right)), options.memory)
+        yield from compare_outputs(left, right, scope, replace(how, config=both.config, one_router=True), (), report)
 
 
 def _formats(one: Reader, other: Reader, options: Options) -> Formats:
@@ -120,10 +121,12 @@ def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
         if one.format != other.format:
             from convert.verifier.across import layers_of
 
-            left, right = layers_of(_formats(one, other, options), scope)
+            both = _formats(one, other, options)
+            left, right = layers_of(both, scope)
+            hold_experts(list(pair(left, right)), options.memory)
         else:
             first, second = _described(one, other, options)
-            left, right = _blocks((one, first), (other, second), scope=scope)
+            left, right = _held((one, first), (other, second), scope=scope, memory=options.memory)
         return measure(left, right, scope, how)
 
 
@@ -157,8 +160,11 @@ def _scope(options: Options) -> Scope:
     return Scope(layers=layers, experts=experts, tokens=options.tokens)
 
 
-def _blocks(*sides: tuple[Reader, Description], scope: Scope) -> list[dict[str, Block]]:
-    return [{key: block for key, block in blocks(*side).items() if scope.holds(block)} for side in sides]
+def _held(*sides: tuple[Reader, Description], scope: Scope, memory: int) -> list[dict[str, Block]]:
+    """The MoE layers that are compared, and both checkpoints ready to be read in their order."""
+    one, other = ({key: block for key, block in blocks(*side).items() if scope.holds(block)} for side in sides)
+    hold_experts(list(pair(one, other)), memory, [(reader, described.verbatim) for reader, described in sides])
+    return [one, other]
 
 
 def _how(one: Reader, other: Reader, options: Options) -> How:

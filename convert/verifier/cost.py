@@ -1,4 +1,4 @@
-"""What a verification will cost here: found by doing a little of it, on the first MoE layer."""
+"""What a verification will cost here: found by doing a little of it, on the first experts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from convert.execute import ignore
 from convert.verifier import exact
 from convert.verifier.logical import Block, Scope, pair
+from convert.verifier.order import NOWHERE, expert_place, experts_held
 from layouts.checkpoint import itemsize
 
 if TYPE_CHECKING:
@@ -35,33 +36,41 @@ class Cost:
         return (
             f"experts  {self.experts} in {self.layers} MoE layers, {self.nbytes / 1e9:.2f} GB in each checkpoint\n"
             f"probes   {self.flop:.1e} FLOP; several times that where ragged_dot is a masked dense product (CPU)\n"
-            f"time     about {seconds} here, by {self.timed} experts of the first layer; other tensors at the speed of the disk"
+            f"time     about {seconds} here, by {self.timed} of the first experts; other tensors at the speed of the disk"
         )
 
 
 def measure(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> Cost:
-    """Try the first experts of the first layer, and multiply."""
+    """Try the first experts of the first layer, and of those that are decoded with it, and multiply."""
     pairs = [one for one, _ in pair(a, b)]
     experts = [len(scope.of(range(one.experts))) for one in pairs]
     nbytes = sum(count * _nbytes(one) for count, one in zip(experts, pairs, strict=True))
     flop = sum(count * _flop(one, scope, how) for count, one in zip(experts, pairs, strict=True)) if how else 0.0
     if not pairs:
         return Cost(layers=0, experts=0, nbytes=0, flop=0, seconds=0, timed=0)
-    key = next(key for key in a if key in b)
-    seconds, timed = _try({key: a[key]}, {key: b[key]}, scope, how)
-    each = nbytes / sum(experts) / _nbytes(a[key])  # how much larger than those of the first layer they are on average
+    seconds, timed = _try(*_first(a, b), scope, how)
+    each = nbytes / sum(experts) / _nbytes(pairs[0])  # how much larger than those of the first layer they are on average
     return Cost(
         layers=len(pairs), experts=sum(experts), nbytes=nbytes, flop=flop, seconds=seconds * each * sum(experts), timed=timed
     )
 
 
+def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Block], dict[str, Block]]:
+    """The first layer, with those whose first experts are decoded together with its own."""
+    keys = [key for key in a if key in b]
+    places = {key: [expert_place(side[key], 0) for side in (a, b)] for key in keys}
+    alike = [key for key in keys if places[key] == places[keys[0]]] if places[keys[0]] != [NOWHERE] * 2 else keys[:1]
+    return {key: a[key] for key in alike}, {key: b[key] for key in alike}
+
+
 def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> tuple[float, int]:
-    """Seconds for an expert, and how many were tried."""
+    """Seconds for an expert, and how many were tried: of all these layers by their bits, of some through the probes."""
     from convert.verifier.gemm import compare_outputs, experts_per_call
 
-    (sides,) = pair(a, b)
-    count = experts_per_call(sides, how) if how else 8
-    chosen = scope.of(range(sides[0].experts))[: CALLS * count]
+    pairs = list(pair(a, b))
+    count = experts_per_call(pairs[0], how) if how else 8
+    held = min(map(experts_held, pairs[0]))
+    chosen = scope.of(range(pairs[0][0].experts))[: min(CALLS * count, held)]
     narrow = Scope(experts=frozenset(chosen), tokens=scope.tokens)
     ticks: list[float] = []
 
@@ -70,11 +79,13 @@ def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How 
 
     tick(0)
     exact.compare_experts(a, b, ignore, narrow)
-    seconds = (time.perf_counter() - ticks[0]) / len(chosen)
+    seconds = (time.perf_counter() - ticks[0]) / (len(chosen) * len(pairs))
     if how:
-        compare_outputs(a, b, narrow, how, progress=tick)
-        seconds += (ticks[-1] - ticks[-2]) / count
-    return seconds, len(chosen)
+        seconds *= 2 if len(pairs) > 1 else 1  # windows are loaded once more
+        some = list(a)[:CALLS]
+        compare_outputs({key: a[key] for key in some}, {key: b[key] for key in some}, narrow, how, progress=tick)
+        seconds += (ticks[-1] - ticks[-2]) / min(count, held)
+    return seconds, len(chosen) * len(pairs)
 
 
 def _nbytes(block: Block) -> int:

@@ -10,27 +10,24 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from convert.verifier.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
+from convert.verifier.order import STRIP, by_place, expert_place
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
 from layouts.describe import Description, identity
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""
-STRIP = 4 << 20
-"""Elements of a tensor compared at a time."""
 
 
 def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None], scope: Scope) -> Level:
     """Compare every expert of every MoE layer; differences name layer, expert and projection."""
     differences = unlike(a, b)
-    layers = experts = 0
-    companions: set[str] = set()
-    for one, other in pair(a, b):
-        chosen = scope.of(range(one.experts))
-        layers, experts = layers + 1, max(experts, len(chosen))
-        companions |= {part for _, part in one.groups if part}
-        for e in chosen:
-            differences.extend(_compare_expert(one, other, e, progress))
+    pairs = list(pair(a, b))
+    chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].experts))]
+    for (one, other), e in by_place((item, [expert_place(side, item[1]) for side in item[0]]) for item in chosen):
+        differences.extend(_compare_expert(one, other, e, progress))
+    layers, experts = len(pairs), max((len(scope.of(range(one.experts))) for one, _ in pairs), default=0)
+    companions = {part for one, _ in pairs for _, part in one.groups if part}
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(
         name="exact",

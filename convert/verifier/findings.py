@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.verifier import probes
-from convert.verifier.logical import Block
+from convert.verifier.logical import Block, Sides
 from convert.verifier.operands import Weights
 from convert.verifier.probes import Distance, Setting, distance
 from convert.verifier.verdict import Level
@@ -19,7 +19,6 @@ from convert.verifier.whole import Routed, add_experts
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-Sides = tuple[Block, Block]
 Loaded = tuple[Weights, Weights]
 
 
@@ -33,7 +32,7 @@ class Findings:
     errors: dict[str, list[float]] = field(default_factory=dict)
     worst: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
-    outputs: list[NDArray[Any]] = field(default_factory=list)
+    outputs: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
     def probe(self, sides: Sides, loaded: Loaded, wanted: Mapping[str, NDArray[Any]], experts: range, ends: bool) -> None:
         """Run the probes that look at some experts; the gradients only at the `ends`."""
@@ -65,19 +64,19 @@ class Findings:
             which = f"{block.label}, experts {', '.join(map(str, bad))}"
             self._add("mesh", [f"{which}: many devices and one differ"] if len(bad) else [], found)
 
-    def begin(self, to: Sequence[Routed]) -> None:
+    def begin(self, block: Block, to: Sequence[Routed]) -> None:
         """The outputs of a whole layer are summed up from here on."""
-        self.outputs = [np.zeros_like(each.x) for each in to]
+        self.outputs[block.label] = [np.zeros_like(each.x) for each in to]
 
-    def add(self, to: Sequence[Routed], loaded: Loaded, experts: range) -> None:
+    def add(self, block: Block, to: Sequence[Routed], loaded: Loaded, experts: range) -> None:
         """Add what some experts give to the output of the whole layer, in both checkpoints."""
-        for out, each, weights in zip(self.outputs, to, loaded, strict=True):
+        for out, each, weights in zip(self.outputs[block.label], to, loaded, strict=True):
             add_experts(out, each, weights, experts, self.setting)
 
     def end(self, block: Block) -> None:
         """Compare the outputs of a whole layer."""
         sums = sum(block.groups["wi", ""].total(axis) for axis in "kn")
-        found = distance(self.outputs[0], self.outputs[1], terms=sums)
+        found = distance(*self.outputs.pop(block.label), terms=sums)
         most = found.relative.max(initial=0)
         bad = f"{block.label}: outputs of the whole MoE layer differ, by {most:.1e} of their norm"
         self._add("layer", [bad] if found.unequal.any() else [], found)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
 
 from convert.cross_pairs import Pair, names_of
 from convert.verifier.across import Formats
+from convert.verifier.order import by_place, hold, place_of
 from convert.verifier.verdict import Level
-from layouts.checkpoint import Reader
+from layouts.checkpoint import Reader, TensorSpec
 from layouts.layout import ROLES
 from layouts.maxtext import ROOT
 
@@ -24,14 +25,14 @@ _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
 
 
-def compare_formats(both: Formats, progress: Callable[[int], None]) -> tuple[Level, ...]:
+def compare_formats(both: Formats, memory: int, progress: Callable[[int], None]) -> tuple[Level, ...]:
     """Every tensor of the model on both sides, bit for bit; what is on one side only is a difference."""
     hf, tree = both.hf, both.tree
     differences: dict[bool, list[str]] = {True: [], False: []}
     seen: tuple[set[str], set[str]] = (set(), set())
     for pair in both.pairs:
         seen[1].update(names_of(pair))
-        for index, name in _hf_names(pair):
+        for index, name in _in_order(both, pair, memory):
             seen[0].add(name)
             differences[pair.role in ROLES] += _compare(hf, tree, pair, index, name, progress)
     differences[False] += [f"{name} is only in {hf.path}" for name in hf.tensors if name not in seen[0]]
@@ -54,6 +55,29 @@ def _hf_names(pair: Pair) -> Iterator[tuple[dict[str, int], str]]:
         yield index, key.render(index)
 
 
+def _in_order(both: Formats, pair: Pair, memory: int) -> list[tuple[dict[str, int], str]]:
+    """The tensors of a kind in the order in which the tree is read, through windows of its arrays."""
+    halves = ({"g": 0}, {"g": 1}) if "g" in pair.target.pattern.axes else ({},)
+    parts: list[tuple[tuple[dict[str, int], str], list[_Part]]] = []
+    for index, name in _hf_names(pair):
+        spec = both.hf.tensors.get(name)
+        strips = {axis: spans[0] for axis, spans in _strips(pair, spec).items()} if spec else {}
+        found = [_located(both.tree, pair, {**index, **half}, strips) for half in halves]
+        parts.append(((index, name), [part for part in found if part]))
+    units = {part.name: [p.stop - p.start for p in part.slices] for _, found in parts for part in found}
+    hold(both.tree, units, len(halves), memory)
+    return by_place((item, [place_of(both.tree, part.name, part.slices) for part in found]) for item, found in parts)
+
+
+def _strips(pair: Pair, spec: TensorSpec) -> dict[str, list[range]]:
+    """How the first axis of a tensor of Hugging Face is cut; one that is small, or has other axes within, is not."""
+    first, rows = pair.target.pattern.tokens[0], spec.shape[0] if spec.shape else 1
+    if spec.nbytes <= _LARGE or not first.isalpha() or first in ("e", "d"):
+        return {}
+    step = max(1, rows * _LARGE // spec.nbytes)
+    return {first: [range(start, min(start + step, rows)) for start in range(0, rows, step)]}
+
+
 def _compare(
     hf: Reader,
     tree: Reader,
@@ -67,14 +91,13 @@ def _compare(
         yield f"{name} is not in {hf.path}"
         return
     spec = hf.tensors[name]
-    first, rows = pair.target.pattern.tokens[0], spec.shape[0] if spec.shape else 1
-    step = max(1, rows * _LARGE // max(_LARGE, spec.nbytes)) if first.isalpha() and first not in ("e", "d") else rows
-    for start in range(0, rows, step):
-        strip = range(start, min(start + step, rows))
-        slices = tuple(slice(strip.start, strip.stop) if at == 0 else slice(None) for at in range(len(spec.shape)))
+    cut = [{axis: span} for axis, spans in _strips(pair, spec).items() for span in spans] or [{}]
+    for strip in cut:
+        rows = [slice(span.start, span.stop) for span in strip.values()]
+        slices = (*rows, *[slice(None)] * (len(spec.shape) - len(rows)))
         block = hf.read(name, slices)
         for g, part in _projections(pair, index, block):
-            other = _other(tree, pair, {**index, **g}, {first: strip} if step < rows else {})
+            other = _other(tree, pair, {**index, **g}, strip)
             if other is None or part.dtype != other.dtype or not np.array_equal(part, other):
                 yield f"{name} differs from {pair.source.key.render({'l': 0, **index, **g})}"
                 return
@@ -94,7 +117,15 @@ def _projections(pair: Pair, index: Mapping[str, int], block: Any) -> Iterator[t
     yield from (({"g": g}, both[g]) for g in (0, 1))
 
 
-def _other(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[str, range]) -> Any:
+class _Part(NamedTuple):
+    """A part of MaxText's array, and the dimensions that only say which."""
+
+    name: str
+    slices: tuple[slice, ...]
+    dropped: tuple[int, ...]
+
+
+def _located(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[str, range]) -> _Part | None:
     """The part of MaxText's array at this index; halves of a fused `wi` are cut as its model cuts them."""
     name = pair.source.key.render(index)
     if name not in tree.tensors:
@@ -110,6 +141,13 @@ def _other(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[s
         else:
             span = strips.get(axes[0], range(size))
             slices.append(slice(span.start, span.stop))
-    block = tree.read(name, tuple(slices))
-    tree.release(name, tuple(slices))
-    return block.squeeze(tuple(dropped))
+    return _Part(name, tuple(slices), tuple(dropped))
+
+
+def _other(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[str, range]) -> Any:
+    part = _located(tree, pair, index, strips)
+    if part is None:
+        return None
+    block = tree.read(part.name, part.slices)
+    tree.release(part.name, part.slices)
+    return block.squeeze(part.dropped)

@@ -6,15 +6,17 @@ them are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from convert.execute import Progress, ignore
 from convert.verifier.backends import BACKENDS, DEFAULT, Backend
-from convert.verifier.findings import Findings, Sides
-from convert.verifier.logical import Block, Scope, pair
+from convert.verifier.findings import Findings
+from convert.verifier.logical import Block, Scope, Sides, pair
 from convert.verifier.operands import can_run, form_of, load
+from convert.verifier.order import by_place, expert_place, experts_held
 from convert.verifier.probes import ONE_HOT, Setting, rows_of, stored
 from convert.verifier.routing import activation_of, routing_of
 from convert.verifier.verdict import Level
@@ -62,11 +64,7 @@ def compare_outputs(
     ]
     pairs = list(pair(a, b))
     runnable = [sides for sides in pairs if all(map(can_run, sides)) and sides[0].label not in broken]
-    routers: list[Routed] = []
-    for number, sides in enumerate(runnable):
-        to = _routed(sides, scope, how)
-        routers += to
-        _probe_layer(sides, to, scope, how, found, number in (0, len(runnable) - 1), progress)
+    routers = _probe_all(runnable, scope, how, found, progress)
     left = len(pairs) - len(runnable)
     if not runnable:
         return (Level(name="gemm", covered=f"no grouped GEMM: {left} layers were compared by their bits only"),)
@@ -85,31 +83,48 @@ def _routed(sides: Sides, scope: Scope, how: How) -> list[Routed]:
     return to * (len(sides) // len(to))
 
 
-def _probe_layer(
-    sides: Sides, to: Sequence[Routed], scope: Scope, how: How, found: Sequence[Findings], ends: bool, progress: Progress
-) -> None:
-    one, other = sides
-    for each in found:
-        each.begin(to)
-    for experts in _chunks(one.experts, experts_per_call(sides, how)):
-        if not scope.of(experts):
-            continue
-        loaded = load(one, experts), load(other, experts)
-        wanted = stored(one, experts, rows_of(one, scope.tokens))
-        for each in found:
-            each.probe(sides, loaded, wanted, experts, ends)
-            each.add(to, loaded, experts)
-        ends = False  # gradients of the first experts are enough, and cost most
+def _probe_all(
+    runnable: Sequence[Sides], scope: Scope, how: How, found: Sequence[Findings], progress: Progress
+) -> frozenset[str]:
+    """Run the probes, and give what routers there were. A layer is begun and ended as its experts come up."""
+    every = [(sides, experts) for sides in runnable for experts in _calls(sides, how) if scope.of(experts)]
+    calls = by_place((call, [expert_place(side, call[1].start) for side in call[0]]) for call in every)
+    left = Counter(sides[0].label for sides, _ in calls)
+    ends = {sides[0].label for sides in (*runnable[:1], *runnable[-1:])}
+    routers: set[str] = set()
+    begun: dict[str, list[Routed]] = {}
+    for sides, experts in calls:
+        one, label = sides[0], sides[0].label
+        if label not in begun:
+            begun[label] = _routed(sides, scope, how)
+            routers |= {to.router for to in begun[label]}
+            for each in found:
+                each.begin(one, begun[label])
+        _probe(sides, begun[label], experts, scope, found, label in ends)
+        ends.discard(label)  # gradients of the first experts are enough, and cost most
         progress(len(experts) * values(one) * 2)
+        left[label] -= 1
+        if not left[label]:
+            del begun[label]
+            for each in found:
+                each.end(one)
+    return frozenset(routers)
+
+
+def _probe(sides: Sides, to: Sequence[Routed], experts: range, scope: Scope, found: Sequence[Findings], ends: bool) -> None:
+    one, other = sides
+    loaded = load(one, experts), load(other, experts)
+    wanted = stored(one, experts, rows_of(one, scope.tokens))
     for each in found:
-        each.end(one)
+        each.probe(sides, loaded, wanted, experts, ends)
+        each.add(one, to, loaded, experts)
 
 
-def _covered(runnable: Sequence[Sides], how: How, routers: Sequence[Routed], setting: Setting) -> dict[str, str]:
+def _covered(runnable: Sequence[Sides], how: How, routers: Collection[str], setting: Setting) -> dict[str, str]:
     """What each level looks at, in words."""
     forms = sorted({f"'{form_of(one)}' against '{form_of(other)}'" for one, other in runnable})
     routings = sorted({str(routing_of(how.config, one.experts)) for one, _ in runnable})
-    drawn = " and ".join(sorted({each.router for each in routers}))
+    drawn = " and ".join(sorted(routers))
     shape = dict(how.mesh.shape) if how.mesh else {}
     return {
         "identity": f"{ONE_HOT * setting.tokens} one-hot tokens for each expert and projection read its weights back exactly",
@@ -134,6 +149,11 @@ def values(block: Block) -> int:
     return 3 * k * n
 
 
-def _chunks(experts: int, each: int) -> Iterator[range]:
-    for start in range(0, experts, each):
-        yield range(start, min(start + each, experts))
+def _calls(sides: Sides, how: How) -> Iterator[range]:
+    """The experts of each call: no more than a window holds, in calls of about the same size."""
+    ways = how.mesh.shape["expert"] if how.mesh else 1
+    step, held = experts_per_call(sides, how), max(ways, min(map(experts_held, sides)))
+    each = -(-held // -(-held // step)) if held < sides[0].experts else step
+    for start in range(0, sides[0].experts, held):
+        stop = min(start + held, sides[0].experts)
+        yield from (range(first, min(first + each, stop)) for first in range(start, stop, each))

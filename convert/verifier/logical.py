@@ -63,6 +63,10 @@ class Block:
         return self.groups.get((role, ""))
 
 
+Sides = tuple[Block, Block]
+"""A layer of one checkpoint and the same of another."""
+
+
 def blocks(reader: Reader, description: Description) -> dict[str, Block]:
     """Every MoE layer by a key that does not depend on the layout: where it is, and its place in a stack of layers."""
     found: dict[tuple[Any, Any], dict[Kind, Group]] = {}
@@ -135,13 +139,31 @@ def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
     return np.stack([read(0), read(1)]) if "g" in group.placed.key.slots else read(0)
 
 
-def slab(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> tuple[NDArray[Any], list[list[Axis]]]:
-    """The stored tensor for some experts and one layer of the stack: its bits, and the axes of each of its dimensions."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """Where some experts of one layer are: slices of a stored tensor, and the axes of each dimension that is kept."""
+
+    name: str
+    slices: tuple[slice, ...]
+    dropped: tuple[int, ...]
+    dims: list[list[Axis]]
+    axes: tuple[str, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the slices."""
+        return [part.stop - part.start for part in self.slices]
+
+
+def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> Slab:
+    """The part of a stored tensor that holds some experts and one layer of the stack."""
     group = block.groups[kind]
-    sizes = {**group.sizes, "e": group.sizes["e"]}
-    slices, dropped, kept = [], [], []
-    for position, dimension in enumerate(dimensions(group.placed.pattern.text, sizes)):
+    name = group.placed.key.render({**group.index, **at})
+    slices, dropped, kept, axes = [], [], [], []
+    stored = dimensions(group.placed.pattern.text, group.sizes)
+    for position, (dimension, length) in enumerate(zip(stored, block.reader.tensors[name].shape, strict=True)):
         first, inner = dimension[0], dimension[1:]
+        axes.append(first.name)
         if first.name in block.scan:
             dropped.append(position)
             slices.append(slice(block.scan[first.name], block.scan[first.name] + 1))
@@ -151,9 +173,14 @@ def slab(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> tup
             slices.append(slice(experts.start * rows, experts.stop * rows))
             dimension = [Axis(name="e", size=len(experts), stored=len(experts), reverse=False), *inner]
         else:
-            slices.append(slice(None))
+            slices.append(slice(0, length))
         kept.append(dimension)
-    name = group.placed.key.render({**group.index, **at})
-    data = block.reader.read(name, tuple(slices)).copy(order="C")
-    block.reader.release(name, tuple(slices))
-    return data.squeeze(tuple(dropped)), kept
+    return Slab(name=name, slices=tuple(slices), dropped=tuple(dropped), dims=kept, axes=tuple(axes))
+
+
+def slab(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> tuple[NDArray[Any], list[list[Axis]]]:
+    """The stored tensor for some experts and one layer of the stack: its bits, and the axes of each of its dimensions."""
+    found = located(block, kind, at, experts)
+    data = block.reader.read(found.name, found.slices).copy(order="C")
+    block.reader.release(found.name, found.slices)
+    return data.squeeze(found.dropped), found.dims

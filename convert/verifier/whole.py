@@ -6,6 +6,7 @@ which tokens, and is compared with the other tensors.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,13 @@ class Routed:
 
 def tokens_for(block: Block, times: int = 1) -> NDArray[Any]:
     """Random tokens (T, K), `times` the usual number."""
-    k = block.groups["wi", ""].total("k")
-    return np.random.default_rng([block.experts, k]).standard_normal((TOKENS * times, k), np.float32)
+    return _tokens(block.experts, block.groups["wi", ""].total("k"), TOKENS * times)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokens(experts: int, k: int, count: int) -> NDArray[Any]:
+    """Those of many layers at a time are the same ones, in memory once."""
+    return np.random.default_rng([experts, k]).standard_normal((count, k), np.float32)
 
 
 def routed(block: Block, routing: Routing, x: NDArray[Any]) -> Routed:
