@@ -97,9 +97,8 @@ _GPT_OSS_ROWS = (
 def _next_rows(*, full: bool) -> tuple[Row, ...]:
     """Qwen3-Next: every fourth layer has full attention, the others a gated delta net."""
     attention = (
-        Row(
-            "self_attn.q_proj.weight", "(h q) k", "attention.attention.query.kernel", "k h q"
-        ),  # with a gate: two for each head
+        # With a gate: two for each head.
+        Row("self_attn.q_proj.weight", "(h q) k", "attention.attention.query.kernel", "k h q"),
         *_attention("attention.attention")[1:3],
         Row("self_attn.o_proj.weight", "k q", "attention.attention.out.kernel", "q k"),
         Row("self_attn.q_norm.weight", "d", "attention.attention.query_norm.scale", "d"),
@@ -232,9 +231,7 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
     "qwen3_next": (
         Tree(stacks=tuple(_next_stacks())),
-        Tree(
-            stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(full=slot == 3), word="layer") for slot in range(4)),
-        ),
+        Tree(stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(full=slot == 3), word="layer") for slot in range(4))),
     ),
     "llama4": (
         Tree(
