@@ -20,7 +20,7 @@ from convert.errors import UsageError
 from convert.malloc import KEPT
 from convert.orbax_keep import keep
 from convert.planner import Plan
-from convert.reading import plan_windows
+from convert.reading import one_for_each_source, plan_windows
 from convert.targets import Target
 from layouts.checkpoint import Reader, itemsize
 from layouts.orbax import OrbaxReader, ReadLimits
@@ -121,8 +121,9 @@ def _windowed(settings: Sequence[OrbaxBudget], plan: Plan, reader: Reader, memor
     if plan.format != "hf" or not isinstance(reader, OrbaxReader):
         yield from settings
         return
+    targets = one_for_each_source(plan.targets)
     for part, budget in itertools.product(_PARTS, settings):
-        windows = plan_windows(plan.targets, reader, budget.box, memory // part)
+        windows = plan_windows(targets, reader, budget.box, memory // part)
         yield replace(budget, windows=windows if windows.shapes else Windows())
 
 

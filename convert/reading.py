@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from convert.targets import Target
+from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, itemsize
 from layouts.orbax import OrbaxReader
 from layouts.orbax_windows import Slices, Windows, window_shape
@@ -17,20 +17,24 @@ def plan_windows(targets: Iterable[Target], reader: OrbaxReader, strip: int, lim
     There is room for two of each array that a target is made from, because some workers are still at the last one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    seen: set[str] = set()
     for target in targets:
-        whole = target.target.pattern.whole(target.sizes)
-        if not target.spec.nbytes or next(target.pieces(whole)).source in seen:
-            continue
         width = itemsize(target.spec.dtype)
-        units, reads = _blocks(target, whole), _blocks(target, _first_strip(target, max(1, strip // width)))
+        units = _blocks(target, target.target.pattern.whole(target.sizes))
+        reads = _blocks(target, next(iter(target.target.pattern.strips(target.sizes, max(1, strip // width)))))
         for name, unit in units.items():
-            seen.add(name)
             read = reads.get(name, unit)
             shape, chunk, room = reader.tensors[name].shape, reader.chunks[name], limit // width // (2 * len(units))
             if found := window_shape(shape, chunk, _lengths(unit), _lengths(read), room):
                 shapes[name] = found
     return Windows(shapes=shapes, limit=limit)
+
+
+def one_for_each_source(targets: Iterable[Target]) -> list[Target]:
+    """A target for each array that is the first source of some: the others are made from it in the same way."""
+    found: dict[str, Target] = {}
+    for target in (target for target in targets if target.spec.nbytes):
+        found.setdefault(_first_piece(target).source, target)
+    return list(found.values())
 
 
 def in_order(targets: Sequence[Target], reader: Reader) -> list[Target]:
@@ -42,7 +46,7 @@ def in_order(targets: Sequence[Target], reader: Reader) -> list[Target]:
     def place(target: Target) -> tuple[int, tuple[int, ...]]:
         if not target.spec.nbytes:
             return -1, ()
-        piece = next(target.pieces(target.target.pattern.whole(target.sizes)))
+        piece = _first_piece(target)
         slices = target.source.pattern.window(target.source_sizes, piece.source_box).slices
         number = windows.number(piece.source, slices)
         return (order[piece.source], number) if number else (-1, ())
@@ -50,8 +54,8 @@ def in_order(targets: Sequence[Target], reader: Reader) -> list[Target]:
     return sorted(targets, key=place)
 
 
-def _first_strip(target: Target, elements: int) -> Box:
-    return next(iter(target.target.pattern.strips(target.sizes, elements)))
+def _first_piece(target: Target) -> Piece:
+    return next(target.pieces(target.target.pattern.whole(target.sizes)))
 
 
 def _blocks(target: Target, box: Box) -> dict[str, Slices]:
