@@ -10,13 +10,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import convert
 from convert.cli import main
+from scripts.make_checkpoint import make_checkpoint
+from tests.stores import cut, store_again
 
 CHILD = """
-import sys, convert, convert.orbax_keep
+import sys, convert, convert.orbax_budget, convert.orbax_keep, convert.write_orbax
+convert.orbax_budget.GRAIN, convert.write_orbax.SYNC = {grain}, {grain} << 10
 if {anew}:
     convert.orbax_keep._is_one = lambda reader, name: True
-convert.{action}(sys.argv[1], sys.argv[2], memory=int(sys.argv[3]) << 20, jobs=2)
+convert.{action}(sys.argv[1], sys.argv[2], memory=int(sys.argv[3]) << 20, jobs=2, **{others})
 assert not {{"jax", "orbax"}} & set(sys.modules)
 print(next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -40,8 +44,9 @@ def make(path, *, layers, embed, mlp, experts=8, chunk=None, zarr3=True):
     return path
 
 
-def peak(action, source, out, memory, anew):
-    command = [sys.executable, "-c", CHILD.format(action=action, anew=anew), str(source), str(out), str(memory)]
+def peak(action, source, out, memory, anew=False, grain=1 << 20, **others):
+    child = CHILD.format(action=action, anew=anew, grain=grain, others=others)
+    command = [sys.executable, "-c", child, str(source), str(out), str(memory)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     return int(done.stdout)
@@ -73,6 +78,25 @@ def test_a_leaf_of_one_chunk_is_never_decoded_whole(tmp_path):
 @pytest.mark.slow
 def test_a_leaf_of_one_gigabyte_chunk(tmp_path):
     check(tmp_path, 256, layers=8, embed=2048, mlp=4096)
+
+
+@pytest.mark.parametrize("axis", [pytest.param(0, id="experts", marks=pytest.mark.slow), pytest.param(2, id="rows")])
+def test_stacks_that_were_saved_on_many_devices_become_hugging_face(axis, tmp_path):
+    make_checkpoint(tmp_path / "hf", family="qwen3_moe", experts=16, layers=16, embed=512, mlp=512, values="normal")
+    convert.reformat(tmp_path / "hf", tmp_path / "tree", to="orbax")
+    store_again(tmp_path / "tree" / "0" / "items", cut(axis, 16))
+    memory = 320
+    found = peak("reformat", tmp_path / "tree", tmp_path / "out", memory, to="hf")
+    assert found < memory, "where the tree has 400 MB"
+
+
+@pytest.mark.slow
+def test_names_of_300_000_chunks(tmp_path):
+    source = make(tmp_path / "in", layers=24, embed=512, mlp=1024)  # 600 MB
+    peak("prefuse", source, tmp_path / "out", 2048, anew=True, grain=1 << 11)
+    assert peak("split", tmp_path / "out", tmp_path / "back", 256, grain=1 << 11) < 180, (
+        "in which all names would take 280 more"
+    )
 
 
 def test_the_plan_prints_the_bound_and_says_what_is_too_little(tmp_path, capsys):

@@ -5,17 +5,16 @@ import math
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 import numpy as np
 import pytest
 import tensorstore as ts
 
 import convert
-from layouts.checkpoint import open_checkpoint
 from layouts.orbax import OrbaxReader
 from layouts.orbax_windows import Windows, window_shape
 from scripts.make_checkpoint import make_checkpoint
+from tests.stores import cut, store_again
 
 RANDOM = np.random.default_rng(0)
 SHAPE = (8, 6, 20, 12)
@@ -97,37 +96,6 @@ def test_who_waits_for_a_window_learns_that_it_cannot_be_loaded():
     for _ in range(2):
         with pytest.raises(convert.InputError, match="broken"):
             windows.read("x", (slice(0, 4),), 8, fail)
-
-
-def store_again(item, chunk_of):
-    """An item with other chunks, as a run on many devices saves it."""
-    with closing(open_checkpoint(item)) as reader:
-        for name, spec in reader.tensors.items():
-            stored = f"{reader.leaves[name].stored}/"
-            where = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{item}/", "path": stored}}
-            values = ts.open(where).result().read().result()
-            chunk = chunk_of(spec.shape)
-            layout = ts.ChunkLayout(read_chunk_shape=chunk, write_chunk_shape=chunk)
-            zstd = {"codecs": ["bytes", {"name": "zstd", "configuration": {"level": 1}}]}
-            again = ts.open(
-                where | {"metadata": zstd, "store_data_equal_to_fill_value": True},
-                create=True,
-                delete_existing=True,
-                dtype=values.dtype.name,
-                shape=spec.shape,
-                chunk_layout=layout,
-            ).result()
-            again.write(values).result()
-
-
-def cut(axis, parts):
-    """The chunks of an array whose dimension `axis` (or its last one) is cut."""
-
-    def chunk(shape):
-        at = min(axis, len(shape) - 1)
-        return tuple(max(1, -(-size // parts)) if i == at else size for i, size in enumerate(shape))
-
-    return chunk
 
 
 CHUNKS = {"experts": cut(0, 4), "rows": cut(2, 4), "columns": cut(3, 4), "one": lambda shape: shape}
