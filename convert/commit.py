@@ -6,7 +6,6 @@ run leaves the staging directory, and the same command takes it up again. It hol
     new/               the output to be
     .convert_journal   one JSON object per line: first the identity of new/, then the digests of finished tensors
     .convert_journal-3 the same of a process that helps the first one, without the first line
-
     .convert_way       how Orbax arrays are written; with other memory it may be another way
 
 The journal stands beside `new/`, not in it, so that nothing is left to do to the output once it is shown; and it knows the

@@ -22,7 +22,7 @@ from convert.direct import Output, Scratch
 from convert.manifest import SOURCE
 from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, itemsize
-from layouts.describe import identity
+from layouts.describe import strips
 from layouts.pattern import Box, Pattern
 
 Extent = Callable[[str], tuple[int, int]]
@@ -150,9 +150,8 @@ def _assemble(target: Target, box: Box, worker: Worker, output: Output, offset: 
 def _digest(reader: Reader, name: str) -> str:
     """Hash a source tensor; a small one stays in memory, because its copy comes next."""
     spec = reader.tensors[name]
-    pattern, digest = identity(len(spec.shape)), xxhash.xxh3_128()
-    for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), SLAB // itemsize(spec.dtype)):
-        slices = tuple(slice(span.start, span.stop) for span in box.values())
+    digest = xxhash.xxh3_128()
+    for slices in strips(spec.shape, SLAB // itemsize(spec.dtype)):
         digest.update(reader.read(name, slices).reshape(-1).view(np.uint8).data)
         if spec.nbytes > SLAB // 2:
             reader.release(name, slices)

@@ -11,7 +11,7 @@ from convert.targets import OTHER
 from layouts.errors import PlanError
 from layouts.families import Family
 from layouts.layout import Layout, Layouts, Placed
-from layouts.maxtext import HEADS, ROOT, Row, Stack, Tree, numbered
+from layouts.maxtext import HEADS, LAYERS, ROOT, Row, Stack, Tree, numbered
 from layouts.maxtext_trees import COMPUTED, TREES
 from layouts.parts import PARTS, companion, is_in_first, takes
 from layouts.pattern import Pattern
@@ -96,7 +96,7 @@ def _pairs(tree: Tree, sides: Sides, config: Mapping[str, Any], wrapped: str) ->
         single = f"{ROOT}{stack.scanned if scan else stack.single}."
         layer = wrapped + _layer(stack, config)
         counts = {**heads, "l": count, **({"p": stack.run} if stack.run > 1 else {})}
-        axes = tuple(axis for axis in "lp" if axis in counts) if scan else ()
+        axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
         for row in stack.rows:
             yield _pair(sides, _of_row(row, layer, single), scan=axes, optional=row.optional, counts=counts)
         if stack.experts:

@@ -123,8 +123,7 @@ def _windowed(settings: Sequence[OrbaxBudget], plan: Plan, reader: Reader, memor
         return
     targets = one_for_each_source(plan.targets)
     for part, budget in itertools.product(_PARTS, settings):
-        windows = plan_windows(targets, reader, budget.box, memory // part)
-        yield replace(budget, windows=windows if windows.shapes else Windows())
+        yield replace(budget, windows=plan_windows(targets, reader, budget.box, memory // part))
 
 
 def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:

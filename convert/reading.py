@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from convert.targets import Piece, Target
 from layouts.checkpoint import Reader, itemsize
 from layouts.orbax import OrbaxReader
-from layouts.orbax_windows import Slices, Windows, window_shape
+from layouts.orbax_windows import Slices, Windows, lengths, window_shape
 from layouts.pattern import Box
 
 
@@ -24,9 +24,9 @@ def plan_windows(targets: Iterable[Target], reader: OrbaxReader, strip: int, lim
         for name, unit in units.items():
             read = reads.get(name, unit)
             shape, chunk, room = reader.tensors[name].shape, reader.chunks[name], limit // width // (2 * len(units))
-            if found := window_shape(shape, chunk, _lengths(unit), _lengths(read), room):
+            if found := window_shape(shape, chunk, lengths(unit), lengths(read), room):
                 shapes[name] = found
-    return Windows(shapes=shapes, limit=limit)
+    return Windows(shapes=shapes, limit=limit if shapes else 0)
 
 
 def one_for_each_source(targets: Iterable[Target]) -> list[Target]:
@@ -68,7 +68,3 @@ def _blocks(target: Target, box: Box) -> dict[str, Slices]:
             slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(have, slices, strict=True)
         )
     return found
-
-
-def _lengths(block: Slices) -> list[int]:
-    return [part.stop - part.start for part in block]

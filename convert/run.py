@@ -98,8 +98,7 @@ def _convert(
         check_output(origin, target, overwrite=options.overwrite)
     reader, plan = open_and_plan(origin, target, action, choices)
     with closing(reader):
-        mark = _mark(plan, options)
-        if finished and not options.overwrite and (mark_of(target) == mark if is_remote(target) else manifest.is_of(plan)):
+        if finished and not options.overwrite and _is_done(target, plan, options):
             return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
         check_output(origin, target, overwrite=options.overwrite)
         if is_remote(target) and plan.format == "hf":
@@ -119,6 +118,11 @@ def write_plan(plan: Plan, reader: Reader, options: Options, progress: Progress,
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
+
+
+def _is_done(out: Path, plan: Plan, options: Options) -> bool:
+    """Whether what is there is what this plan makes."""
+    return mark_of(out) == _mark(plan, options) if is_remote(out) else manifest.is_of(plan)
 
 
 def _mark(plan: Plan, options: Options) -> str:

@@ -123,7 +123,8 @@ def _fill(
 
 def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:
     """Whether an earlier run has copied the files. If one went another way, all that it left is removed."""
-    if processes.first and stage.way() != way and not (stage.way() == _COPIED and way == _KEPT):
+    before = stage.way() if processes.first else way
+    if before != way and (before, way) != (_COPIED, _KEPT):
         stage.forget()
         stage.take_way(way)
     processes.agree("begun", way)

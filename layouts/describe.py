@@ -5,7 +5,7 @@ The result is complete by construction: each source tensor is in exactly one `Gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -227,6 +227,13 @@ def _scan_axes(reader: Reader, pattern: Pattern, name: str) -> int | None:
 
 def _extra(pattern: Pattern, rank: int) -> int:
     return rank - len(pattern.groups) + 1
+
+
+def strips(shape: Sequence[int], limit: int, rows: range | None = None) -> Iterator[tuple[slice, ...]]:
+    """A tensor that is read as it is, in storage order, in parts of at most `limit` elements; of `rows` only, if given."""
+    pattern = identity(len(shape))
+    for box in pattern.strips(dict(zip(pattern.axes, shape, strict=True)), limit, rows):
+        yield tuple(slice(span.start, span.stop) for span in box.values())
 
 
 @cache

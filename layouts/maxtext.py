@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+LAYERS = ("l", "p")
+"""The axes of layers: a stack's steps, and the run of layers in each, if there are several."""
 ROOT = "params.params."
 """Where a training checkpoint of MaxText has its weights."""
 

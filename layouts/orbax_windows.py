@@ -23,6 +23,11 @@ Load = Callable[[str, Slices], NDArray[Any]]
 _Key = tuple[str, tuple[int, ...]]
 
 
+def lengths(block: Slices) -> list[int]:
+    """The shape of a block."""
+    return [part.stop - part.start for part in block]
+
+
 def window_shape(
     shape: Sequence[int], chunk: Sequence[int], unit: Sequence[int], read: Sequence[int], limit: int
 ) -> tuple[int, ...] | None:
@@ -61,7 +66,7 @@ class Windows:
 
     def number(self, name: str, slices: Slices) -> tuple[int, ...]:
         """The window in which a block begins, by its place in the grid of windows; nothing for an array without."""
-        return tuple((part.start or 0) // length for part, length in zip(slices, self.shapes.get(name, ()), strict=False))
+        return tuple(part.start // length for part, length in zip(slices, self.shapes.get(name, ()), strict=False))
 
     def read(self, name: str, slices: Slices, width: int, load: Load) -> NDArray[Any] | None:
         """A block, which must not be written to; nothing if it is in no single window. `width` is the size of an element."""

@@ -15,11 +15,11 @@ from convert import manifest
 from convert.errors import InputError, PlanError
 from convert.execute import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
-from convert.verifier.order import hold_experts
+from convert.verifier.order import STRIP, hold_experts
 from convert.verifier.verdict import Level, Verdict
 from layouts.candidates import record_of
 from layouts.checkpoint import Reader, open_checkpoint
-from layouts.describe import Description, describe, identity
+from layouts.describe import Description, describe, strips
 from layouts.families import maxtext
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from convert.verifier.gemm import How
 
 __all__ = ["Level", "Options", "Verdict", "estimate_cost", "verify_checkpoints", "verify_manifest"]
-
-STRIP = 4 << 20
-"""Elements hashed at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +88,10 @@ def _across(one: Reader, other: Reader, options: Options, report: Progress) -> I
     both = _formats(one, other, options)
     yield from compare_formats(both, options.memory, report)
     if how:
-        from convert.verifier.across import layers_of
         from convert.verifier.gemm import compare_outputs
 
         scope = _scope(options)
-        left, right = layers_of(both, scope)
-        hold_experts(list(pair(left, right)), options.memory)
+        left, right = _held_across(both, scope, options.memory)
         yield from compare_outputs(left, right, scope, replace(how, config=both.config, one_router=True), (), report)
 
 
@@ -119,11 +114,7 @@ def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
     with _both(a, b) as (one, other):
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
         if one.format != other.format:
-            from convert.verifier.across import layers_of
-
-            both = _formats(one, other, options)
-            left, right = layers_of(both, scope)
-            hold_experts(list(pair(left, right)), options.memory)
+            left, right = _held_across(_formats(one, other, options), scope, options.memory)
         else:
             first, second = _described(one, other, options)
             left, right = _held((one, first), (other, second), scope=scope, memory=options.memory)
@@ -163,8 +154,17 @@ def _scope(options: Options) -> Scope:
 def _held(*sides: tuple[Reader, Description], scope: Scope, memory: int) -> list[dict[str, Block]]:
     """The MoE layers that are compared, and both checkpoints ready to be read in their order."""
     one, other = ({key: block for key, block in blocks(*side).items() if scope.holds(block)} for side in sides)
-    hold_experts(list(pair(one, other)), memory, [(reader, described.verbatim) for reader, described in sides])
+    hold_experts(list(pair(one, other)), [(reader, described.verbatim) for reader, described in sides], memory)
     return [one, other]
+
+
+def _held_across(both: Formats, scope: Scope, memory: int) -> tuple[dict[str, Block], dict[str, Block]]:
+    """The same for two formats."""
+    from convert.verifier.across import layers_of
+
+    left, right = layers_of(both, scope)
+    hold_experts(list(pair(left, right)), [(both.tree, ())], memory)
+    return left, right
 
 
 def _how(one: Reader, other: Reader, options: Options) -> How:
@@ -218,10 +218,8 @@ def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, pro
             raise InputError(f"{reader.path / manifest.NAME}: 'hashed' is {hashed!r}, but this is no Orbax checkpoint")
         return stored_digest(reader, chunks_of(reader, name, span), progress)
     spec = reader.tensors[name]
-    pattern = identity(len(spec.shape))
     digest = xxhash.xxh3_128()
-    for box in pattern.strips(dict(zip(pattern.axes, spec.shape, strict=True)), STRIP, span):
-        slices = tuple(slice(span.start, span.stop) for span in box.values())
+    for slices in strips(spec.shape, STRIP, span):
         block = reader.read(name, slices)
         digest.update(np.asarray(block, order="C").data)
         progress(block.nbytes)

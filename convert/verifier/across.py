@@ -19,9 +19,7 @@ from layouts.checkpoint import Reader
 from layouts.describe import Group, describe
 from layouts.layout import ROLES
 from layouts.lookup import find_family
-
-LAYERS = ("l", "p")
-"""The axes of layers in `layouts.maxtext`."""
+from layouts.maxtext import LAYERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

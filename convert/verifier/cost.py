@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from convert.execute import ignore
 from convert.verifier import exact
 from convert.verifier.logical import Block, Scope, pair
-from convert.verifier.order import NOWHERE, expert_place, experts_held
+from convert.verifier.order import experts_held, places_of
 from layouts.checkpoint import itemsize
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def measure(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: H
 def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Block], dict[str, Block]]:
     """The first layer, with those whose first experts are decoded together with its own."""
     keys = [key for key in a if key in b]
-    places = {key: [expert_place(side[key], 0) for side in (a, b)] for key in keys}
-    alike = [key for key in keys if places[key] == places[keys[0]]] if places[keys[0]] != [NOWHERE] * 2 else keys[:1]
+    places = {key: places_of((a[key], b[key]), 0) for key in keys}
+    alike = [key for key in keys if places[key] == places[keys[0]]] if any(map(any, places[keys[0]])) else keys[:1]
     return {key: a[key] for key in alike}, {key: b[key] for key in alike}
 
 

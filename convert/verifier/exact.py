@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from convert.verifier.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
-from convert.verifier.order import STRIP, by_place, expert_place
+from convert.verifier.order import STRIP, by_place, places_of
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
-from layouts.describe import Description, identity
+from layouts.describe import Description, strips
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""
@@ -24,7 +24,7 @@ def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Ca
     differences = unlike(a, b)
     pairs = list(pair(a, b))
     chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].experts))]
-    for (one, other), e in by_place((item, [expert_place(side, item[1]) for side in item[0]]) for item in chosen):
+    for (one, other), e in by_place(chosen, lambda item: places_of(*item)):
         differences.extend(_compare_expert(one, other, e, progress))
     layers, experts = len(pairs), max((len(scope.of(range(one.experts))) for one, _ in pairs), default=0)
     companions = {part for one, _ in pairs for _, part in one.groups if part}
@@ -75,10 +75,8 @@ def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], N
     if one != other:
         yield f"{name}: {one.dtype} {one.shape} in one, {other.dtype} {other.shape} in the other"
         return
-    pattern = identity(len(one.shape))
     count = 0
-    for box in pattern.strips(dict(zip(pattern.axes, one.shape, strict=True)), STRIP):
-        slices = tuple(slice(span.start, span.stop) for span in box.values())
+    for slices in strips(one.shape, STRIP):
         block = b.read(name, slices)
         count += int(np.count_nonzero(a.read(name, slices) != block))
         progress(block.nbytes)

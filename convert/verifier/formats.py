@@ -20,6 +20,7 @@ from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader, TensorSpec
 from layouts.layout import ROLES
 from layouts.maxtext import ROOT
+from layouts.orbax_windows import lengths
 
 _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
@@ -61,21 +62,22 @@ def _in_order(both: Formats, pair: Pair, memory: int) -> list[tuple[dict[str, in
     parts: list[tuple[tuple[dict[str, int], str], list[_Part]]] = []
     for index, name in _hf_names(pair):
         spec = both.hf.tensors.get(name)
-        strips = {axis: spans[0] for axis, spans in _strips(pair, spec).items()} if spec else {}
-        found = [_located(both.tree, pair, {**index, **half}, strips) for half in halves]
+        strip = _strips(pair, spec)[0] if spec else {}
+        found = [_located(both.tree, pair, {**index, **half}, strip) for half in halves]
         parts.append(((index, name), [part for part in found if part]))
-    units = {part.name: [p.stop - p.start for p in part.slices] for _, found in parts for part in found}
+    units = {part.name: lengths(part.slices) for _, found in parts for part in found}
     hold(both.tree, units, len(halves), memory)
-    return by_place((item, [place_of(both.tree, part.name, part.slices) for part in found]) for item, found in parts)
+    ordered = by_place(parts, lambda entry: [place_of(both.tree, part.name, part.slices) for part in entry[1]])
+    return [item for item, _ in ordered]
 
 
-def _strips(pair: Pair, spec: TensorSpec) -> dict[str, list[range]]:
-    """How the first axis of a tensor of Hugging Face is cut; one that is small, or has other axes within, is not."""
+def _strips(pair: Pair, spec: TensorSpec) -> list[dict[str, range]]:
+    """The parts along the first axis of a tensor of Hugging Face; one that is small, or has other axes within, is not cut."""
     first, rows = pair.target.pattern.tokens[0], spec.shape[0] if spec.shape else 1
     if spec.nbytes <= _LARGE or not first.isalpha() or first in ("e", "d"):
-        return {}
+        return [{}]
     step = max(1, rows * _LARGE // spec.nbytes)
-    return {first: [range(start, min(start + step, rows)) for start in range(0, rows, step)]}
+    return [{first: range(start, min(start + step, rows))} for start in range(0, rows, step)]
 
 
 def _compare(
@@ -91,8 +93,7 @@ def _compare(
         yield f"{name} is not in {hf.path}"
         return
     spec = hf.tensors[name]
-    cut = [{axis: span} for axis, spans in _strips(pair, spec).items() for span in spans] or [{}]
-    for strip in cut:
+    for strip in _strips(pair, spec):
         rows = [slice(span.start, span.stop) for span in strip.values()]
         slices = (*rows, *[slice(None)] * (len(spec.shape) - len(rows)))
         block = hf.read(name, slices)

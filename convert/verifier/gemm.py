@@ -16,7 +16,7 @@ from convert.verifier.backends import BACKENDS, DEFAULT, Backend
 from convert.verifier.findings import Findings
 from convert.verifier.logical import Block, Scope, Sides, pair
 from convert.verifier.operands import can_run, form_of, load
-from convert.verifier.order import by_place, expert_place, experts_held
+from convert.verifier.order import by_place, experts_held, places_of
 from convert.verifier.probes import ONE_HOT, Setting, rows_of, stored
 from convert.verifier.routing import activation_of, routing_of
 from convert.verifier.verdict import Level
@@ -88,7 +88,7 @@ def _probe_all(
 ) -> frozenset[str]:
     """Run the probes, and give what routers there were. A layer is begun and ended as its experts come up."""
     every = [(sides, experts) for sides in runnable for experts in _calls(sides, how) if scope.of(experts)]
-    calls = by_place((call, [expert_place(side, call[1].start) for side in call[0]]) for call in every)
+    calls = by_place(every, lambda call: places_of(call[0], call[1].start))
     left = Counter(sides[0].label for sides, _ in calls)
     ends = {sides[0].label for sides in (*runnable[:1], *runnable[-1:])}
     routers: set[str] = set()

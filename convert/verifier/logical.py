@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from convert.verifier.stored import Axis, dimensions, logical
 from layouts.checkpoint import Reader
 from layouts.describe import Description, Group
+from layouts.orbax_windows import lengths
 
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
 
@@ -152,7 +153,7 @@ class Slab:
     @property
     def lengths(self) -> list[int]:
         """Of the slices."""
-        return [part.stop - part.start for part in self.slices]
+        return lengths(self.slices)
 
 
 def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> Slab:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from convert.verifier.logical import Block, Sides, Slab, located
 from layouts.checkpoint import Reader, itemsize
-from layouts.describe import identity
+from layouts.describe import strips
+from layouts.orbax_windows import lengths
 
 if TYPE_CHECKING:
     from layouts.orbax_windows import Windows
@@ -55,22 +56,20 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
     reader.windows = Windows(shapes=shapes, limit=limit)
 
 
-def hold_experts(pairs: Sequence[Sides], memory: int, others: Iterable[tuple[Reader, Iterable[str]]] = ()) -> None:
-    """The same for who reads expert after expert of two checkpoints side by side, and of each some `others` in strips."""
-    units: dict[int, dict[str, Sequence[int]]] = {}
-    readers: dict[int, Reader] = {}
-    beside = 1
-    for block in itertools.chain.from_iterable(pairs):
-        slabs = _slabs(block)
-        beside = max(beside, len(slabs))
-        readers[id(block.reader)] = block.reader
-        units.setdefault(id(block.reader), {}).update({slab.name: slab.lengths for slab in slabs})
-    for reader, names in others:
-        readers[id(reader)] = reader
-        units.setdefault(id(reader), {}).update({name: _strip(reader.tensors[name].shape) for name in names})
-    for key, reader in readers.items():
-        hold(reader, units[key], beside, memory)
-    _align(pairs)
+def hold_experts(pairs: Sequence[Sides], readers: Iterable[tuple[Reader, Iterable[str]]], memory: int) -> None:
+    """The same for who reads expert after expert of these layers side by side, and of each reader some others in strips."""
+    stacks = [[(block, _slabs(block)) for block in sides if block.reader.format == "orbax"] for sides in pairs]
+    every = list(itertools.chain.from_iterable(stacks))
+    beside = max((len(slabs) for _, slabs in every), default=1)
+    for reader, others in readers:
+        units = {slab.name: slab.lengths for block, slabs in every if block.reader is reader for slab in slabs}
+        if reader.format == "orbax":
+            units |= {
+                name: lengths(next(strips(reader.tensors[name].shape, STRIP))) for name in others if reader.tensors[name].nbytes
+            }
+        hold(reader, units, beside, memory)
+    for stack in stacks:
+        _align(stack)
 
 
 def _slabs(block: Block) -> list[Slab]:
@@ -79,39 +78,27 @@ def _slabs(block: Block) -> list[Slab]:
     return list({slab.name: slab for slab in found}.values())
 
 
-def _strip(shape: Sequence[int]) -> list[int]:
-    pattern = identity(len(shape))
-    first = next(iter(pattern.strips(dict(zip(pattern.axes, shape, strict=True)), STRIP)))
-    return [len(span) for span in first.values()]
-
-
-def _align(pairs: Iterable[Sides]) -> None:
+def _align(stack: Iterable[tuple[Block, Sequence[Slab]]]) -> None:
     """Make windows of arrays that are read side by side hold the same experts and layers: those of the smallest one."""
-    done: set[str] = set()
-    for sides in pairs:
-        if (first := _slabs(sides[0])[0].name) in done:
-            continue
-        done.add(first)
-        held = [
-            (windows.shapes, slab.name, [slab.axes.index(axis) for axis in ("e", *block.scan) if axis in slab.axes])
-            for block in sides
-            if (windows := windows_of(block.reader))
-            for slab in _slabs(block)
-            if slab.name in windows.shapes
-        ]
-        least = [
-            min(lengths) for lengths in zip(*([shapes[name][at] for at in axes] for shapes, name, axes in held), strict=False)
-        ]
-        for shapes, name, axes in held:
-            shape = list(shapes[name])
-            for at, length in zip(axes, least, strict=False):
-                shape[at] = length
-            shapes[name] = tuple(shape)
+    held = [
+        (windows.shapes, slab.name, [slab.axes.index(axis) for axis in ("e", *block.scan) if axis in slab.axes])
+        for block, slabs in stack
+        if (windows := windows_of(block.reader))
+        for slab in slabs
+        if slab.name in windows.shapes
+    ]
+    least = [min(each) for each in zip(*([shapes[name][at] for at in axes] for shapes, name, axes in held), strict=False)]
+    for shapes, name, axes in held:
+        shape = list(shapes[name])
+        for at, length in zip(axes, least, strict=False):
+            shape[at] = length
+        shapes[name] = tuple(shape)
 
 
 def windows_of(reader: Reader) -> Windows | None:
-    """Those of an Orbax checkpoint."""
-    return getattr(reader, "windows", None)
+    """Those of an Orbax checkpoint, if any of its arrays is read through one."""
+    windows: Windows | None = getattr(reader, "windows", None)
+    return windows if windows and windows.shapes else None
 
 
 def place_of(reader: Reader, name: str, slices: tuple[slice, ...]) -> Place:
@@ -121,19 +108,27 @@ def place_of(reader: Reader, name: str, slices: tuple[slice, ...]) -> Place:
     return (name, number) if number else NOWHERE
 
 
-def expert_place(block: Block, e: int) -> Place:
-    """Where an expert of a layer is read."""
+def places_of(sides: Sides, e: int) -> list[Place]:
+    """Where an expert of a layer is read, on either side."""
+    return [_expert_place(block, e) for block in sides]
+
+
+def _expert_place(block: Block, e: int) -> Place:
+    if windows_of(block.reader) is None:
+        return NOWHERE
     slab = located(block, ("wi", ""), {"e": e, "g": 0}, range(e, e + 1))
     return place_of(block.reader, slab.name, slab.slices)
 
 
 def experts_held(block: Block) -> int:
     """How many experts of a layer a window holds; all of them where there is none."""
-    slab, windows = located(block, ("wi", ""), {"e": 0, "g": 0}, range(1)), windows_of(block.reader)
-    shape = windows.shapes.get(slab.name) if windows else None
+    if (windows := windows_of(block.reader)) is None:
+        return block.experts
+    slab = located(block, ("wi", ""), {"e": 0, "g": 0}, range(1))
+    shape = windows.shapes.get(slab.name)
     return shape[slab.axes.index("e")] if shape else block.experts
 
 
-def by_place(items: Iterable[tuple[_Item, Sequence[Place]]]) -> list[_Item]:
+def by_place(items: Iterable[_Item], places: Callable[[_Item], Sequence[Place]]) -> list[_Item]:
     """Things in the order of the windows in which they are read on either side; else as they stand."""
-    return [item for item, _ in sorted(items, key=lambda entry: tuple(entry[1]))]
+    return sorted(items, key=lambda item: tuple(places(item)))
