@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmark_orbax import SYNC, measure
+from benchmark_orbax import SYNC, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE = """
@@ -84,17 +83,7 @@ def main() -> None:
     for kind in KINDS:
         source = folder / kind.replace(" ", "-")
         paths = {"SRC": str(source), "OUT": str(source) + "-out", "HF": str(folder / "hf")}
-        found: dict[str, list[tuple[float, float]]] = {}
-        for repeat in range(arguments.repeats + 1):
-            for name, command in rows().items():
-                result = measure(command, paths)
-                if repeat:
-                    found.setdefault(name, []).append(result)
-        base = statistics.median(seconds for seconds, _ in found["cp -r, then fsync"])
-        print(f"\n{kind}\n\n| what | seconds (median) | relative to cp | peak RSS |\n| --- | --- | --- | --- |")
-        for name, times in found.items():
-            seconds, peak = statistics.median(s for s, _ in times), max(m for _, m in times)
-            print(f"| {name} | {seconds:.2f} | {seconds / base:.2f} | {peak:,.0f} MB |", flush=True)
+        table(kind, rows(), paths, arguments.repeats)
 
 
 if __name__ == "__main__":

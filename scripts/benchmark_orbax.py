@@ -119,15 +119,19 @@ def _one(kind: str, arguments: argparse.Namespace) -> None:
         subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
     nbytes = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     paths = {"SRC": str(source), "OUT": str(source) + "-out", "FUSED": str(source) + "-fused", "PLAIN": PLAIN}
+    table(f"{kind}: {nbytes / 1e9:.2f} GB on the disk", rows(kind, arguments.no_peers), paths, arguments.repeats)
+
+
+def table(title: str, commands: dict[str, list[str]], paths: dict[str, str], repeats: int) -> None:
+    """Run all rows in turn, a first round for nothing, and print medians beside the first row."""
     times: dict[str, list[tuple[float, float]]] = {}
-    for repeat in range(arguments.repeats + 1):
-        for name, command in rows(kind, arguments.no_peers).items():
+    for repeat in range(repeats + 1):
+        for name, command in commands.items():
             result = measure(command, paths)
             if repeat:
                 times.setdefault(name, []).append(result)
-    base = statistics.median(seconds for seconds, _ in times["cp -r, then fsync"])
-    print(f"\n{kind}: {nbytes / 1e9:.2f} GB on the disk\n\n| what | seconds (median) | relative to cp | peak RSS |")
-    print("| --- | --- | --- | --- |")
+    base = statistics.median(seconds for seconds, _ in times[next(iter(commands))])
+    print(f"\n{title}\n\n| what | seconds (median) | relative to cp | peak RSS |\n| --- | --- | --- | --- |")
     for name, found in times.items():
         seconds, peak = statistics.median(s for s, _ in found), max(m for _, m in found)
         print(f"| {name} | {seconds:.2f} | {seconds / base:.2f} | {peak:,.0f} MB |", flush=True)
