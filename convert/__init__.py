@@ -20,7 +20,7 @@ from convert.conversions import DEFAULT_MEMORY, plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from convert.processes import Processes
+    from convert.commit.processes import Processes
     from convert.verifier import Verdict
 
 __all__ = [
@@ -49,7 +49,7 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     Raises:
         UsageError: JAX cannot find it.
     """
-    from convert.processes import connect as found
+    from convert.commit.processes import connect as found
 
     return found(coordinator, num_processes, process_id)
 
@@ -105,7 +105,7 @@ def prefuse_params(params: Any) -> Any:
     Raises:
         PlanError: no such siblings, or they differ in shape or type.
     """
-    from convert.params import fuse
+    from convert.memory import fuse
 
     return fuse(params)
 
@@ -116,6 +116,6 @@ def split_params(params: Any) -> Any:
     Raises:
         PlanError: no leaf `wi`, or one whose last dimension is odd.
     """
-    from convert.params import unfuse
+    from convert.memory import unfuse
 
     return unfuse(params)

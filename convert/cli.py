@@ -110,7 +110,7 @@ def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[st
 
 
 def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
-    from convert.processes import HELD
+    from convert.commit.processes import HELD
     from convert.report import describe_division, describe_plan
     from convert.run import budget_of, pieces_of
     from layouts.checkpoint import open_checkpoint

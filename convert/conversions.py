@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from convert.choices import Choices
 from convert.errors import UsageError
+from convert.planning.choices import Choices
 
 if TYPE_CHECKING:
-    from convert.planner import Plan
-    from convert.processes import Processes
+    from convert.commit.processes import Processes
+    from convert.planning.planner import Plan
     from convert.report import Report
 
 Format = Literal["hf", "orbax"]
@@ -106,7 +106,7 @@ def prefuse(
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
-    from convert.processes import ALONE
+    from convert.commit.processes import ALONE
     from convert.run import Options, convert_checkpoint
 
     choices = Choices(
@@ -152,7 +152,7 @@ def split(
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
-    from convert.processes import ALONE
+    from convert.commit.processes import ALONE
     from convert.run import Options, convert_checkpoint
 
     choices = Choices(
@@ -195,7 +195,7 @@ def reformat(
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
     """
-    from convert.processes import ALONE
+    from convert.commit.processes import ALONE
     from convert.run import Options, convert_checkpoint
 
     choices = Choices(

@@ -7,16 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from convert.planner import Plan
-from convert.processes import share
-from convert.targets import OTHER, Target
-from layouts.checks import PACKED
-from layouts.families import FAMILIES, NOT_GATED
-from layouts.layout import ROLES, Layouts
-from layouts.natives import SOURCES
-from layouts.parts import CHUNKS, PACKED_TYPES
-from layouts.targets import TARGETS
-from layouts.template import Template
+from convert.commit.processes import share
+from convert.planning.planner import Plan
+from convert.planning.targets import OTHER, Target
+from layouts.language.layout import ROLES, Layouts
+from layouts.language.parts import CHUNKS, PACKED_TYPES
+from layouts.language.template import Template
+from layouts.matching.checks import PACKED
+from layouts.tables.families import FAMILIES, NOT_GATED
+from layouts.tables.natives import SOURCES
+from layouts.tables.targets import TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

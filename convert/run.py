@@ -8,23 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert import manifest
-from convert.blocks import SLAB
-from convert.choices import Choices
-from convert.commit import AnyStage, Stage, check_output, staging
-from convert.commit_store import mark_of
-from convert.cross_plan import make_cross_plan
+from convert.commit import manifest
+from convert.commit.processes import ALONE, Processes
+from convert.commit.stage import AnyStage, Stage, check_output, staging
+from convert.commit.store import mark_of
+from convert.engine.blocks import SLAB
+from convert.engine.budget import Budget, make_budget
 from convert.errors import InputError, UsageError
-from convert.execute import Budget, Progress, ignore, make_budget
-from convert.planner import Action, Plan, make_plan
-from convert.processes import ALONE, Processes
+from convert.planning.choices import Choices
+from convert.planning.cross_plan import make_cross_plan
+from convert.planning.planner import Action, Plan, make_plan
+from convert.progress import Progress, ignore
 from convert.report import Report
 from layouts.checkpoint import Reader, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.places import is_remote, place
 
 if TYPE_CHECKING:
-    from convert.orbax_budget import OrbaxBudget
+    from convert.orbax.budget import OrbaxBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
 
 def _with_optimizer(reader: Reader, drop: bool) -> Reader:
     """The checkpoint with the state of its optimizer, if that can be fused with the weights, or on demand without."""
-    from layouts.orbax import OrbaxReader
-    from layouts.orbax_state import check_optimizer, drop_optimizer
+    from layouts.orbax.reader import OrbaxReader
+    from layouts.orbax.state import check_optimizer, drop_optimizer
 
     if isinstance(reader, OrbaxReader):
         reader = drop_optimizer(reader) if drop else reader
@@ -142,9 +143,9 @@ def budget_of(plan: Plan, reader: Reader, memory: int, jobs: int | None, held: i
 def _budget(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budget | OrbaxBudget:
     if plan.format == "hf" and reader.format == "hf":
         return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
-    from convert.malloc import keep_below
-    from convert.orbax_budget import orbax_budget
-    from layouts.orbax import OrbaxReader
+    from convert.orbax.budget import orbax_budget
+    from layouts.orbax.malloc import keep_below
+    from layouts.orbax.reader import OrbaxReader
 
     found = orbax_budget(memory, jobs, plan, reader)
     if plan.format == "hf" and isinstance(reader, OrbaxReader):
@@ -157,11 +158,11 @@ def _budget(plan: Plan, reader: Reader, memory: int, jobs: int | None) -> Budget
 def pieces_of(plan: Plan, reader: Reader, budget: Budget | OrbaxBudget, max_shard_size: int) -> list[tuple[str, int]]:
     """What processes share, each piece written by one of them: files or batches of arrays, with their bytes."""
     if isinstance(budget, Budget):
-        from convert.write_hf import plan_files
+        from convert.hf.write import plan_files
 
         return [(file.name, file.size) for file in plan_files(plan, reader, max_shard_size)]
-    from convert.portions import total
-    from convert.write_orbax import batches_of
+    from convert.orbax.portions import total
+    from convert.orbax.write import batches_of
 
     return [(batch[0].key, total(batch)) for batch in batches_of(plan, reader, budget)]
 
@@ -170,14 +171,14 @@ def _write(
     plan: Plan, reader: Reader, stage: AnyStage, budget: Budget | OrbaxBudget, progress: Progress, options: Options
 ) -> tuple[str, ...]:
     """The one place that tells the formats apart when writing; TensorStore is imported only if it is needed."""
-    from convert import write_hf
+    from convert.hf import write as hf
 
     if isinstance(budget, Budget) and isinstance(stage, Stage):
         limit = options.max_shard_size
-        return write_hf.write(plan, reader, stage, budget, progress, max_shard_size=limit, processes=options.processes)
-    from convert import write_orbax
+        return hf.write(plan, reader, stage, budget, progress, max_shard_size=limit, processes=options.processes)
+    from convert.orbax import write as orbax
 
     assert not isinstance(budget, Budget)
-    original = write_hf.original_of(plan, reader)
-    write_orbax.write(plan, reader, stage, budget, progress, original, options.processes)
+    original = hf.original_of(plan, reader)
+    orbax.write(plan, reader, stage, budget, progress, original, options.processes)
     return ()

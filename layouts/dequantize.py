@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.checkpoint import Reader, TensorSpec, bits, numpy_dtype
+from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
+from layouts.tensors import TensorSpec, bits, numpy_dtype
 
 FP8, SCALE, BLOCKS, SCALES = "F8_E4M3", "_scale_inv", "_blocks", "_scales"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -13,7 +13,6 @@ import mmap
 import os
 import re
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,13 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from layouts.checkpoint import DTYPES, TensorSpec, bits
 from layouts.errors import InputError
+from layouts.files import CONFIG, RECORD, no_duplicates, read_object
+from layouts.tensors import DTYPES, TensorSpec, bits
 
 INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-RECORD = "moe_layout"
-"""The key under which our record stands in `config.json`."""
 _FOLIO = 2 << 20
 """The most that Linux maps around a page that is touched, at either end of a block."""
 LINGERING = 32 << 20
@@ -66,7 +63,7 @@ def read_shard(path: Path) -> Shard:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             text = file.read(size).decode()
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries = json.loads(text, object_pairs_hook=no_duplicates)
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path}: not a sound safetensors file: {error}{_common_cause(path)}") from None
     entries.pop("__metadata__", None)
@@ -79,14 +76,6 @@ def read_shard(path: Path) -> Shard:
             )
     offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
     return Shard(name=path.name, header=text, start=8 + size, offsets=offsets, tensors=tensors)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} stands twice")
-    return found
 
 
 def _common_cause(path: Path) -> str:
@@ -135,7 +124,7 @@ class HFReader:
                 home[name] = shard
         if weight_map is not None:
             _compare_index(path, weight_map, home)
-        config = _read_object(path / CONFIG) if (path / CONFIG).exists() else {}
+        config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
         return cls(path=path, shards=shards, config=config, tensors=tensors, _home=home)
 
@@ -200,27 +189,8 @@ class HFReader:
             self._files.popitem()[1].close()
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of the checkpoint.
-
-    Raises:
-        InputError: unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_object(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{path}: expected an object 'weight_map' that says for each tensor in which file it is")
     return weight_map

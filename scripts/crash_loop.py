@@ -29,17 +29,17 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 STEPS = (
-    "convert.commit._open_stage",
-    "convert.journal.append",
-    "convert.execute._preallocate",
-    "convert.direct._put",
+    "convert.commit.stage._open_stage",
+    "convert.commit.journal.append",
+    "convert.hf.execute._preallocate",
+    "convert.engine.direct._put",
     "os.copy_file_range",
-    "convert.execute._sync",
-    "convert.write_hf.write_text",
-    "convert.write_hf.copy_file",
-    "convert.commit._publish",
-    "convert.commit._exchange",
-    "convert.commit.sync_directory",
+    "convert.hf.execute._sync",
+    "convert.hf.write.write_text",
+    "convert.hf.write.copy_file",
+    "convert.commit.stage._publish",
+    "convert.commit.stage._exchange",
+    "convert.commit.stage.sync_directory",
     "os.rename",
     "shutil.rmtree",
 )
@@ -48,10 +48,10 @@ STEPS = (
 CHILD = """
 import importlib, itertools, os, signal, sys
 step, when, number, exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-import convert.commit, convert.direct, convert.execute, convert.write_hf
-convert.direct.LEAST = convert.direct.PAGE  # so that small blocks go past the page cache, too
+import convert.commit.stage, convert.engine.direct, convert.hf.execute, convert.hf.write
+convert.engine.direct.LEAST = convert.engine.direct.PAGE  # so that small blocks go past the page cache, too
 if exchange == "no":
-    convert.commit._exchange = lambda one, other: False
+    convert.commit.stage._exchange = lambda one, other: False
 if step:
     module, name = step.rsplit(".", 1)
     module = importlib.import_module(module)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import convert
-from convert import write_hf
 from convert.cli import main, verify_main
-from layouts.families import FAMILIES
-from layouts.natives import PER_EXPERT, PER_EXPERT_W123
-from layouts.targets import TARGETS
+from convert.hf import write as write_hf
+from layouts.tables.families import FAMILIES
+from layouts.tables.natives import PER_EXPERT, PER_EXPERT_W123
+from layouts.tables.targets import TARGETS
 from tests.tiny import HF, checkpoint, config, load, same, tensors, times, tree
 
 MIXTRAL = next(family for family in HF if family.native[0] is PER_EXPERT_W123)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.execute import make_budget
+from convert.engine.budget import make_budget
 from scripts.make_checkpoint import make_checkpoint
 
 CHILD = """

@@ -13,12 +13,13 @@ import numpy as np
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
-from convert.blocks import assembled
-from convert.choices import Choices
-from convert.planner import Plan, Target, make_plan
-from layouts.checkpoint import Reader, TensorSpec, bits
-from layouts.families import FAMILIES, Family
-from layouts.layout import Layouts
+from convert.engine.blocks import assembled
+from convert.planning.choices import Choices
+from convert.planning.planner import Plan, Target, make_plan
+from layouts.checkpoint import Reader
+from layouts.language.layout import Layouts
+from layouts.tables.families import FAMILIES, Family
+from layouts.tensors import TensorSpec, bits
 
 HF = [family for family in FAMILIES if family.format == "hf"]
 E, K, N = 12, 6, 4

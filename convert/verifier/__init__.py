@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from convert import manifest
+from convert.commit import manifest
 from convert.errors import InputError, PlanError
-from convert.execute import Progress, ignore
+from convert.progress import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
 from convert.verifier.order import STRIP, hold_experts
 from convert.verifier.verdict import Level, Verdict
-from layouts.candidates import record_of
 from layouts.checkpoint import Reader, open_checkpoint
-from layouts.describe import Description, describe, strips
-from layouts.families import maxtext
+from layouts.language.pattern import strips
+from layouts.matching.candidates import record_of
+from layouts.matching.describe import Description, describe
+from layouts.tables.families import maxtext
 
 if TYPE_CHECKING:
     from convert.verifier.across import Formats
@@ -210,9 +211,9 @@ def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, pro
     """Of a tensor, or of a span of its first dimension such as `0:4`: of its values, or of its chunks as they are stored."""
     span = range(*map(int, rows.split(":"))) if rows else None
     if hashed == manifest.CHUNKS:
-        from convert.orbax_digest import stored_digest
-        from layouts.orbax import OrbaxReader
-        from layouts.orbax_chunks import chunks_of
+        from layouts.orbax.chunks import chunks_of
+        from layouts.orbax.digest import stored_digest
+        from layouts.orbax.reader import OrbaxReader
 
         if not isinstance(reader, OrbaxReader):
             raise InputError(f"{reader.path / manifest.NAME}: 'hashed' is {hashed!r}, but this is no Orbax checkpoint")

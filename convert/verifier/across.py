@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.cross_pairs import Pair, Sides, names_of, pairs_of, sides_of, trees_of
-from convert.cross_plan import config_of, is_fused, stacked_along, tree_in
 from convert.errors import PlanError
+from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, sides_of, trees_of
+from convert.planning.cross_plan import config_of, is_fused, stacked_along, tree_in
 from convert.verifier.logical import Block, Scope, blocks
 from layouts.checkpoint import Reader
-from layouts.describe import Group, describe
-from layouts.layout import ROLES
-from layouts.lookup import find_family
-from layouts.maxtext import LAYERS
+from layouts.language.layout import ROLES
+from layouts.matching.describe import describe
+from layouts.matching.group import Group
+from layouts.matching.lookup import find_family
+from layouts.tables.maxtext import LAYERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convert.execute import ignore
+from convert.progress import ignore
 from convert.verifier import exact
 from convert.verifier.logical import Block, Scope, pair
 from convert.verifier.order import experts_held, places_of
-from layouts.checkpoint import itemsize
+from layouts.tensors import itemsize
 
 if TYPE_CHECKING:
     from convert.verifier.gemm import How

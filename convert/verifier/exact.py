@@ -13,7 +13,8 @@ from convert.verifier.logical import PROJECTIONS, Block, Kind, Scope, expert, pa
 from convert.verifier.order import STRIP, by_place, places_of
 from convert.verifier.verdict import Level
 from layouts.checkpoint import Reader
-from layouts.describe import Description, strips
+from layouts.language.pattern import strips
+from layouts.matching.describe import Description
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from convert.cross_pairs import Pair, names_of
+from convert.planning.cross_pairs import Pair, names_of
 from convert.verifier.across import Formats
 from convert.verifier.order import by_place, hold, place_of
 from convert.verifier.verdict import Level
-from layouts.checkpoint import Reader, TensorSpec
-from layouts.layout import ROLES
-from layouts.maxtext import ROOT
-from layouts.orbax_windows import lengths
+from layouts.checkpoint import Reader
+from layouts.language.layout import ROLES
+from layouts.orbax.windows import lengths
+from layouts.tables.maxtext import ROOT
+from layouts.tensors import TensorSpec
 
 _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from convert.execute import Progress, ignore
+from convert.progress import Progress, ignore
 from convert.verifier.backends import BACKENDS, DEFAULT, Backend
 from convert.verifier.findings import Findings
 from convert.verifier.logical import Block, Scope, Sides, pair

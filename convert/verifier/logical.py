@@ -1,7 +1,7 @@
 """Read expert weights back in their logical axes, independently of the code that fuses.
 
-Where `convert.blocks` copies views by its own arithmetic, this reads whole stored slabs of one expert and takes them apart: two
-implementations of the same table, so that a mistake in one shows.
+`convert.engine.blocks` copies views by its own arithmetic. This module reads whole stored slabs of one expert and takes them
+apart. There are two implementations of the same table, so that a mistake in one shows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from convert.verifier.stored import Axis, dimensions, logical
 from layouts.checkpoint import Reader
-from layouts.describe import Description, Group
-from layouts.orbax_windows import lengths
+from layouts.matching.describe import Description
+from layouts.matching.group import Group
+from layouts.orbax.windows import lengths
 
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
 

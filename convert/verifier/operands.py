@@ -15,7 +15,7 @@ from convert.verifier.layer import Arrays, Columns, Form, ffn, jitted
 from convert.verifier.logical import Block, expert, slab
 from convert.verifier.routing import SILU, Activation
 from convert.verifier.stored import Axis, logical
-from layouts.checkpoint import numpy_dtype
+from layouts.tensors import numpy_dtype
 
 FLOATS = ("F16", "BF16", "F32", "F8_E4M3", "F8_E5M2")
 

@@ -1,7 +1,7 @@
 """In which order two checkpoints are compared: chunks that hold many experts of many layers should be decoded once.
 
 Where no chunk reaches across experts, it is layer by layer. Else Orbax arrays are read through windows (see
-`layouts.orbax_windows`), and what lies in one is compared before the next one is loaded.
+`layouts.orbax.windows`), and what lies in one is compared before the next one is loaded.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from convert.verifier.logical import Block, Sides, Slab, located
-from layouts.checkpoint import Reader, itemsize
-from layouts.describe import strips
-from layouts.orbax_windows import lengths
+from layouts.checkpoint import Reader
+from layouts.language.pattern import strips
+from layouts.orbax.windows import lengths
+from layouts.tensors import itemsize
 
 if TYPE_CHECKING:
-    from layouts.orbax_windows import Windows
+    from layouts.orbax.windows import Windows
 
 _Item = TypeVar("_Item")
 Place = tuple[str, tuple[int, ...]]
@@ -38,9 +39,9 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
     """
     if reader.format != "orbax":
         return
-    from convert.malloc import keep_below
-    from layouts.orbax import OrbaxReader, ReadLimits
-    from layouts.orbax_windows import Windows, window_shape
+    from layouts.orbax.malloc import keep_below
+    from layouts.orbax.reader import OrbaxReader, ReadLimits
+    from layouts.orbax.windows import Windows, window_shape
 
     assert isinstance(reader, OrbaxReader)
     limit, shapes, streams = memory // PART, {}, 1

@@ -23,7 +23,7 @@ from convert.verifier.layer import Arrays, Form, ffn, gmm_down, gmm_up
 from convert.verifier.logical import PROJECTIONS, Block, expert
 from convert.verifier.operands import Weights
 from convert.verifier.routing import SILU, Activation
-from layouts.checkpoint import numpy_dtype
+from layouts.tensors import numpy_dtype
 
 GROUP_SIZES = ((1, 0, 5, 2, 0, 3, 1, 0), (0, 4, 0, 0, 1, 0, 0, 2))
 """Rows per expert, in two rounds: every expert has tokens in one of them, some have none in the other, some have one."""

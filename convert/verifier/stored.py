@@ -1,7 +1,7 @@
 """How a tensor is stored, read from the text of its pattern: the verifier's own reading of the language of layouts.
 
-`layouts.pattern` finds blocks in stored tensors for the code that converts; this takes whole stored arrays apart, with NumPy
-and einops, so that a mistake of one of the two shows.
+`layouts.language.pattern` finds blocks in stored tensors for the code that converts. This module takes whole stored arrays
+apart, with NumPy and einops, so that a mistake of one of the two shows.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 
 import convert
-from layouts.maxtext_trees import TREES
+from layouts.tables.maxtext_trees import TREES
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

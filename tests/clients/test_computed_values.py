@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from layouts.dequantize import dequantized
-from tests.test_dequantize import fp8, reader
+from tests.layouts.test_dequantize import fp8, reader
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import convert
-from layouts.maxtext_trees import TREES
+from layouts.tables.maxtext_trees import TREES
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

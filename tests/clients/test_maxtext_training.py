@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import convert
-from layouts.checkpoint import bits, numpy_dtype, open_checkpoint
+from layouts.checkpoint import open_checkpoint
+from layouts.tensors import bits, numpy_dtype
 
 maxtext = pytest.importorskip("maxtext")
 

@@ -14,7 +14,7 @@ import pytest
 
 import convert
 from layouts.errors import ConvertError, PlanError
-from layouts.families import FAMILIES
+from layouts.tables.families import FAMILIES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

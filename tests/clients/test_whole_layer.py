@@ -17,8 +17,8 @@ from convert.verifier.probes import Setting
 from convert.verifier.routing import OTHERS, activation_of, routing_of
 from convert.verifier.whole import add_experts, routed
 from layouts.checkpoint import open_checkpoint
-from layouts.describe import describe
-from layouts.families import FAMILIES
+from layouts.matching.describe import describe
+from layouts.tables.families import FAMILIES
 
 torch = pytest.importorskip("torch")
 

@@ -22,7 +22,7 @@ def wrap(real):
     return call
 for name in ("posix_fallocate", "pwrite", "copy_file_range", "fsync", "rename", "mkdir", "unlink", "open"):
     setattr(os, name, wrap(getattr(os, name)))
-from convert import direct
+from convert.engine import direct
 from convert.cli import main
 direct.LEAST = direct.PAGE  # so that these small blocks go past the page cache, too
 sys.exit(main([sys.argv[2], sys.argv[3], sys.argv[4], "--quiet", "--jobs", "2"]))

@@ -1,0 +1,1 @@
+"""Durability: staging directories, journals, manifests, the rename that publishes, several processes."""

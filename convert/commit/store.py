@@ -1,0 +1,157 @@
+"""An output in an object store does not count as a checkpoint until it is complete: no rename could show it at once.
+
+    OUT/...                       its objects: after the arrays `_METADATA`, without which this is no checkpoint, and last
+                                  `commit_success.txt`, for which Orbax looks in `gs://`
+    OUT.partial-<fingerprint>/    gone when it is complete:
+        run                       which run writes; a later one puts its own name here, and the earlier one sees it and stops
+        way                       how arrays are written
+        journal/<run>-<n>.json    digests of finished tensors
+
+Source: Orbax 0.12 `path/atomicity.py` (CommitFileTemporaryPath).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from convert.commit.processes import ALONE, Processes
+from convert.errors import OutputError, StorageError
+from layouts.orbax.tree import COMMITTED, METADATA
+from layouts.places import RemotePath, place
+
+_JOURNAL, _RUN, _WAY = "journal", "run", "way"
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreStage:
+    """The place of an output that is being written, and what earlier runs of the same plan finished: see `commit.Stage`."""
+
+    out: RemotePath
+    home: RemotePath
+    run: str
+    index: int
+    done: dict[str, str]
+    _written: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def path(self) -> Path:
+        """Where the output is written."""
+        return cast(Path, self.out)
+
+    def record(self, digests: Mapping[str, str]) -> None:
+        """Note finished tensors whose data is in the store already.
+
+        Raises:
+            OutputError: another run has begun to write the same output.
+        """
+        self.check()
+        name = f"{self.run}-{self.index}-{next(self._written)}.json"
+        (self.home / _JOURNAL / name).write_bytes(json.dumps(dict(digests)).encode())
+
+    def check(self) -> None:
+        """See that no other run writes the same output.
+
+        Raises:
+            OutputError: one does.
+        """
+        try:
+            owner = (self.home / _RUN).read_text()
+        except FileNotFoundError:  # it has even finished
+            owner = ""
+        if owner != self.run:
+            raise OutputError(f"{self.out}: another run has begun to write it, so that this one stops; let it finish")
+
+    def forget(self) -> None:
+        """Start over: remove the notes on what was written, and all that was."""
+        (self.home / _JOURNAL).remove()
+        self.done.clear()
+        self.out.remove()
+
+    def refresh(self) -> None:
+        """Take what is noted by now as done."""
+        self.done.clear()
+        self.done.update(_digests(self.home))
+
+    def by_helpers(self) -> dict[str, str]:
+        """What all processes have finished in this run and before."""
+        return _digests(self.home)
+
+    def way(self) -> str:
+        """How an earlier run wrote arrays."""
+        return (self.home / _WAY).read_text() if (self.home / _WAY).is_file() else ""
+
+    def take_way(self, text: str) -> None:
+        """Note how arrays are written."""
+        (self.home / _WAY).write_bytes(text.encode())
+
+
+def _digests(home: RemotePath) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for note in home.listed_anew().glob(f"{_JOURNAL}/*"):
+        found |= json.loads(note.read_text())
+    return found
+
+
+def mark_of(out: Path) -> str:
+    """What the marker of a complete output says: the fingerprint of its plan; nothing where there is none."""
+    marker = out / COMMITTED
+    return marker.read_text().strip() if marker.is_file() else ""
+
+
+@contextmanager
+def store_staging(out: RemotePath, mark: str, *, resume: bool, processes: Processes = ALONE) -> Iterator[StoreStage]:
+    """Fill a place in a store; on success mark it as complete, on failure leave it to be resumed.
+
+    Raises:
+        OutputError: something else is there, or another run has begun to write it.
+        StorageError: the store fails, or another process has failed.
+    """
+    home = place(f"{out}.partial-{mark}")
+    assert isinstance(home, RemotePath)
+    try:
+        if processes.first:
+            _begin(out, home, resume)
+        processes.agree("opened", home.name)
+        run = (home / _RUN).read_text()
+        stage = StoreStage(out=out, home=home, run=run, index=processes.index, done=_digests(home))
+        yield stage
+        if processes.first:
+            stage.check()
+            _publish(out.listed_anew(), mark)
+            home.remove()
+        processes.agree("published")
+    except OSError as error:
+        raise StorageError(
+            f"{error.strerror or error} ({error.filename or home}). The input is untouched, and what is in {out} is no "
+            f"checkpoint; run the same command again to go on, or remove it and {home}"
+        ) from error
+
+
+def _begin(out: RemotePath, home: RemotePath, resume: bool) -> None:
+    if out.exists() and not home.exists():
+        raise OutputError(f"{out} exists already; remove it, or choose another output: in a store none can be replaced at once")
+    if not resume:
+        home.remove()
+        out.remove()
+    for last in (COMMITTED, METADATA):  # of a run that ended while it published: it is no checkpoint until this one has
+        for name in [name for name in out.below() if name.rpartition("/")[2] == last]:
+            (out / name).remove()
+    (home / _RUN).write_bytes(uuid.uuid4().hex.encode())
+
+
+def _publish(out: RemotePath, mark: str) -> None:
+    """Put Orbax's marker beside the metadata of the item and above it; the one of the output itself comes last."""
+    folders = {out}
+    for name in out.below():
+        if name.rpartition("/")[2] == METADATA:
+            parts = name.split("/")[:-1]
+            folders |= {out / "/".join(parts[: depth + 1]) for depth in range(len(parts))}
+    for folder in sorted(folders, key=lambda folder: -len(folder.key)):
+        (folder / COMMITTED).write_bytes(mark.encode())

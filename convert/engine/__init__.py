@@ -1,0 +1,1 @@
+"""What both formats use to copy blocks within a memory budget."""

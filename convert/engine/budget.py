@@ -1,0 +1,54 @@
+"""How many workers may run within `--memory`, and what each may hold.
+
+In: the budget in bytes. Out: `Budget`. It never looks at a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from convert.engine.blocks import SLAB
+from convert.errors import UsageError
+
+STRIP = 8 << 20
+"""Bytes of a strip: large enough to hide the cost of a call, small enough that many workers fit a small budget."""
+SYNC = 1 << 30
+"""Bytes written between two syncs: what a power cut can cost."""
+BASE, EACH = 96 << 20, 3 << 10
+"""Bytes that the process needs before the first block: interpreter and NumPy, and the plan, per tensor that it names."""
+USUAL = 20_000
+"""Tensors that a plan names, when the caller does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How many workers may run, and the bytes each may hold: one strip being filled and one slab of a source.
+
+    `base` is what the process holds besides.
+    """
+
+    jobs: int
+    strip: int
+    base: int
+
+    @property
+    def peak(self) -> int:
+        """The bound on resident memory that the plan prints, in bytes."""
+        return self.base + self.jobs * (self.strip + SLAB)
+
+
+def make_budget(memory: int, jobs: int | None, tensors: int = USUAL) -> Budget:
+    """Fit as many workers as asked for (default: one per CPU that we may use, at most 8) into `memory` bytes.
+
+    `tensors` counts those of the input and of the output.
+
+    Raises:
+        UsageError: not even one fits.
+    """
+    base = BASE + EACH * max(tensors, USUAL)
+    fit = (memory - base) // (SLAB + STRIP)
+    if fit < 1:
+        least = (base + SLAB + STRIP >> 20) + 1
+        raise UsageError(f"--memory of {memory >> 20} MiB is too little: one worker and the plan need {least} MiB")
+    return Budget(jobs=min(jobs or min(8, len(os.sched_getaffinity(0))), fit), strip=STRIP, base=base)

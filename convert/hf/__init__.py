@@ -1,0 +1,1 @@
+"""Write Hugging Face checkpoints."""

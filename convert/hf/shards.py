@@ -1,0 +1,103 @@
+"""Plan the safetensors files of the output: which tensor stands where, to the byte. Pure.
+
+A file is 8 bytes of header length, the JSON header padded with spaces to a multiple of 8, and the data. All is known before
+anything is written, so blocks can be written in any order by any number of workers and give the same file.
+
+Source of the format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convert.planning.planner import Target
+from layouts.tensors import itemsize
+
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """One file to write: `head` (length and header) and the offset of each tensor from the start of the file."""
+
+    name: str
+    head: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def pack(targets: Sequence[Target], *, limit: int, metadata: Mapping[str, str]) -> tuple[File, ...]:
+    """Put the tensors into files of at most `limit` bytes of data, in the plan's order; a larger tensor gets its own file."""
+    files: list[list[Target]] = [[]]
+    filled = 0
+    for target in targets:
+        if files[-1] and filled + target.spec.nbytes > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(target)
+        filled += target.spec.nbytes
+    total = len(files)
+    names = [SINGLE] if total == 1 else [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    return tuple(_file(name, group, metadata) for name, group in zip(names, files, strict=True))
+
+
+def _file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> File:
+    # Wide types first, so that every tensor starts at a multiple of its element size, as safetensors' own writer does it.
+    ordered = sorted((t.spec for t in targets), key=lambda spec: -itemsize(spec.dtype))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, end = {}, 0
+    for spec in ordered:
+        offsets[spec.name] = end
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        end += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return _with_head(name, text + b" " * (-len(text) % 8), offsets, end)
+
+
+def restore(headers: Mapping[str, str], targets: Iterable[Target]) -> tuple[File, ...] | None:
+    """The files of an original checkpoint, from the headers that its prefused form remembers: the same bytes again.
+
+    None when the headers do not hold exactly these tensors, each once and without gaps: somebody has edited the checkpoint or
+    what it remembers, which is input like any other and not to be trusted with a path or an offset.
+    """
+    wanted = {target.spec.name: target.spec for target in targets}
+    restored = []
+    for name, header in headers.items():
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            return None
+        offsets, end = {}, 0
+        try:
+            entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+            for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                spec = wanted.pop(key)
+                found = (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"])
+                if found != (spec.dtype, spec.shape, [end, end + spec.nbytes]):
+                    return None
+                offsets[key], end = end, end + spec.nbytes
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        restored.append(_with_head(name, header.encode(), offsets, end))
+    return None if wanted else tuple(restored)
+
+
+def _with_head(name: str, header: bytes, offsets: Mapping[str, int], data: int) -> File:
+    head = len(header).to_bytes(8, "little") + header
+    shifted = {key: len(head) + offset for key, offset in offsets.items()}
+    return File(name=name, head=head, offsets=shifted, size=len(head) + data)
+
+
+def index_text(targets: Iterable[Target], files: Sequence[File]) -> str | None:
+    """`model.safetensors.index.json` as transformers writes it (sorted, indented); None for a single file."""
+    if len(files) == 1:
+        return None
+    total = sum(target.spec.nbytes for target in targets)
+    weight_map = {name: file.name for file in files for name in file.offsets}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"

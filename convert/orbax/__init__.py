@@ -1,0 +1,1 @@
+"""Write Orbax checkpoints."""

@@ -1,0 +1,119 @@
+"""What a conversion by names does on the disk: which files are copied, and how their chunks get new names.
+
+An OCDBT database keeps names and values apart: the files with the values are copied as they are, at the speed of the disk, and
+the tree of names is written anew. Where each array is a directory, a chunk is a file, and is copied under its new name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorstore as ts
+
+from convert.commit.durable import write_text
+from convert.orbax.keep import Kept, kept_chunks
+from convert.orbax.metadata import stored_name
+from convert.orbax.portions import Portion
+from convert.planning.planner import Plan
+from convert.planning.targets import Target
+from layouts.orbax.arrays import NODES
+from layouts.orbax.chunks import METADATA, key_at
+from layouts.orbax.reader import OrbaxReader
+from layouts.orbax.tree import DATABASE, PROCESS
+
+_ONLY = ts.KvStore.KeyRange("", "\x00")
+"""The key itself, not those that begin alike."""
+RENAMED = 1 << 13
+"""Chunks that are renamed at once. Until they are written, their new names are in memory: of 300,000 that is 280 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A file to copy. An `own` one is written anew in the copy later on, so that it is always copied, by the first process."""
+
+    source: Path
+    target: Path
+    nbytes: int
+    own: bool = False
+
+
+def moves(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> list[Move]:
+    """All files that the item in the output consists of, but for its metadata and that of arrays that change."""
+    pairs = _database(reader, item) if reader.use_ocdbt else _directories(plan, kept, reader, item)
+    return [Move(source, target, source.stat().st_size, own) for source, target, own in pairs]
+
+
+def _database(reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+    """The files with values and names, without the manifests of single processes."""
+    for entry in sorted(reader.item.iterdir()):
+        if entry.name.startswith(PROCESS) or entry.name in DATABASE:
+            files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
+            for file in files:
+                if file.name != "manifest.ocdbt" or file.parent == reader.item:
+                    yield file, item / file.relative_to(reader.item), file.parent == reader.item
+
+
+def _directories(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+    for target in plan.targets:
+        place = item / stored_name(target, reader)
+        for at, name, key in kept_chunks(target, kept, reader):
+            yield reader.item / reader.leaves[name].stored / key, place / key_at(reader.grids[name], at), False
+
+
+def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader, files: Sequence[Move], portions: Sequence[Portion]) -> None:
+    """Give the chunks that have been copied the names of the plan; on a disk they have them, and only metadata is written.
+
+    It may be done again, after the manifest has been copied again: what else is there besides the `files` goes.
+    """
+    if not reader.use_ocdbt:
+        for target in plan.targets:
+            write_text(item / stored_name(target, reader) / _metadata_key(reader), _metadata(target, kept, reader))
+        return
+    copied = {move.target for move in files}
+    for left in [path for path in item.rglob("*") if path.is_file() and path not in copied]:
+        left.unlink()
+    base = {"driver": "file", "path": f"{item}/"}
+    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
+    stored = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
+    renamed = _renamed(kept, reader, portions)
+    while some := list(itertools.islice(renamed, RENAMED)):
+        transaction = ts.Transaction(atomic=True)
+        new = stored.with_transaction(transaction)
+        copying = [(stored + old).experimental_copy_range_to(new + key, _ONLY) for old, key in some]
+        for done in copying:
+            done.result()
+        transaction.commit_async().result()
+    transaction = ts.Transaction(atomic=True)
+    new = stored.with_transaction(transaction)
+    for name in {part.source for parts in kept.values() for part in parts}:
+        (new + f"{reader.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
+    for target in (target for target in plan.targets if target.spec.name in kept):
+        place = f"{stored_name(target, reader)}/"
+        (new + place).write(_metadata_key(reader), _metadata(target, kept, reader)).result()
+    transaction.commit_async().result()
+
+
+def _renamed(kept: Kept, reader: OrbaxReader, portions: Sequence[Portion]) -> Iterator[tuple[str, str]]:
+    """The old and the new key of each chunk that moves."""
+    for portion in portions:
+        if portion.target.spec.name in kept:
+            place = stored_name(portion.target, reader)
+            for at, name, key in kept_chunks(portion.target, kept, reader, portion.rows):
+                yield f"{reader.leaves[name].stored}/{key}", f"{place}/{key_at(reader.grids[name], at)}"
+
+
+def _metadata_key(reader: OrbaxReader) -> str:
+    return METADATA["zarr3" if reader.use_zarr3 else "zarr"]
+
+
+def _metadata(target: Target, kept: Kept, reader: OrbaxReader) -> str:
+    """What an array says of itself: as its first source does, but for the shape."""
+    parts = kept.get(target.spec.name)
+    stored = json.loads(
+        reader.values(parts[0].source if parts else target.spec.name).read(_metadata_key(reader)).result().value
+    )
+    return json.dumps({**stored, "shape": list(target.spec.shape)})

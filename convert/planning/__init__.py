@@ -1,0 +1,1 @@
+"""Plan a conversion. Pure: names and shapes in, block copies out."""

@@ -1,0 +1,119 @@
+"""The plan of a conversion from one format to the other: family, scan and record around `convert.planning.cross`. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.planning.choices import Choices
+from convert.planning.cross import cross_targets
+from convert.planning.cross_pairs import Sides, sides_of, trees_of
+from convert.planning.planner import Action, Plan
+from convert.planning.record import family_record, make_record
+from convert.planning.targets import Target
+from layouts.checkpoint import Reader
+from layouts.errors import InputError, PlanError
+from layouts.files import CONFIG, RECORD, read_json
+from layouts.language.layout import ROLES
+from layouts.matching.candidates import record_of
+from layouts.matching.lookup import find_family
+from layouts.orbax.tree import COMMITTED, STEP
+from layouts.tables.families import Family, maxtext
+from layouts.tables.maxtext import ROOT, Tree
+
+_FUSED = ("concat",)
+"""The layouts in which MaxText has a place for `wi`, for experts that are not cut into shards."""
+
+
+def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices) -> Plan:
+    """Plan HF -> Orbax (MaxText) or back. Whether the layers of a tree that is read are stacked, its names tell.
+
+    Raises:
+        PlanError: no lossless plan exists.
+        InputError: tensors or `config.json` are missing.
+    """
+    layout, to = choices.layout, "hf" if reader.format == "orbax" else "orbax"
+    config = config_of(reader)
+    found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=choices.family)
+    trees = trees_of(found, reader.path)
+    fused = layout if action == "prefuse" else None
+    if to == "orbax" and fused and fused not in _FUSED:
+        raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
+    tree, scan = (trees[0], choices.scan) if to == "orbax" else tree_in(reader, trees)
+    where = stacked_along(reader, choices.scan_axis)
+    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader, choices.source_layout))
+    # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
+    side_files = tuple(name for name in reader.side_files if name.rpartition("/")[2] not in (STEP, COMMITTED))
+    left_out = tuple(name for name in reader.tensors if choices.params_only and to == "hf" and not name.startswith(ROOT))
+    targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
+    return Plan(
+        source=reader.path,
+        out=out,
+        action=action,
+        format=to,
+        family=found.name,
+        layout=layout if fused else ("maxtext" if to == "orbax" else "native"),
+        record=_record(layout, sides, targets) if fused else family_record(where) if to == "orbax" else None,
+        targets=tuple(targets),
+        side_files=side_files,
+        left_out=left_out,
+        scanned=scan if to == "orbax" else None,
+    )
+
+
+def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
+    """Which of a family's trees a checkpoint of MaxText has, and whether its layers are stacked; its names tell."""
+    places = [(tree, f"{ROOT}{stack.scanned}.") for tree in trees for stack in tree.stacks if stack.scanned]
+    found = next((tree for tree, place in places if any(name.startswith(place) for name in reader.tensors)), None)
+    return found or trees[0], found is not None
+
+
+def stacked_along(reader: Reader, axis: int | None = None) -> Family:
+    """MaxText's family by the axis of its layers: as asked for, else as a tree says that we wrote, else as MaxText has it.
+
+    Raises:
+        PlanError: the tree says otherwise.
+    """
+    stated = record_of(reader).get("family") if reader.format == "orbax" else None
+    if stated and axis is not None and stated != maxtext(axis).name:
+        raise PlanError(f"{reader.path}: it was written as {stated}; do without --scan-axis {axis}")
+    return find_family(None, (), where=reader.path, format="orbax", override=str(stated)) if stated else maxtext(axis)
+
+
+def config_of(reader: Reader) -> Mapping[str, Any]:
+    """`config.json`, which an Orbax checkpoint that came from Hugging Face has beside it."""
+    if reader.config:
+        return {key: value for key, value in reader.config.items() if key != RECORD}
+    if not (reader.path / CONFIG).is_file():
+        raise InputError(
+            f"{reader.path / CONFIG}: not there; put the model's config.json there, it says how heads and layers lie"
+        )
+    found = read_json(reader.path / CONFIG)
+    if not isinstance(found, dict):
+        raise InputError(f"{reader.path / CONFIG}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def is_fused(reader: Reader, stated: str | None = None) -> bool:
+    """Whether an Orbax tree that is read has its experts fused: as our record says, or as is `stated` where there is none."""
+    record = record_of(reader)
+    if record.get("layout") in _FUSED:
+        return True
+    if reader.format == "orbax" and any(name.endswith(".wi") for name in reader.tensors):
+        if not record.get("layout") and stated in _FUSED:
+            return True
+        raise PlanError(
+            f"{reader.path}: it has a fused wi, and nothing says in which layout; if it is gate and up side by side, as "
+            f"MaxText has it, say so with --source-layout {_FUSED[0]}, else split it first"
+        )
+    if record.get("layout") and reader.format == "hf":
+        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
+    return False
+
+
+def _record(layout: str, sides: Sides, targets: Iterable[Target]) -> dict[str, Any]:
+    """The record of the fused experts, in the words of the format that has them."""
+    owner = sides.tree if sides.to_maxtext else sides.family
+    wanted = sides.maxtext if sides.to_maxtext else sides.hf
+    return make_record(layout, owner, wanted, [(owner.native[0][t.role], t) for t in targets if t.role in ROLES])

@@ -1,0 +1,153 @@
+"""The plan: every tensor of the output, and where each of its elements comes from. Pure; reads names and shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from convert.planning import relay
+from convert.planning.choices import Choices
+from convert.planning.record import family_record, make_record
+from convert.planning.targets import Piece, Target
+from layouts.checkpoint import Reader
+from layouts.errors import PlanError
+from layouts.language.layout import Layouts, Placed
+from layouts.language.pattern import identity
+from layouts.language.template import Template
+from layouts.matching.describe import Description, describe
+from layouts.matching.group import Group
+from layouts.tables.families import maxtext
+from layouts.tables.targets import TAKE_SCALARS, target
+from layouts.tensors import TensorSpec
+
+__all__ = ["Action", "Piece", "Plan", "Target", "make_plan"]
+
+Action = Literal["prefuse", "split", "convert"]
+"""What a conversion does to the experts; `convert` leaves them as the other format has them."""
+DEFAULTS = Choices()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a conversion will do; print it with `convert.report.describe_plan`.
+
+    `targets` are in the order of their first source tensor, so that reading goes through the input once.
+    """
+
+    source: Path
+    out: Path
+    action: Action
+    format: str
+    family: str
+    layout: str
+    record: Mapping[str, Any] | None
+    targets: tuple[Target, ...]
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    """Tensors of the input that the user asked to leave out."""
+    scanned: bool | None = None
+    """Whether the layers of a MaxText tree that is made are stacked."""
+    keep_chunks: bool = False
+    """Whether Orbax chunks stay as they are even where an array is one large chunk."""
+    computed: str | None = None
+    """By which rule values were computed; None where only bits are moved."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the output."""
+        return sum(target.spec.nbytes for target in self.targets)
+
+
+def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS) -> Plan:
+    """Plan the conversion of an open checkpoint within its format.
+
+    Raises:
+        PlanError: no lossless plan exists, or there is nothing to do.
+        InputError: experts are missing.
+    """
+    layout, family = choices.layout, choices.family
+    if reader.format == "orbax" and choices.scan_axis is not None:
+        family = family or maxtext(choices.scan_axis).name
+    described = describe(reader, family=family, source_layout=choices.source_layout)
+    wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
+    experts = list(_experts(reader, described, None if action == "split" else wanted))
+    found = [made for _, made in experts]
+    if action == "prefuse" and (layout not in TAKE_SCALARS or reader.format == "orbax"):
+        _check_scalars(reader, described.groups, layout)
+    if not any(made.moved for made in found):
+        state = "as they were published" if action == "split" else f"in layout {layout!r}"
+        raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
+    found += [_verbatim(reader.tensors[name]) for name in described.verbatim]
+    _check_names(reader, found)
+    return Plan(
+        source=reader.path,
+        out=out,
+        action=action,
+        format=reader.format,
+        family=described.family.name,
+        layout="native" if action == "split" else layout,
+        record=family_record(described.family)
+        if action == "split"
+        else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
+        targets=_in_reading_order(reader, found),
+        side_files=tuple(reader.side_files),
+        keep_chunks=choices.keep_chunks,
+    )
+
+
+def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[tuple[Group, Target]]:
+    """The expert tensors of the output; where nothing is wanted, as they were before, or as the family is published."""
+    beside: dict[tuple[str, Any], list[Group]] = {}
+    for group in described.groups:
+        beside.setdefault((group.role, frozenset(group.index.items())), []).append(group)
+    for groups in beside.values():
+        for group in groups:
+            before = group.native if group.relaid else described.family.native[0][group.role]
+            layout = wanted[group.role] if wanted else before
+            for made in relay.targets(reader, group, groups, layout, described.family.experts):
+                yield group, made
+
+
+def _check_scalars(reader: Reader, groups: Sequence[Group], layout: str) -> None:
+    consumer, way = f"layout {layout!r}", ". Use a layout that keeps (E, 2), as concat or vllm do"
+    if reader.format == "orbax":
+        consumer, way = "MaxText's wi", ""
+    for group in groups:
+        if group.role == "wi" and group.part and not {"in", "out", "rest"} & set(group.dims.split()):
+            raise PlanError(
+                f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
+                f"has room for one, and to make them one would change values{way}"
+            )
+
+
+def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target, ...]:
+    order = {name: position for position, name in enumerate(reader.tensors)}
+    first = {id(t): order[_first_source(t)] for t in targets}
+    return tuple(sorted(targets, key=lambda t: (first[id(t)], t.spec.name)))
+
+
+def _first_source(target: Target) -> str:
+    if target.role == "verbatim":
+        return target.spec.name
+    return next(target.pieces(target.target.pattern.whole(target.sizes))).source
+
+
+def _verbatim(spec: TensorSpec) -> Target:
+    same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
+    sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
+    return Target(spec=spec, role="verbatim", index={}, sizes=sizes, source_sizes=sizes, source=same, target=same)
+
+
+def _check_names(reader: Reader, targets: list[Target]) -> None:
+    """Each name is given once, and the logical sizes of what is read and written agree."""
+    seen: set[str] = set()
+    for name in (made.spec.name for made in targets):
+        if name in seen:
+            raise PlanError(f"{reader.path}: two tensors of the output would be called {name}")
+        seen.add(name)
+    padded = any(side.pattern.padding for made in targets for side in (made.source, made.target))
+    bytes_in, bytes_out = (sum(s.nbytes for s in specs) for specs in (reader.tensors.values(), (t.spec for t in targets)))
+    if bytes_in != bytes_out and not padded:
+        raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {bytes_out}; this is a bug, report it")

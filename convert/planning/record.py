@@ -1,0 +1,71 @@
+"""What the output says about itself, so that nobody has to guess: which layout, and which one it was. Pure.
+
+It stands in `config.json` and in the metadata of every shard; `layouts.matching.candidates` reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from convert.planning.targets import Target
+from layouts.language.layout import Layout, Layouts
+from layouts.language.pattern import Pattern
+from layouts.tables.families import Family, maxtext
+from layouts.tables.targets import VERSION
+
+_Made = Sequence[tuple[Layout, Target]]
+"""Each target with the layout that its sources had before anybody re-laid them."""
+_SCAN = re.compile(r"\bl\d*\b")
+"""An axis of stacked layers, in a pattern."""
+
+
+def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> dict[str, Any]:
+    """The record of a prefused checkpoint: for each role its layout and the ones before, and what these do not tell."""
+    record: dict[str, Any] = {"layout": layout, "version": VERSION, "family": family.name}
+    for role, each in wanted.items():
+        record[role] = _words(each, family) | _natives([(native, t) for native, t in made if t.role == role], family)
+    if stored := _stored([target for _, target in made], wanted):
+        record["stored"] = stored
+    return record
+
+
+def family_record(family: Family) -> dict[str, Any] | None:
+    """The record of experts that are not fused: the family, where nothing else in the checkpoint tells it."""
+    usual = family.format != "orbax" or family.name == maxtext().name
+    return None if usual else {"version": VERSION, "family": family.name}
+
+
+def _words(layout: Layout, family: Family) -> dict[str, Any]:
+    return {"key": layout.key.replace("{experts}", family.experts), "pattern": layout.pattern}
+
+
+def _natives(made: _Made, family: Family) -> dict[str, Any]:
+    natives = list(dict.fromkeys(native for native, _ in made))
+    numbers = {target.spec.name: natives.index(native) for native, target in made}
+    later = {name: number for name, number in numbers.items() if number}
+    return {"native": [_words(native, family) for native in natives], **({"native_of": later} if later else {})}
+
+
+def _stored(targets: Iterable[Target], wanted: Layouts) -> dict[str, Any]:
+    """How tensors are stored where the layout does not tell; once for all of a kind if they are alike."""
+    kinds: dict[str, dict[str, Mapping[str, Any] | None]] = {}
+    for target in targets:
+        kinds.setdefault(f"{target.role}.{target.part}", {})[target.spec.name] = _entry(target, wanted)
+    folded: dict[str, Any] = {}
+    for kind, entries in kinds.items():
+        first = next(iter(entries.values()))
+        alike = all(entry == first for entry in entries.values())
+        folded |= {kind: first} if alike else entries
+    return {name: entry for name, entry in folded.items() if entry}
+
+
+def _entry(target: Target, wanted: Layouts) -> Mapping[str, Any] | None:
+    pattern = target.target.pattern
+    unpadded = {axis: target.sizes[axis] for axis in pattern.padding}
+    if not target.part and not unpadded:
+        usual = Pattern(wanted[target.role].pattern).expand(len(pattern.groups))
+        if _SCAN.sub("l", pattern.text) == _SCAN.sub("l", usual.text):
+            return None
+    return {"pattern": pattern.text, "dims": target.dims, "unpadded": unpadded}

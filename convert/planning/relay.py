@@ -1,0 +1,147 @@
+"""How the tensors of one part of a MoE block land in a wanted layout: names, patterns and sizes, or why they cannot. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from convert.planning.targets import Target
+from layouts.checkpoint import Reader
+from layouts.errors import PlanError
+from layouts.language.layout import Layout, Placed
+from layouts.language.parts import AXES, CHUNKS, PARTS, companion, is_in_first, takes
+from layouts.language.pattern import Pattern
+from layouts.matching.checks import PACKED, is_packed
+from layouts.matching.group import Group
+from layouts.tensors import TensorSpec
+
+_NUMBER = {part.name: number for number, part in enumerate(PARTS)}
+
+
+def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layout, experts: str) -> Iterator[Target]:
+    """The tensors that hold this group in the wanted layout: one per point of the axes in the key.
+
+    `beside` are all groups of the same role and block, this one among them.
+
+    Raises:
+        PlanError: the layout cannot hold them without loss.
+    """
+    placed = layout.place(experts)
+    if not takes(layout.key, group.part):
+        raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
+    try:
+        pattern = _pattern(reader, group, beside, placed.pattern)
+        sizes = _sizes(group, pattern)
+        shape = pattern.shape(sizes)
+    except ValueError as error:
+        raise PlanError(f"{reader.path}: {group.names[0]} does not fit into '{layout.pattern}': {error}") from None
+    target = Placed(placed.key.bind("part", _NUMBER[group.part]), pattern)
+    named = [slot for slot in target.key.slots if slot in sizes]
+    for point in itertools.product(*(range(sizes[axis]) for axis in named)):
+        index = {**group.index, **dict(zip(named, point, strict=True))}
+        yield Target(
+            spec=TensorSpec(name=target.key.render(index), dtype=group.dtype, shape=shape),
+            role=group.role,
+            part=group.part,
+            dims=group.dims,
+            index=index,
+            sizes=sizes,
+            source_sizes=group.sizes,
+            source=group.placed,
+            target=target,
+        )
+
+
+def _pattern(reader: Reader, group: Group, beside: Sequence[Group], weight: Pattern) -> Pattern:
+    """The wanted pattern for this part: fewer dims for a companion, coarser words for a scale, in and out as packed."""
+    in_first = is_in_first(weight, group.role)
+    if is_packed(beside):
+        in_first = next(is_in_first(g.placed.pattern, g.role) for g in beside if {"in", "out"} <= set(g.dims.split()))
+    pattern = companion(weight, group.role, group.dims, in_first=in_first)
+    scan = sum(axis not in {"e", "k", "g", "d", *CHUNKS} for axis in group.placed.pattern.axes)
+    if scan and "..." not in pattern.axes:
+        raise ValueError(f"{scan} scan axes have no place in it")
+    pattern = pattern.expand(len(pattern.groups) - ("..." in pattern.axes) + scan)
+    if is_packed(beside) and AXES[group.role][0] in pattern.padding:
+        raise ValueError("values are packed along the axis that would be padded")
+    words = pattern.text
+    for axis in ("n", "k"):
+        if axis in pattern.axes and (unit := _unit(reader, group, beside, axis, pattern)) > 1:
+            words = _coarser(pattern, words, axis, unit, _finest(beside, axis))
+    return Pattern(words)
+
+
+def _finest(beside: Sequence[Group], axis: str) -> int:
+    """How many elements the projection has along an axis, by the tensor that has most."""
+    return max(group.total(axis) for group in beside if axis in group.sizes)
+
+
+def _unit(reader: Reader, group: Group, beside: Sequence[Group], axis: str, pattern: Pattern) -> int:
+    """How many elements of the finest tensor beside it one element of this group spans, where the wanted layout cuts there.
+
+    The size of a block comes from `config.json` only: inferred from the grid it is wrong whenever the blocks do not divide.
+
+    Raises:
+        ValueError: it is not stated, or a block would lie across a cut.
+    """
+    dimension = next(g for g in pattern.groups if axis in g)
+    if len(dimension) == 1 and axis not in pattern.padding:
+        return 1
+    whole, own = _finest(beside, axis), group.total(axis)
+    if own == whole or (own == 1 and axis in AXES[group.role][:1]):
+        return 1
+    block = _block(reader, axis, group.role)
+    if (group.part in PACKED or reader.format == "orbax") and whole % own == 0:  # MaxText has whole blocks only
+        unit = whole // own
+    elif block and -(-whole // block) == own:
+        unit = block
+    else:
+        raise ValueError(f"{own} scales for {whole} ({axis}), and config.json states no weight_block_size that explains them")
+    if whole % unit:
+        raise ValueError(f"a block of {unit} would lie across gate and up: {axis} is {whole}")
+    if dimension[-1] != axis:
+        raise ValueError(f"it takes gate and up in turn, and a block of {unit} would hold both")
+    return unit
+
+
+def _block(reader: Reader, axis: str, role: str) -> int | None:
+    sizes = (reader.config.get("quantization_config") or {}).get("weight_block_size")
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        return None
+    found: int = sizes[AXES[role][::-1].index(axis)]
+    return found
+
+
+def _coarser(pattern: Pattern, text: str, axis: str, unit: int, whole: int) -> str:
+    """A pattern for blocks of `unit` elements, from that for the elements themselves."""
+    shards = pattern.fixed.get("s", 1)
+    if axis in pattern.fixed:
+        size, word = pattern.fixed[axis], f"{axis}={pattern.fixed[axis]}"
+    elif axis in pattern.padding:
+        size = Pattern(f"{axis}%{pattern.padding[axis]}").stored({axis: whole // shards, "s": shards})[axis]
+        word = f"{axis}%{pattern.padding[axis]}"
+    else:
+        return text
+    if size % unit:
+        raise ValueError(f"a block of {unit} would lie across the end of {size} ({axis})")
+    return text.replace(word, f"{axis}{word[len(axis)]}{size // unit}")
+
+
+def _sizes(group: Group, pattern: Pattern) -> dict[str, int]:
+    """The logical sizes in the wanted pattern: those of the group, with its `n` cut as the pattern wants it."""
+    sizes = {axis: size for axis, size in group.sizes.items() if axis not in CHUNKS}
+    if "n" not in group.sizes:
+        return sizes
+    rest = group.total("n")
+    fixed: Mapping[str, int] = pattern.fixed
+    for axis in CHUNKS:
+        if axis in fixed:
+            if rest % fixed[axis]:
+                raise ValueError(f"n = {rest} does not divide into {axis} = {fixed[axis]}")
+            rest //= fixed[axis]
+            sizes[axis] = fixed[axis]
+    if "c" in pattern.axes and "c" not in fixed:
+        sizes["c"] = rest
+    else:
+        sizes["n"] = rest
+    return sizes

@@ -1,0 +1,131 @@
+"""A tensor of the output, and the block copies that fill it. Pure.
+
+There is one operation, whatever the two layouts are: a target block and a source block are viewed along the same axes and one
+is copied into the other. A `Target` therefore only holds both layouts and their sizes; `pieces` derives the copies.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layouts.language.layout import Placed
+from layouts.language.parts import CHUNKS
+from layouts.language.pattern import Box, Pattern
+from layouts.language.template import Index
+from layouts.tensors import TensorSpec
+
+OTHER = "other"
+"""The role of a tensor that is no expert weight and is re-laid all the same, between formats."""
+_CUT = CHUNKS[:2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One block copy: `source_box` of the tensor `source` goes to `target_box` of the target. The boxes have equal lengths."""
+
+    source: str
+    source_box: Box
+    target_box: Box
+
+
+class _Run(NamedTuple):
+    """A run of the logical `n` that lies in one chunk: the chunk, where it begins in `n`, and the range inside it."""
+
+    chunk: dict[str, range]
+    base: int
+    inside: range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A tensor of the output. `index` is where its name puts it.
+
+    `sizes` are those of its axes, `source_sizes` the sources'. `role` is `wi`, `wo`, `verbatim`, or `other` for tensors that
+    only the other format has otherwise; `part` names a companion, such as a bias or a scale.
+    """
+
+    spec: TensorSpec
+    role: str
+    part: str = ""
+    dims: str = ""
+    index: Index
+    sizes: Mapping[str, int]
+    source_sizes: Mapping[str, int]
+    source: Placed
+    target: Placed
+
+    @property
+    def moved(self) -> bool:
+        """Whether anything but the name's place in a file changes."""
+        return self.source != self.target
+
+    def pieces(self, box: Box) -> Iterator[Piece]:
+        """The block copies that fill `box`, a range for each axis of the target's pattern; what they leave out is padding.
+
+        Axes that the source keeps in its names, or in another direction, are taken one by one.
+        """
+        real = {axis: range(span.start, min(span.stop, self.sizes[axis])) for axis, span in box.items()}
+        if not all(map(len, real.values())):
+            return
+        full = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)} | real
+        single = [axis for axis in full if axis in self.source.key.slots or axis in self._turned]
+        for point in itertools.product(*(full[axis] for axis in single)):
+            here = full | {axis: range(i, i + 1) for axis, i in zip(single, point, strict=True)}
+            there = {axis: self._turn(axis, span) for axis, span in here.items()}
+            name = self.source.key.render({**self.index, **{axis: there[axis].start for axis in single}})
+            for in_target, in_source in self._runs(here):
+                target_box, source_box = {**here, **in_target}, {**there, **in_source}
+                yield Piece(
+                    source=name,
+                    source_box={axis: source_box[axis] for axis in self.source.pattern.axes},
+                    target_box={axis: target_box[axis] for axis in self.target.pattern.axes},
+                )
+
+    @property
+    def _turned(self) -> frozenset[str]:
+        return self.source.pattern.reversed ^ self.target.pattern.reversed
+
+    def _turn(self, axis: str, span: range) -> range:
+        if axis not in self._turned:
+            return span
+        last = self.sizes.get(axis, self.source_sizes.get(axis, 0)) - 1
+        return range(last - span.start, last - span.start + 1)
+
+    def _runs(self, box: Box) -> Iterator[tuple[Box, Box]]:
+        """The parts of `box` along `n` that lie in one chunk on both sides."""
+        cut = self.source.pattern.axes, self.target.pattern.axes
+        if "n" not in box or not any(axis in axes for axis in _CUT for axes in cut):
+            yield {}, {}
+            return
+        for run in _chunks(self.target.pattern, self.sizes, box):
+            start, stop = run.base + run.inside.start, run.base + run.inside.stop
+            size = self.source_sizes["n"] if any(axis in cut[0] for axis in _CUT) else stop
+            while start < stop:
+                number, at = divmod(start, size)
+                end = min(stop, (number + 1) * size)
+                target_n = range(start - run.base, end - run.base)
+                source = _place(self.source.pattern, self.source_sizes, number)
+                yield run.chunk | {"n": target_n}, source | {"n": range(at, at + end - start)}
+                start = end
+
+
+def _chunks(pattern: Pattern, sizes: Mapping[str, int], box: Box) -> Iterator[_Run]:
+    """The chunks of `n` that a box touches, in their logical order."""
+    axes = [axis for axis in _CUT if axis in pattern.axes]
+    for point in itertools.product(*(box[axis] for axis in axes)):
+        number = 0
+        for axis, at in zip(axes, point, strict=True):
+            number = number * sizes[axis] + at
+        yield _Run({axis: range(at, at + 1) for axis, at in zip(axes, point, strict=True)}, number * sizes["n"], box["n"])
+
+
+def _place(pattern: Pattern, sizes: Mapping[str, int], number: int) -> dict[str, range]:
+    """Where chunk `number` is."""
+    found = {}
+    for axis in reversed([axis for axis in _CUT if axis in pattern.axes]):
+        number, at = divmod(number, sizes[axis])
+        found[axis] = range(at, at + 1)
+    return found

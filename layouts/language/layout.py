@@ -1,0 +1,73 @@
+"""A layout: a key template and an axis pattern for each role.
+
+The role `wi` is the gate (`g` = 0, `wi_0`) and the up (`g` = 1, `wi_1`) projection, with the logical axes `e k g n`; `wo` is
+the down projection, `e n k`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from layouts.language.parts import words
+from layouts.language.pattern import Pattern
+from layouts.language.template import Template
+
+ROLES: Mapping[str, frozenset[str]] = {"wi": frozenset("ekgn"), "wo": frozenset("enk")}
+"""Every role with the axes that its key and its pattern must hold between them."""
+_MAY = {"...", "s", "c", "part", "path", "l"}
+"""What they may hold besides: scan axes, the chunks of `n`, the word of a companion, and a place that is not the family's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one role is stored.
+
+    In the key, `{experts}` stands for the family's place of experts and `{part}` for the word of the weight or of a companion
+    (see `layouts.language.parts`); a key without it has no companions.
+    """
+
+    key: str
+    pattern: str
+
+    def place(self, experts: str) -> Placed:
+        """This layout below a place, ready to parse and render."""
+        return Placed(self.template(experts), Pattern(self.pattern))
+
+    def template(self, experts: str) -> Template:
+        """The full key alone."""
+        return Template(words(self.key).replace("{experts}", experts))
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A layout with its full key."""
+
+    key: Template
+    pattern: Pattern
+
+
+Layouts = Mapping[str, Layout]
+"""A complete layout of a MoE block: one `Layout` per role."""
+
+
+def layouts(*, wi: tuple[str, str], wo: tuple[str, str]) -> Layouts:
+    """Build and check one row: each logical axis of a role is held exactly once, by the key or by the pattern.
+
+    Raises:
+        ValueError: an axis is missing, held twice, or unknown.
+    """
+    return {"wi": checked("wi", *wi), "wo": checked("wo", *wo)}
+
+
+def checked(role: str, key: str, pattern: str) -> Layout:
+    """One entry of a row.
+
+    Raises:
+        ValueError: an axis is missing, held twice, or unknown.
+    """
+    plain = Pattern(pattern.replace("{shards}", "1").replace("{align}", "1"))
+    axes = [*Template(words(key).replace("{experts}", "")).slots, *plain.axes]
+    if sorted(set(axes) - _MAY) != sorted(ROLES[role]) or len(axes) != len(set(axes)):
+        raise ValueError(f"{role} needs each of {sorted(ROLES[role])} once, {key} '{pattern}' has {axes}")
+    return Layout(key, pattern)

@@ -1,0 +1,1 @@
+"""Match the names of a checkpoint against the tables."""

@@ -1,0 +1,140 @@
+"""The layouts that a checkpoint may be in: what our record says, what the user says, or what its producer owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from layouts.checkpoint import Reader
+from layouts.errors import InputError, PlanError
+from layouts.language.layout import ROLES, Layout, Layouts, checked
+from layouts.language.pattern import Pattern
+from layouts.tables.families import Family
+from layouts.tables.natives import SOURCES
+from layouts.tables.targets import TARGETS, VERSION, target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """How a tensor is stored where the layout alone does not tell: packed ones keep their order, companions have fewer dims.
+
+    `unpadded` are the real sizes of padded axes.
+    """
+
+    pattern: str
+    dims: str
+    unpadded: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """A layout that one role may be in.
+
+    `natives` is empty if that is how the tensors came into the world; else they were in one of these, the first one unless
+    `native_of` says otherwise of a tensor.
+    """
+
+    role: str
+    layout: Layout
+    natives: tuple[Layout, ...] = ()
+    native_of: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """What a checkpoint may be in, to be tried in order; `stored` says more about single tensors."""
+
+    known: tuple[Known, ...]
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    """By the name of a tensor, or by role and part for all of a kind: `wi.scale_inv`."""
+
+
+def record_of(reader: Reader) -> Mapping[str, Any]:
+    """What this tool wrote into the checkpoint; nothing if it did not make it.
+
+    Raises:
+        InputError: it is not a record.
+    """
+    record = reader.record or {}
+    if not isinstance(record, Mapping):
+        raise InputError(f"{reader.path}: the record of the layout is damaged: expected an object, found {record!r}")
+    return record
+
+
+def candidates(reader: Reader, family: Family, source_layout: str | None) -> Candidates:
+    """What the checkpoint may be in.
+
+    Raises:
+        PlanError: an unknown layout, or two that share their keys and nothing that tells which.
+        InputError: the record is damaged.
+    """
+    record = record_of(reader)
+    if source_layout:
+        table = named(source_layout, family)
+        relaid = [Known(role=role, layout=table[role], natives=(family.native[0][role],)) for role in table]
+        return Candidates(known=_apart(relaid, family.native))
+    if "layout" not in record and set(record) <= {"version", "family"}:
+        return Candidates(known=_apart([], _by_writer(reader, family)))
+    if record.get("version") != VERSION:
+        raise PlanError(f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}")
+    try:
+        relaid = [_recorded(role, record[role], family) for role in ROLES]
+        stored = {name: _stored(entry) for name, entry in record.get("stored", {}).items()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{reader.path}: the record of the layout is damaged: {error!r}") from None
+    return Candidates(known=_apart(relaid, family.native), stored=stored)
+
+
+def named(text: str, family: Family) -> Layouts:
+    """A layout as `--source-layout` names it: `concat`, `fused-in-out`, `per-shard:8`, `per-shard:8:128`.
+
+    Raises:
+        PlanError: no such layout.
+    """
+    name, *options = text.split(":")
+    if name in SOURCES and not options:
+        return SOURCES[name]
+    if name not in TARGETS or len(options) > 2 or not all(option.isdecimal() or option == "maxtext" for option in options):
+        raise PlanError(f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN")
+    shards, align = (options[0] if options else "1"), (options[1] if len(options) > 1 else "128")
+    return target(name, family, shards=int(shards), align=align)
+
+
+def _stored(entry: Mapping[str, Any]) -> Stored:
+    sizes = {str(axis): int(size) for axis, size in entry.get("unpadded", {}).items()}
+    return Stored(pattern=Pattern(entry["pattern"]).text, dims=str(entry["dims"]), unpadded=sizes)
+
+
+def _recorded(role: str, entry: Mapping[str, Any], family: Family) -> Known:
+    layout, *natives = (
+        checked(role, each["key"].replace(family.experts, "{experts}"), each["pattern"]) for each in (entry, *entry["native"])
+    )
+    native_of = {str(name): int(number) for name, number in entry.get("native_of", {}).items()}
+    if not natives or any(number not in range(len(natives)) for number in native_of.values()):
+        raise ValueError(f"{role} needs native layouts")
+    return Known(role=role, layout=layout, natives=tuple(natives), native_of=native_of)
+
+
+def _by_writer(reader: Reader, family: Family) -> tuple[Layouts, ...]:
+    """The family's layouts, without those that another version of transformers writes under the same keys."""
+    if family.changed_in is None:
+        return family.native
+    version = str(reader.config.get("transformers_version", "")).partition(".")[0]
+    if not version.isdecimal():
+        raise PlanError(
+            f"{reader.path}: {family.name} stands in two layouts under the same names, and config.json has no "
+            f"transformers_version that tells which. Say so: --source-layout fused-in-out (E, K, 2N), as published, or "
+            f"--source-layout fused-out-in (E, 2N, K), as saved by transformers {family.changed_in} and later"
+        )
+    return family.native[int(version) >= family.changed_in :]
+
+
+def _apart(first: Iterable[Known], tables: Iterable[Layouts]) -> tuple[Known, ...]:
+    """The layouts whose keys no earlier one has."""
+    kept = list(first)
+    for table in tables:
+        keys = {known.layout.key for known in kept}
+        if not keys & {layout.key for layout in table.values()}:
+            kept += [Known(role=role, layout=layout) for role, layout in table.items()]
+    return tuple(kept)

@@ -1,0 +1,132 @@
+"""What must hold before there is a plan: experts complete and alike, and blocks whose parts fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from layouts.checkpoint import Reader
+from layouts.errors import InputError, PlanError
+from layouts.language.layout import ROLES
+from layouts.language.parts import AXES, PACKED_TYPES, PARTS
+from layouts.language.template import Index, Template
+from layouts.matching.lookup import expert_counts
+from layouts.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from layouts.matching.group import Group
+
+PACKED = frozenset(part.name for part in PARTS if part.packed)
+WEIGHTS = ("", "packed", "qweight", "blocks")
+"""The parts that are weights; every role of a block has one."""
+
+
+def check_equal(reader: Reader, specs: Sequence[TensorSpec]) -> None:
+    """All tensors of a group have one shape and one element type.
+
+    Raises:
+        PlanError: they do not.
+    """
+    first = specs[0]
+    for spec in specs:
+        if (spec.shape, spec.dtype) != (first.shape, first.dtype):
+            raise PlanError(
+                f"{reader.path}: experts of one layer must be alike, but {first.name} is {first.dtype} {first.shape} and "
+                f"{spec.name} (in {reader.where(spec.name)}) is {spec.dtype} {spec.shape}; no stacked tensor can hold both"
+            )
+
+
+def check_grid(reader: Reader, role: str, key: Template, index: Index, names: Sequence[str]) -> dict[str, int]:
+    """Experts 0..E-1, each with every projection; the sizes of the axes that the names hold.
+
+    Raises:
+        InputError: a tensor is missing.
+    """
+    grid = [slot for slot in key.slots if slot in ROLES[role]]
+    seen = max(int((key.parse(name) or {}).get("e", 0)) + 1 for name in names)
+    counts = {"e": min((count for count in expert_counts(reader.config) if count >= seen), default=seen), "g": 2}
+    total = math.prod(counts[axis] for axis in grid)
+    if total != len(names):  # each name is another point of the grid, so that counting is enough
+        have = set(names)
+        points = _points([counts[axis] for axis in grid])
+        wanted = (key.render({**index, **dict(zip(grid, point, strict=True))}) for point in points)
+        raise InputError(
+            f"{reader.path}: {next(name for name in wanted if name not in have)} is missing, and so are {total - len(have)} of "
+            f"the {total} tensors of {counts['e']} experts; the others are in {_shards(reader, names)}"
+        )
+    return {axis: counts[axis] for axis in grid}
+
+
+def _points(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All points of a grid in order, one at a time: `itertools.product` would first write down every axis."""
+    if not counts:
+        yield ()
+        return
+    yield from ((first, *rest) for first in range(counts[0]) for rest in _points(counts[1:]))
+
+
+def _shards(reader: Reader, names: Iterable[str]) -> str:
+    """A few of the places where these tensors lie."""
+    places = sorted({reader.where(name) for name in names})
+    return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+
+
+def is_packed(groups: Iterable[Group]) -> bool:
+    """Whether a projection is stored with several values to an element, so that in and out must keep their order."""
+    return any(group.part in PACKED or (not group.part and group.dtype in PACKED_TYPES) for group in groups)
+
+
+def check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
+    """Every MoE block has all roles, they agree on E, K and N, and companions are not larger than their weights.
+
+    Raises:
+        InputError: a weight is missing.
+        PlanError: sizes do not fit together.
+    """
+    found: dict[frozenset[tuple[str, int | str]], dict[str, list[Group]]] = {}
+    for group in groups:
+        roles = found.setdefault(frozenset(group.index.items()), {})
+        roles.setdefault(group.role, []).append(group)
+    for roles in found.values():
+        weights = {role: [g for g in roles.get(role, ()) if g.part in WEIGHTS] for role in ROLES}
+        some = next(iter(roles.values()))[0]
+        if lacking := [role for role, held in weights.items() if not held]:
+            raise InputError(f"{reader.path}: {some.names[0]} has no {' and no '.join(lacking)} beside it")
+        for role, held in roles.items():
+            _check_companions(reader, role, weights[role][0], held)
+        wi, wo = weights["wi"][0], weights["wo"][0]
+        packed = any(is_packed(held) for held in roles.values())
+        if any(wi.total(axis) != wo.total(axis) for axis in ("e" if packed else "ekn")):
+            sizes = [{axis: group.total(axis) for axis in "ekn"} for group in (wi, wo)]
+            raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
+    _check_alike(reader, list(found.values()))
+
+
+def _check_alike(reader: Reader, blocks: Sequence[Mapping[str, Sequence[Group]]]) -> None:
+    """Weights of one kind have the same companions in all layers: a scale or a bias that one layer lacks was lost."""
+    seen: dict[tuple[Any, ...], tuple[Group, frozenset[str]]] = {}
+    for role, held in (item for block in blocks for item in block.items()):
+        weight = next(group for group in held if group.part in WEIGHTS)
+        parts = frozenset(group.part for group in held)
+        kind = (role, weight.index.get("path"), weight.part, weight.dtype, weight.placed.key.slots)
+        first, wanted = seen.setdefault(kind, (weight, parts))
+        if parts != wanted:
+            lost = sorted(wanted ^ parts)[0]
+            has, lacks = (first, weight) if lost in wanted else (weight, first)
+            raise InputError(
+                f"{reader.path}: {has.names[0]} has a {lost} beside it and {lacks.names[0]} (in "
+                f"{reader.where(lacks.names[0])}) has none"
+            )
+
+
+def _check_companions(reader: Reader, role: str, weight: Group, held: Iterable[Group]) -> None:
+    """Companions are for as many experts as the weight, and a bias for as many outputs; scales have their own grid."""
+    for group in held:
+        exact = ("e", AXES[role][1]) if group.part == "bias" else ("e",)
+        for axis in exact:
+            if group.total(axis) != weight.total(axis):
+                raise PlanError(
+                    f"{reader.path}: {group.names[0]} is for {group.total(axis)} ({axis}), but {weight.names[0]} has "
+                    f"{weight.total(axis)}; they do not belong together"
+                )

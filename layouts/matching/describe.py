@@ -1,0 +1,198 @@
+"""Match every tensor of a checkpoint against its family's table; nothing is guessed and nothing is left over.
+
+The result is complete by construction: each source tensor is in exactly one `Group`, or it is verbatim, or there is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from layouts.checkpoint import Reader
+from layouts.errors import InputError, PlanError
+from layouts.language.layout import ROLES, Placed
+from layouts.language.parts import PARTS, forms
+from layouts.language.pattern import Pattern
+from layouts.language.template import Template
+from layouts.matching.candidates import Candidates, Known, candidates, record_of
+from layouts.matching.checks import check_blocks, check_equal, check_grid
+from layouts.matching.group import Block, Group
+from layouts.matching.lookup import expert_counts, find_family, fitting
+from layouts.tables.families import Family, maxtext
+from layouts.tables.targets import TARGETS, target
+from layouts.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A checkpoint in the words of the tables."""
+
+    family: Family
+    groups: tuple[Group, ...]
+    verbatim: tuple[str, ...]
+
+
+_Key = tuple[str, int, Block]
+_Matched = dict[_Key, tuple[Known, Placed, list[str]]]
+
+
+def describe(reader: Reader, *, family: str | None = None, source_layout: str | None = None) -> Description:
+    """Say what every tensor of an open checkpoint is.
+
+    Raises:
+        PlanError: unknown family, expert tensors that its table does not know, or a fused layout that nobody has named.
+        InputError: experts are missing, or differ in shape or element type.
+    """
+    found = _family(reader, family)
+    known = candidates(reader, found, source_layout)
+    matched, verbatim = _match(reader, found, known.known)
+    if not matched:
+        raise PlanError(
+            f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
+            f"{_hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
+        )
+    groups = _groups(reader, matched, known)
+    check_blocks(reader, groups)
+    return Description(family=found, groups=groups, verbatim=tuple(verbatim))
+
+
+def _family(reader: Reader, override: str | None) -> Family:
+    wanted = override or record_of(reader).get("family")
+    if reader.format == "orbax" and not wanted:
+        return maxtext()
+    return find_family(
+        reader.config.get("model_type"), list(reader.tensors), where=reader.path, format=reader.format, override=wanted
+    )
+
+
+def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Matched, list[str]]:
+    placed = [(each, each.layout.place(family.experts)) for each in known]
+    refuse = _Refusal(reader, family)
+    matched: _Matched = {}
+    verbatim = []
+    for name in reader.tensors:
+        hit = next(((each, p, i) for each, p in placed if (i := p.key.parse(name)) is not None), None)
+        if hit is None:
+            refuse.unknown_expert(name)
+            verbatim.append(name)
+            continue
+        each, where, index = hit
+        part = int(index.pop("part", 0))
+        block: Block = frozenset((slot, value) for slot, value in index.items() if slot not in ROLES[each.role])
+        _, first, names = matched.setdefault((each.role, part, block), (each, where, []))
+        if first != where:
+            raise PlanError(f"{reader.path}: {name} and {names[0]} hold the same weights in two layouts; remove one")
+        names.append(name)
+    return matched, verbatim
+
+
+class _Refusal:
+    """What must not pass as "some other tensor, copied as it is"."""
+
+    def __init__(self, reader: Reader, family: Family) -> None:
+        self.reader, self.family = reader, family
+        tables = {name: target(name, family, shards=1, align=128) for name in TARGETS}
+        self.fused = [(name, layout.template(family.experts)) for name, table in tables.items() for layout in table.values()]
+        self.others = [Template(text) for text in family.others]
+        keys = {layout.key for table in family.native for layout in table.values() if "{part}" in layout.key}
+        self.stems = [Template(key.replace("{experts}", family.experts).replace("{part}", "{rest}")) for key in sorted(keys)]
+
+    def unknown_expert(self, name: str) -> None:
+        """Raise if the name is one of an expert weight that nobody has explained."""
+        if self.reader.format != "hf" and not any(key.parse(name) for _, key in self.fused):
+            return
+        if any(other.parse(name) is not None for other in self.others):
+            return
+        for layout, key in self.fused:
+            if key.parse(name) is not None:
+                raise PlanError(
+                    f"{self.reader.path}: {name} looks like layout {layout!r}, but neither the checkpoint nor --source-layout "
+                    f"says so. Shapes cannot tell the layouts of a fused tensor apart: name it with --source-layout"
+                )
+        if "experts" in name.split(".") or any(stem.parse(name) is not None for stem in self.stems):
+            expected = self.family.native[0]["wi"].key.replace("{experts}", self.family.experts)
+            raise PlanError(
+                f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
+                f"{self.family.name} does not know; expected names such as {expected}{_hint(self.reader, self.family)}"
+            )
+
+
+def _hint(reader: Reader, family: Family) -> str:
+    """What to try when none of the names is one of the family's."""
+    others = fitting(reader.tensors, reader.format)
+    if not others or family in others:
+        return ""
+    return f"; there are names as in {', '.join(f.name for f in others[:6])}: if it is one of these, say so with --family"
+
+
+def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group, ...]:
+    """The groups; those of `wo` first, because it says how much of a padded `wi` is real."""
+    made: dict[_Key, Group] = {}
+    for key in sorted(matched, key=lambda key: key[0] == "wi"):
+        role, part, block = key
+        each, placed, names = matched[key]
+        entry = known.stored.get(names[0]) or known.stored.get(f"{role}.{PARTS[part].name}")
+        if entry is None:
+            found = forms(placed.pattern, role, PARTS[part]) if part else [("out in", placed.pattern)]
+            sizes = _beside(placed.pattern, made.get(("wo", 0, block)))
+        else:
+            found, sizes = [(entry.dims, Pattern(entry.pattern))], dict(entry.unpadded)
+        check_equal(reader, [reader.tensors[name] for name in names])
+        place = placed.key.bind("part", part)
+        grid = check_grid(reader, role, place, dict(block), names)
+        weight = matched.get((role, 0, block))
+        scan = _scan_axes(reader, weight[1].pattern, weight[2][0]) if weight else None
+        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan)
+        made[key] = Group(
+            role=role,
+            part=PARTS[part].name,
+            dims=dims,
+            placed=Placed(place, pattern),
+            index=dict(block),
+            sizes=grid | all_sizes,
+            dtype=reader.tensors[names[0]].dtype,
+            names=tuple(names),
+            native=each.natives[each.native_of.get(names[0], 0)] if each.natives else each.layout,
+            relaid=bool(each.natives),
+        )
+    return tuple(made[key] for key in matched)
+
+
+def _beside(pattern: Pattern, wo: Group | None) -> dict[str, int]:
+    """How much of a padded `n` is real, from a `wo` beside it that is not padded."""
+    if wo is None or "n" not in pattern.padding or "n" in wo.placed.pattern.padding:
+        return {}
+    return {"n": wo.total("n") // pattern.fixed.get("s", 1)}
+
+
+def _fit(
+    reader: Reader, spec: TensorSpec, found: Sequence[tuple[str, Pattern]], known: Mapping[str, int], scan: int | None
+) -> tuple[str, Pattern, dict[str, int]]:
+    """The first form that a tensor of this shape can have, with its sizes; its weight is stacked along `scan` axes."""
+    stated = expert_counts(reader.config)
+    flat = {"e": min(stated)} if len(stated) == 1 and any("e" in g and len(g) > 1 for g in found[0][1].groups) else {}
+    problems = []
+    for dims, form in found:
+        try:
+            if scan is not None and "..." in form.axes and _extra(form, len(spec.shape)) != scan:
+                raise ValueError(f"shape {spec.shape} is not of the form '{form.text}' behind {scan} scan axes")
+            pattern = form.expand(len(spec.shape))
+            sizes = pattern.sizes(spec.shape, {"g": 2, **flat, **known})
+        except ValueError as error:
+            problems.append(error)
+            continue
+        have = {**known, **sizes}["e"]
+        if stated and have not in stated:
+            said = " or ".join(map(str, sorted(stated)))
+            raise InputError(f"{reader.path}: {spec.name} is of {have} experts, but config.json says {said}")
+        return dims, pattern, sizes
+    raise PlanError(f"{reader.path}: {spec.name} (in {reader.where(spec.name)}): {problems[0]}")
+
+
+def _scan_axes(reader: Reader, pattern: Pattern, name: str) -> int | None:
+    """How many axes `...` stands for in a weight, by its rank."""
+    return _extra(pattern, len(reader.tensors[name].shape)) if "..." in pattern.axes else None
+
+
+def _extra(pattern: Pattern, rank: int) -> int:
+    return rank - len(pattern.groups) + 1

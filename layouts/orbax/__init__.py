@@ -1,0 +1,1 @@
+"""Read Orbax checkpoints."""

@@ -1,0 +1,119 @@
+"""The arrays of an Orbax item as TensorStore opens them: in a database or a directory each, zarr 2 or 3.
+
+Source: Orbax 0.12 `serialization/tensorstore_utils.py`, https://google.github.io/tensorstore.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from layouts.errors import InputError
+from layouts.places import kvstore_of
+from layouts.tensors import DTYPES, TensorSpec
+
+CODES = {name: code for code, name in DTYPES.items()}
+"""TensorStore's (and NumPy's) names of element types -> safetensors' codes."""
+NODES = 16 << 20
+"""Bytes of OCDBT's tree that are kept."""
+
+
+def spec_of(item: Path, name: str, *, ocdbt: bool, zarr3: bool, complete: bool) -> dict[str, Any]:
+    """TensorStore's spec of an array of an item."""
+    base = kvstore_of(item)
+    kvstore: dict[str, Any] = {**base, "path": f"{base['path']}{name}/"}
+    if ocdbt:
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "cache_pool": "cache_pool#ocdbt"}
+    return {
+        "driver": "zarr3" if zarr3 else "zarr",
+        "kvstore": kvstore,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        # Where every chunk was stored, one that is not there has been lost; it does not stand for zeros.
+        "fill_missing_data_reads": not complete,
+    }
+
+
+def make_context(cache: int, threads: int | None) -> Any:
+    """What arrays share: a cache for decoded chunks, in bytes, one for the nodes of databases, and threads."""
+    shared = {"limit": threads} if threads else {}
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": cache},
+            "cache_pool#ocdbt": {"total_bytes_limit": NODES},
+            "data_copy_concurrency": shared,
+            "file_io_concurrency": shared,
+            "gcs_request_concurrency": shared,
+            "s3_request_concurrency": shared,
+        }
+    )
+
+
+def open_all(item: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arrays, opened at once.
+
+    Raises:
+        InputError: one cannot be.
+    """
+    context = make_context(0, None)
+    futures = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
+    stores = {}
+    for name, future in futures.items():
+        try:
+            stores[name] = future.result()
+        except ValueError as error:
+            raise InputError(f"{item}: {name} cannot be opened: {error}") from None
+    return stores
+
+
+def describe(item: Path, name: str, store: Any) -> TensorSpec:
+    """Shape and element type of an array.
+
+    Raises:
+        InputError: an element type that this tool does not know.
+    """
+    if store.dtype.name not in CODES:
+        raise InputError(f"{item}: {name} has element type {store.dtype.name}; known: {', '.join(CODES)}")
+    return TensorSpec(name=name, dtype=CODES[store.dtype.name], shape=tuple(store.shape))
+
+
+def chunk_of(store: Any) -> tuple[int, ...]:
+    """The shape of what has to be decoded to read any element."""
+    shape = store.chunk_layout.read_chunk.shape
+    return tuple(map(min, shape, store.shape)) if shape else tuple(store.shape)
+
+
+def read_by_chunks(store: Any, slices: Sequence[slice], chunk: Sequence[int], some: int) -> NDArray[Any]:
+    """A block, chunk by chunk and a few of them at a time: TensorStore by itself would have all decoded before it copies any.
+
+    Raises:
+        ValueError: data is missing or damaged.
+    """
+    block = np.empty([part.stop - part.start for part in slices], store.dtype.numpy_dtype)
+    reading: deque[tuple[tuple[slice, ...], Any]] = deque()
+    for part in itertools.product(*(_steps(whole, step) for whole, step in zip(slices, chunk, strict=True))):
+        inside = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, slices, strict=True))
+        reading.append((inside, store[part].read(order="C")))
+        if len(reading) == some:
+            _land(reading, block)
+    while reading:
+        _land(reading, block)
+    return block
+
+
+def _land(reading: deque[tuple[tuple[slice, ...], Any]], block: NDArray[Any]) -> None:
+    inside, future = reading.popleft()
+    block[inside] = future.result()
+
+
+def _steps(whole: slice, step: int) -> list[slice]:
+    """The parts of a range that lie in one chunk each."""
+    cuts = [whole.start, *range((whole.start // step + 1) * step, whole.stop, step), whole.stop]
+    return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]

@@ -1,0 +1,117 @@
+"""The chunks of an array as they are stored: bytes under keys, which nobody decodes.
+
+Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io), for the keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tensorstore as ts
+
+from layouts.errors import InputError
+from layouts.orbax.codec import PIECE, key_form, key_of, pieces_of
+from layouts.orbax.reader import OrbaxReader
+from layouts.tensors import itemsize
+
+METADATA: Mapping[str, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
+"""The key of an array's own metadata, by TensorStore's driver."""
+_OTHERS = (*METADATA.values(), ".zattrs")
+_AHEAD = 16
+"""Chunks that are read ahead at most: one by one, small ones take longer to ask for than to hash."""
+LOCK = ".__lock"
+"""Ends the name of a file that TensorStore has not finished; one that is killed leaves it."""
+
+
+class Chunk(NamedTuple):
+    """A stored chunk: its place in a grid, and the array and the key that have it."""
+
+    at: tuple[int, ...]
+    name: str
+    key: str
+
+
+def grid_shape(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a stored chunk, which may hold smaller ones (`sharding_indexed`)."""
+    found = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    return tuple(map(int, found))
+
+
+def key_at(metadata: Mapping[str, Any], at: tuple[int, ...]) -> str:
+    """The key of the chunk at this place."""
+    return key_of(*key_form(metadata), at)
+
+
+def chunks_of(reader: OrbaxReader, name: str, rows: range | None = None) -> list[Chunk]:
+    """All stored chunks of an array, in the order of the grid; with `rows`, those that begin in them along the first dimension.
+
+    Raises:
+        InputError: one has been lost: where every chunk was stored, one that is not there does not stand for zeros.
+    """
+    spec, metadata = reader.tensors[name], reader.grids[name]
+    grid = grid_shape(metadata)
+    counts = [range(-(-size // step)) for size, step in zip(spec.shape, grid, strict=True)]
+    if rows is not None:
+        counts[0] = range(-(-rows.start // grid[0]), -(-rows.stop // grid[0]))
+    found = sorted(_listed(reader, name, counts[0] if rows is not None else None))
+    if len(found) != math.prod(map(len, counts)) and reader.complete:
+        have = {chunk.at for chunk in found}
+        lost = next(at for at in itertools.product(*counts) if at not in have)
+        raise InputError(f"{reader.item}: {name} cannot be read: chunk {key_at(metadata, lost)} is missing")
+    return found
+
+
+def _listed(reader: OrbaxReader, name: str, first: range | None) -> Iterator[Chunk]:
+    """The chunks in the order of their keys; with `first`, those that have one of these numbers in the first place."""
+    rank, metadata = len(reader.tensors[name].shape), reader.grids[name]
+    words, separator = key_form(metadata)
+    ranges = [ts.KvStore.KeyRange()]
+    if first is not None:
+        last = separator if rank > 1 else ""
+        ranges = [_beginning(separator.join((*words, str(number))) + last, exactly=rank == 1) for number in first]
+    for part in ranges:
+        for raw in reader.values(name).list(part).result():
+            if (key := raw.decode()) not in _OTHERS and not key.endswith(LOCK):
+                yield Chunk(tuple(map(int, key.split(separator)[len(words) :][:rank])), name, key)
+
+
+def _beginning(text: str, *, exactly: bool) -> Any:
+    """The keys that begin with a text, or are it."""
+    return ts.KvStore.KeyRange(text, text + "\0" if exactly else text[:-1] + chr(ord(text[-1]) + 1))
+
+
+def contents(reader: OrbaxReader, chunks: Sequence[Chunk]) -> Iterator[bytes]:
+    """The bytes of stored chunks, one after another: small ones as a whole, some of them ahead, and large ones in pieces.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    name = ""
+    try:
+        reading: deque[Any] = deque()
+        for chunk in chunks:
+            name, size = chunk.name, _decoded(reader, chunk.name)
+            if size > PIECE:
+                yield from _landed(reading, 0)
+                yield from pieces_of(reader.values(name), chunk.key, 0, None)()
+                continue
+            reading.append(reader.values(name).read(chunk.key))
+            yield from _landed(reading, min(_AHEAD, PIECE // max(1, size)))
+        yield from _landed(reading, 0)
+    except ValueError as error:
+        raise InputError(f"{reader.item}: {name} cannot be read: {error}") from None
+
+
+def _decoded(reader: OrbaxReader, name: str) -> int:
+    """Bytes of a stored chunk once it is decoded; what is stored is hardly more."""
+    return math.prod(grid_shape(reader.grids[name])) * itemsize(reader.tensors[name].dtype)
+
+
+def _landed(reading: deque[Any], most: int) -> Iterator[bytes]:
+    """What the first of these reads give, until no more than `most` are left."""
+    while len(reading) > most:
+        yield reading.popleft().result().value

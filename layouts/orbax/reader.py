@@ -1,0 +1,240 @@
+"""Read Orbax checkpoints: a directory with `_METADATA`, and arrays that TensorStore reads.
+
+The tree comes from `_METADATA`, shapes and element types from the arrays' own zarr metadata; no data is loaded and neither JAX
+nor Orbax is imported. OCDBT (of one process or merged of many) or one directory per array, zarr 2 or 3: whatever is there.
+
+Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), https://google.github.io/tensorstore.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from layouts.errors import InputError
+from layouts.files import RECORD, read_json
+from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
+from layouts.orbax.codec import streamable
+from layouts.orbax.stream import ChunkStreams
+from layouts.orbax.tree import (
+    ARRAYS,
+    METADATA,
+    OWN,
+    PROCESS,
+    UNFINISHED,
+    Leaf,
+    check_finished,
+    find_item,
+    read_leaves,
+    read_strings,
+)
+from layouts.orbax.windows import Windows
+from layouts.places import names_of
+from layouts.tensors import TensorSpec, bits, itemsize
+
+__all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """What reading may hold, in bytes.
+
+    `cache` is for decoded chunks, `stream` the size above which a chunk is not decoded as a whole but piece by piece, as far
+    as its codec can be; `streams` of them are open at a time, or as many as one read takes. `threads` decode at a time.
+    """
+
+    cache: int = 256 << 20
+    stream: int = 512 << 20
+    streams: int = 32
+    threads: int | None = None
+
+    @property
+    def at_once(self) -> int:
+        """Chunks of a window that are on their way at a time."""
+        return (self.threads or 4) + 1
+
+
+@dataclass(slots=True, kw_only=True)
+class OrbaxReader:
+    """An open Orbax checkpoint; see `layouts.checkpoint.Reader`. `chunks` is what one read has to decode: name -> shape.
+
+    `grids` are the arrays' own zarr metadata; in a `complete` checkpoint every chunk was stored, also those of zeros alone.
+    """
+
+    path: Path
+    item: Path
+    leaves: Mapping[str, Leaf]
+    tensors: Mapping[str, TensorSpec]
+    chunks: Mapping[str, tuple[int, ...]]
+    grids: Mapping[str, Mapping[str, Any]]
+    streamable: Mapping[str, bool]
+    compressed: Mapping[str, bool]
+    strings: Mapping[str, str]
+    tree: Mapping[str, Any]
+    use_ocdbt: bool
+    use_zarr3: bool
+    complete: bool
+    _specs: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    format: str = "orbax"
+    limits: ReadLimits = field(default_factory=ReadLimits)
+    windows: Windows = field(default_factory=Windows, compare=False)
+    _context: Any = None
+    _stores: dict[str, Any] = field(default_factory=dict)
+    _values: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(cls, path: Path, item: Path) -> OrbaxReader:
+        """Read the tree and the metadata of every array.
+
+        Raises:
+            InputError: something is missing or corrupt, or of a kind that this tool does not know.
+        """
+        check_finished(item)
+        tree = read_json(item / METADATA)
+        leaves = read_leaves(item, tree)
+        ocdbt, zarr3 = tree.get("use_ocdbt"), bool(tree.get("use_zarr3", False))
+        use_ocdbt = (item / "manifest.ocdbt").exists() if ocdbt is None else bool(ocdbt)
+        complete = bool(tree.get("store_array_data_equal_to_fill_value", False))
+        specs = {
+            name: spec_of(item, leaf.stored, ocdbt=use_ocdbt, zarr3=zarr3, complete=complete)
+            for name, leaf in leaves.items()
+            if leaf.kind in ARRAYS
+        }
+        stores = open_all(item, specs)
+        metadata = {name: store.spec().to_json()["metadata"] for name, store in stores.items()}
+        return cls(
+            path=path,
+            item=item,
+            leaves=leaves,
+            tensors={name: describe(item, name, store) for name, store in stores.items()},
+            chunks={name: chunk_of(store) for name, store in stores.items()},
+            grids=metadata,
+            streamable={name: streamable(found) for name, found in metadata.items()},
+            compressed={name: "zstd" in str(found) for name, found in metadata.items()},
+            strings=read_strings(item, leaves),
+            tree=tree,
+            use_ocdbt=use_ocdbt,
+            use_zarr3=zarr3,
+            complete=complete,
+            _specs=specs,
+        )
+
+    @property
+    def custom_metadata(self) -> Any:
+        """What the user gave Orbax to keep with the item."""
+        return self.tree.get("custom_metadata")
+
+    @property
+    def record(self) -> Mapping[str, Any] | None:
+        """What this tool wrote into the item's `custom_metadata` about the layout."""
+        found = self.custom_metadata
+        return found.get(RECORD) if isinstance(found, dict) else None
+
+    @property
+    def side_files(self) -> list[str]:
+        """Every file but those that Orbax makes for the arrays of the item and those of saves that never finished."""
+        return sorted(self._other_files())
+
+    def _other_files(self) -> Iterator[str]:
+        own = {*OWN, *(leaf.stored.split("/")[0] for leaf in self.leaves.values() if not self.use_ocdbt)}
+        item = self.item.relative_to(self.path).parts
+        for name in names_of(self.path):
+            folders = PurePosixPath(name).parts
+            first = folders[len(item)] if folders[: len(item)] == item else ""
+            if first not in own and not first.startswith(PROCESS) and not any(UNFINISHED in part for part in folders[:-1]):
+                yield name
+
+    def where(self, name: str) -> str:  # noqa: ARG002
+        """The item that holds all arrays."""
+        return self.item.name
+
+    def chunk_bytes(self, name: str) -> int:
+        """What reading any element of a tensor has to decode."""
+        return math.prod(self.chunks[name]) * itemsize(self.tensors[name].dtype)
+
+    def streams(self, name: str) -> bool:
+        """Whether a tensor's chunks are read piece by piece."""
+        return self.streamable[name] and self.chunk_bytes(name) > self.limits.stream
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+        """A block as an array of bits; the chunks it lies in stay decoded in a bounded cache, in windows, or are streamed.
+
+        Raises:
+            InputError: the data is missing or cannot be decoded.
+        """
+        spec = self.tensors[name]
+        slices = tuple(slice(*part.indices(size)) for part, size in zip(slices, spec.shape, strict=True))
+        held = self.windows.read(name, slices, itemsize(spec.dtype), self._load_window)
+        return self._load(name, slices) if held is None else held
+
+    def _load(self, name: str, slices: tuple[slice, ...], some: int = 0) -> NDArray[Any]:
+        """The same, as it is stored; of a window, not more chunks at a time than `some`."""
+        dtype = bits(self.tensors[name].dtype)
+        try:
+            store = self._store(name)
+            if isinstance(store, ChunkStreams):
+                block = store.read(slices, dtype)
+                self._forget_streams()
+                return block
+            if not some:
+                return np.asarray(store[slices].read(order="C").result()).view(dtype)
+            return read_by_chunks(store, slices, self.chunks[name], some).view(dtype)
+        except ValueError as error:
+            raise InputError(f"{self.item}: {name} cannot be read: {error}") from None
+
+    def _load_window(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+        within = tuple(slice(p.start, min(p.stop, size)) for p, size in zip(slices, self.tensors[name].shape, strict=True))
+        return self._load(name, within, self.limits.at_once)
+
+    def values(self, name: str) -> Any:
+        """What is stored for an array, by key, as TensorStore's key-value store has it: nothing is decoded."""
+        with self._lock:
+            self._context = self._context or make_context(self._cache(), self.limits.threads)
+            if name not in self._values:
+                self._values[name] = ts.KvStore.open(self._specs[name]["kvstore"], context=self._context).result()
+            return self._values[name]
+
+    def _store(self, name: str) -> Any:
+        with self._lock:
+            store = self._stores.pop(name, None)
+            if store is None:
+                self._context = self._context or make_context(self._cache(), self.limits.threads)
+                store = ts.open(self._specs[name], context=self._context).result()
+                if self.streams(name):
+                    store = ChunkStreams.of(store)
+            self._stores[name] = store  # the last one used stands last
+            return store
+
+    def _forget_streams(self) -> None:
+        """Of many arrays, only those that were read last may hold streams."""
+        with self._lock:
+            held = {name: len(store.streams) for name, store in self._stores.items() if isinstance(store, ChunkStreams)}
+            for name in list(held)[:-1]:
+                if sum(held.values()) > self.limits.streams:
+                    del self._stores[name], held[name]
+
+    def _cache(self) -> int:
+        """A chunk that is read in parts must be decoded once, not once per part, and gate and up are read side by side."""
+        whole = [self.chunk_bytes(name) for name in self.tensors if not self.streams(name)]
+        return max(self.limits.cache, 2 * max(whole, default=0) + 4096)
+
+    def release(self, name: str, slices: tuple[slice, ...]) -> None:
+        """Nothing to do: blocks are the caller's own, and the cache is bounded."""
+
+    def close(self) -> None:
+        """Forget the open arrays and their cache; reading opens them again."""
+        with self._lock:
+            self._stores.clear()
+            self._values.clear()
+            self.windows = Windows()
+            self._context = None

@@ -1,0 +1,81 @@
+"""What an optimizer keeps for the weights of experts, and whether it can be fused along with them. Pure; names and shapes only.
+
+Moments of the Adam family, momentum, accumulated gradients: one number for each weight, so that they are cut and joined as the
+weights are. What other optimizers keep belongs to a whole matrix, and the matrix is another one when gate and up are fused.
+
+Source: optax 0.2 `_src/factorized.py` (v_row, v_col), `contrib/_muon.py` (a partition named muon), MaxText `optimizers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from layouts.errors import PlanError
+from layouts.orbax.reader import OrbaxReader
+from layouts.orbax.tree import Leaf
+
+STATE = "opt_state"
+_FUSED = ("wi_0", "wi_1", "wi")
+_ROOTS = ("params", "base")
+_MUON = "muon"
+
+
+def check_optimizer(reader: OrbaxReader) -> None:
+    """Refuse a checkpoint whose optimizer state would not fit the fused weights.
+
+    Raises:
+        PlanError: it has such a state; the message says which and why.
+    """
+    problem = next(_problems(reader), None)
+    if problem is not None:
+        raise PlanError(
+            f"{reader.path}: {problem}. A training run could not go on with it. Leave the optimizer's state out with "
+            f"--drop-optimizer (the run then begins with a fresh one), or convert before the training"
+        )
+
+
+def _problems(reader: OrbaxReader) -> Iterator[str]:
+    weights = {_tail(name): name for name in reader.tensors if not _is_state(name) and name.rsplit(".", 1)[-1] in _FUSED}
+    for leaf in reader.leaves.values():
+        name = leaf.name
+        if not _is_state(name):
+            continue
+        owner = next((weight for tail, weight in weights.items() if f".{tail}." in f"{name}."), None)
+        if owner is None:
+            continue
+        if _MUON in name.split("."):
+            yield f"{name} is muon's, which turns each matrix as a whole: gate and up together are another matrix"
+        elif not name.endswith(f".{_tail(owner)}"):
+            yield f"{name} is a state of several parts for one weight, which cannot be joined as the weights are"
+        elif name in reader.tensors and reader.tensors[name].shape != reader.tensors[owner].shape:
+            one, other = reader.tensors[name].shape, reader.tensors[owner].shape
+            yield f"{name} {one} is not of the shape of {owner} {other}: it stands for rows or columns, as adafactor's do"
+
+
+def _tail(name: str) -> str:
+    """A weight's name below the roots of its tree: the part that names of states end in."""
+    parts = name.split(".")
+    while parts[0] in _ROOTS:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def _is_state(name: str) -> bool:
+    return STATE in name.split(".")[:-1]
+
+
+def drop_optimizer(reader: OrbaxReader) -> OrbaxReader:
+    """The same checkpoint with an empty optimizer state, as MaxText's own parameter-only checkpoints have it."""
+    leaves: dict[str, Leaf] = {}
+    for name, leaf in reader.leaves.items():
+        if STATE not in leaf.path:
+            leaves[name] = leaf
+            continue
+        depth = leaf.path.index(STATE) + 1
+        keys = leaf.entry["key_metadata"][:depth]
+        entry = {"key_metadata": keys, "value_metadata": {"value_type": "Dict", "skip_deserialize": True}}
+        empty = Leaf(path=leaf.path[:depth], kind="Dict", entry=entry)
+        leaves.setdefault(empty.name, empty)
+    tensors = {name: spec for name, spec in reader.tensors.items() if name in leaves}
+    return replace(reader, leaves=leaves, tensors=tensors)

@@ -1,0 +1,80 @@
+"""The language of `layouts.tables.maxtext_trees`: for each tensor of a model its name and axes in Hugging Face and in MaxText.
+
+A row is read in both directions. MaxText stacks the layers of a `Stack` into one array whose second axis is the layer (its
+`param_scan_axis`), or has one subtree per layer when they are not scanned; the patterns here are those of one layer. Experts
+are not in the rows: the tables of families and targets have them.
+
+Axes: `k` embed, `v` vocabulary, `h` query heads, `j` key/value heads, `d` head width, `f` dense or shared mlp, `e` expert,
+others as the rows use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LAYERS = ("l", "p")
+"""The axes of layers: a stack's steps, and the run of layers in each, if there are several."""
+ROOT = "params.params."
+"""Where a training checkpoint of MaxText has its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor: key and pattern in Hugging Face, key and pattern in MaxText. An `optional` one may be absent."""
+
+    hf: str
+    hf_axes: str
+    maxtext: str
+    maxtext_axes: str
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """Layers with the same tensors: `first`, `first + step`, ... up to `last` (before it), by the words of `config.json`.
+
+    `hf` is where Hugging Face has layers, `scanned` the subtree of all of them, `single` that of layer `{l}`, counted within
+    the stack. MaxText never stacks layers without `scanned`. With `run`, each step is of so many layers in a row, which are
+    stacked once more, on an axis `p` behind `l`. The stack is there if the word `when` has one of these values.
+    """
+
+    scanned: str | None
+    single: str
+    experts: str | None
+    rows: tuple[Row, ...]
+    first: int | str = 0
+    step: int = 1
+    run: int = 1
+    last: str = "num_hidden_layers"
+    when: tuple[str, tuple[int, ...]] | None = None
+    hf: str = "model.layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
+
+    A multimodal model has the words for its text under `text_config`, where names begin with `wrapped`, and those of its
+    `vision` encoder under `vision_config`.
+    """
+
+    stacks: tuple[Stack, ...]
+    hf_experts: str = "mlp.experts"
+    outside: tuple[Row, ...] = (
+        Row("model.embed_tokens.weight", "v k", "token_embedder.embedding", "v k"),
+        Row("model.norm.weight", "k", "decoder.decoder_norm.scale", "k"),
+        Row("lm_head.weight", "v k", "decoder.logits_dense.kernel", "k v", optional=True),
+    )
+    wrapped: str = ""
+    vision: Tree | None = None
+
+
+def numbered(first: int, step: int, run: int = 1) -> str:
+    """The slot of the layers `first`, `first + step`, ...: `{l}`, `{l*4+1}` for 1, 5, 9, or `{l*4+p}` with runs of several."""
+    offset = "p" if run > 1 else first or ""
+    return f"{{l{f'*{step}' if step > 1 else ''}{f'+{offset}' if offset else ''}}}"
+
+
+HEADS: Mapping[str, str] = {"h": "num_attention_heads", "j": "num_key_value_heads"}
+"""The axes whose sizes `config.json` has to give, because a shape does not tell a head from its width."""

@@ -1,0 +1,103 @@
+"""The layouts that checkpoints come in, before anybody fuses them: where gate, up and down are, and along which axes they lie.
+
+Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`, published checkpoints; MaxText `layers/moe.py`.
+`nn.Linear` stores [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from layouts.language.layout import Layouts, layouts
+
+PER_EXPERT = layouts(
+    wi=("{experts}.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
+    wo=("{experts}.{e}.down_proj.{part}", "k n"),
+)
+PER_EXPERT_W123 = layouts(
+    wi=("{experts}.{e}.{g:w1,w3}.{part}", "n k"),
+    wo=("{experts}.{e}.w2.{part}", "k n"),
+)
+UP_FIRST = layouts(
+    wi=("{experts}.{e}.gate_and_up_proj.{part}", "(-g n) k"),
+    wo=("{experts}.{e}.down_proj.{part}", "k n"),
+)
+FUSED = layouts(
+    wi=("{experts}.gate_up_proj{part}", "e (g n) k"),
+    wo=("{experts}.down_proj{part}", "e k n"),
+)
+FUSED_IN_OUT = layouts(
+    wi=("{experts}.gate_up_proj{part}", "e k (g n)"),
+    wo=("{experts}.down_proj{part}", "e n k"),
+)
+FUSED_INTERLEAVED = layouts(
+    wi=("{experts}.gate_up_proj{part}", "e k (n g)"),
+    wo=("{experts}.down_proj{part}", "e n k"),
+)
+PROJECTION_FIRST = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}.{e}.{part}", "n k"),
+    wo=("{experts}.down_proj.{e}.{part}", "k n"),
+)
+STACKED_BARE = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}", "e n k"),
+    wo=("{experts}.down_proj", "e k n"),
+)
+STACKED = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}.{part}", "e n k"),
+    wo=("{experts}.down_proj.{part}", "e k n"),
+)
+FLAT = layouts(
+    wi=("{experts}.mlp.{g:w1,v1}", "(e n) k"),
+    wo=("{experts}.mlp.w2", "(e n) k"),
+)
+LINEAR = layouts(
+    wi=("{experts}.input_linear.{part}", "e (g n) k"),
+    wo=("{experts}.output_linear.{part}", "e k n"),
+)
+FC = layouts(
+    wi=("{experts}.fc1.{part}", "e k (g n)"),
+    wo=("{experts}.fc2.{part}", "e n k"),
+)
+FUSED_BELOW = layouts(
+    wi=("{experts}.experts.gate_up_proj{part}", "e (g n) k"),
+    wo=("{experts}.experts.down_proj{part}", "e k n"),
+)
+FUSED_IN_MLP = layouts(
+    wi=("{path}.{l}.mlp.experts.gate_up_proj{part}", "e (g n) k"),
+    wo=("{path}.{l}.mlp.experts.down_proj{part}", "e k n"),
+)
+W13_INTERLEAVED = layouts(
+    wi=("{experts}.w13_{part}", "e (n g) k"),
+    wo=("{experts}.w2_{part}", "e k n"),
+)
+MAXTEXT_PART = "scale"
+"""The one companion that MaxText fuses with its weights; biases stay apart there."""
+MAXTEXT = layouts(
+    wi=("{experts}.wi_{g:0,1}{part:scale}", "e ... k n"),
+    wo=("{experts}.wo{part:scale}", "e ... n k"),
+)
+MAXTEXT_AXIS_0 = layouts(
+    wi=("{experts}.wi_{g:0,1}{part:scale}", "... e k n"),
+    wo=("{experts}.wo{part:scale}", "... e n k"),
+)
+
+SOURCES: Mapping[str, Layouts] = {
+    "per-expert": PER_EXPERT,
+    "per-expert-w123": PER_EXPERT_W123,
+    "per-expert-up-first": UP_FIRST,
+    "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
+    "stacked": STACKED,
+    "stacked-bare": STACKED_BARE,  # VeOmni
+    "stacked-flat": FLAT,
+    "fused-out-in": FUSED,
+    "fused-in-out": FUSED_IN_OUT,
+    "fused-interleaved": FUSED_INTERLEAVED,
+    "fused-linear": LINEAR,
+    "fused-fc": FC,
+    "fused-below": FUSED_BELOW,  # Granite and JetMoE as transformers holds them
+    "fused-in-mlp": FUSED_IN_MLP,  # Step and Mistral Large 4 as transformers holds them
+    "w13-interleaved": W13_INTERLEAVED,
+    "maxtext": MAXTEXT,
+    "maxtext-axis-0": MAXTEXT_AXIS_0,  # param_scan_axis=0
+}
+"""The names of the layouts that checkpoints come in; `--source-layout` takes them besides the targets."""

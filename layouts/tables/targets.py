@@ -1,0 +1,64 @@
+"""The table of target layouts: what kernels and loaders want `wi` and `wo` to be.
+
+A target is one line; `{experts}` is where the family keeps its experts, `...` the scan axes, if it has any. `{shards}` and
+`{align}` are the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from layouts.language.layout import Layout, Layouts, layouts
+from layouts.language.parts import only
+from layouts.tables.families import Family
+from layouts.tables.natives import FUSED, MAXTEXT_PART
+
+_WO = ("{experts}.wo{part}", "e ... n k")
+_W2 = ("{experts}.w2_{part}", "e k n")
+
+TARGETS: Mapping[str, Layouts] = {
+    # MaxText CONCAT, jax.lax.ragged_dot, megablox: wi (E, K, 2N) gate first, wo (E, N, K)
+    "concat": layouts(wi=("{experts}.wi{part}", "e ... k (g n)"), wo=_WO),
+    # transformers 5: gate_up_proj (E, 2N, K), down_proj (E, K, N)
+    "transformers": FUSED,
+    # vLLM FusedMoE and CUTLASS MoEGEMM: w13 (E, 2N, K), w2 (E, K, N); column-major B, expert stride 2N*K
+    "vllm": layouts(wi=("{experts}.w13_{part}", "e (g n) k"), wo=_W2),
+    "cutlass": layouts(wi=("{experts}.w13_{part}", "e (g n) k"), wo=_W2),
+    # FlashInfer's gated GEMM: as vLLM, up first
+    "flashinfer": layouts(wi=("{experts}.w13_{part}", "e (-g n) k"), wo=_W2),
+    # gpt-oss: gate and up in turn
+    "interleaved": layouts(wi=("{experts}.wi{part}", "e ... k (n g)"), wo=_WO),
+    # Megatron and TransformerEngine: gate and up in turn, 32 columns each
+    "glu32": layouts(wi=("{experts}.wi{part}", "e ... k (c g n=32)"), wo=_WO),
+    # tpu-inference GMM_TP, MaxText and Tunix PER_SHARD_INTERLEAVE: each shard has its own gate and up, padded; wo is not
+    "per-shard": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} g n%{align})"), wo=_WO),
+    # Tunix lane interleave: gate and up in turn inside each shard, 128 columns each
+    "lane": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} c g n=128)"), wo=_WO),
+    # tpu-inference GMM_EP: as concat, each half padded
+    "gmm-ep": layouts(wi=("{experts}.wi{part}", "e ... k (g n%128)"), wo=_WO),
+    # tpu-inference FUSED_MOE: w13 (E, 2, K', N'), w2 (E, N', K')
+    "fused-moe": layouts(
+        wi=("{experts}.w13{part}", "e g k%256 n%256"),
+        wo=("{experts}.w2{part}", "e n%256 k%256"),
+    ),
+}
+
+VERSION = 1
+"""Written beside a target's name in every output; it grows when the meaning of a name changes."""
+
+TAKE_SCALARS = frozenset(TARGETS) - {"transformers"}
+"""Targets whose consumer takes one scale for gate and one for up, (E, 2)."""
+
+
+def target(name: str, family: Family, *, shards: int, align: int | str) -> Layouts:
+    """A target as this family and these options make it."""
+    table = (family.transformers if name == "transformers" else None) or TARGETS[name]
+    words = {"{shards}": str(shards), "{align}": str(align)} | ({} if family.scan_axis else {"e ...": "... e"})
+    keys = {role: layout.key if family.format == "hf" else only(layout.key, MAXTEXT_PART) for role, layout in table.items()}
+    return {role: Layout(keys[role], _fill(layout.pattern, words)) for role, layout in table.items()}
+
+
+def _fill(text: str, words: Mapping[str, str]) -> str:
+    for word, value in words.items():
+        text = text.replace(word, value)
+    return text

@@ -1,0 +1,66 @@
+"""Bytes that go as they lie: the runs are the same bytes as the block, and a kernel that cannot copy them changes nothing."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert
+from convert.engine.blocks import assembled
+from convert.engine.copying import runs
+from convert.planning.choices import Choices
+from convert.planning.planner import make_plan
+from layouts.tables.families import FAMILIES
+from layouts.tables.targets import TARGETS
+from tests.tiny import checkpoint, config, memory, tensors, tree
+
+QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
+
+
+@pytest.mark.parametrize("limit", [1, 5, 24, 48, 100, 10_000])
+@pytest.mark.parametrize(
+    ("layout", "straight"), [("transformers", True), ("flashinfer", True), ("concat", False), (None, True)]
+)
+def test_runs_are_the_bytes_of_the_block(layout, straight, limit):
+    reader = memory(QWEN, TARGETS["transformers"] if layout is None else None, n=8)
+    plan = make_plan(reader, Path("out"), "split" if layout is None else "prefuse", Choices(layout=layout or "concat"))
+    seen = set()
+    for target in plan.targets:
+        for box in target.target.pattern.strips(target.sizes, limit):
+            found = runs(target, box)
+            seen.add((target.moved, found is not None))
+            if found is not None:
+                flat = [reader.arrays[run.source].reshape(-1).view("u1")[run.start : run.start + run.nbytes] for run in found]
+                with assembled(target, box, reader) as block:
+                    assert np.array_equal(np.concatenate(flat), np.asarray(block).reshape(-1).view("u1"))
+    assert (False, True) in seen
+    assert (True, True) in seen if straight or limit == 1 else (True, False) in seen
+
+
+def test_neighbours_become_one_run():
+    plan = make_plan(memory(QWEN), Path("out"), "prefuse", Choices(layout="transformers"))
+    for target in plan.targets:
+        whole = target.target.pattern.whole(target.sizes)
+        sources = {piece.source for piece in target.pieces(whole)}
+        assert len(runs(target, whole)) == len(sources)
+
+
+@pytest.mark.parametrize("behaviour", ["exdev", "short", "nothing"])
+@pytest.mark.parametrize("layout", ["concat", "transformers"])
+def test_a_kernel_that_cannot_copy_ranges_gives_the_same_files(tmp_path, monkeypatch, behaviour, layout):
+    source = checkpoint(tmp_path / "in", tensors(QWEN), config(QWEN))
+    convert.prefuse(source, tmp_path / "wanted", layout=layout)
+    real, calls = os.copy_file_range, []
+
+    def copy(src, dst, count, offset_src, offset_dst):
+        calls.append(count)
+        if behaviour == "exdev":
+            raise OSError(errno.EXDEV, "another file system")
+        return real(src, dst, min(count, 7), offset_src, offset_dst) if behaviour == "short" else 0
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    convert.prefuse(source, tmp_path / "out", layout=layout)
+    assert calls
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")

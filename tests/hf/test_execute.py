@@ -1,0 +1,235 @@
+"""What the engine promises besides the output: it resumes only what is there, proves its sources, and trusts no manifest."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from safetensors.numpy import load_file, save_file
+
+import convert
+from convert.cli import main
+from convert.engine import budget
+from convert.engine.budget import make_budget
+from convert.errors import InputError, UsageError
+from scripts.make_checkpoint import make_checkpoint
+from tests.commit.test_commit import contents, count_calls, partials, prefuse
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("source") / "in", family="qwen3_moe", experts=3, layers=2, shard=60_000)
+
+
+@pytest.fixture(scope="module")
+def wanted(source, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    convert.prefuse(source, out, max_shard_size=60_000)
+    return contents(out)
+
+
+def interrupted(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stage of a run that failed after all its tensors."""
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.hf.write.write_text", lambda *_: os.close(-1))
+        assert prefuse(source, folder / "out") == 6
+    (stage,) = partials(folder)
+    return stage
+
+
+def test_a_file_lost_from_the_stage_is_written_again(source, wanted, tmp_path, monkeypatch):
+    stage = interrupted(source, tmp_path, monkeypatch)
+    lost, cut = sorted((stage / "new").glob("*.safetensors"))[:2]
+    lost.unlink()
+    os.truncate(cut, 10)
+    assert prefuse(source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_journal_cut_short_keeps_its_whole_lines(source, wanted, tmp_path, monkeypatch):
+    journal = interrupted(source, tmp_path, monkeypatch) / ".convert_journal"
+    first = journal.read_bytes().splitlines(keepends=True)[0]
+    journal.write_bytes(first + b'{"model.norm.weight": "0')
+    assert prefuse(source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_stage_without_a_journal_is_not_believed(source, wanted, tmp_path, monkeypatch):
+    stage = interrupted(source, tmp_path, monkeypatch)
+    (stage / ".convert_journal").unlink()
+    for file in (stage / "new").glob("*.safetensors"):
+        file.write_bytes(b"\xff" * (file.stat().st_size + 100))
+    assert prefuse(source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_every_source_has_its_digest(source, wanted):
+    sources = json.loads(wanted["convert_manifest.json"])["sources"]
+    expected = {n: t for file in source.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert sources == {n: xxhash.xxh3_128_hexdigest(expected[n].tobytes()) for n in sorted(expected)}
+
+
+def test_sources_and_targets_larger_than_a_slab(tmp_path, monkeypatch):
+    source = make_checkpoint(tmp_path / "in", family="mixtral", experts=2, layers=1, embed=96, mlp=80)
+    convert.prefuse(source, tmp_path / "wanted")
+    monkeypatch.setattr("convert.engine.blocks.SLAB", 1000)
+    monkeypatch.setattr(budget, "SLAB", 1000)
+    monkeypatch.setattr("convert.engine.copying.SLAB", 1000)
+    monkeypatch.setattr(budget, "STRIP", 700)
+    convert.prefuse(source, tmp_path / "out", jobs=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    convert.split(tmp_path / "out", tmp_path / "again", jobs=3)
+    assert contents(source).items() <= contents(tmp_path / "again").items()
+
+
+def test_tensors_without_dimensions_or_elements(source, tmp_path):
+    copy = Path(shutil.copytree(source, tmp_path / "in"))
+    shards = {file: load_file(file) for file in copy.glob("*.safetensors")}
+    (copy / "model.safetensors.index.json").unlink()
+    next(iter(shards.values())).update(
+        {"a.scalar": np.array(7, "i8"), "an.empty": np.empty((0, 3), "f4"), "b.empty": np.empty((3, 0), "u1")}
+    )
+    for file, tensors in shards.items():
+        save_file(tensors, file)
+    assert prefuse(copy, tmp_path / "out") == 0
+    assert main(["--split", str(tmp_path / "out"), str(tmp_path / "again"), "--quiet"]) == 0
+    assert contents(copy).items() <= contents(tmp_path / "again").items()
+    assert not (tmp_path / "again" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("limit", [30_000, 100_000, 10**9])
+def test_shards_keep_to_the_limit(source, tmp_path, limit):
+    convert.prefuse(source, tmp_path / "out", max_shard_size=limit)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    for file in files:
+        tensors = load_file(file)
+        assert sum(t.nbytes for t in tensors.values()) <= limit or len(tensors) == 1
+    assert (len(files) == 1) == (limit == 10**9)
+
+
+def _no_gap(header: str) -> str:
+    entries = json.loads(header)
+    first = min((e["data_offsets"], n) for n, e in entries.items() if n != "__metadata__")[1]
+    entries[first]["data_offsets"][1] -= 2
+    return json.dumps(entries)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda headers: {f"../{name}": header for name, header in headers.items()},
+        lambda headers: {name: _no_gap(header) for name, header in headers.items()},
+        lambda headers: {**headers, "more.safetensors": next(iter(headers.values()))},
+        lambda headers: dict.fromkeys(headers, "[]"),
+        lambda headers: dict.fromkeys(headers, "{"),
+        lambda headers: dict(list(headers.items())[1:]),
+    ],
+    ids=["path", "offsets", "twice", "no object", "no json", "one lost"],
+)
+def test_a_manifest_is_not_trusted_with_paths_or_offsets(source, tmp_path, spoil):
+    fused = tmp_path / "deep" / "fused"
+    convert.prefuse(source, fused)
+    manifest = json.loads((fused / "convert_manifest.json").read_text())
+    manifest["original"]["headers"] = spoil(manifest["original"]["headers"])
+    (fused / "convert_manifest.json").write_text(json.dumps(manifest))
+    convert.split(fused, tmp_path / "deep" / "again")
+    assert convert.verify(source, tmp_path / "deep" / "again", gemm=False).equal
+    assert sorted(os.listdir(tmp_path)) == ["deep"]
+
+
+@pytest.mark.parametrize("original", [{}, [], 3, {"headers": {"a": 1}, "texts": {}}])
+def test_a_broken_manifest_is_an_input_error(source, tmp_path, original):
+    convert.prefuse(source, tmp_path / "fused")
+    path = tmp_path / "fused" / "convert_manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "original": original}))
+    with pytest.raises(InputError, match="original"):
+        convert.split(tmp_path / "fused", tmp_path / "again")
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(source, wanted, tmp_path, monkeypatch, capsys):
+    real = os.statvfs
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real(path)[:4], 3, *real(path)[5:])))
+        patch.setattr(os, "posix_fallocate", None)
+        assert prefuse(source, tmp_path / "out") == 6
+    assert "more bytes are needed" in capsys.readouterr().err
+    assert prefuse(source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == wanted
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_a_full_tmpfs(tmp_path, jobs):
+    source = make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=8, layers=6)
+    before = contents(source)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (disk / "ballast").write_bytes(bytes((4 << 20) - sum(map(len, before.values())) // 2))
+        command = ["--prefuse", str(source), str(disk / "out"), "--quiet", "--jobs", jobs]
+        assert main(command) == 6
+        assert not (disk / "out").exists()
+        (disk / "ballast").unlink()
+        assert main(command) == 0
+        convert.prefuse(source, tmp_path / "wanted")
+        assert contents(disk / "out") == contents(tmp_path / "wanted")
+        assert contents(source) == before
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_run_to_go_on_with(source, wanted, tmp_path, number):
+    slow = "import sys, time; from convert.cli import main; from convert.engine.direct import Output; r = Output.put\n"
+    slow += "Output.put = lambda *a: (print(flush=True), time.sleep(0.05), r(*a))[2]\nsys.exit(main(sys.argv[1:]))"
+    arguments = ["--prefuse", str(source), str(tmp_path / "out"), "--max-shard-size", "60000", "--quiet"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.readline()
+        run.send_signal(number)
+        assert "run the same command again" in run.stderr.read()
+    assert run.returncode == 128 + number
+    assert not (tmp_path / "out").exists()
+    assert main(arguments) == 0
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_too_little_memory_is_refused_and_more_is_kept_to():
+    with pytest.raises(UsageError, match="too little"):
+        make_budget(64 << 20, 1)
+    for memory in (256 << 20, 512 << 20, 2 << 30):
+        for tensors in (0, 10_000, 30_000):
+            assert make_budget(memory, 64, tensors).peak <= memory
+
+
+def test_side_files_never_replace_a_shard(source, tmp_path, capsys):
+    copy = Path(shutil.copytree(source, tmp_path / "in"))
+    (copy / "model.safetensors").write_bytes(b"an old one")
+    assert main(["--prefuse", str(copy), str(tmp_path / "out"), "--quiet"]) in (3, 4)
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_step_fails_twice(source, wanted, tmp_path, monkeypatch):
+    """Failure after failure, each at a later call: what one run leaves, the next takes up."""
+    n = 0
+    while not (tmp_path / "out").exists():
+        with monkeypatch.context() as patch:
+            count_calls(patch, fail_at=n)
+            assert prefuse(source, tmp_path / "out") in (0, 6)
+        n += 3
+    assert contents(tmp_path / "out") == wanted

@@ -1,0 +1,393 @@
+"""Hugging Face to MaxText and back, against MaxText's own rule for each tensor: transpose, then reshape; layers on axis 1."""
+
+import numpy as np
+import pytest
+
+from convert.errors import InputError, PlanError
+from convert.planning.cross import cross_targets
+from convert.planning.cross_pairs import sides_of, trees_of
+from convert.planning.cross_plan import tree_in
+from layouts.tables.families import FAMILIES, maxtext
+from tests.tiny import MemoryReader, fill, same
+
+K, H, J, D, V, N, E, F = 8, 4, 2, 3, 11, 5, 12, 7
+RNG = np.random.default_rng(0)
+P = "params.params."
+
+
+def random(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 2**32, shape, dtype="u4")
+
+
+def outside() -> dict[str, np.ndarray]:
+    return {"model.embed_tokens.weight": random(V, K), "model.norm.weight": random(K), "lm_head.weight": random(V, K)}
+
+
+def norms(layer: str) -> dict[str, np.ndarray]:
+    return {f"{layer}.{name}.weight": random(K) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def attention(layer: str, heads: int = H) -> dict[str, np.ndarray]:
+    shapes = {"q_proj": (heads * D, K), "k_proj": (J * D, K), "v_proj": (J * D, K), "o_proj": (K, H * D)}
+    return {f"{layer}.self_attn.{name}.weight": random(*shape) for name, shape in shapes.items()}
+
+
+def gated(place: str, width: int) -> dict[str, np.ndarray]:
+    shapes = {"gate_proj": (width, K), "up_proj": (width, K), "down_proj": (K, width)}
+    return {f"{place}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+
+
+def experts(layer: str) -> dict[str, np.ndarray]:
+    return {name: array for e in range(E) for name, array in gated(f"{layer}.mlp.experts.{e}", N).items()}
+
+
+def qwen3_moe(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        found |= norms(layer) | attention(layer) | experts(layer) | {f"{layer}.mlp.gate.weight": random(E, K)}
+        found |= {f"{layer}.self_attn.{name}.weight": random(D) for name in ("q_norm", "k_norm")}
+    return found
+
+
+def deepseek_v3(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    latent = {
+        "q_a_proj": (6, K), "q_a_layernorm": (6,), "q_b_proj": (H * 5, 6), "kv_a_proj_with_mqa": (9, K),
+        "kv_a_layernorm": (7,), "kv_b_proj": (H * 4, 7), "o_proj": (K, H * D),
+    }  # fmt: skip
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found |= norms(layer) | {f"{layer}.self_attn.{name}.weight": random(*shape) for name, shape in latent.items()}
+        if i < 2:
+            found |= gated(f"{layer}.mlp", F)
+        else:
+            found |= experts(layer) | gated(f"{layer}.mlp.shared_experts", N) | {f"{layer}.mlp.gate.weight": random(E, K)}
+            found |= {f"{layer}.mlp.gate.e_score_correction_bias": random(E)}
+    return found
+
+
+def gpt_oss(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        found |= norms(layer) | attention(layer)
+        biases = {"q_proj": H * D, "k_proj": J * D, "v_proj": J * D, "o_proj": K}
+        found |= {f"{layer}.self_attn.{name}.bias": random(size) for name, size in biases.items()}
+        mlp = {
+            "router.weight": (E, K), "router.bias": (E,), "experts.gate_up_proj": (E, K, 2 * N), "experts.down_proj": (E, N, K),
+            "experts.gate_up_proj_bias": (E, 2 * N), "experts.down_proj_bias": (E, K),
+        }  # fmt: skip
+        found |= {f"{layer}.mlp.{name}": random(*shape) for name, shape in mlp.items()}
+        found |= {f"{layer}.self_attn.sinks": random(H)}
+    return found
+
+
+def qwen3_next(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    linear = {
+        "in_proj_qkvz.weight": (20, K), "in_proj_ba.weight": (6, K), "conv1d.weight": (14, 1, 4), "A_log": (3,),
+        "dt_bias": (3,), "norm.weight": (D,), "out_proj.weight": (K, 9),
+    }  # fmt: skip
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found |= norms(layer) | experts(layer) | gated(f"{layer}.mlp.shared_expert", F)
+        found |= {f"{layer}.mlp.gate.weight": random(E, K), f"{layer}.mlp.shared_expert_gate.weight": random(1, K)}
+        if i % 4 == 3:
+            found |= attention(layer, 2 * H) | {f"{layer}.self_attn.{name}.weight": random(D) for name in ("q_norm", "k_norm")}
+        else:
+            found |= {f"{layer}.linear_attn.{name}": random(*shape) for name, shape in linear.items()}
+    return found
+
+
+def llama4(layers: int, step: int = 2) -> dict[str, np.ndarray]:
+    found = outside()
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found |= norms(layer) | attention(layer)
+        if (i + 1) % step:
+            found |= gated(f"{layer}.feed_forward", F)
+        else:
+            mlp = {"router.weight": (E, K), "experts.gate_up_proj": (E, K, 2 * N), "experts.down_proj": (E, N, K)}
+            found |= {f"{layer}.feed_forward.{name}": random(*shape) for name, shape in mlp.items()}
+            found |= gated(f"{layer}.feed_forward.shared_expert", N)
+    return {f"language_model.{name}": array for name, array in found.items()} | llama4_vision()
+
+
+def llama4_vision() -> dict[str, np.ndarray]:
+    c, h, d, f = 6, 3, 2, 10
+    shapes = {
+        "class_embedding": (c,), "positional_embedding_vlm": (5, c), "patch_embedding.linear.weight": (c, 12),
+        "layernorm_pre.weight": (c,), "layernorm_pre.bias": (c,), "layernorm_post.weight": (c,), "layernorm_post.bias": (c,),
+        "vision_adapter.mlp.fc1.weight": (7, 24), "vision_adapter.mlp.fc2.weight": (9, 7),
+    }  # fmt: skip
+    for layer in ("model.layers.0", "model.layers.1"):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes |= {f"{layer}.self_attn.{name}.weight": (c, h * d), f"{layer}.self_attn.{name}.bias": (c,)}
+        for name, sizes in (("fc1", (f, c)), ("fc2", (c, f))):
+            shapes |= {f"{layer}.mlp.{name}.weight": sizes, f"{layer}.mlp.{name}.bias": sizes[:1]}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{layer}.{name}.weight": (c,), f"{layer}.{name}.bias": (c,)}
+    found = {f"vision_model.{name}": random(*shape) for name, shape in shapes.items()}
+    return found | {"multi_modal_projector.linear_1.weight": random(K, 9)}
+
+
+MODELS = {
+    "qwen3_moe": (qwen3_moe, 3),
+    "deepseek_v3": (deepseek_v3, 5),
+    "gpt_oss": (gpt_oss, 4),
+    "qwen3_next": (qwen3_next, 8),
+    "llama4": (llama4, 8),
+}
+COUNT = {"deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts", "llama4": "num_local_experts"}
+
+
+def reader(name: str) -> MemoryReader:
+    make, layers = MODELS[name]
+    config = {"model_type": name, "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": J}
+    config |= {COUNT.get(name, "num_experts"): E, "first_k_dense_replace": 2}
+    if name == "llama4":
+        text = config | {"model_type": "llama4_text", "interleave_moe_layer_step": 2}
+        vision = {"num_attention_heads": 3, "num_hidden_layers": 2}
+        config = {"model_type": name, "text_config": text, "vision_config": vision}
+    return MemoryReader(make(layers), config=config)
+
+
+def across(
+    source: MemoryReader,
+    *,
+    to_maxtext: bool,
+    fused=None,
+    scan: bool = True,
+    is_fused: bool = False,
+    version: int = 0,
+    axis: int = 1,
+) -> MemoryReader:
+    family = next(f for f in FAMILIES if source.config["model_type"] in f.model_types)
+    trees = trees_of(family, "memory")
+    tree, scan = (trees[version], scan) if to_maxtext else tree_in(source, trees)
+    sides = sides_of(family, maxtext(axis), fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
+    targets = cross_targets(source, tree, sides, source.config)
+    arrays = {target.spec.name: fill(target, source) for target in targets}
+    return MemoryReader(arrays, config=source.config, format="orbax" if to_maxtext else "hf")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("scan", "axis"), [(True, 1), (True, 0), (False, 1)], ids=["scanned", "scanned-0", "unscanned"])
+@pytest.mark.parametrize("fused", [None, "concat"])
+def test_there_and_back(name, scan, axis, fused):
+    original = reader(name)
+    tree = across(original, to_maxtext=True, fused=fused, scan=scan, axis=axis)
+    assert sum(array.size for array in tree.arrays.values()) == sum(array.size for array in original.arrays.values())
+    assert any(key.endswith(".wi") for key in tree.arrays) == bool(fused)
+    again = across(tree, to_maxtext=False, is_fused=bool(fused), axis=axis)
+    assert same(again.arrays, original.arrays)
+
+
+def stacked(arrays, names, rule) -> np.ndarray:
+    """Each tensor by MaxText's rule, then stacked on axis 1, as its `_build_single_axis_stacked_tensor` does it."""
+    return np.stack([rule(arrays[name]) for name in names], axis=1)
+
+
+def by_heads(heads: int):
+    return lambda array: array.T.reshape(array.shape[1], heads, -1)
+
+
+def test_a_scanned_qwen_is_what_maxtext_makes_of_it():
+    source = reader("qwen3_moe")
+    tree, hf = across(source, to_maxtext=True).arrays, source.arrays
+    each = [f"model.layers.{i}." for i in range(3)]
+    at = P + "decoder.layers."
+    wanted = {
+        P + "token_embedder.embedding": hf["model.embed_tokens.weight"],
+        P + "decoder.decoder_norm.scale": hf["model.norm.weight"],
+        P + "decoder.logits_dense.kernel": hf["lm_head.weight"].T,
+        at + "self_attention.query.kernel": stacked(hf, [f"{p}self_attn.q_proj.weight" for p in each], by_heads(H)),
+        at + "self_attention.key.kernel": stacked(hf, [f"{p}self_attn.k_proj.weight" for p in each], by_heads(J)),
+        at + "self_attention.value.kernel": stacked(hf, [f"{p}self_attn.v_proj.weight" for p in each], by_heads(J)),
+        at + "self_attention.out.kernel": stacked(
+            hf, [f"{p}self_attn.o_proj.weight" for p in each], lambda array: array.T.reshape(H, D, K)
+        ),
+        at + "self_attention.query_norm.scale": stacked(hf, [f"{p}self_attn.q_norm.weight" for p in each], np.array),
+        at + "self_attention.key_norm.scale": stacked(hf, [f"{p}self_attn.k_norm.weight" for p in each], np.array),
+        at + "pre_self_attention_layer_norm.scale": stacked(hf, [f"{p}input_layernorm.weight" for p in each], np.array),
+        at + "post_self_attention_layer_norm.scale": stacked(
+            hf, [f"{p}post_attention_layernorm.weight" for p in each], np.array
+        ),
+        at + "moe_block.gate.kernel": stacked(hf, [f"{p}mlp.gate.weight" for p in each], np.transpose),
+    }
+    for leaf, word in (("wi_0", "gate_proj"), ("wi_1", "up_proj"), ("wo", "down_proj")):
+        wanted[at + f"moe_block.{leaf}"] = np.stack(
+            [np.stack([hf[f"{p}mlp.experts.{e}.{word}.weight"].T for p in each]) for e in range(E)]
+        )
+    assert same(tree, wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_stacked_along_the_axis_that_maxtext_is_given(name):
+    """`param_scan_axis` 0: the axes of the layers before the first one instead of behind it."""
+    source = reader(name)
+    one, other = (across(source, to_maxtext=True, fused="concat", axis=axis).arrays for axis in (1, 0))
+    assert one.keys() == other.keys()
+    for key, array in one.items():
+        layers = 0 if not key.startswith(P + "decoder.") or "layers" not in key else 2 if "local_layers" in key else 1
+        assert np.array_equal(np.moveaxis(array, 0, layers), other[key]), key
+
+
+def test_layers_in_turn_go_to_the_slots_of_their_cycle():
+    source = reader("gpt_oss")
+    tree, hf = across(source, to_maxtext=True, fused="concat").arrays, source.arrays
+    for slot in range(2):
+        at, each = f"{P}decoder.layers.layers_{slot}.GptOssMlp.", (slot, slot + 2)
+        gate_up = [hf[f"model.layers.{i}.mlp.experts.gate_up_proj"] for i in each]
+        halves = np.concatenate((np.stack([w[..., ::2] for w in gate_up], 1), np.stack([w[..., 1::2] for w in gate_up], 1)), -1)
+        assert np.array_equal(tree[at + "wi"], halves)
+        bias = [hf[f"model.layers.{i}.mlp.experts.gate_up_proj_bias"] for i in each]
+        assert np.array_equal(tree[at + "wi_1_bias"], np.stack([b[:, 1::2] for b in bias], 1))
+        assert np.array_equal(
+            tree[at + "wo_bias"], np.stack([hf[f"model.layers.{i}.mlp.experts.down_proj_bias"] for i in each], 1)
+        )
+    unscanned = across(source, to_maxtext=True, scan=False).arrays
+    assert np.array_equal(
+        unscanned[P + "decoder.layers_3.GptOssMlp.wi_0"], hf["model.layers.3.mlp.experts.gate_up_proj"][..., ::2]
+    )
+
+
+def test_runs_of_layers_are_stacked_twice():
+    """Three layers of each cycle of Qwen3-Next lie behind one another in each of its blocks: (E, blocks, 3, K, N)."""
+    source = reader("qwen3_next")
+    tree, hf = across(source, to_maxtext=True, fused="concat").arrays, source.arrays
+    local, whole = P + "decoder.layers.local_layers.", P + "decoder.layers.global_layer."
+    layer = "model.layers.{}."
+
+    def twice(name: str, rule) -> np.ndarray:
+        rows = [np.stack([rule(hf[f"model.layers.{4 * b + p}.{name}"]) for p in range(3)], axis=1) for b in range(2)]
+        return np.stack(rows, axis=1)
+
+    wanted = {
+        local + "input_layernorm.scale": twice("input_layernorm.weight", np.array),
+        local + "attention.A_log": twice("linear_attn.A_log", np.array),
+        local + "attention.conv1d.kernel": twice("linear_attn.conv1d.weight", lambda array: array.transpose(2, 1, 0)),
+        local + "attention.in_proj_qkvz.kernel": twice("linear_attn.in_proj_qkvz.weight", np.transpose),
+        local + "mlp.routed_experts.gate.kernel": twice("mlp.gate.weight", np.transpose),
+        whole + "attention.attention.out.kernel": stacked(
+            hf, [layer.format(i) + "self_attn.o_proj.weight" for i in (3, 7)], np.transpose
+        ),
+        whole + "attention.attention.query.kernel": stacked(
+            hf, [layer.format(i) + "self_attn.q_proj.weight" for i in (3, 7)], by_heads(H)
+        ),
+    }
+    assert same({name: tree.get(name) for name in wanted}, wanted)
+    wi = tree[local + "mlp.routed_experts.wi"]
+    assert wi.shape == (E, 2, 3, K, 2 * N)
+    for expert, block, position in ((0, 0, 0), (7, 1, 2), (11, 0, 1)):
+        at = f"model.layers.{4 * block + position}.mlp.experts.{expert}."
+        halves = (hf[at + "gate_proj.weight"].T, hf[at + "up_proj.weight"].T)
+        assert np.array_equal(wi[expert, block, position], np.concatenate(halves, axis=-1))
+
+
+@pytest.mark.parametrize("fused", [None, "concat"])
+def test_the_tree_of_an_older_maxtext_is_read_as_well(fused):
+    source = reader("qwen3_next")
+    tree = across(source, to_maxtext=True, fused=fused, version=1)
+    assert np.array_equal(
+        tree.arrays[P + "decoder.layers.layer_2.attention.dt_bias"],
+        stacked(source.arrays, [f"model.layers.{i}.linear_attn.dt_bias" for i in (2, 6)], np.array),
+    )
+    assert same(across(tree, to_maxtext=False, is_fused=bool(fused)).arrays, source.arrays)
+
+
+def test_a_cycle_that_is_not_whole_is_refused():
+    source = reader("qwen3_next")
+    config = source.config | {"num_hidden_layers": 7}
+    with pytest.raises(PlanError, match=r"7 layers .*do not make whole cycles of 4"):
+        across(MemoryReader(source.arrays, config=config), to_maxtext=True)
+
+
+def test_dense_layers_and_experts_are_two_stacks():
+    source = reader("deepseek_v3")
+    tree, hf = across(source, to_maxtext=True).arrays, source.arrays
+    assert tree[P + "decoder.dense_layers.mlp.wi_0.kernel"].shape == (K, 2, F)
+    wo = tree[P + "decoder.moe_layers.DeepSeekMoeBlock_0.MoeBlock_0.wo"]
+    assert wo.shape == (E, 3, N, K)
+    assert np.array_equal(wo[11, 0], hf["model.layers.2.mlp.experts.11.down_proj.weight"].T)
+    unscanned = across(source, to_maxtext=True, scan=False).arrays
+    assert np.array_equal(unscanned[P + "decoder.moe_layers_0.DeepSeekMoeBlock_0.MoeBlock_0.wo"], wo[:, 0])
+
+
+def test_llama_4_is_what_maxtext_makes_of_it():
+    """By its `llama4_ckpt_unscanned.py`; scanned, cycles of four layers are stacked as `Llama4ScannableBlock` has them."""
+    source = reader("llama4")
+    tree, hf = across(source, to_maxtext=True, scan=False).arrays, source.arrays
+    at, layer = P + "decoder.layers_5.", "language_model.model.layers.5."
+    gate, up = np.split(hf[layer + "feed_forward.experts.gate_up_proj"], 2, axis=-1)
+    wanted = {
+        P + "token_embedder.embedding": hf["language_model.model.embed_tokens.weight"],
+        P + "decoder.logits_dense.kernel": hf["language_model.lm_head.weight"].T,
+        at + "Llama4MoEBlock_0.MoeBlock_0.wi_0": gate,
+        at + "Llama4MoEBlock_0.MoeBlock_0.wi_1": up,
+        at + "Llama4MoEBlock_0.MoeBlock_0.wo": hf[layer + "feed_forward.experts.down_proj"],
+        at + "Llama4MoEBlock_0.MoeBlock_0.gate.kernel": hf[layer + "feed_forward.router.weight"].T,
+        at + "Llama4MoEBlock_0.shared_experts.wi_1.kernel": hf[layer + "feed_forward.shared_expert.up_proj.weight"].T,
+        at + "self_attention.query.kernel": hf[layer + "self_attn.q_proj.weight"].T.reshape(K, H, D),
+        P + "decoder.layers_4.mlp.wi_0.kernel": hf["language_model.model.layers.4.feed_forward.gate_proj.weight"].T,
+    }
+    seen, layer = P + "vision_encoder.Llama4VisionModel_0.", "vision_model.model.layers.1."
+    attention_at = seen + "Llama4VisionEncoder_0.layers_1.self_attention_vision."
+    mlp_at = seen + "Llama4VisionEncoder_0.layers_1.Llama4VisionMLP_0."
+    adapter = seen + "Llama4VisionPixelShuffleMLP_0.pixel_shuffle_mlp.vit_pixel_shuffle_mlp_"
+    wanted_vision = {
+        seen + "class_embedding": hf["vision_model.class_embedding"],
+        seen + "positional_embedding_vlm": hf["vision_model.positional_embedding_vlm"],
+        seen + "Llama4UnfoldConvolution_0.vit_unfold_linear.kernel": hf["vision_model.patch_embedding.linear.weight"].T,
+        seen + "layernorm_post.bias": hf["vision_model.layernorm_post.bias"],
+        attention_at + "key.kernel": hf[layer + "self_attn.k_proj.weight"].T.reshape(6, 3, 2),
+        attention_at + "key.bias": hf[layer + "self_attn.k_proj.bias"].reshape(3, 2),
+        attention_at + "out.kernel": hf[layer + "self_attn.o_proj.weight"].T.reshape(3, 2, 6),
+        attention_at + "out.bias": hf[layer + "self_attn.o_proj.bias"],
+        mlp_at + "vit_encoder_layer_mlp_fc1.kernel": hf[layer + "mlp.fc1.weight"].T,
+        adapter + "fc2.kernel": hf["vision_model.vision_adapter.mlp.fc2.weight"].T,
+        P + "vision_encoder.Llama4MultiModalProjector_0.vit_multi_modal_projector.kernel": hf[
+            "multi_modal_projector.linear_1.weight"
+        ].T,
+    }
+    assert same({name: tree.get(name) for name in wanted | wanted_vision}, wanted | wanted_vision)
+    scanned = across(source, to_maxtext=True, fused="concat").arrays
+    wi = [hf[f"language_model.model.layers.{i}.feed_forward.experts.gate_up_proj"] for i in (3, 7)]
+    assert np.array_equal(scanned[P + "decoder.layers.layers_3.Llama4MoEBlock_0.MoeBlock_0.wi"], np.stack(wi, 1))
+    assert scanned[P + "decoder.layers.layers_2.mlp.wo.kernel"].shape == (F, 2, K)
+    assert {name for name in scanned if "vision" in name} == {name for name in tree if "vision" in name}
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_llama_4_without_vision_and_with_experts_in_every_nth_layer(step):
+    source = reader("llama4")
+    config = source.config["text_config"] | {"interleave_moe_layer_step": step}
+    arrays = {name.removeprefix("language_model."): array for name, array in llama4(8, step).items() if "vis" not in name}
+    arrays.pop("multi_modal_projector.linear_1.weight")
+    text = MemoryReader(arrays, config=config | {"model_type": "llama4_text"})
+    again = across(across(text, to_maxtext=True), to_maxtext=False)
+    assert same(again.arrays, text.arrays)
+    wrapped = MemoryReader(
+        {f"language_model.{n}": a for n, a in arrays.items()}, config=source.config | {"text_config": config}
+    )
+    assert same(across(across(wrapped, to_maxtext=True), to_maxtext=False).arrays, wrapped.arrays)
+
+
+def test_a_tensor_without_a_place_is_an_error():
+    source = reader("deepseek_v3")
+    arrays = source.arrays | {"model.layers.5.eh_proj.weight": random(2, 2)}
+    with pytest.raises(PlanError, match=r"1 tensors have no place.*model\.layers\.5\.eh_proj\.weight"):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.experts.7.up_proj.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_tensor_is_named(name):
+    source = reader("deepseek_v3")
+    arrays = {key: array for key, array in source.arrays.items() if key != name}
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+
+
+@pytest.mark.parametrize(("name", "words"), [("mixtral", "would change values"), ("olmoe", "no MaxText tree is known")])
+def test_what_would_compute_or_is_unknown_is_refused(name, words):
+    with pytest.raises(PlanError, match=words):
+        trees_of(next(f for f in FAMILIES if f.name == name), "memory")
