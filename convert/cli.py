@@ -110,9 +110,9 @@ def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[st
 
 
 def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
-    from convert.commit.processes import HELD
+    from convert.commit.processes import Processes
     from convert.report import describe_division, describe_plan
-    from convert.run import budget_of, pieces_of
+    from convert.run import Options, writer_of
     from layouts.checkpoint import open_checkpoint
 
     planned = convert.plan(
@@ -133,11 +133,14 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
         keep_chunks=arguments.keep_chunks,
         dequantize=arguments.dequantize,
     )
+    processes = Processes(count=arguments.num_processes or 1)
+    options = Options(
+        arguments.jobs, arguments.memory, arguments.max_shard_size, arguments.resume, arguments.overwrite, processes
+    )
     with closing(open_checkpoint(source)) as reader:
-        held = HELD if arguments.num_processes else 0
-        budget = budget_of(planned, reader, arguments.memory, arguments.jobs, held)
-        pieces = pieces_of(planned, reader, budget, arguments.max_shard_size)
-    print(describe_plan(planned, budget.peak, budget.jobs))
+        writer = writer_of(planned, reader, options)
+        pieces = writer.pieces()
+    print(describe_plan(planned, writer.peak + processes.held, writer.jobs))
     if arguments.num_processes:
         print(describe_division(pieces, arguments.num_processes))
     return 0

@@ -1,59 +1,15 @@
-"""What a checkpoint is to the rest of the tool: specs without data, a reader, and the words for element types.
+"""The one place that opens a checkpoint.
 
-`Reader` and `Writer` (in `convert.hf.execute`) are the only two seams where formats differ.
+In: a path. Out: a `Reader` of whichever format lies there. It never reads tensor data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
 
 from layouts.errors import InputError
 from layouts.places import is_remote, place
-from layouts.tensors import TensorSpec
-
-
-class Reader(Protocol):
-    """An open checkpoint: tensors by name, and what else lies in its directory."""
-
-    @property
-    def path(self) -> Path:
-        """The directory as the user gave it."""
-
-    @property
-    def format(self) -> str:
-        """`hf` or `orbax`."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every tensor, in the order in which it is best read."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """`config.json`, or nothing for formats without one."""
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """What this tool wrote about the layout of this checkpoint, if it made it."""
-
-    @property
-    def side_files(self) -> Sequence[str]:
-        """Paths, relative to `path`, of all files that hold no tensors."""
-
-    def where(self, name: str) -> str:
-        """The place of a tensor, for messages: a shard's name."""
-
-    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
-        """A block of the stored tensor as bits (see `bits`); it may be a read-only view of the file."""
-
-    def release(self, name: str, slices: tuple[slice, ...]) -> None:
-        """Let go of the memory behind a block; what `read` gave for these slices must no longer be used."""
-
-    def close(self) -> None:
-        """Let go of all."""
+from layouts.reader import Reader
 
 
 def open_checkpoint(path: str | Path) -> Reader:

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
+from layouts.reader import Reader, ReadLimits, ReadUnit
 from layouts.tensors import TensorSpec, bits, numpy_dtype
+from layouts.windows import Windows
 
 FP8, SCALE, BLOCKS, SCALES = "F8_E4M3", "_scale_inv", "_blocks", "_scales"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -36,7 +37,7 @@ _PART = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DequantizingReader:
-    """See `layouts.checkpoint.Reader`; `quantized` is what the values of a tensor are made from: data and scales."""
+    """See `layouts.reader.Reader`; `quantized` is what the values of a tensor are made from: data and scales."""
 
     inner: Reader
     tensors: Mapping[str, TensorSpec]
@@ -67,6 +68,28 @@ class DequantizingReader:
     def side_files(self) -> Sequence[str]:
         """As they are."""
         return self.inner.side_files
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """None: the files of what is computed are others."""
+        return {}
+
+    @property
+    def windows(self) -> Windows:
+        """Those of the checkpoint."""
+        return self.inner.windows
+
+    def unit(self, name: str) -> ReadUnit | None:
+        """As the quantised data is read."""
+        return self.inner.unit(self._sources(name)[0])
+
+    def extent(self, name: str) -> None:  # noqa: ARG002
+        """None: what is read may be computed."""
+        return
+
+    def hold(self, limits: ReadLimits, windows: Windows) -> None:
+        """As the checkpoint does."""
+        self.inner.hold(limits, windows)
 
     def where(self, name: str) -> str:
         """The place of the quantised data."""

@@ -13,6 +13,7 @@ from typing import Any
 from layouts.errors import InputError
 
 CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
 

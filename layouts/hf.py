@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from layouts.errors import InputError
-from layouts.files import CONFIG, RECORD, no_duplicates, read_object
+from layouts.files import CONFIG, INDEX, RECORD, no_duplicates, read_object
+from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
+from layouts.windows import Windows
 
-INDEX = "model.safetensors.index.json"
 _FOLIO = 2 << 20
 """The most that Linux maps around a page that is touched, at either end of a block."""
 LINGERING = 32 << 20
@@ -87,7 +88,7 @@ def _common_cause(path: Path) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class HFReader:
-    """An open Hugging Face checkpoint; see `layouts.checkpoint.Reader`."""
+    """An open Hugging Face checkpoint; see `layouts.reader.Reader`."""
 
     path: Path
     shards: tuple[Shard, ...]
@@ -140,9 +141,26 @@ class HFReader:
         weights = {shard.name for shard in self.shards} | {INDEX}
         return sorted(file for file in _files(self.path) if file not in weights)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header of each shard, to the byte."""
+        return {shard.name: shard.header for shard in self.shards}
+
+    @property
+    def windows(self) -> Windows:
+        """None: nothing is decoded."""
+        return Windows()
+
     def where(self, name: str) -> str:
         """The shard that holds a tensor."""
         return self._home[name].name
+
+    def unit(self, name: str) -> None:  # noqa: ARG002
+        """Any part can be read alone."""
+        return
+
+    def hold(self, limits: ReadLimits, windows: Windows) -> None:
+        """Nothing to do: nothing is decoded."""
 
     def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
         """A block as a read-only view of the mapped file."""

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from convert.engine.blocks import assembled
 from convert.planning.choices import Choices
 from convert.planning.planner import Plan, Target, make_plan
-from layouts.checkpoint import Reader
 from layouts.language.layout import Layouts
+from layouts.reader import Reader
 from layouts.tables.families import FAMILIES, Family
 from layouts.tensors import TensorSpec, bits
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from convert.planning.planner import Plan
 from layouts.errors import InputError
-from layouts.files import read_json
+from layouts.files import CONFIG, INDEX, read_json
 from layouts.places import files_of, is_remote
+from layouts.reader import Reader
 
 NAME = "convert_manifest.json"
 VERSION = 1
@@ -140,3 +141,15 @@ def fingerprint(plan: Plan, options: Mapping[str, Any]) -> str:
     for file in files_of(plan.source):
         digest.update(repr(file).encode())
     return digest.hexdigest()[:8]
+
+
+def original_of(plan: Plan, reader: Reader) -> Original | None:
+    """What a later way back needs; a checkpoint that we made keeps what it remembers."""
+    if plan.computed or (plan.format == "hf" and plan.record is None):
+        return None
+    if (reader.record or not reader.headers) and (kept := original_files(plan.source)):
+        return kept
+    if not reader.headers:
+        return None
+    texts = {name: (plan.source / name).read_bytes().decode() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
+    return Original(headers=reader.headers, texts=texts)

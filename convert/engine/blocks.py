@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.planning.targets import Piece, Target
-from layouts.checkpoint import Reader
 from layouts.errors import InputError
 from layouts.language.pattern import Box
+from layouts.reader import Reader
 from layouts.tensors import bits
 
 SLAB = 32 << 20

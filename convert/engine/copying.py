@@ -21,19 +21,15 @@ from convert.commit.manifest import SOURCE
 from convert.engine.blocks import SLAB, assembled
 from convert.engine.direct import Output, Scratch
 from convert.planning.targets import Piece, Target
-from layouts.checkpoint import Reader
 from layouts.language.pattern import Box, Pattern, strips
+from layouts.reader import Reader
 from layouts.tensors import itemsize
-
-Extent = Callable[[str], tuple[int, int]]
-"""Where a tensor lies: an open file and the offset of its first byte."""
 
 
 class Worker(NamedTuple):
-    """What one thread works with: the input, where its tensors lie, and memory for one strip."""
+    """What one thread works with: the input, and memory for one strip."""
 
     reader: Reader
-    extent: Extent | None
     scratch: Scratch
 
 
@@ -60,8 +56,8 @@ def write_tensor(target: Target, path: Path, offset: int, worker: Worker, told: 
             for piece in target.pieces(box) if whole else ():
                 if SOURCE + piece.source not in sources:
                     sources[SOURCE + piece.source] = _digest(worker.reader, piece.source)
-            straight = runs(target, box) if worker.extent else None
-            if straight is not None:
+            straight = runs(target, box)
+            if straight is not None and all(worker.reader.extent(run.source) for run in straight):
                 done = sum(_copy(run, worker, output, offset + at, digest) for run, at in _placed(straight))
             else:
                 done = _assemble(target, box, worker, output, offset, digest)
@@ -122,8 +118,8 @@ def _copy(run: Run, worker: Worker, output: Output, offset: int, digest: xxhash.
     data = flat[run.start : run.start + run.nbytes].data
     digest.update(data)
     done = 0
-    if worker.extent and not output.passes_cache(run.nbytes):
-        file, begin = worker.extent(run.source)
+    if (extent := reader.extent(run.source)) and not output.passes_cache(run.nbytes):
+        file, begin = extent
         done = output.copy(file, begin + run.start, run.nbytes, offset)
     if done < run.nbytes:
         output.put(worker.scratch.filled(data[done:], offset + done), offset + done)

@@ -1,7 +1,7 @@
 """Write the tensors of a plan into safetensors files: the only home of threads.
 
 Each worker writes one tensor (see `convert.engine.copying`). Tensors of different files are taken in turn, because two threads
-that write one file wait for each other. Tensors that are read from Orbax keep their order (see `convert.orbax.reading`).
+that write one file wait for each other. Tensors that are read from Orbax keep their order (see `convert.engine.reading`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from convert.commit.manifest import SOURCE
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC, Budget
-from convert.engine.copying import Extent, Worker, write_tensor
+from convert.engine.copying import Worker, write_tensor
 from convert.engine.direct import Scratch
 from convert.hf.shards import File
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.checkpoint import Reader
+from layouts.reader import Reader, is_chunked
 
 AHEAD = 64
 """Tensors handed out per worker, so that none waits while finished ones are synced."""
@@ -43,12 +43,10 @@ def write_tensors(
     stage: Stage,
     budget: Budget,
     progress: Progress,
-    extent: Extent | None = None,
 ) -> dict[str, str]:
     """Write every tensor that the stage does not hold yet, and return the digests (xxh3-128 of the bytes, hex).
 
-    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name. `extent` says
-    where tensors lie on the disk, if they lie there as they are read.
+    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name.
 
     Raises:
         OSError: the disk is full or failing; finished tensors are journalled.
@@ -58,7 +56,7 @@ def write_tensors(
     for file in files:
         _preallocate(stage.path / file.name, file)
     tasks = _tasks(targets, files, stage.path)
-    tasks = [task for task in (_in_turn(tasks) if extent else tasks) if task.target.spec.name not in digests]
+    tasks = [task for task in (tasks if is_chunked(reader) else _in_turn(tasks)) if task.target.spec.name not in digests]
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
     lock = threading.Lock()
@@ -73,7 +71,7 @@ def write_tensors(
         return write_tensor(task.target, task.path, task.offset, own.worker, told)
 
     def begin() -> None:
-        own.worker = Worker(reader, extent, Scratch(budget.strip))
+        own.worker = Worker(reader, Scratch(budget.strip))
 
     own = threading.local()
     with ThreadPoolExecutor(budget.jobs, initializer=begin) as pool:

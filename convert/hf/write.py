@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from convert.commit import manifest
 from convert.commit.durable import copy_file, write_text
-from convert.commit.processes import ALONE, Processes
-from convert.commit.stage import Stage
+from convert.commit.processes import Processes
+from convert.commit.stage import AnyStage, Stage
 from convert.engine.budget import Budget
+from convert.engine.reading import in_order
 from convert.errors import PlanError
 from convert.hf.execute import write_tensors
 from convert.hf.shards import File, index_text, pack, restore
 from convert.planning.planner import Plan
 from convert.progress import Progress
-from layouts.checkpoint import Reader
-from layouts.files import CONFIG, RECORD, read_json
-from layouts.hf import INDEX, HFReader
+from layouts.files import CONFIG, INDEX, RECORD
+from layouts.reader import Reader
 
 REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
@@ -46,62 +47,71 @@ def _remembered(plan: Plan) -> manifest.Original | None:
 
 def _metadata(reader: Reader) -> dict[str, str]:
     """The `__metadata__` of the input without our record; the first shard speaks for all, as loaders take it."""
-    if not isinstance(reader, HFReader):
+    if not reader.headers:
         return {"format": "pt"}  # what transformers writes, and wants
-    metadata: dict[str, str] = dict(json.loads(reader.shards[0].header).get("__metadata__") or {})
+    metadata: dict[str, str] = dict(json.loads(next(iter(reader.headers.values()))).get("__metadata__") or {})
     metadata.pop(RECORD, None)
     return metadata
 
 
-def write(
-    plan: Plan,
-    reader: Reader,
-    stage: Stage,
-    budget: Budget,
-    progress: Progress,
-    *,
-    max_shard_size: int,
-    processes: Processes = ALONE,
-) -> tuple[str, ...]:
-    """Fill the staging directory; everything in it is durable on return. Gives what the user should know of it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HFWriter:
+    """See `convert.engine.writer.Writer`. Files hold at most `max_shard_size` bytes of data, unless a tensor is larger.
 
     Each of several processes writes whole files, since not every network file system is good at two writing one.
-
-    Raises:
-        OSError: the disk is full or failing.
     """
-    files = plan_files(plan, reader, max_shard_size)
-    extent = reader.extent if isinstance(reader, HFReader) else None
-    own = [files[number] for number in processes.mine([file.size for file in files])]
-    names = {name for file in own for name in file.offsets}
-    targets = [target for target in plan.targets if target.spec.name in names]
-    if not extent:
-        from convert.orbax.reading import in_order  # TensorStore comes with it
 
-        targets = in_order(targets, reader)
-    digests = write_tensors(targets, own, reader, stage, budget, progress, extent)
-    processes.agree("written")
-    if not processes.first:
+    plan: Plan
+    reader: Reader
+    budget: Budget
+    max_shard_size: int
+
+    @property
+    def peak(self) -> int:
+        """In bytes."""
+        return self.budget.peak
+
+    @property
+    def jobs(self) -> int:
+        """Each writes one tensor at a time."""
+        return self.budget.jobs
+
+    def pieces(self) -> list[tuple[str, int]]:
+        """The files."""
+        return [(file.name, file.size) for file in plan_files(self.plan, self.reader, self.max_shard_size)]
+
+    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
+        """Shards by all processes; the first one adds what stands beside them."""
+        assert isinstance(stage, Stage)
+        plan, files = self.plan, plan_files(self.plan, self.reader, self.max_shard_size)
+        own = [files[number] for number in processes.mine([file.size for file in files])]
+        names = {name for file in own for name in file.offsets}
+        targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
+        digests = write_tensors(targets, own, self.reader, stage, self.budget, progress)
+        processes.agree("written")
+        if not processes.first:
+            return ()
+        self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
+        original = _remembered(plan)
+        if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
+            return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
         return ()
-    digests = stage.done | stage.by_helpers() | digests
-    texts = _texts(plan, reader, files)
-    for name, text in texts.items():
-        write_text(stage.path / name, text)
-    for name in plan.side_files:
-        if name not in REWRITTEN:
-            copy_file(plan.source / name, stage.path / name)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original_of(plan, reader)))
-    original = _remembered(plan)
-    if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
-        return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
-    return ()
+
+    def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> None:
+        plan, reader = self.plan, self.reader
+        for name, text in _texts(plan, reader, files).items():
+            write_text(stage.path / name, text)
+        for name in plan.side_files:
+            if name not in REWRITTEN:
+                copy_file(plan.source / name, stage.path / name)
+        write_text(stage.path / manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader)))
 
 
 def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:
     """Index and config. A split restores the original texts if what they say is still what the checkpoint says."""
     original = _remembered(plan)
     old = original.texts if original else {}
-    config = {key: value for key, value in (reader.config or _beside(plan)).items() if key != RECORD}
+    config = {key: value for key, value in reader.config.items() if key != RECORD}
     texts: dict[str, str] = {}
     if plan.record:
         config[RECORD] = dict(plan.record)
@@ -115,12 +125,6 @@ def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:
     if index:
         texts[INDEX] = index
     return texts
-
-
-def _beside(plan: Plan) -> Mapping[str, Any]:
-    """The `config.json` that a checkpoint of another format carries along."""
-    found = read_json(plan.source / CONFIG) if CONFIG in plan.side_files else {}
-    return found if isinstance(found, dict) else {}
 
 
 def _agree(old: str | None, new: str | None) -> bool:
@@ -137,19 +141,3 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
-
-
-def original_of(plan: Plan, reader: Reader) -> manifest.Original | None:
-    """What a later way back needs; a checkpoint that we made keeps what it remembers."""
-    if plan.format == "hf" and plan.record is None:
-        return None
-    if (
-        not plan.computed
-        and (reader.record or not isinstance(reader, HFReader))
-        and (kept := manifest.original_files(plan.source))
-    ):
-        return kept
-    if plan.computed or not isinstance(reader, HFReader):
-        return None
-    texts = {name: (plan.source / name).read_bytes().decode() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
-    return manifest.Original(headers={shard.name: shard.header for shard in reader.shards}, texts=texts)

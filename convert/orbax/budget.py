@@ -15,19 +15,20 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from convert.engine.blocks import SLAB
+from convert.engine.budget import Budget
+from convert.engine.reading import one_for_each_source, plan_windows
 from convert.errors import UsageError
 from convert.orbax.chunks import Chunking, plan_chunks, touched
-from convert.orbax.keep import keep
-from convert.orbax.reading import one_for_each_source, plan_windows
+from convert.orbax.keep import Kept
+from convert.orbax.origin import Origin, origin_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
-from layouts.checkpoint import Reader
 from layouts.orbax.arrays import NODES
-from layouts.orbax.malloc import KEPT
-from layouts.orbax.reader import OrbaxReader, ReadLimits
+from layouts.orbax.malloc import KEPT, keep_below
 from layouts.orbax.stream import WINDOW
-from layouts.orbax.windows import Windows
+from layouts.reader import Reader, ReadLimits, ReadUnit, is_chunked
 from layouts.tensors import itemsize
+from layouts.windows import Windows
 
 BASE, EACH = 96 << 20, 12 << 10
 """Bytes that the process needs before the first block (interpreter, NumPy, TensorStore, threads), and per array."""
@@ -71,10 +72,12 @@ class OrbaxBudget:
         """How an array is cut."""
         size, held = itemsize(target.spec.dtype), 0
         source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
-        chunk = reader.chunks[source.source] if isinstance(reader, OrbaxReader) and source else None
-        if isinstance(reader, OrbaxReader) and source and not streams(reader, source.source, self.stream):
+        unit = reader.unit(source.source) if source else None
+        if unit and not unit.streams(self.stream):
             held = self.cache // 4
-        return plan_chunks(target, chunk, max(1, self.box // size), held // size, max(1, self.grain // size))
+        return plan_chunks(
+            target, unit.shape if unit else None, max(1, self.box // size), held // size, max(1, self.grain // size)
+        )
 
 
 class _Reading(NamedTuple):
@@ -84,13 +87,12 @@ class _Reading(NamedTuple):
     streams: int
 
 
-def streams(reader: OrbaxReader, name: str, above: int) -> bool:
-    """Whether the chunks of a tensor are decoded piece by piece, if those above this size are."""
-    return reader.streamable[name] and reader.chunk_bytes(name) > above
+def orbax_budget(
+    memory: int, jobs: int | None, plan: Plan, reader: Reader, origin: Origin, kept: Kept | None, *, windowed: bool = False
+) -> OrbaxBudget:
+    """The richest settings with which a conversion to or from Orbax stays within `memory` bytes.
 
-
-def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> OrbaxBudget:
-    """The richest settings with which a conversion to Orbax stays within `memory` bytes.
+    With `windowed`, arrays are read bit by bit, through windows where that helps.
 
     Raises:
         UsageError: none does; the message says how much the leanest need, and for which tensor.
@@ -99,11 +101,11 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
     base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
     largest = ""
     least = None
-    settings = list(_settings(wanted, not isinstance(reader, OrbaxReader) or reader.use_ocdbt))
-    if keep(plan, reader):
+    settings = list(_settings(wanted, origin.ocdbt))
+    if kept:
         return _keeping(settings[0], memory, base)
     kinds = list(_kinds(plan, reader))
-    for budget in _windowed(settings, plan, reader, memory):
+    for budget in _windowed(settings, plan, reader, memory) if windowed else settings:
         costs = {target.spec.name: _reading(budget, target, reader) for target in kinds}
         worst = max(costs, key=lambda name: costs[name], default="")
         reading = costs.get(worst, _Reading(0, 0))
@@ -117,11 +119,20 @@ def orbax_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> O
     raise UsageError(f"--memory of {memory >> 20} MiB is too little: {((least or 0) >> 20) + 1} MiB are needed{largest}")
 
 
+def reading_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> Budget:
+    """The same for who writes files: the reader is told what it may hold, and workers get the rest.
+
+    Raises:
+        UsageError: no settings stay within `memory` bytes.
+    """
+    found = orbax_budget(memory, jobs, plan, reader, origin_of(reader), None, windowed=True)
+    keep_below(found.mapped)
+    reader.hold(found.limits, found.windows)
+    return Budget(jobs=found.jobs, strip=found.box, base=found.peak - found.jobs * (found.box + SLAB))
+
+
 def _windowed(settings: Sequence[OrbaxBudget], plan: Plan, reader: Reader, memory: int) -> Iterator[OrbaxBudget]:
     """The settings, with windows as large as can be where they help: without, all might be decoded for each tensor again."""
-    if plan.format != "hf" or not isinstance(reader, OrbaxReader):
-        yield from settings
-        return
     targets = one_for_each_source(plan.targets)
     for part, budget in itertools.product(_PARTS, settings):
         yield replace(budget, windows=plan_windows(targets, reader, budget.box, memory // part))
@@ -157,8 +168,8 @@ def _kinds(plan: Plan, reader: Reader) -> Iterator[Target]:
     for target in plan.targets:
         pieces = target.pieces(target.target.pattern.whole(target.sizes))
         source = next((piece.source for piece in pieces), None)
-        chunk = reader.chunks.get(source) if isinstance(reader, OrbaxReader) and source else None
-        kind = (target.role, target.spec.shape, target.spec.dtype, target.source.pattern, target.target.pattern, chunk)
+        unit = reader.unit(source) if source else None
+        kind = (target.role, target.spec.shape, target.spec.dtype, target.source.pattern, target.target.pattern, unit)
         if kind not in seen:
             seen.add(kind)
             yield target
@@ -169,18 +180,19 @@ def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> _Reading:
     chunking = budget.chunking(target, reader)
     sizes = target.target.pattern.stored(target.sizes)
     size, block = itemsize(target.spec.dtype), chunking.largest * itemsize(target.spec.dtype)
-    if not isinstance(reader, OrbaxReader):
+    if not is_chunked(reader):
         return _Reading(budget.jobs * (SLAB + 2 * block), 0)
     spans = {axis: range(min(length, sizes[axis])) for axis, length in chunking.box.items()}
     decoded = loaded = streamed = 0
     for piece in target.pieces(spans):
         shape = target.source.pattern.shape({a: max(1, len(span)) for a, span in piece.source_box.items()})
-        window = budget.windows.shapes.get(piece.source)
-        count, elements = touched(reader.tensors[piece.source].shape, reader.chunks[piece.source], window or shape)
-        if streams(reader, piece.source, budget.stream):
+        window, unit = budget.windows.shapes.get(piece.source), reader.unit(piece.source)
+        assert unit is not None
+        count, elements = touched(reader.tensors[piece.source].shape, unit.shape, window or shape)
+        if unit.streams(budget.stream):
             streamed += 2 * count  # a box that is streamed waits for the one before it
         elif window:
-            loaded += size * min(elements, budget.limits.at_once * math.prod(reader.chunks[piece.source]))
+            loaded += size * min(elements, budget.limits.at_once * math.prod(unit.shape))
         else:
             decoded = max(decoded, elements * size)
     # A chunk is held compressed and decoded at once.
@@ -188,17 +200,22 @@ def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> _Reading:
 
 
 def _cache(budget: OrbaxBudget, reader: Reader) -> int:
-    if not isinstance(reader, OrbaxReader):
+    if not is_chunked(reader):
         return 0
-    whole = [reader.chunk_bytes(name) for name in reader.tensors if not streams(reader, name, budget.stream)]
-    return max(budget.cache, 2 * max(whole, default=0) + 4096)
+    whole = _decoded_whole(budget, reader)
+    return max(budget.cache, 2 * max((unit.nbytes for unit in whole.values()), default=0) + 4096)
+
+
+def _decoded_whole(budget: OrbaxBudget, reader: Reader) -> dict[str, ReadUnit]:
+    """The tensors whose chunks are decoded as a whole, and these."""
+    units = ((name, reader.unit(name)) for name in reader.tensors)
+    return {name: unit for name, unit in units if unit and not unit.streams(budget.stream)}
 
 
 def _why(worst: str, cache: int, budget: OrbaxBudget, reader: Reader) -> str:
-    if not isinstance(reader, OrbaxReader) or cache <= budget.cache:
+    if cache <= budget.cache:
         return f" for blocks of {worst}" if worst else ""
-    name = max(
-        (name for name in reader.tensors if not streams(reader, name, budget.stream)), key=reader.chunk_bytes, default=worst
-    )
-    chunk = math.prod(reader.chunks[name])
+    whole = _decoded_whole(budget, reader)
+    name = max(whole, key=lambda name: whole[name].nbytes)
+    chunk = math.prod(whole[name].shape)
     return f": {name} is stored in chunks of {chunk} elements, of which two must be decoded as a whole"

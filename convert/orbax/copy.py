@@ -28,7 +28,6 @@ from convert.orbax.portions import Portion, total
 from convert.progress import Progress
 from layouts.errors import InputError
 from layouts.orbax.digest import stored_digest
-from layouts.orbax.reader import OrbaxReader
 
 _STEP = 64 << 20
 """Bytes of a file that a worker copies at a time."""
@@ -37,7 +36,6 @@ _Made = TypeVar("_Made")
 
 
 def copy_and_hash(
-    reader: OrbaxReader,
     item: Path,
     moves: Sequence[Move],
     stage: Stage,
@@ -67,7 +65,7 @@ def copy_and_hash(
             own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
             progress(total(portion for portion in own if portion.key in stage.done))
             left = [portion for portion in own if portion.key not in stage.done]
-            for fresh in _batches(_hashed(left, kept, reader, budget.jobs, copier.stop)):
+            for fresh in _batches(_hashed(left, kept, budget.jobs, copier.stop)):
                 if copying.done():
                     copying.result()
                 stage.record({portion.key: digest for portion, digest in fresh})
@@ -80,9 +78,7 @@ def copy_and_hash(
     return digests
 
 
-def _hashed(
-    portions: Sequence[Portion], kept: Kept, reader: OrbaxReader, jobs: int, stop: threading.Event
-) -> Iterator[tuple[Portion, str]]:
+def _hashed(portions: Sequence[Portion], kept: Kept, jobs: int, stop: threading.Event) -> Iterator[tuple[Portion, str]]:
     """Hash several at a time, the largest first; each as it is finished."""
 
     def told(_: int) -> None:
@@ -90,7 +86,7 @@ def _hashed(
             raise InterruptedError("stopped")
 
     def work(portion: Portion) -> tuple[Portion, str]:
-        return portion, stored_digest(reader, kept_chunks(portion.target, kept, reader, portion.rows), told)
+        return portion, stored_digest(kept.reader, kept_chunks(portion.target, kept, portion.rows), told)
 
     return _each(work, sorted(portions, key=lambda portion: -portion.nbytes), jobs, stop)
 

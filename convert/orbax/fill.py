@@ -25,9 +25,8 @@ from convert.orbax.chunks import Chunking
 from convert.orbax.portions import Portion
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.checkpoint import Reader
 from layouts.language.pattern import Box
-from layouts.orbax.reader import OrbaxReader
+from layouts.reader import Reader, is_chunked
 from layouts.tensors import bits, numpy_dtype
 
 _FULL = ("No space left", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
@@ -107,7 +106,8 @@ class Filler:
     def _is_streamed(self, target: Target) -> bool:
         """Whether boxes must be read one after another, because a stream runs in one direction."""
         pieces = target.pieces(target.target.pattern.whole(target.sizes))
-        return isinstance(self.reader, OrbaxReader) and any(self.reader.streams(piece.source) for piece in pieces)
+        units = (self.reader.unit(piece.source) for piece in pieces)
+        return any(unit is not None and unit.streams(self.budget.stream) for unit in units)
 
     def _assemble(self, target: Target, box: Box, before: Future[NDArray[Any]] | None) -> NDArray[Any]:
         """A box, once the box `before` is there."""
@@ -116,7 +116,7 @@ class Filler:
         if self._stop.is_set():
             raise InterruptedError("stopped")
         with assembled(target, box, self.reader) as block:
-            return block if block.base is None or isinstance(self.reader, OrbaxReader) else block.copy()
+            return block if block.base is None or is_chunked(self.reader) else block.copy()
 
     def _write(self, array: _Array, box: Box, future: Future[NDArray[Any]]) -> None:
         block = future.result()

@@ -14,11 +14,10 @@ from convert.commit.durable import remove
 from convert.orbax.budget import FLYING, OrbaxBudget
 from convert.orbax.chunks import Chunking
 from convert.orbax.metadata import stored_name
+from convert.orbax.origin import Origin
 from convert.orbax.portions import Portion
-from layouts.checkpoint import Reader
 from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import LOCK
-from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import PROCESS
 from layouts.places import is_remote, kvstore_of
 from layouts.tensors import DTYPES
@@ -36,27 +35,17 @@ class Item:
     """The item's directory, and how its arrays are stored."""
 
     path: Path
-    reader: Reader
+    origin: Origin
     budget: OrbaxBudget
     _base: Path | None = None
     _context: Any = field(default=None)
 
-    @property
-    def ocdbt(self) -> bool:
-        """Whether arrays lie in databases: as in the input, by default."""
-        return self.reader.use_ocdbt if isinstance(self.reader, OrbaxReader) else True
-
-    @property
-    def zarr3(self) -> bool:
-        """Whether arrays are of zarr 3: as in the input, by default."""
-        return self.reader.use_zarr3 if isinstance(self.reader, OrbaxReader) else True
-
     def begin(self, number: int, batch: Sequence[Portion]) -> None:
         """A new batch; what an interrupted run left of it goes, or is written over by files of the same names."""
-        whole = batch if self.ocdbt else [portion for portion in batch if portion.rows is None]
+        whole = batch if self.origin.ocdbt else [portion for portion in batch if portion.rows is None]
         for path in self.paths(number, whole):
             remove(path)
-        self._base = self.paths(number, batch)[0] if self.ocdbt else self.path
+        self._base = self.paths(number, batch)[0] if self.origin.ocdbt else self.path
         # No sync per write: a batch is synced as a whole.
         self._context = ts.Context(
             {
@@ -72,18 +61,18 @@ class Item:
 
     def paths(self, number: int, batch: Sequence[Portion]) -> list[Path]:
         """The directories of a batch."""
-        if self.ocdbt:
+        if self.origin.ocdbt:
             return [self.path / f"{PROCESS}{number}"]
-        return [self.path / stored_name(portion.target, self.reader) for portion in batch]
+        return [self.path / stored_name(portion.target, self.origin) for portion in batch]
 
     def create(self, chunking: Chunking) -> Any:
         """The stored array of a tensor of the batch."""
-        name = stored_name(chunking.target, self.reader)
+        name = stored_name(chunking.target, self.origin)
         assert self._base is not None
-        kvstore = _database(self._base) | {"path": f"{name}/"} if self.ocdbt else kvstore_of(self._base / name)
-        spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
+        kvstore = _database(self._base) | {"path": f"{name}/"} if self.origin.ocdbt else kvstore_of(self._base / name)
+        spec = {"driver": "zarr3" if self.origin.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
         return ts.open(
-            spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.zarr3)},
+            spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.origin.zarr3)},
             dtype=DTYPES[chunking.target.spec.dtype],
             shape=chunking.target.spec.shape,
             create=True,
@@ -95,7 +84,7 @@ class Item:
         """As its first source is."""
         target = chunking.target
         source = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
-        return not isinstance(self.reader, OrbaxReader) or source is None or self.reader.compressed[source.source]
+        return source is None or self.origin.compressed.get(source.source, True)
 
     def sync(self, number: int, batch: Sequence[Portion]) -> None:
         """Make a batch durable; a store is, once it has answered."""
@@ -118,7 +107,7 @@ class Item:
 
         An array in portions has its metadata in each of them, alike.
         """
-        if not self.ocdbt:
+        if not self.origin.ocdbt:
             for left in () if is_remote(self.path) else self.path.rglob(f"*{LOCK}"):
                 left.unlink()
             return

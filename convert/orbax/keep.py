@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
-from layouts.checkpoint import Reader
 from layouts.language.layout import Placed
 from layouts.orbax.chunks import Chunk, chunks_of, grid_shape
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import ARRAYS
 from layouts.places import is_remote
+from layouts.reader import Reader
 
 ONE = 64 << 20
 """Bytes above which an array of one chunk is cut anew."""
@@ -39,8 +39,12 @@ class Part:
     end: int
 
 
-Kept = Mapping[str, tuple[Part, ...]]
-"""A conversion by names: the parts of each target that moves."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A conversion by names: the input, and the parts of each target that moves."""
+
+    reader: OrbaxReader
+    parts: Mapping[str, tuple[Part, ...]]
 
 
 def keep(plan: Plan, reader: Reader) -> Kept | None:
@@ -58,10 +62,10 @@ def keep(plan: Plan, reader: Reader) -> Kept | None:
             if found is None:
                 return None
             parts[target.spec.name] = found
-    return parts or None
+    return Kept(reader=reader, parts=parts) if parts else None
 
 
-def kept_chunks(target: Target, kept: Kept, reader: OrbaxReader, rows: range | None = None) -> list[Chunk]:
+def kept_chunks(target: Target, kept: Kept, rows: range | None = None) -> list[Chunk]:
     """The chunks of the source that are a target's, each at its place there, in the order of its grid.
 
     With `rows`, those that begin in them along the first dimension, which no part moves along.
@@ -69,11 +73,11 @@ def kept_chunks(target: Target, kept: Kept, reader: OrbaxReader, rows: range | N
     Raises:
         InputError: one has been lost.
     """
-    if target.spec.name not in kept:
-        return chunks_of(reader, target.spec.name, rows)
+    if target.spec.name not in kept.parts:
+        return chunks_of(kept.reader, target.spec.name, rows)
     found = []
-    for part in kept[target.spec.name]:
-        for at, name, key in chunks_of(reader, part.source, rows):
+    for part in kept.parts[target.spec.name]:
+        for at, name, key in chunks_of(kept.reader, part.source, rows):
             if part.begin <= at[part.axis] < part.end:
                 place = (*at[: part.axis], at[part.axis] + part.shift, *at[part.axis + 1 :])
                 found.append(Chunk(place, name, key))
@@ -112,10 +116,10 @@ def _parts(target: Target, reader: OrbaxReader) -> tuple[Part, ...] | None:
     return None
 
 
-def kept_shape(target: Target, reader: OrbaxReader) -> tuple[int, ...]:
+def kept_shape(target: Target, kept: Kept) -> tuple[int, ...]:
     """The shape of a stored chunk of a target that keeps those of its sources."""
     source = next(target.pieces(target.target.pattern.whole(target.sizes))).source
-    return grid_shape(reader.grids[source])
+    return grid_shape(kept.reader.grids[source])
 
 
 def _named(placed: Placed, target: Target, g: int) -> str:

@@ -13,36 +13,31 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from convert.orbax.origin import CHUNKS, SHARDING, Origin
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
-from layouts.checkpoint import Reader
 from layouts.errors import InputError
-from layouts.files import RECORD, read_json
-from layouts.orbax.reader import OrbaxReader
+from layouts.files import RECORD
 from layouts.orbax.tree import ARRAYS, BOX, METADATA, STRINGS, Leaf
 
-SHARDING, CHUNKS = "_sharding", "array_metadatas"
 _DICT = 2
 _RICH = "value_metadata_tree"
 """The tree a second time, with the types of its nodes; Orbax goes without it when it is not there."""
 
 
-def render(plan: Plan, reader: Reader, chunks: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def render(plan: Plan, origin: Origin, chunks: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The files by their path in the item. `chunks` are the shapes of stored chunks, by the names of targets.
 
     Raises:
         InputError: metadata of the input is damaged.
     """
-    source = reader if isinstance(reader, OrbaxReader) else None
     first = {target.spec.name: _first_source(target) for target in plan.targets}
-    files = {METADATA: json.dumps(_tree(plan, source, first))}
-    if source is None:
-        return files
-    if (source.item / STRINGS).exists():
-        files[STRINGS] = (source.item / STRINGS).read_text(encoding="utf-8")
-    if shardings := _shardings(plan, source, first):
+    files = {METADATA: json.dumps(_tree(plan, origin, first))}
+    if origin.texts is not None:
+        files[STRINGS] = origin.texts
+    if shardings := _shardings(plan, origin, first):
         files[SHARDING] = json.dumps(shardings)
-    if arrays := _arrays(plan, source, first, chunks):
+    if arrays := _arrays(plan, origin, first, chunks):
         files[f"{CHUNKS}/process_0"] = json.dumps({"array_metadatas": arrays})
     return files
 
@@ -53,9 +48,9 @@ def render_step(scanned: bool) -> str:
     return json.dumps({"item_handlers": {"items": handler}, "custom_metadata": {"scan_layers": scanned}})
 
 
-def stored_name(target: Target, reader: Reader) -> str:
+def stored_name(target: Target, origin: Origin) -> str:
     """The name of a target's array: its own, in a box where its first source is in one."""
-    leaf = reader.leaves.get(_first_source(target)) if isinstance(reader, OrbaxReader) else None
+    leaf = origin.leaves.get(_first_source(target))
     return f"{target.spec.name}.{BOX}" if leaf and leaf.boxed else target.spec.name
 
 
@@ -64,35 +59,32 @@ def _first_source(target: Target) -> str:
     return piece.source if piece else target.spec.name
 
 
-def _tree(plan: Plan, source: OrbaxReader | None, first: Mapping[str, str]) -> dict[str, Any]:
-    old: Mapping[str, Any] = source.tree if source else {"use_ocdbt": True, "use_zarr3": True}
-    leaves = source.leaves if source else {}
+def _tree(plan: Plan, origin: Origin, first: Mapping[str, str]) -> dict[str, Any]:
     made: dict[str, list[Any]] = {}
     for target in plan.targets:
-        leaf = leaves.get(first[target.spec.name])
-        made.setdefault(first[target.spec.name], []).append(_entry(target, leaf, source))
+        leaf = origin.leaves.get(first[target.spec.name])
+        made.setdefault(first[target.spec.name], []).append(_entry(target, leaf, origin))
     entries: list[Any] = []
-    for name, leaf in leaves.items():
+    for name, leaf in origin.leaves.items():
         # Leaves stand in Orbax's own order, those that are new where their first source stood.
         entries += made.pop(name, []) if leaf.kind in ARRAYS else [leaf.entry]
     entries += [entry for rest in made.values() for entry in rest]
     tree = {str(tuple(str(key["key"]) for key in entry["key_metadata"])): entry for entry in entries}
-    kept = {key: value for key, value in old.items() if key != _RICH or not any(t.moved for t in plan.targets)}
-    custom = _custom_metadata(plan, source)
-    flags = {"store_array_data_equal_to_fill_value": True, "custom_metadata": custom}
+    kept = {key: value for key, value in origin.tree.items() if key != _RICH or not any(t.moved for t in plan.targets)}
+    flags = {"store_array_data_equal_to_fill_value": True, "custom_metadata": _custom_metadata(plan, origin)}
     return {"tree_metadata": tree, **{key: value for key, value in kept.items() if key != "tree_metadata"}, **flags}
 
 
-def _entry(target: Target, leaf: Leaf | None, source: OrbaxReader | None) -> Mapping[str, Any]:
+def _entry(target: Target, leaf: Leaf | None, origin: Origin) -> Mapping[str, Any]:
     name = target.spec.name
-    if leaf is None or source is None:
+    if leaf is None:
         keys = [{"key": key, "key_type": _DICT} for key in name.split(".")]
         return {"key_metadata": keys, "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False}}
     if leaf.name == name and not target.moved:
         return leaf.entry
     value = dict(leaf.entry["value_metadata"])
     if "write_shape" in value:
-        value["write_shape"] = _scaled(value["write_shape"], source.tensors[leaf.name].shape, target.spec.shape)
+        value["write_shape"] = _scaled(value["write_shape"], origin.tensors[leaf.name].shape, target.spec.shape)
     return {"key_metadata": _keys(name, leaf), "value_metadata": value}
 
 
@@ -117,10 +109,10 @@ def _scaled(part: Sequence[int], old: Sequence[int], new: Sequence[int]) -> list
     return [-(-p * n // o) if o else n for p, o, n in zip(part, old, new, strict=True)]
 
 
-def _custom_metadata(plan: Plan, source: OrbaxReader | None) -> Any:
+def _custom_metadata(plan: Plan, origin: Origin) -> Any:
     """The input's own entries stay; our record comes or goes with the layout that it describes."""
-    found = source.custom_metadata if source else None
-    if not plan.record and (source is None or source.record is None):
+    found = origin.custom_metadata
+    if not plan.record and not origin.recorded:
         return found
     if found is not None and not isinstance(found, dict):
         raise InputError(f"{plan.source}: custom_metadata is no JSON object, so the layout cannot be recorded there")
@@ -128,16 +120,14 @@ def _custom_metadata(plan: Plan, source: OrbaxReader | None) -> Any:
     return kept | ({RECORD: dict(plan.record)} if plan.record else {}) or None
 
 
-def _shardings(plan: Plan, source: OrbaxReader, first: Mapping[str, str]) -> dict[str, str]:
+def _shardings(plan: Plan, origin: Origin, first: Mapping[str, str]) -> dict[str, str]:
     """What `_sharding` says, by the base64 of the arrays' names."""
-    if not (source.item / SHARDING).exists():
-        return {}
-    old = read_json(source.item / SHARDING)
     made = {}
     for target in plan.targets:
-        text = old.get(_base64(_stored(source, first[target.spec.name])))
+        leaf = origin.leaves.get(first[target.spec.name])
+        text = origin.shardings.get(_base64(leaf.stored)) if leaf else None
         if isinstance(text, str):
-            made[_base64(stored_name(target, source))] = _fitting(text, target.spec.shape) if target.moved else text
+            made[_base64(stored_name(target, origin))] = _fitting(text, target.spec.shape) if target.moved else text
     return made
 
 
@@ -157,27 +147,20 @@ def _fitting(text: str, shape: Sequence[int]) -> str:
     return text if fits == spec else json.dumps({**sharding, "partition_spec": fits})
 
 
-def _stored(source: OrbaxReader, name: str) -> str:
-    return source.leaves[name].stored
-
-
 def _base64(name: str) -> str:
     return base64.b64encode(name.encode()).decode()
 
 
 def _arrays(
-    plan: Plan, source: OrbaxReader, first: Mapping[str, str], chunks: Mapping[str, tuple[int, ...]]
+    plan: Plan, origin: Origin, first: Mapping[str, str], chunks: Mapping[str, tuple[int, ...]]
 ) -> list[Mapping[str, Any]]:
-    """What Orbax keeps of arrays that were `jax.Array`s; all processes wrote the same of each, so one file is enough."""
-    old: dict[str, Mapping[str, Any]] = {}
-    for file in sorted((source.item / CHUNKS).glob("process_*")):
-        for entry in read_json(file)["array_metadatas"]:
-            old[entry["array_metadata"]["param_name"]] = entry["array_metadata"]
+    """What Orbax keeps of arrays that were `jax.Array`s."""
     made: list[Mapping[str, Any]] = []
     for target in plan.targets:
         name = target.spec.name
-        if (was := old.get(_stored(source, first[name]))) is not None:
-            part = _scaled(was["write_shape"], source.tensors[first[name]].shape, target.spec.shape)
-            entry = {**was, "param_name": stored_name(target, source), "write_shape": part, "chunk_shape": list(chunks[name])}
+        leaf = origin.leaves.get(first[name])
+        if leaf and (was := origin.arrays.get(leaf.stored)) is not None:
+            part = _scaled(was["write_shape"], origin.tensors[first[name]].shape, target.spec.shape)
+            entry = {**was, "param_name": stored_name(target, origin), "write_shape": part, "chunk_shape": list(chunks[name])}
             made.append({"array_metadata": entry})
     return made

@@ -17,6 +17,7 @@ import tensorstore as ts
 from convert.commit.durable import write_text
 from convert.orbax.keep import Kept, kept_chunks
 from convert.orbax.metadata import stored_name
+from convert.orbax.origin import Origin
 from convert.orbax.portions import Portion
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
@@ -41,9 +42,9 @@ class Move:
     own: bool = False
 
 
-def moves(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> list[Move]:
+def moves(plan: Plan, kept: Kept, origin: Origin, item: Path) -> list[Move]:
     """All files that the item in the output consists of, but for its metadata and that of arrays that change."""
-    pairs = _database(reader, item) if reader.use_ocdbt else _directories(plan, kept, reader, item)
+    pairs = _database(kept.reader, item) if origin.ocdbt else _directories(plan, kept, origin, item)
     return [Move(source, target, source.stat().st_size, own) for source, target, own in pairs]
 
 
@@ -57,21 +58,22 @@ def _database(reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, boo
                     yield file, item / file.relative_to(reader.item), file.parent == reader.item
 
 
-def _directories(plan: Plan, kept: Kept, reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+def _directories(plan: Plan, kept: Kept, origin: Origin, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+    reader = kept.reader
     for target in plan.targets:
-        place = item / stored_name(target, reader)
-        for at, name, key in kept_chunks(target, kept, reader):
+        place = item / stored_name(target, origin)
+        for at, name, key in kept_chunks(target, kept):
             yield reader.item / reader.leaves[name].stored / key, place / key_at(reader.grids[name], at), False
 
 
-def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader, files: Sequence[Move], portions: Sequence[Portion]) -> None:
+def rename(item: Path, plan: Plan, kept: Kept, origin: Origin, files: Sequence[Move], portions: Sequence[Portion]) -> None:
     """Give the chunks that have been copied the names of the plan; on a disk they have them, and only metadata is written.
 
     It may be done again, after the manifest has been copied again: what else is there besides the `files` goes.
     """
-    if not reader.use_ocdbt:
+    if not origin.ocdbt:
         for target in plan.targets:
-            write_text(item / stored_name(target, reader) / _metadata_key(reader), _metadata(target, kept, reader))
+            write_text(item / stored_name(target, origin) / _metadata_key(origin), _metadata(target, kept, origin))
         return
     copied = {move.target for move in files}
     for left in [path for path in item.rglob("*") if path.is_file() and path not in copied]:
@@ -79,7 +81,7 @@ def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader, files: Seque
     base = {"driver": "file", "path": f"{item}/"}
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
     stored = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
-    renamed = _renamed(kept, reader, portions)
+    renamed = _renamed(kept, origin, portions)
     while some := list(itertools.islice(renamed, RENAMED)):
         transaction = ts.Transaction(atomic=True)
         new = stored.with_transaction(transaction)
@@ -89,31 +91,30 @@ def rename(item: Path, plan: Plan, kept: Kept, reader: OrbaxReader, files: Seque
         transaction.commit_async().result()
     transaction = ts.Transaction(atomic=True)
     new = stored.with_transaction(transaction)
-    for name in {part.source for parts in kept.values() for part in parts}:
-        (new + f"{reader.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
-    for target in (target for target in plan.targets if target.spec.name in kept):
-        place = f"{stored_name(target, reader)}/"
-        (new + place).write(_metadata_key(reader), _metadata(target, kept, reader)).result()
+    for name in {part.source for parts in kept.parts.values() for part in parts}:
+        (new + f"{origin.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
+    for target in (target for target in plan.targets if target.spec.name in kept.parts):
+        place = f"{stored_name(target, origin)}/"
+        (new + place).write(_metadata_key(origin), _metadata(target, kept, origin)).result()
     transaction.commit_async().result()
 
 
-def _renamed(kept: Kept, reader: OrbaxReader, portions: Sequence[Portion]) -> Iterator[tuple[str, str]]:
+def _renamed(kept: Kept, origin: Origin, portions: Sequence[Portion]) -> Iterator[tuple[str, str]]:
     """The old and the new key of each chunk that moves."""
     for portion in portions:
-        if portion.target.spec.name in kept:
-            place = stored_name(portion.target, reader)
-            for at, name, key in kept_chunks(portion.target, kept, reader, portion.rows):
-                yield f"{reader.leaves[name].stored}/{key}", f"{place}/{key_at(reader.grids[name], at)}"
+        if portion.target.spec.name in kept.parts:
+            place = stored_name(portion.target, origin)
+            for at, name, key in kept_chunks(portion.target, kept, portion.rows):
+                yield f"{origin.leaves[name].stored}/{key}", f"{place}/{key_at(kept.reader.grids[name], at)}"
 
 
-def _metadata_key(reader: OrbaxReader) -> str:
-    return METADATA["zarr3" if reader.use_zarr3 else "zarr"]
+def _metadata_key(origin: Origin) -> str:
+    return METADATA["zarr3" if origin.zarr3 else "zarr"]
 
 
-def _metadata(target: Target, kept: Kept, reader: OrbaxReader) -> str:
+def _metadata(target: Target, kept: Kept, origin: Origin) -> str:
     """What an array says of itself: as its first source does, but for the shape."""
-    parts = kept.get(target.spec.name)
-    stored = json.loads(
-        reader.values(parts[0].source if parts else target.spec.name).read(_metadata_key(reader)).result().value
-    )
+    parts = kept.parts.get(target.spec.name)
+    values = kept.reader.values(parts[0].source if parts else target.spec.name)
+    stored = json.loads(values.read(_metadata_key(origin)).result().value)
     return json.dumps({**stored, "shape": list(target.spec.shape)})

@@ -11,115 +11,152 @@ the output.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import xxhash
 
 from convert.commit import manifest
 from convert.commit.durable import copy_file, write_text
-from convert.commit.processes import ALONE, Processes
+from convert.commit.processes import Processes
 from convert.commit.stage import AnyStage, Stage
 from convert.engine.budget import SYNC
-from convert.orbax.budget import OrbaxBudget
+from convert.orbax.budget import OrbaxBudget, orbax_budget
 from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
 from convert.orbax.item import Item
-from convert.orbax.keep import keep, kept_shape
+from convert.orbax.keep import Kept, keep, kept_shape
 from convert.orbax.metadata import render, render_step
-from convert.orbax.moves import Move, moves, rename
+from convert.orbax.moves import moves, rename
+from convert.orbax.origin import Origin, origin_of
 from convert.orbax.portions import Portion, batches, by_array, cut, total
 from convert.planning.planner import Plan
 from convert.progress import Progress
-from layouts.checkpoint import Reader
 from layouts.orbax.malloc import keep_below
-from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.places import is_remote
+from layouts.reader import Reader
+from layouts.windows import Windows
 
+_Chunks = Mapping[str, tuple[int, ...]]
+"""The shapes of stored chunks, by array."""
 _KEPT, _COPIED, _WRITTEN = "chunks are kept", "chunks are kept and copied", "chunks are written"
 
 
-def write(
-    plan: Plan,
-    reader: Reader,
-    stage: AnyStage,
-    budget: OrbaxBudget,
-    progress: Progress,
-    original: manifest.Original | None = None,
-    processes: Processes = ALONE,
-) -> None:
-    """Fill the staging directory; everything in it is durable on return. `original` are files that a way back restores.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrbaxWriter:
+    """See `convert.engine.writer.Writer`. Each of several processes writes its share of the batches; the first joins them."""
 
-    Of several processes, each writes its share of the batches; the first one joins them.
+    plan: Plan
+    reader: Reader
+    budget: OrbaxBudget
+    origin: Origin
+    kept: Kept | None
 
-    Raises:
-        OSError: the disk is full or failing.
-        InputError: data of the input cannot be read.
-    """
-    keep_below(budget.mapped)
-    place = reader.item.relative_to(reader.path) if isinstance(reader, OrbaxReader) else Path("0/items")
-    item = Item(path=stage.path.resolve() / place, reader=reader, budget=budget)
-    kept = keep(plan, reader)
-    whole = batches_of(plan, reader, budget)
-    portions = list(itertools.chain.from_iterable(whole))
-    copied = _begin(stage, _KEPT if kept else _written(portions), processes)
-    item.path.mkdir(parents=True, exist_ok=True)
-    if isinstance(reader, OrbaxReader):
-        reader.close()
-        reader.limits = budget.limits
-    files: list[Move] = []
-    if kept and isinstance(reader, OrbaxReader) and isinstance(stage, Stage):
-        files = moves(plan, kept, reader, item.path)
-        found = copy_and_hash(reader, item.path, files, stage, copied, portions, kept, budget, progress, processes)
-    else:
-        found = _fill(item, whole, stage, progress, processes)
-    processes.agree("written")
-    if not processes.first:
-        return
-    if kept and isinstance(reader, OrbaxReader):
-        stage.take_way(_COPIED)
-        rename(item.path, plan, kept, reader, files, portions)
-        chunks = {target.spec.name: kept_shape(target, reader) for target in plan.targets}
-    else:
-        item.join(len(whole))
-        chunks = {portion.target.spec.name: portion.chunking.shape for portion in portions}
-    digests = by_array(portions, stage.done | stage.by_helpers() | found)
-    texts = render(plan, reader, chunks)
-    for name in texts.keys() - {METADATA}:
-        write_text(item.path / name, texts[name])
-    if plan.scanned is not None:
-        write_text(item.path.parent / STEP, render_step(plan.scanned))
-    for name in plan.side_files:
-        if name != manifest.NAME and not (is_remote(stage.path) and name.endswith(COMMITTED)):
-            copy_file(plan.source / name, stage.path / name)
-    write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original, of_chunks=kept is not None))
-    write_text(item.path / METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
+    @classmethod
+    def make(cls, plan: Plan, reader: Reader, memory: int, jobs: int | None) -> OrbaxWriter:
+        """Choose the way and the settings that stay within `memory` bytes.
 
+        Raises:
+            UsageError: none do.
+        """
+        origin, kept = origin_of(reader), keep(plan, reader)
+        return cls(
+            plan=plan,
+            reader=reader,
+            budget=orbax_budget(memory, jobs, plan, reader, origin, kept),
+            origin=origin,
+            kept=kept,
+        )
 
-def batches_of(plan: Plan, reader: Reader, budget: OrbaxBudget) -> list[list[Portion]]:
-    """What is made durable and journalled at once, and what processes share."""
-    return list(batches(cut(plan.targets, lambda target: budget.chunking(target, reader), SYNC), SYNC))
+    @property
+    def peak(self) -> int:
+        """In bytes."""
+        return self.budget.peak
 
+    @property
+    def jobs(self) -> int:
+        """They assemble boxes, or hash and copy."""
+        return self.budget.jobs
 
-def _fill(
-    item: Item, whole: Sequence[Sequence[Portion]], stage: AnyStage, progress: Progress, processes: Processes
-) -> dict[str, str]:
-    """Write our share of the batches, but for those that an earlier run has finished; their digests by `key`."""
-    digests: dict[str, str] = {}
-    for number in processes.mine(list(map(total, whole))):
-        batch = whole[number]
-        finished = all(portion.key in stage.done for portion in batch)
-        if finished and all(path.exists() for path in item.paths(number, batch)):
-            progress(total(batch))
-            continue
-        stage.check()
-        item.begin(number, batch)
-        fresh = Filler(reader=item.reader, budget=item.budget, progress=progress, open=item.create).fill(batch)
-        item.sync(number, batch)
-        stage.record(fresh)
-        digests |= fresh
-    return digests
+    def pieces(self) -> list[tuple[str, int]]:
+        """The batches."""
+        return [(batch[0].key, total(batch)) for batch in self._batches()]
+
+    def _batches(self) -> list[list[Portion]]:
+        """What is made durable and journalled at once, and what processes share."""
+        return list(batches(cut(self.plan.targets, lambda target: self.budget.chunking(target, self.reader), SYNC), SYNC))
+
+    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
+        """Arrays by all processes; the first one adds what stands beside them."""
+        keep_below(self.budget.mapped)
+        item = Item(path=stage.path.resolve() / self.origin.place, origin=self.origin, budget=self.budget)
+        whole = self._batches()
+        portions = list(itertools.chain.from_iterable(whole))
+        copied = _begin(stage, _KEPT if self.kept else _written(portions), processes)
+        item.path.mkdir(parents=True, exist_ok=True)
+        self.reader.hold(self.budget.limits, Windows())
+        if self.kept and isinstance(stage, Stage):
+            digests, chunks = self._keep(self.kept, item, stage, copied, portions, progress, processes)
+        else:
+            digests, chunks = self._fill(item, whole, stage, progress, processes)
+        if processes.first:
+            self._write_beside(stage, item, by_array(portions, stage.done | stage.by_helpers() | digests), chunks)
+        return ()
+
+    def _keep(
+        self,
+        kept: Kept,
+        item: Item,
+        stage: Stage,
+        copied: bool,
+        portions: Sequence[Portion],
+        progress: Progress,
+        processes: Processes,
+    ) -> tuple[dict[str, str], _Chunks]:
+        """Copy chunks as they are stored, and give them their new names; new digests by `key`, and shapes of chunks."""
+        files = moves(self.plan, kept, self.origin, item.path)
+        digests = copy_and_hash(item.path, files, stage, copied, portions, kept, self.budget, progress, processes)
+        processes.agree("written")
+        if processes.first:
+            stage.take_way(_COPIED)
+            rename(item.path, self.plan, kept, self.origin, files, portions)
+        return digests, {target.spec.name: kept_shape(target, kept) for target in self.plan.targets}
+
+    def _fill(
+        self, item: Item, whole: Sequence[Sequence[Portion]], stage: AnyStage, progress: Progress, processes: Processes
+    ) -> tuple[dict[str, str], _Chunks]:
+        """Write our share of the batches, but for those that an earlier run has finished, and join all."""
+        digests: dict[str, str] = {}
+        for number in processes.mine(list(map(total, whole))):
+            batch = whole[number]
+            finished = all(portion.key in stage.done for portion in batch)
+            if finished and all(path.exists() for path in item.paths(number, batch)):
+                progress(total(batch))
+                continue
+            stage.check()
+            item.begin(number, batch)
+            fresh = Filler(reader=self.reader, budget=self.budget, progress=progress, open=item.create).fill(batch)
+            item.sync(number, batch)
+            stage.record(fresh)
+            digests |= fresh
+        processes.agree("written")
+        if processes.first:
+            item.join(len(whole))
+        return digests, {portion.target.spec.name: portion.chunking.shape for batch in whole for portion in batch}
+
+    def _write_beside(self, stage: AnyStage, item: Item, digests: Mapping[str, manifest.Digest], chunks: _Chunks) -> None:
+        plan, texts = self.plan, render(self.plan, self.origin, chunks)
+        for name in texts.keys() - {METADATA}:
+            write_text(item.path / name, texts[name])
+        if plan.scanned is not None:
+            write_text(item.path.parent / STEP, render_step(plan.scanned))
+        for name in plan.side_files:
+            if name != manifest.NAME and not (is_remote(stage.path) and name.endswith(COMMITTED)):
+                copy_file(plan.source / name, stage.path / name)
+        original = manifest.original_of(plan, self.reader)
+        write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original, of_chunks=self.kept is not None))
+        write_text(item.path / METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
 
 
 def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of
 from convert.planning.targets import Target
-from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
+from layouts.reader import Reader
 from layouts.tables.maxtext import Tree
 from layouts.tensors import TensorSpec
 

@@ -12,13 +12,13 @@ from convert.planning.cross_pairs import Sides, sides_of, trees_of
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record
 from convert.planning.targets import Target
-from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
-from layouts.files import CONFIG, RECORD, read_json
+from layouts.files import CONFIG, RECORD
 from layouts.language.layout import ROLES
 from layouts.matching.candidates import record_of
 from layouts.matching.lookup import find_family
 from layouts.orbax.tree import COMMITTED, STEP
+from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
 from layouts.tables.maxtext import ROOT, Tree
 
@@ -33,32 +33,36 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         PlanError: no lossless plan exists.
         InputError: tensors or `config.json` are missing.
     """
-    layout, to = choices.layout, "hf" if reader.format == "orbax" else "orbax"
+    layout, to_maxtext = choices.layout, reader.format == "hf"
     config = config_of(reader)
     found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=choices.family)
     trees = trees_of(found, reader.path)
     fused = layout if action == "prefuse" else None
-    if to == "orbax" and fused and fused not in _FUSED:
+    if to_maxtext and fused and fused not in _FUSED:
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
-    tree, scan = (trees[0], choices.scan) if to == "orbax" else tree_in(reader, trees)
-    where = stacked_along(reader, choices.scan_axis)
-    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to == "orbax", is_fused=is_fused(reader, choices.source_layout))
+    tree, scan = (trees[0], choices.scan) if to_maxtext else tree_in(reader, trees)
+    if to_maxtext:
+        check_separate(reader)
+        where, taken_apart = maxtext(choices.scan_axis), False
+    else:
+        where, taken_apart = stacked_along(reader, choices.scan_axis), is_fused(reader, choices.source_layout)
+    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to_maxtext, is_fused=taken_apart)
     # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
     side_files = tuple(name for name in reader.side_files if name.rpartition("/")[2] not in (STEP, COMMITTED))
-    left_out = tuple(name for name in reader.tensors if choices.params_only and to == "hf" and not name.startswith(ROOT))
+    left_out = tuple(name for name in reader.tensors if choices.params_only and not to_maxtext and not name.startswith(ROOT))
     targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
     return Plan(
         source=reader.path,
         out=out,
         action=action,
-        format=to,
+        format="orbax" if to_maxtext else "hf",
         family=found.name,
-        layout=layout if fused else ("maxtext" if to == "orbax" else "native"),
-        record=_record(layout, sides, targets) if fused else family_record(where) if to == "orbax" else None,
+        layout=layout if fused else ("maxtext" if to_maxtext else "native"),
+        record=_record(layout, sides, targets) if fused else family_record(where) if to_maxtext else None,
         targets=tuple(targets),
         side_files=side_files,
         left_out=left_out,
-        scanned=scan if to == "orbax" else None,
+        scanned=scan if to_maxtext else None,
     )
 
 
@@ -70,12 +74,12 @@ def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
 
 
 def stacked_along(reader: Reader, axis: int | None = None) -> Family:
-    """MaxText's family by the axis of its layers: as asked for, else as a tree says that we wrote, else as MaxText has it.
+    """The family of a MaxText tree by the axis of its layers: as asked for, else as our record says, else as MaxText has it.
 
     Raises:
         PlanError: the tree says otherwise.
     """
-    stated = record_of(reader).get("family") if reader.format == "orbax" else None
+    stated = record_of(reader).get("family")
     if stated and axis is not None and stated != maxtext(axis).name:
         raise PlanError(f"{reader.path}: it was written as {stated}; do without --scan-axis {axis}")
     return find_family(None, (), where=reader.path, format="orbax", override=str(stated)) if stated else maxtext(axis)
@@ -83,16 +87,11 @@ def stacked_along(reader: Reader, axis: int | None = None) -> Family:
 
 def config_of(reader: Reader) -> Mapping[str, Any]:
     """`config.json`, which an Orbax checkpoint that came from Hugging Face has beside it."""
-    if reader.config:
-        return {key: value for key, value in reader.config.items() if key != RECORD}
-    if not (reader.path / CONFIG).is_file():
+    if not reader.config:
         raise InputError(
             f"{reader.path / CONFIG}: not there; put the model's config.json there, it says how heads and layers lie"
         )
-    found = read_json(reader.path / CONFIG)
-    if not isinstance(found, dict):
-        raise InputError(f"{reader.path / CONFIG}: expected a JSON object, found {type(found).__name__}")
-    return found
+    return {key: value for key, value in reader.config.items() if key != RECORD}
 
 
 def is_fused(reader: Reader, stated: str | None = None) -> bool:
@@ -100,16 +99,24 @@ def is_fused(reader: Reader, stated: str | None = None) -> bool:
     record = record_of(reader)
     if record.get("layout") in _FUSED:
         return True
-    if reader.format == "orbax" and any(name.endswith(".wi") for name in reader.tensors):
+    if any(name.endswith(".wi") for name in reader.tensors):
         if not record.get("layout") and stated in _FUSED:
             return True
         raise PlanError(
             f"{reader.path}: it has a fused wi, and nothing says in which layout; if it is gate and up side by side, as "
             f"MaxText has it, say so with --source-layout {_FUSED[0]}, else split it first"
         )
-    if record.get("layout") and reader.format == "hf":
-        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
     return False
+
+
+def check_separate(reader: Reader) -> None:
+    """See that the experts of a Hugging Face checkpoint are not fused.
+
+    Raises:
+        PlanError: they are.
+    """
+    if record_of(reader).get("layout"):
+        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
 
 
 def _record(layout: str, sides: Sides, targets: Iterable[Target]) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from convert.planning import relay
 from convert.planning.choices import Choices
 from convert.planning.record import family_record, make_record
 from convert.planning.targets import Piece, Target
-from layouts.checkpoint import Reader
 from layouts.errors import PlanError
 from layouts.language.layout import Layouts, Placed
 from layouts.language.pattern import identity
 from layouts.language.template import Template
 from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
-from layouts.tables.families import maxtext
+from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
 from layouts.tensors import TensorSpec
 
@@ -67,15 +66,13 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         PlanError: no lossless plan exists, or there is nothing to do.
         InputError: experts are missing.
     """
-    layout, family = choices.layout, choices.family
-    if reader.format == "orbax" and choices.scan_axis is not None:
-        family = family or maxtext(choices.scan_axis).name
-    described = describe(reader, family=family, source_layout=choices.source_layout)
+    layout = choices.layout
+    described = describe(reader, family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis)
     wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
     experts = list(_experts(reader, described, None if action == "split" else wanted))
     found = [made for _, made in experts]
-    if action == "prefuse" and (layout not in TAKE_SCALARS or reader.format == "orbax"):
-        _check_scalars(reader, described.groups, layout)
+    if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
+        _check_scalars(reader, described, layout)
     if not any(made.moved for made in found):
         state = "as they were published" if action == "split" else f"in layout {layout!r}"
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
@@ -110,11 +107,11 @@ def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> 
                 yield group, made
 
 
-def _check_scalars(reader: Reader, groups: Sequence[Group], layout: str) -> None:
+def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
     consumer, way = f"layout {layout!r}", ". Use a layout that keeps (E, 2), as concat or vllm do"
-    if reader.format == "orbax":
+    if described.family.by_structure:
         consumer, way = "MaxText's wi", ""
-    for group in groups:
+    for group in described.groups:
         if group.role == "wi" and group.part and not {"in", "out", "rest"} & set(group.dims.split()):
             raise PlanError(
                 f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "

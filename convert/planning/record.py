@@ -33,7 +33,7 @@ def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> di
 
 def family_record(family: Family) -> dict[str, Any] | None:
     """The record of experts that are not fused: the family, where nothing else in the checkpoint tells it."""
-    usual = family.format != "orbax" or family.name == maxtext().name
+    usual = not family.by_structure or family.name == maxtext().name
     return None if usual else {"version": VERSION, "family": family.name}
 
 

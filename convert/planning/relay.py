@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from convert.planning.targets import Target
-from layouts.checkpoint import Reader
 from layouts.errors import PlanError
 from layouts.language.layout import Layout, Placed
 from layouts.language.parts import AXES, CHUNKS, PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern
 from layouts.matching.checks import PACKED, is_packed
 from layouts.matching.group import Group
+from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
 _NUMBER = {part.name: number for number, part in enumerate(PARTS)}

@@ -17,10 +17,11 @@ from convert.progress import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
 from convert.verifier.order import STRIP, hold_experts
 from convert.verifier.verdict import Level, Verdict
-from layouts.checkpoint import Reader, open_checkpoint
+from layouts.checkpoint import open_checkpoint
 from layouts.language.pattern import strips
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
+from layouts.reader import Reader
 from layouts.tables.families import maxtext
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
     """
     report, options = progress or ignore, options or Options()
     with _both(a, b) as (one, other):
-        make = _across if one.format != other.format else _alike
+        make = _across if _differ(one, other) else _alike
         return Verdict(subject=f"{a} against {b}", levels=tuple(make(one, other, options, report)))
 
 
@@ -99,7 +100,7 @@ def _across(one: Reader, other: Reader, options: Options, report: Progress) -> I
 def _formats(one: Reader, other: Reader, options: Options) -> Formats:
     from convert.verifier.across import formats_of
 
-    hf, tree = (one, other) if one.format == "hf" else (other, one)
+    hf, tree = sorted((one, other), key=lambda reader: reader.format)
     return formats_of(hf, tree, options.scan_axis, options.source_layout)
 
 
@@ -114,12 +115,17 @@ def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
     options = options or Options()
     with _both(a, b) as (one, other):
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
-        if one.format != other.format:
+        if _differ(one, other):
             left, right = _held_across(_formats(one, other, options), scope, options.memory)
         else:
             first, second = _described(one, other, options)
             left, right = _held((one, first), (other, second), scope=scope, memory=options.memory)
         return measure(left, right, scope, how)
+
+
+def _differ(one: Reader, other: Reader) -> bool:
+    """Whether they are a Hugging Face checkpoint and a MaxText tree."""
+    return one.format != other.format
 
 
 @contextmanager
@@ -211,13 +217,9 @@ def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, pro
     """Of a tensor, or of a span of its first dimension such as `0:4`: of its values, or of its chunks as they are stored."""
     span = range(*map(int, rows.split(":"))) if rows else None
     if hashed == manifest.CHUNKS:
-        from layouts.orbax.chunks import chunks_of
-        from layouts.orbax.digest import stored_digest
-        from layouts.orbax.reader import OrbaxReader
+        from layouts.orbax.digest import array_digest
 
-        if not isinstance(reader, OrbaxReader):
-            raise InputError(f"{reader.path / manifest.NAME}: 'hashed' is {hashed!r}, but this is no Orbax checkpoint")
-        return stored_digest(reader, chunks_of(reader, name, span), progress)
+        return array_digest(reader, name, span, progress)
     spec = reader.tensors[name]
     digest = xxhash.xxh3_128()
     for slices in strips(spec.shape, STRIP, span):

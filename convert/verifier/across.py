@@ -15,11 +15,11 @@ from convert.errors import PlanError
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, sides_of, trees_of
 from convert.planning.cross_plan import config_of, is_fused, stacked_along, tree_in
 from convert.verifier.logical import Block, Scope, blocks
-from layouts.checkpoint import Reader
 from layouts.language.layout import ROLES
 from layouts.matching.describe import describe
 from layouts.matching.group import Group
 from layouts.matching.lookup import find_family
+from layouts.reader import Reader
 from layouts.tables.maxtext import LAYERS
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from convert.verifier.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
 from convert.verifier.order import STRIP, by_place, places_of
 from convert.verifier.verdict import Level
-from layouts.checkpoint import Reader
 from layouts.language.pattern import strips
 from layouts.matching.describe import Description
+from layouts.reader import Reader
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""

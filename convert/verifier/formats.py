@@ -17,11 +17,11 @@ from convert.planning.cross_pairs import Pair, names_of
 from convert.verifier.across import Formats
 from convert.verifier.order import by_place, hold, place_of
 from convert.verifier.verdict import Level
-from layouts.checkpoint import Reader
 from layouts.language.layout import ROLES
-from layouts.orbax.windows import lengths
+from layouts.reader import Reader
 from layouts.tables.maxtext import ROOT
 from layouts.tensors import TensorSpec
+from layouts.windows import lengths
 
 _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.verifier.stored import Axis, dimensions, logical
-from layouts.checkpoint import Reader
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
-from layouts.orbax.windows import lengths
+from layouts.reader import Reader
+from layouts.windows import lengths
 
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
 

@@ -1,7 +1,7 @@
 """In which order two checkpoints are compared: chunks that hold many experts of many layers should be decoded once.
 
 Where no chunk reaches across experts, it is layer by layer. Else Orbax arrays are read through windows (see
-`layouts.orbax.windows`), and what lies in one is compared before the next one is loaded.
+`layouts.windows`), and what lies in one is compared before the next one is loaded.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from convert.verifier.logical import Block, Sides, Slab, located
-from layouts.checkpoint import Reader
 from layouts.language.pattern import strips
-from layouts.orbax.windows import lengths
+from layouts.reader import Reader, ReadLimits, is_chunked
 from layouts.tensors import itemsize
-
-if TYPE_CHECKING:
-    from layouts.orbax.windows import Windows
+from layouts.windows import Windows, lengths, window_shape
 
 _Item = TypeVar("_Item")
 Place = tuple[str, tuple[int, ...]]
@@ -37,34 +34,30 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
 
     `units` are the lengths of what is read of each array in turn.
     """
-    if reader.format != "orbax":
+    if not is_chunked(reader):
         return
     from layouts.orbax.malloc import keep_below
-    from layouts.orbax.reader import OrbaxReader, ReadLimits
-    from layouts.orbax.windows import Windows, window_shape
 
-    assert isinstance(reader, OrbaxReader)
     limit, shapes, streams = memory // PART, {}, 1
     for name, unit in units.items():
-        spec, chunk = reader.tensors[name], reader.chunks[name]
+        spec, cost = reader.tensors[name], reader.unit(name)
         room = limit // beside // itemsize(spec.dtype)
-        if found := window_shape(spec.shape, chunk, unit, unit, room):
+        if cost and (found := window_shape(spec.shape, cost.shape, unit, unit, room)):
             shapes[name] = found
-            streams = max(streams, math.prod(-(-length // step) for length, step in zip(found, chunk, strict=True)))
+            streams = max(streams, math.prod(-(-length // step) for length, step in zip(found, cost.shape, strict=True)))
     keep_below(STREAM)
-    reader.close()
-    reader.limits = ReadLimits(cache=limit // PART, stream=STREAM, streams=streams * beside)
-    reader.windows = Windows(shapes=shapes, limit=limit)
+    limits = ReadLimits(cache=limit // PART, stream=STREAM, streams=streams * beside)
+    reader.hold(limits, Windows(shapes=shapes, limit=limit))
 
 
 def hold_experts(pairs: Sequence[Sides], readers: Iterable[tuple[Reader, Iterable[str]]], memory: int) -> None:
     """The same for who reads expert after expert of these layers side by side, and of each reader some others in strips."""
-    stacks = [[(block, _slabs(block)) for block in sides if block.reader.format == "orbax"] for sides in pairs]
+    stacks = [[(block, _slabs(block)) for block in sides if is_chunked(block.reader)] for sides in pairs]
     every = list(itertools.chain.from_iterable(stacks))
     beside = max((len(slabs) for _, slabs in every), default=1)
     for reader, others in readers:
         units = {slab.name: slab.lengths for block, slabs in every if block.reader is reader for slab in slabs}
-        if reader.format == "orbax":
+        if is_chunked(reader):
             units |= {
                 name: lengths(next(strips(reader.tensors[name].shape, STRIP))) for name in others if reader.tensors[name].nbytes
             }
@@ -97,9 +90,8 @@ def _align(stack: Iterable[tuple[Block, Sequence[Slab]]]) -> None:
 
 
 def windows_of(reader: Reader) -> Windows | None:
-    """Those of an Orbax checkpoint, if any of its arrays is read through one."""
-    windows: Windows | None = getattr(reader, "windows", None)
-    return windows if windows and windows.shapes else None
+    """Those of a checkpoint, if any of its arrays is read through one."""
+    return reader.windows if reader.windows.shapes else None
 
 
 def place_of(reader: Reader, name: str, slices: tuple[slice, ...]) -> Place:

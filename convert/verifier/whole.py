@@ -18,7 +18,7 @@ from convert.verifier.logical import Block
 from convert.verifier.operands import Weights
 from convert.verifier.probes import Setting
 from convert.verifier.routing import Routing, route
-from layouts.checkpoint import Reader
+from layouts.reader import Reader
 from layouts.tensors import numpy_dtype
 
 TOKENS = 16

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Layout, Layouts, checked
 from layouts.language.pattern import Pattern
+from layouts.reader import Reader
 from layouts.tables.families import Family
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import TARGETS, VERSION, target

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
 from layouts.language.parts import AXES, PACKED_TYPES, PARTS
 from layouts.language.template import Index, Template
 from layouts.matching.lookup import expert_counts
+from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layouts.checkpoint import Reader
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Placed
 from layouts.language.parts import PARTS, forms
@@ -18,6 +17,7 @@ from layouts.matching.candidates import Candidates, Known, candidates, record_of
 from layouts.matching.checks import check_blocks, check_equal, check_grid
 from layouts.matching.group import Block, Group
 from layouts.matching.lookup import expert_counts, find_family, fitting
+from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
 from layouts.tables.targets import TARGETS, target
 from layouts.tensors import TensorSpec
@@ -36,14 +36,16 @@ _Key = tuple[str, int, Block]
 _Matched = dict[_Key, tuple[Known, Placed, list[str]]]
 
 
-def describe(reader: Reader, *, family: str | None = None, source_layout: str | None = None) -> Description:
-    """Say what every tensor of an open checkpoint is.
+def describe(
+    reader: Reader, *, family: str | None = None, source_layout: str | None = None, scan_axis: int | None = None
+) -> Description:
+    """Say what every tensor of an open checkpoint is. `scan_axis` is where a MaxText tree has its layers, if that is known.
 
     Raises:
         PlanError: unknown family, expert tensors that its table does not know, or a fused layout that nobody has named.
         InputError: experts are missing, or differ in shape or element type.
     """
-    found = _family(reader, family)
+    found = _family(reader, family, scan_axis)
     known = candidates(reader, found, source_layout)
     matched, verbatim = _match(reader, found, known.known)
     if not matched:
@@ -56,10 +58,13 @@ def describe(reader: Reader, *, family: str | None = None, source_layout: str | 
     return Description(family=found, groups=groups, verbatim=tuple(verbatim))
 
 
-def _family(reader: Reader, override: str | None) -> Family:
-    wanted = override or record_of(reader).get("family")
-    if reader.format == "orbax" and not wanted:
-        return maxtext()
+def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Family:
+    stated = record_of(reader).get("family")
+    if reader.format == "orbax":
+        asked = None if scan_axis is None else maxtext(scan_axis).name
+        wanted = override or asked or stated or maxtext().name
+    else:
+        wanted = override or stated
     return find_family(
         reader.config.get("model_type"), list(reader.tensors), where=reader.path, format=reader.format, override=wanted
     )
@@ -99,7 +104,7 @@ class _Refusal:
 
     def unknown_expert(self, name: str) -> None:
         """Raise if the name is one of an expert weight that nobody has explained."""
-        if self.reader.format != "hf" and not any(key.parse(name) for _, key in self.fused):
+        if self.family.by_structure and not any(key.parse(name) for _, key in self.fused):
             return
         if any(other.parse(name) is not None for other in self.others):
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts.errors import PlanError
-from layouts.tables.families import FAMILIES, NOT_GATED, Family
+from layouts.tables.families import NOT_GATED, Family, families_of
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -29,7 +29,7 @@ def find_family(
     Raises:
         PlanError: no such family; says what was seen, and the nearest known one by word or else by the names of the experts.
     """
-    known = {alias: f for f in FAMILIES if f.format == format for alias in (f.name, *f.model_types)}
+    known = {alias: f for f in families_of(format) for alias in (f.name, *f.model_types)}
     wanted = override or model_type
     if isinstance(wanted, str) and wanted in known:
         return known[wanted]
@@ -52,7 +52,7 @@ def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
     """The families whose table knows some of these names as experts, for hints in messages; never to choose one."""
     found = []
     kinds = {_NUMBER.sub("0", name) for name in names}  # one name of each kind is enough
-    for family in (family for family in FAMILIES if family.format == format):
+    for family in families_of(format):
         keys = [layout.template(family.experts) for table in family.native for layout in table.values()]
         if any(key.parse(name) is not None for name in kinds for key in keys):
             found.append(family)

@@ -20,7 +20,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from layouts.errors import InputError
-from layouts.files import RECORD, read_json
+from layouts.files import CONFIG, RECORD, read_json, read_object
 from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
 from layouts.orbax.stream import ChunkStreams
@@ -36,35 +36,17 @@ from layouts.orbax.tree import (
     read_leaves,
     read_strings,
 )
-from layouts.orbax.windows import Windows
 from layouts.places import names_of
+from layouts.reader import ReadLimits, ReadUnit
 from layouts.tensors import TensorSpec, bits, itemsize
+from layouts.windows import Windows
 
-__all__ = ["Leaf", "OrbaxReader", "ReadLimits", "find_item"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadLimits:
-    """What reading may hold, in bytes.
-
-    `cache` is for decoded chunks, `stream` the size above which a chunk is not decoded as a whole but piece by piece, as far
-    as its codec can be; `streams` of them are open at a time, or as many as one read takes. `threads` decode at a time.
-    """
-
-    cache: int = 256 << 20
-    stream: int = 512 << 20
-    streams: int = 32
-    threads: int | None = None
-
-    @property
-    def at_once(self) -> int:
-        """Chunks of a window that are on their way at a time."""
-        return (self.threads or 4) + 1
+__all__ = ["Leaf", "OrbaxReader", "find_item"]
 
 
 @dataclass(slots=True, kw_only=True)
 class OrbaxReader:
-    """An open Orbax checkpoint; see `layouts.checkpoint.Reader`. `chunks` is what one read has to decode: name -> shape.
+    """An open Orbax checkpoint; see `layouts.reader.Reader`. `chunks` is what one read has to decode: name -> shape.
 
     `grids` are the arrays' own zarr metadata; in a `complete` checkpoint every chunk was stored, also those of zeros alone.
     """
@@ -122,6 +104,7 @@ class OrbaxReader:
             streamable={name: streamable(found) for name, found in metadata.items()},
             compressed={name: "zstd" in str(found) for name, found in metadata.items()},
             strings=read_strings(item, leaves),
+            config=read_object(path / CONFIG) if (path / CONFIG).is_file() else {},
             tree=tree,
             use_ocdbt=use_ocdbt,
             use_zarr3=zarr3,
@@ -158,13 +141,24 @@ class OrbaxReader:
         """The item that holds all arrays."""
         return self.item.name
 
-    def chunk_bytes(self, name: str) -> int:
-        """What reading any element of a tensor has to decode."""
-        return math.prod(self.chunks[name]) * itemsize(self.tensors[name].dtype)
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """None: files are not made again from a tree."""
+        return {}
 
-    def streams(self, name: str) -> bool:
-        """Whether a tensor's chunks are read piece by piece."""
-        return self.streamable[name] and self.chunk_bytes(name) > self.limits.stream
+    def unit(self, name: str) -> ReadUnit:
+        """A chunk of its array."""
+        nbytes = math.prod(self.chunks[name]) * itemsize(self.tensors[name].dtype)
+        return ReadUnit(shape=self.chunks[name], nbytes=nbytes, streamable=self.streamable[name])
+
+    def extent(self, name: str) -> None:  # noqa: ARG002
+        """None: chunks are decoded."""
+        return
+
+    def hold(self, limits: ReadLimits, windows: Windows) -> None:
+        """Begin anew: arrays are opened again, with a cache of another size."""
+        self.close()
+        self.limits, self.windows = limits, windows
 
     def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
         """A block as an array of bits; the chunks it lies in stay decoded in a bounded cache, in windows, or are streamed.
@@ -210,7 +204,7 @@ class OrbaxReader:
             if store is None:
                 self._context = self._context or make_context(self._cache(), self.limits.threads)
                 store = ts.open(self._specs[name], context=self._context).result()
-                if self.streams(name):
+                if self.unit(name).streams(self.limits.stream):
                     store = ChunkStreams.of(store)
             self._stores[name] = store  # the last one used stands last
             return store
@@ -225,7 +219,8 @@ class OrbaxReader:
 
     def _cache(self) -> int:
         """A chunk that is read in parts must be decoded once, not once per part, and gate and up are read side by side."""
-        whole = [self.chunk_bytes(name) for name in self.tensors if not self.streams(name)]
+        units = map(self.unit, self.tensors)
+        whole = [unit.nbytes for unit in units if not unit.streams(self.limits.stream)]
         return max(self.limits.cache, 2 * max(whole, default=0) + 4096)
 
     def release(self, name: str, slices: tuple[slice, ...]) -> None:

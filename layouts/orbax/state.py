@@ -14,11 +14,25 @@ from dataclasses import replace
 from layouts.errors import PlanError
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import Leaf
+from layouts.reader import Reader
 
 STATE = "opt_state"
 _FUSED = ("wi_0", "wi_1", "wi")
 _ROOTS = ("params", "base")
 _MUON = "muon"
+
+
+def with_optimizer(reader: Reader, *, drop: bool) -> Reader:
+    """The checkpoint with the state of its optimizer, if that can be fused with the weights, or on demand without.
+
+    Raises:
+        PlanError: it has a state that cannot be fused.
+    """
+    if not isinstance(reader, OrbaxReader):
+        return reader
+    reader = drop_optimizer(reader) if drop else reader
+    check_optimizer(reader)
+    return reader
 
 
 def check_optimizer(reader: OrbaxReader) -> None:

@@ -50,6 +50,11 @@ class Family:
     scan_axis: int = 1
     """The axis along which MaxText stacks layers (its `param_scan_axis`), if it does."""
 
+    @property
+    def by_structure(self) -> bool:
+        """Whether its trees are told by their structure, as MaxText's are, and not by `config.json`."""
+        return self.format == "orbax"
+
 
 _MLP = "{path}.{l}.mlp.experts"
 _SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
@@ -173,10 +178,15 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def families_of(format: str) -> list[Family]:  # noqa: A002
+    """The families of one format."""
+    return [family for family in FAMILIES if family.format == format]
+
+
 def maxtext(scan_axis: int | None = None) -> Family:
     """MaxText's trees whose layers are stacked along this axis; by default along MaxText's own."""
     wanted = 1 if scan_axis is None else scan_axis
-    return next(family for family in FAMILIES if family.format == "orbax" and family.scan_axis == wanted)
+    return next(family for family in FAMILIES if family.by_structure and family.scan_axis == wanted)
 
 
 NOT_GATED: Mapping[str, str] = {

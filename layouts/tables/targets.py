@@ -54,7 +54,7 @@ def target(name: str, family: Family, *, shards: int, align: int | str) -> Layou
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
     words = {"{shards}": str(shards), "{align}": str(align)} | ({} if family.scan_axis else {"e ...": "... e"})
-    keys = {role: layout.key if family.format == "hf" else only(layout.key, MAXTEXT_PART) for role, layout in table.items()}
+    keys = {role: only(layout.key, MAXTEXT_PART) if family.by_structure else layout.key for role, layout in table.items()}
     return {role: Layout(keys[role], _fill(layout.pattern, words)) for role, layout in table.items()}
 
 

@@ -28,8 +28,7 @@ from convert.cli import main
 execute.SYNC = write_orbax.SYNC = orbax_copy.SYNC = 30_000  # many batches
 chunks._CRUMB = 4096  # many portions
 if os.environ.get("ANEW"):
-    from convert.orbax import budget as orbax_budget
-    write_orbax.keep = orbax_budget.keep = lambda plan, reader: None
+    write_orbax.keep = lambda plan, reader: None
 coordinator, count, index, end = sys.argv[1:5]
 if int(count) > 1:
     jax.distributed.initialize(coordinator, int(count), int(index), heartbeat_timeout_seconds=4)

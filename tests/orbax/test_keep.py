@@ -193,7 +193,6 @@ def test_names_of_many_chunks_are_written_a_few_at_a_time(tmp_path, monkeypatch)
     for path in ("out", "back"):
         (tmp_path / path).rename(tmp_path / f"kept {path}")
     monkeypatch.setattr("convert.orbax.write.keep", lambda plan, reader: None)
-    monkeypatch.setattr("convert.orbax.budget.keep", lambda plan, reader: None)
     for way in (convert.prefuse, convert.split):
         source, out = ("in", "out") if way is convert.prefuse else ("out", "back")
         way(tmp_path / source, tmp_path / out)

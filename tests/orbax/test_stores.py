@@ -24,8 +24,9 @@ from convert.planning.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
 from layouts.orbax.codec import streamable
-from layouts.orbax.reader import ReadLimits, find_item
+from layouts.orbax.reader import find_item
 from layouts.orbax.stream import ChunkStreams, _Stream
+from layouts.reader import ReadLimits
 
 E, L, K, N = 4, 3, 16, 8
 FORMATS = [(True, True), (True, False), (False, True), (False, False)]

@@ -12,7 +12,7 @@ import tensorstore as ts
 
 import convert
 from layouts.orbax.reader import OrbaxReader
-from layouts.orbax.windows import Windows, window_shape
+from layouts.windows import Windows, window_shape
 from scripts.make_checkpoint import make_checkpoint
 from tests.stores import cut, store_again
 

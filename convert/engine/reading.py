@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from convert.planning.targets import Piece, Target
-from layouts.checkpoint import Reader
 from layouts.language.pattern import Box
-from layouts.orbax.reader import OrbaxReader
-from layouts.orbax.windows import Slices, Windows, lengths, window_shape
+from layouts.reader import Reader
 from layouts.tensors import itemsize
+from layouts.windows import Slices, Windows, lengths, window_shape
 
 
-def plan_windows(targets: Iterable[Target], reader: OrbaxReader, strip: int, limit: int) -> Windows:
+def plan_windows(targets: Iterable[Target], reader: Reader, strip: int, limit: int) -> Windows:
     """The windows, of `limit` bytes together, for targets that are made one after another in strips of `strip` bytes.
 
     There is room for two of each array that a target is made from, because some workers are still at the last one.
@@ -24,8 +23,8 @@ def plan_windows(targets: Iterable[Target], reader: OrbaxReader, strip: int, lim
         reads = _blocks(target, next(iter(target.target.pattern.strips(target.sizes, max(1, strip // width)))))
         for name, unit in units.items():
             read = reads.get(name, unit)
-            shape, chunk, room = reader.tensors[name].shape, reader.chunks[name], limit // width // (2 * len(units))
-            if found := window_shape(shape, chunk, lengths(unit), lengths(read), room):
+            shape, cost, room = reader.tensors[name].shape, reader.unit(name), limit // width // (2 * len(units))
+            if cost and (found := window_shape(shape, cost.shape, lengths(unit), lengths(read), room)):
                 shapes[name] = found
     return Windows(shapes=shapes, limit=limit if shapes else 0)
 
@@ -40,7 +39,7 @@ def one_for_each_source(targets: Iterable[Target]) -> list[Target]:
 
 def in_order(targets: Sequence[Target], reader: Reader) -> list[Target]:
     """Targets in the order of the windows that they are made from; those that need none are first, as they stand."""
-    if not isinstance(reader, OrbaxReader) or not reader.windows.shapes:
+    if not reader.windows.shapes:
         return list(targets)
     windows, order = reader.windows, {name: number for number, name in enumerate(reader.tensors)}
 

@@ -1,0 +1,36 @@
+"""What an output is to the rest of the tool: the `Writer` protocol.
+
+In: a plan, an open input, a memory budget. Out: a filled staging directory. `convert.run` chooses the writer by the format.
+`Writer` and `Reader` (`layouts.reader`) are the only two seams where formats differ.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from convert.commit.processes import Processes
+from convert.commit.stage import AnyStage
+from convert.progress import Progress
+
+
+class Writer(Protocol):
+    """Writes one plan within a memory budget."""
+
+    @property
+    def peak(self) -> int:
+        """The bound on resident memory that the plan prints, in bytes."""
+
+    @property
+    def jobs(self) -> int:
+        """How many workers there are."""
+
+    def pieces(self) -> list[tuple[str, int]]:
+        """What processes share, each piece written by one of them: files or batches of arrays, with their bytes."""
+
+    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
+        """Fill the staging directory; everything in it is durable on return. Gives what the user should know of it.
+
+        Raises:
+            OSError: the disk is full or failing.
+            InputError: data of the input cannot be read.
+        """

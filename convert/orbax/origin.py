@@ -1,0 +1,82 @@
+"""What an Orbax output takes over from its input.
+
+In: an open checkpoint. Out: `Origin`, which has a default for inputs of another format. It never writes.
+The defaults are those of MaxText: OCDBT, zarr 3, compressed, arrays below dict keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layouts.files import RECORD, read_json
+from layouts.orbax.reader import OrbaxReader
+from layouts.orbax.tree import STRINGS, Leaf
+from layouts.reader import Reader
+from layouts.tensors import TensorSpec
+
+SHARDING, CHUNKS = "_sharding", "array_metadatas"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How the input is stored, and what Orbax keeps beside its arrays.
+
+    `place` is the item in the checkpoint, `leaves` and `tensors` are by name. `texts` is the content of `_strings.json`.
+    `shardings` are by the base64 of stored names, `arrays` (what Orbax keeps of a `jax.Array`) by stored name.
+    """
+
+    place: Path = Path("0/items")
+    ocdbt: bool = True
+    zarr3: bool = True
+    tree: Mapping[str, Any] = field(default_factory=lambda: {"use_ocdbt": True, "use_zarr3": True})
+    leaves: Mapping[str, Leaf] = field(default_factory=dict)
+    tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
+    compressed: Mapping[str, bool] = field(default_factory=dict)
+    texts: str | None = None
+    shardings: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def custom_metadata(self) -> Any:
+        """What the user gave Orbax to keep with the item."""
+        return self.tree.get("custom_metadata")
+
+    @property
+    def recorded(self) -> bool:
+        """Whether this tool's record is among it."""
+        return isinstance(self.custom_metadata, dict) and RECORD in self.custom_metadata
+
+
+def origin_of(reader: Reader) -> Origin:
+    """What this checkpoint hands on; MaxText's defaults if it is no Orbax checkpoint.
+
+    Raises:
+        InputError: what stands beside the arrays is damaged.
+    """
+    if not isinstance(reader, OrbaxReader):
+        return Origin()
+    item = reader.item
+    return Origin(
+        place=item.relative_to(reader.path),
+        ocdbt=reader.use_ocdbt,
+        zarr3=reader.use_zarr3,
+        tree=reader.tree,
+        leaves=reader.leaves,
+        tensors=reader.tensors,
+        compressed=reader.compressed,
+        texts=(item / STRINGS).read_text(encoding="utf-8") if (item / STRINGS).exists() else None,
+        shardings=read_json(item / SHARDING) if (item / SHARDING).exists() else {},
+        arrays=_arrays(item),
+    )
+
+
+def _arrays(item: Path) -> dict[str, Mapping[str, Any]]:
+    """All processes wrote the same of each array, so that one of their files is enough."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in sorted((item / CHUNKS).glob("process_*")):
+        for entry in read_json(file)["array_metadatas"]:
+            found[entry["array_metadata"]["param_name"]] = entry["array_metadata"]
+    return found
