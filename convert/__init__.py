@@ -12,15 +12,17 @@ Nothing here prints or exits; progress goes to a callback. Heavy libraries are i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from convert.conversions import DEFAULT_MEMORY, plan, prefuse, reformat, split
+from convert.conversions import plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
+from convert.keywords import Verifying, documented
+from convert.options import Verification, complete
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
+    from convert.progress import Progress
     from convert.verifier import Verdict
 
 __all__ = [
@@ -54,49 +56,24 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     return found(coordinator, num_processes, process_id)
 
 
+@documented(Verifying)
 def verify(
-    a: str | Path,
-    b: str | Path | None = None,
-    *,
-    progress: Callable[[int], None] | None = None,
-    gemm: bool = True,
-    layers: Collection[int] | None = None,
-    experts: Collection[int] | None = None,
-    tokens: int = 1,
-    backend: str = "ragged_dot",
-    mesh: Mapping[str, int] | None = None,
-    memory: int = DEFAULT_MEMORY,
-    scan_axis: int | None = None,
-    source_layout: str | None = None,
+    a: str | Path, b: str | Path | None = None, *, progress: Progress | None = None, **options: Unpack[Verifying]
 ) -> Verdict:
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
-    With one path, re-check the digests in its manifest instead. `layers` and `experts` narrow a comparison down; `tokens`
-    multiplies those of its probes. `backend` is a grouped GEMM of `convert.verifier.backends` or `all`, and `mesh` how many
-    devices there are along `expert` and `model`, on which the experts are run, too. `memory` is in bytes. `scan_axis` is where
-    MaxText's layers are stacked, and `source_layout` the layout of a fused checkpoint, where it does not say so itself.
+    With one path, re-check the digests in its manifest instead. `backend` is a grouped GEMM of `convert.verifier.backends`, and
+    `mesh` says how many devices there are along `expert` and `model`.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
         UsageError: a backend or a mesh that cannot be had here.
     """
-    from convert.verifier import Options, verify_checkpoints, verify_manifest
+    from convert.verifier import verify_checkpoints, verify_manifest
     from layouts.places import place
 
-    if b is None:
-        return verify_manifest(place(a), progress)
-    options = Options(
-        gemm=gemm,
-        layers=layers,
-        experts=experts,
-        tokens=tokens,
-        backend=backend,
-        mesh=mesh,
-        memory=memory,
-        scan_axis=scan_axis,
-        source_layout=source_layout,
-    )
-    return verify_checkpoints(place(a), place(b), progress, options)
+    chosen = complete(Verification, options)
+    return verify_manifest(place(a), progress) if b is None else verify_checkpoints(place(a), place(b), progress, chosen)
 
 
 def prefuse_params(params: Any) -> Any:

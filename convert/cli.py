@@ -7,15 +7,19 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import convert
-from convert.arguments import parser
+from convert.arguments import options, parser
 from convert.errors import ConvertError, UsageError
+from convert.options import Choices, Running, Verification, complete, named
+
+if TYPE_CHECKING:
+    from convert.commit.processes import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,95 +56,44 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.distributed or arguments.coordinator:
             raise UsageError("--verify runs in one process; narrow it with --layers to divide it by hand")
         return _verify(arguments)
-    if not (arguments.prefuse or arguments.split or arguments.to):
+    action = next((word for word in ("prefuse", "split", "to") if getattr(arguments, word, None)), None)
+    if action is None:
         raise UsageError("say what to do: --prefuse, --split, --verify, --families, or --to the other format")
+    given = options(arguments, f"--{action}")
     source, out = _two_paths(arguments.paths)
-    if arguments.split and arguments.layout:
-        raise UsageError("--layout is for --prefuse; --split restores the family's own layout. Did you mean --source-layout?")
-    if arguments.split and arguments.dequantize:
-        raise UsageError("--dequantize is for --prefuse and --to; --split only moves bits")
     if arguments.dry_run:
-        return _dry_run(arguments, source, out)
-    call, extra = _call(arguments)
-    processes = None
-    if arguments.distributed or arguments.coordinator:
-        processes = convert.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    elif arguments.num_processes or arguments.process_id is not None:
-        raise UsageError("--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run")
+        return _dry_run(arguments, source, out, given)
+    call: Callable[..., object] = getattr(convert, "reformat" if action == "to" else action)
+    processes = _processes(arguments)
     quiet = arguments.quiet or bool(processes and not processes.first)
     total = None if quiet else _input_bytes(source) // (processes.count if processes else 1) or None
     with _progress(total, quiet) as progress:
-        report = call(
-            source,
-            out,
-            family=arguments.family,
-            to=arguments.to,
-            scan=not arguments.no_scan,
-            scan_axis=arguments.scan_axis,
-            params_only=arguments.params_only,
-            drop_optimizer=arguments.drop_optimizer,
-            jobs=arguments.jobs,
-            memory=arguments.memory,
-            max_shard_size=arguments.max_shard_size,
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            processes=processes,
-            progress=progress,
-            **extra,
-        )
+        report = call(source, out, processes=processes, progress=progress, **given)
     print(report)
     return 0
 
 
-def _call(arguments: argparse.Namespace) -> tuple[Callable[..., object], dict[str, object]]:
-    """The function of the library, and what only it takes."""
-    if not (arguments.prefuse or arguments.split):
-        return convert.reformat, {"dequantize": arguments.dequantize}
-    if arguments.split:
-        return convert.split, {"source_layout": arguments.source_layout, "keep_chunks": arguments.keep_chunks}
-    layout = {"layout": arguments.layout} if arguments.layout else {}
-    return convert.prefuse, {
-        **layout,
-        "dequantize": arguments.dequantize,
-        "keep_chunks": arguments.keep_chunks,
-        "shards": arguments.shards,
-        "align": arguments.align,
-        "source_layout": arguments.source_layout,
-    }
+def _processes(arguments: argparse.Namespace) -> Processes | None:
+    if arguments.distributed or arguments.coordinator:
+        return convert.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.num_processes or arguments.process_id is not None:
+        raise UsageError("--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run")
+    return None
 
 
-def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
+def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mapping[str, Any]) -> int:
     from convert.commit.processes import Processes
     from convert.report import describe_division, describe_plan
-    from convert.run import Options, writer_of
+    from convert.run import writer_of
     from layouts.checkpoint import open_checkpoint
 
-    planned = convert.plan(
-        source,
-        out,
-        prefuse=arguments.prefuse,
-        split=arguments.split,
-        layout=arguments.layout or "concat",
-        shards=arguments.shards,
-        align=arguments.align,
-        family=arguments.family,
-        source_layout=arguments.source_layout,
-        to=arguments.to,
-        scan=not arguments.no_scan,
-        scan_axis=arguments.scan_axis,
-        params_only=arguments.params_only,
-        drop_optimizer=arguments.drop_optimizer,
-        keep_chunks=arguments.keep_chunks,
-        dequantize=arguments.dequantize,
-    )
+    chosen = {name: value for name, value in given.items() if name in {each.name for each in named(Choices)}}
+    planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, **chosen)
     processes = Processes(count=arguments.num_processes or 1)
-    options = Options(
-        arguments.jobs, arguments.memory, arguments.max_shard_size, arguments.resume, arguments.overwrite, processes
-    )
     with closing(open_checkpoint(source)) as reader:
-        writer = writer_of(planned, reader, options)
+        writer = writer_of(planned, reader, complete(Running, given), processes)
         pieces = writer.pieces()
-    print(describe_plan(planned, writer.peak + processes.held, writer.jobs))
+    print(describe_plan(planned, writer.budget.peak + processes.held, writer.budget.jobs))
     if arguments.num_processes:
         print(describe_division(pieces, arguments.num_processes))
     return 0
@@ -149,28 +102,18 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if len(arguments.paths) not in (1, 2):
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
-    options: dict[str, Any] = {
-        "gemm": not arguments.no_gemm,
-        "layers": arguments.layers,
-        "experts": arguments.experts,
-        "tokens": arguments.tokens,
-        "backend": arguments.backend,
-        "mesh": arguments.mesh,
-        "memory": arguments.memory,
-        "scan_axis": arguments.scan_axis,
-        "source_layout": arguments.source_layout,
-    }
+    given = options(arguments, "--verify")
     if arguments.dry_run:
-        from convert.verifier import Options, estimate_cost
+        from convert.verifier import estimate_cost
         from layouts.places import place
 
         one, other = map(place, _two_paths(arguments.paths))
-        print(estimate_cost(one, other, Options(**options)))
+        print(estimate_cost(one, other, complete(Verification, given)))
         return 0
-    passes = 2 if len(arguments.paths) == 2 and not arguments.no_gemm else 1  # the bits, then the probes
+    passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
     total = None if arguments.quiet else passes * _input_bytes(arguments.paths[-1])
     with _progress(total, arguments.quiet) as progress:
-        verdict = convert.verify(*arguments.paths, progress=progress, **options)
+        verdict = convert.verify(*arguments.paths, progress=progress, **given)
     print(verdict.json() if arguments.json else verdict)
     if arguments.report:
         from convert.verifier.page import page

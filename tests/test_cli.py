@@ -12,7 +12,7 @@ import pytest
 
 import convert
 from convert.cli import main, verify_main
-from convert.hf import write as write_hf
+from convert.hf.write import HFWriter
 from layouts.tables.families import FAMILIES
 from layouts.tables.natives import PER_EXPERT, PER_EXPERT_W123
 from layouts.tables.targets import TARGETS
@@ -178,10 +178,8 @@ def test_a_split_that_does_not_know_the_original_files_says_so(source, family, t
 
 
 def test_an_input_that_changes_under_the_run_gives_no_output(source, tmp_path, capsys, monkeypatch):
-    write = write_hf.write
-    monkeypatch.setattr(
-        write_hf, "write", lambda *args, **kwargs: (write(*args, **kwargs), os.utime(source / "config.json"))[0]
-    )
+    write = HFWriter.write
+    monkeypatch.setattr(HFWriter, "write", lambda *given: (write(*given), os.utime(source / "config.json"))[0])
     assert run("--prefuse", source, tmp_path / "fused") == 3
     assert "has changed while it was read" in capsys.readouterr().err
     assert not (tmp_path / "fused").exists()

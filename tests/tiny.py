@@ -6,16 +6,20 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
 from convert.engine.blocks import assembled
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.planner import Plan, Target, make_plan
+from layouts.checkpoint import open_checkpoint
 from layouts.language.layout import Layouts
 from layouts.reader import Reader
 from layouts.tables.families import FAMILIES, Family
@@ -198,3 +202,51 @@ def times(path: Path) -> dict[str, int]:
 
 def _files(path: Path) -> Iterator[Path]:
     return (file for file in sorted(path.rglob("*")) if file.is_file())
+
+
+def save(
+    path: Path, tree: Any, *, ocdbt: bool = True, zarr3: bool = True, chunk: int | None = None, custom: Any = None
+) -> Path:
+    """An Orbax checkpoint, saved by Orbax; chunks have about `chunk` bytes."""
+    every = ocp.tree.from_flat_dict({key: ocp.SaveArgs(chunk_byte_size=chunk) for key in ocp.tree.to_flat_dict(tree)})
+    args = ocp.args.PyTreeSave(tree, save_args=every if chunk else None, custom_metadata=custom)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)) as checkpointer:
+        checkpointer.save(path, args=args)
+    return path
+
+
+def restore(path: Path) -> Any:
+    """What Orbax reads back."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path)
+
+
+def store_again(item, chunk_of):
+    """An item with other chunks, as a run on many devices saves it."""
+    with closing(open_checkpoint(item)) as reader:
+        for name, spec in reader.tensors.items():
+            stored = f"{reader.leaves[name].stored}/"
+            where = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{item}/", "path": stored}}
+            values = ts.open(where).result().read().result()
+            chunk = chunk_of(spec.shape)
+            layout = ts.ChunkLayout(read_chunk_shape=chunk, write_chunk_shape=chunk)
+            zstd = {"codecs": ["bytes", {"name": "zstd", "configuration": {"level": 1}}]}
+            again = ts.open(
+                where | {"metadata": zstd, "store_data_equal_to_fill_value": True},
+                create=True,
+                delete_existing=True,
+                dtype=values.dtype.name,
+                shape=spec.shape,
+                chunk_layout=layout,
+            ).result()
+            again.write(values).result()
+
+
+def cut(axis, parts):
+    """The chunks of an array whose dimension `axis` (or its last one) is cut."""
+
+    def chunk(shape):
+        at = min(axis, len(shape) - 1)
+        return tuple(max(1, -(-size // parts)) if i == at else size for i, size in enumerate(shape))
+
+    return chunk

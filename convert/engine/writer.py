@@ -13,8 +13,8 @@ from convert.commit.stage import AnyStage
 from convert.progress import Progress
 
 
-class Writer(Protocol):
-    """Writes one plan within a memory budget."""
+class Bounds(Protocol):
+    """What a budget promises."""
 
     @property
     def peak(self) -> int:
@@ -23,6 +23,14 @@ class Writer(Protocol):
     @property
     def jobs(self) -> int:
         """How many workers there are."""
+
+
+class Writer(Protocol):
+    """Writes one plan within a memory budget."""
+
+    @property
+    def budget(self) -> Bounds:
+        """The budget."""
 
     def pieces(self) -> list[tuple[str, int]]:
         """What processes share, each piece written by one of them: files or batches of arrays, with their bytes."""

@@ -66,16 +66,6 @@ class HFWriter:
     budget: Budget
     max_shard_size: int
 
-    @property
-    def peak(self) -> int:
-        """In bytes."""
-        return self.budget.peak
-
-    @property
-    def jobs(self) -> int:
-        """Each writes one tensor at a time."""
-        return self.budget.jobs
-
     def pieces(self) -> list[tuple[str, int]]:
         """The files."""
         return [(file.name, file.size) for file in plan_files(self.plan, self.reader, self.max_shard_size)]

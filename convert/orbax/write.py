@@ -69,16 +69,6 @@ class OrbaxWriter:
             kept=kept,
         )
 
-    @property
-    def peak(self) -> int:
-        """In bytes."""
-        return self.budget.peak
-
-    @property
-    def jobs(self) -> int:
-        """They assemble boxes, or hash and copy."""
-        return self.budget.jobs
-
     def pieces(self) -> list[tuple[str, int]]:
         """The batches."""
         return [(batch[0].key, total(batch)) for batch in self._batches()]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.cross import cross_targets
 from convert.planning.cross_pairs import Sides, sides_of, trees_of
 from convert.planning.planner import Action, Plan

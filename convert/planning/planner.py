@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from convert.options import Choices
 from convert.planning import relay
-from convert.planning.choices import Choices
 from convert.planning.record import family_record, make_record
 from convert.planning.targets import Piece, Target
 from layouts.errors import PlanError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import xxhash
 
 from convert.commit import manifest
 from convert.errors import InputError, PlanError
+from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
 from convert.verifier.order import STRIP, hold_experts
@@ -29,43 +30,23 @@ if TYPE_CHECKING:
     from convert.verifier.cost import Cost
     from convert.verifier.gemm import How
 
-__all__ = ["Level", "Options", "Verdict", "estimate_cost", "verify_checkpoints", "verify_manifest"]
+__all__ = ["Level", "Verdict", "estimate_cost", "verify_checkpoints", "verify_manifest"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is compared, and how: all layers and experts if None; with `gemm` also the outputs of grouped GEMMs.
-
-    `tokens` multiplies those of each probe, `backend` is one of `convert.verifier.backends` or `all`, `mesh` the devices along
-    `expert` and `model`, `memory` bytes. `scan_axis` is where MaxText's layers are stacked, and `source_layout` what a fused
-    checkpoint is in, where they do not say so themselves.
-    """
-
-    gemm: bool = True
-    layers: Collection[int] | None = None
-    experts: Collection[int] | None = None
-    tokens: int = 1
-    backend: str = "ragged_dot"
-    mesh: Mapping[str, int] | None = None
-    memory: int = 2 << 30
-    scan_axis: int | None = None
-    source_layout: str | None = None
-
-
-def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, options: Options | None = None) -> Verdict:
+def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, options: Verification | None = None) -> Verdict:
     """Compare two checkpoints in whatever layouts: all weights bit for bit, then the outputs of grouped GEMMs.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
         UsageError: a backend or a mesh that is not there.
     """
-    report, options = progress or ignore, options or Options()
+    report, options = progress or ignore, options or Verification()
     with _both(a, b) as (one, other):
         make = _across if _differ(one, other) else _alike
         return Verdict(subject=f"{a} against {b}", levels=tuple(make(one, other, options, report)))
 
 
-def _alike(one: Reader, other: Reader, options: Options, report: Progress) -> Iterator[Level]:
+def _alike(one: Reader, other: Reader, options: Verification, report: Progress) -> Iterator[Level]:
     """The levels of two checkpoints in the same format."""
     from convert.verifier import exact
 
@@ -82,7 +63,7 @@ def _alike(one: Reader, other: Reader, options: Options, report: Progress) -> It
         yield from compare_outputs(left, right, scope, how, broken, report)
 
 
-def _across(one: Reader, other: Reader, options: Options, report: Progress) -> Iterator[Level]:
+def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> Iterator[Level]:
     """The levels of a Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
     from convert.verifier.formats import compare_formats
 
@@ -97,14 +78,14 @@ def _across(one: Reader, other: Reader, options: Options, report: Progress) -> I
         yield from compare_outputs(left, right, scope, replace(how, config=both.config, one_router=True), (), report)
 
 
-def _formats(one: Reader, other: Reader, options: Options) -> Formats:
+def _formats(one: Reader, other: Reader, options: Verification) -> Formats:
     from convert.verifier.across import formats_of
 
     hf, tree = sorted((one, other), key=lambda reader: reader.format)
     return formats_of(hf, tree, options.scan_axis, options.source_layout)
 
 
-def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
+def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost:
     """What a verification will cost here, by trying it on a few experts.
 
     Raises:
@@ -112,7 +93,7 @@ def estimate_cost(a: Path, b: Path, options: Options | None = None) -> Cost:
     """
     from convert.verifier.cost import measure
 
-    options = options or Options()
+    options = options or Verification()
     with _both(a, b) as (one, other):
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
         if _differ(one, other):
@@ -134,7 +115,7 @@ def _both(a: Path, b: Path) -> Iterator[tuple[Reader, Reader]]:
         yield one, other
 
 
-def _described(one: Reader, other: Reader, options: Options) -> tuple[Description, Description]:
+def _described(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:
     """Both; a MaxText tree that does not say along which axis its layers are is taken to be as the other one says."""
     stated = [record_of(reader).get("family") for reader in (one, other)]
     usual = None
@@ -143,7 +124,7 @@ def _described(one: Reader, other: Reader, options: Options) -> tuple[Descriptio
     return _describe(one, stated[0] or usual, options), _describe(other, stated[1] or usual, options)
 
 
-def _describe(reader: Reader, family: str | None, options: Options) -> Description:
+def _describe(reader: Reader, family: str | None, options: Verification) -> Description:
     """As it stands, or in the layout that was named, if it cannot be described as it stands."""
     try:
         return describe(reader, family=family)
@@ -153,7 +134,7 @@ def _describe(reader: Reader, family: str | None, options: Options) -> Descripti
         return describe(reader, family=family, source_layout=options.source_layout)
 
 
-def _scope(options: Options) -> Scope:
+def _scope(options: Verification) -> Scope:
     layers, experts = (None if each is None else frozenset(each) for each in (options.layers, options.experts))
     return Scope(layers=layers, experts=experts, tokens=options.tokens)
 
@@ -174,7 +155,7 @@ def _held_across(both: Formats, scope: Scope, memory: int) -> tuple[dict[str, Bl
     return left, right
 
 
-def _how(one: Reader, other: Reader, options: Options) -> How:
+def _how(one: Reader, other: Reader, options: Verification) -> How:
     from convert.verifier.backends import choose
     from convert.verifier.gemm import How
 

@@ -10,7 +10,7 @@ import pytest
 import convert
 from convert.engine.blocks import assembled
 from convert.engine.copying import runs
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.planner import make_plan
 from layouts.tables.families import FAMILIES
 from layouts.tables.targets import TARGETS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError, PlanError
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.planner import make_plan
 from layouts.tensors import TensorSpec, bits
 from tests.tiny import MemoryReader, run

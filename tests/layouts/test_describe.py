@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.errors import ConvertError, InputError, PlanError
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.planner import _check_names, make_plan
 from layouts.matching.lookup import find_family
 from layouts.tables.families import FAMILIES, Family

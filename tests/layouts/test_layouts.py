@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError, PlanError
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.planner import make_plan
 from layouts.tables.families import FAMILIES
 from tests.tiny import MemoryReader, logical, memory, run, same, tensors

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError, PlanError
-from convert.planning.choices import Choices
+from convert.options import Choices
 from convert.planning.planner import make_plan
 from tests.layouts.by_hand import MODELS, config, in_out, interleaved, out_in, projections, tensors, weights
 from tests.tiny import MemoryReader, run, same

@@ -19,6 +19,7 @@ from convert.planning.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.orbax.chunks import chunks_of, contents, key_at
 from scripts.make_checkpoint import make_checkpoint
+from tests.tiny import restore
 
 E, L, K, N = 6, 4, 20, 24
 PATH = "params.params.decoder.layers.moe_block"
@@ -62,11 +63,6 @@ def save(path, chunk, *, zarr3=True, ocdbt=True):
         ).result()
         made.write(moe[name]).result()
     return moe
-
-
-def restore(path):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path)
 
 
 def raw(array):

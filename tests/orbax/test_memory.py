@@ -13,7 +13,7 @@ import pytest
 import convert
 from convert.cli import main
 from scripts.make_checkpoint import make_checkpoint
-from tests.stores import cut, store_again
+from tests.tiny import cut, store_again
 
 CHILD = """
 import sys, convert, convert.orbax.budget, convert.orbax.keep, convert.orbax.write

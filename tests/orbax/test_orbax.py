@@ -1,7 +1,7 @@
 """Orbax in, Orbax out: what we write, Orbax's own clients restore, with every bit and the tree's structure."""
 
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +14,11 @@ import convert
 from convert.cli import main
 from scripts._checkpoint_tables import MAXTEXT_MODELS
 from scripts.make_checkpoint import make_checkpoint
+from tests.tiny import restore
+from tests.tiny import save as saved_by_orbax
 
+save = partial(saved_by_orbax, zarr3=False)  # Orbax's own default
 SMALL = {"experts": 5, "embed": 16, "mlp": 8, "layers": 3, "vocab": 32, "head_dim": 4}
-
-
-def restore(item: Path) -> Any:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(item)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -32,12 +30,6 @@ def assert_same_trees(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     unequal = [path for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True) if not same(x, y)]
     assert not unequal
-
-
-def save(path: Path, tree: Any, *, use_ocdbt: bool = True, use_zarr3: bool = False) -> Path:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
-    return path
 
 
 def tree(seed: int = 0) -> dict[str, Any]:
@@ -74,7 +66,7 @@ def test_train_states_are_fused_and_split_with_their_moments(family, scanned, tm
 
 @pytest.mark.parametrize(("use_ocdbt", "use_zarr3"), [(True, False), (True, True), (False, False), (False, True)])
 def test_every_storage_of_orbax_keeps_every_bit(use_ocdbt, use_zarr3, tmp_path):
-    source = save(tmp_path / "in", tree(), use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)
+    source = save(tmp_path / "in", tree(), ocdbt=use_ocdbt, zarr3=use_zarr3)
     convert.prefuse(source, tmp_path / "fused")
     metadata = json.loads((tmp_path / "fused" / "_METADATA").read_text())
     assert (metadata["use_ocdbt"], metadata["use_zarr3"]) == (use_ocdbt, use_zarr3)

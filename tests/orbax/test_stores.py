@@ -27,6 +27,7 @@ from layouts.orbax.codec import streamable
 from layouts.orbax.reader import find_item
 from layouts.orbax.stream import ChunkStreams, _Stream
 from layouts.reader import ReadLimits
+from tests.tiny import restore, save
 
 E, L, K, N = 4, 3, 16, 8
 FORMATS = [(True, True), (True, False), (False, True), (False, False)]
@@ -68,18 +69,6 @@ def train_state():
         "name": "qwen",
         "mask": np.ones(3, bool),
     }
-
-
-def save(path, tree, *, ocdbt=True, zarr3=True, chunk=None, custom=None):
-    save_args = ocp.tree.from_flat_dict({k: ocp.SaveArgs(chunk_byte_size=chunk) for k in ocp.tree.to_flat_dict(tree)})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)) as checkpointer:
-        args = ocp.args.PyTreeSave(tree, save_args=save_args if chunk else None, custom_metadata=custom)
-        checkpointer.save(path, args=args)
-
-
-def restore(path):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path)
 
 
 def raw(leaf):

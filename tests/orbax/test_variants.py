@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +17,10 @@ import tensorstore as ts
 
 import convert
 from convert.errors import PlanError
+from tests.tiny import restore
+from tests.tiny import save as saved_by_orbax
 
+save = partial(saved_by_orbax, zarr3=False)  # Orbax's own default
 E, L, K, N = 4, 3, 16, 8
 RANDOM = np.random.default_rng(0)
 
@@ -78,17 +82,6 @@ def fused(tree):
     return made | ({"wi": np.concatenate(halves, -1)} if halves[0] is not None else {})
 
 
-def save(path, tree, **options):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
-    return path
-
-
-def restore(path):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path)
-
-
 def flat(tree):
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): (x.dtype.name, x.shape, x.tobytes()) for path, x in leaves}
@@ -140,7 +133,7 @@ def test_a_scale_for_each_expert_cannot_be_fused(scan, tmp_path):
 @pytest.mark.parametrize("name", TREES)
 def test_every_tree_is_fused_and_split(name, ocdbt, tmp_path):
     tree = TREES[name]()
-    save(tmp_path / "in", tree, use_ocdbt=ocdbt)
+    save(tmp_path / "in", tree, ocdbt=ocdbt)
     convert.prefuse(tmp_path / "in", tmp_path / "out")
     convert.split(tmp_path / "out", tmp_path / "back")
     assert flat(restore(tmp_path / "out")) == flat(fused(tree))

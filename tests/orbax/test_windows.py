@@ -14,7 +14,7 @@ import convert
 from layouts.orbax.reader import OrbaxReader
 from layouts.windows import Windows, window_shape
 from scripts.make_checkpoint import make_checkpoint
-from tests.stores import cut, store_again
+from tests.tiny import cut, store_again
 
 RANDOM = np.random.default_rng(0)
 SHAPE = (8, 6, 20, 12)

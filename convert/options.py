@@ -1,0 +1,181 @@
+"""Every option of the tool, once: its name, type, default, unit and sentence.
+
+In: what a caller gives. Out: frozen dataclasses in which every option has a value that was checked. It imports nothing heavy.
+The command line (`convert.arguments`), the signatures and their help (`convert.keywords`) are made from the fields below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from convert import values
+from convert.errors import UsageError
+
+Format = Literal["hf", "orbax"]
+_Options = TypeVar("_Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What is said of an option besides its name, type and default.
+
+    `text` is its sentence, `read` takes a word or a value and raises `ValueError` if it is none. `choices` are all there are.
+    `show` stands for the value in the help, and for the default where that reads better.
+    """
+
+    text: str
+    read: Callable[[object], Any] = values.word
+    choices: tuple[str, ...] = ()
+    show: str = ""
+    default: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """An option with its name and its default."""
+
+    name: str
+    default: Any
+    option: Option
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off."""
+        return self.option.read is values.switch
+
+    @property
+    def flag(self) -> str:
+        """As it is called on the command line; a switch that is on is called by what turns it off."""
+        return f"--{'no-' if self.is_switch and self.default else ''}{self.name.replace('_', '-')}"
+
+    @property
+    def sentence(self) -> str:
+        """What the option is, and its default where there is something to say."""
+        usual = None if self.is_switch else self.default
+        shown = self.option.default or ("" if usual is None else str(usual))
+        return f"{self.option.text}{f' (default: {shown})' if shown else ''}"
+
+    def value(self, given: object) -> Any:
+        """What a caller gives, as the tool takes it.
+
+        Raises:
+            ValueError: it is not what the option takes.
+        """
+        if given is None and self.default is None:
+            return None
+        if self.option.choices and given not in self.option.choices:
+            raise ValueError(f"{given!r} is none of {', '.join(self.option.choices)}")
+        return self.option.read(given)
+
+
+_Memory = Annotated[
+    int, Option(text="bound on resident memory, in bytes or as 2GiB", read=values.size, show="SIZE", default="2GiB")
+]
+_ScanAxis = Annotated[
+    int | None,
+    Option(
+        text="Orbax: where MaxText's layers are stacked, its param_scan_axis",
+        read=values.natural,
+        show="{0,1}",
+        default="as the tree says, else 1",
+    ),
+]
+_SourceLayout = Annotated[
+    str | None,
+    Option(text="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards", show="NAME"),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What a user may choose of the tensors of an output; how they are written is not among it."""
+
+    layout: Annotated[str, Option(text="target layout of wi and wo; convert --families lists them", show="NAME")] = "concat"
+    shards: Annotated[
+        int, Option(text="tensor-parallel shards of the layouts per-shard and lane", read=values.positive, show="S")
+    ] = 1
+    align: Annotated[
+        int | str, Option(text="per-shard: columns to pad each shard to, or maxtext", read=values.align, show="A")
+    ] = 128
+    family: Annotated[str | None, Option(text="take this family instead of what config.json says", show="NAME")] = None
+    source_layout: _SourceLayout = None
+    to: Annotated[Format | None, Option(text="format of the output, if another than the input's", choices=("hf", "orbax"))] = (
+        None
+    )
+    scan: Annotated[
+        bool, Option(text="to orbax: stack the layers of a MaxText tree; else a subtree for each layer", read=values.switch)
+    ] = True
+    scan_axis: _ScanAxis = None
+    params_only: Annotated[bool, Option(text="to hf: leave out step and optimizer state", read=values.switch)] = False
+    drop_optimizer: Annotated[
+        bool, Option(text="Orbax: leave out the optimizer's state, which cannot always be fused (muon)", read=values.switch)
+    ] = False
+    keep_chunks: Annotated[
+        bool,
+        Option(text="Orbax: do not cut arrays that are one large chunk (fast; restores read them whole)", read=values.switch),
+    ] = False
+    dequantize: Annotated[
+        Literal["bf16"] | None,
+        Option(text="compute FP8 block and MXFP4 weights as bfloat16 (not lossless)", choices=("bf16",)),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """How an output is written. Sizes are in bytes, or words such as `2GiB`."""
+
+    jobs: Annotated[int | None, Option(text="workers", read=values.positive, show="N", default="one per CPU, at most 8")] = None
+    memory: _Memory = 2 << 30
+    max_shard_size: Annotated[
+        int, Option(text="data in one safetensors file, in bytes or as 5GB", read=values.size, show="SIZE", default="5GB")
+    ] = 5_000_000_000
+    resume: Annotated[bool, Option(text="go on with what an interrupted run has left", read=values.switch)] = True
+    overwrite: Annotated[bool, Option(text="replace the output once the new one is complete", read=values.switch)] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What is compared, and how: all layers and experts if None."""
+
+    gemm: Annotated[bool, Option(text="run grouped GEMMs, too; else compare the weights only", read=values.switch)] = True
+    layers: Annotated[
+        Collection[int] | None, Option(text="only these layers", read=values.numbers, show="0,3-5", default="all")
+    ] = None
+    experts: Annotated[
+        Collection[int] | None, Option(text="only these experts", read=values.numbers, show="0,3-5", default="all")
+    ] = None
+    tokens: Annotated[int, Option(text="T times the tokens of each probe", read=values.positive, show="T")] = 1
+    backend: Annotated[str, Option(text="which grouped GEMM; all for all that run here", show="NAME")] = "ragged_dot"
+    mesh: Annotated[
+        Mapping[str, int] | None,
+        Option(text="run on so many devices, too", read=values.mesh, show="expert=4,model=2", default="one device"),
+    ] = None
+    memory: _Memory = 2 << 30
+    scan_axis: _ScanAxis = None
+    source_layout: _SourceLayout = None
+
+
+def named(kind: type[Any]) -> Iterator[Named]:
+    """The options of one of these dataclasses, in their order."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        yield Named(name=field.name, default=field.default, option=hints[field.name].__metadata__[0])
+
+
+def complete(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
+    """The options of this kind that are given, checked, and the defaults of the others.
+
+    Raises:
+        UsageError: a value is not what its option takes; the message names the argument.
+    """
+    found = {}
+    for each in named(kind):
+        if each.name in given:
+            try:
+                found[each.name] = each.value(given[each.name])
+            except ValueError as error:
+                raise UsageError(f"{each.name}: {error}") from None
+    return kind(**found)

@@ -1,0 +1,122 @@
+"""How the value of an option is read: a word of the command line, or what a caller gives in Python.
+
+In: a value. Out: the value as the tool takes it, or a `ValueError` that says what it should be. It knows no option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def size(value: object) -> int:
+    """Bytes: `512MiB`, `5GB`, `1.5g`, or a number.
+
+    Raises:
+        ValueError: it is no size above zero.
+    """
+    if type(value) is int:
+        number = value
+    else:
+        text = value.strip().lower().removesuffix("b") if isinstance(value, str) else "?"
+        digits = text.rstrip("kmgti")
+        try:
+            number = int(float(digits) * UNITS[text[len(digits) :]])
+        except (ValueError, KeyError, OverflowError):
+            raise ValueError(f"{value!r} is not a size such as 512MiB or 5GB") from None
+    if number <= 0:
+        raise ValueError("a size must be above zero")
+    return number
+
+
+def positive(value: object) -> int:
+    """A number from 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = _number(value)
+    if number is None or number < 1:
+        raise ValueError(f"{value!r} is not a positive number")
+    return number
+
+
+def natural(value: object) -> int:
+    """A number from 0.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = _number(value)
+    if number is None or number < 0:
+        raise ValueError(f"{value!r} is not a number from 0")
+    return number
+
+
+def _number(value: object) -> int | None:
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and len(value) < 20 else None
+    return value if type(value) is int else None
+
+
+def align(value: object) -> int | str:
+    """Columns, or the word `maxtext`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return "maxtext" if value == "maxtext" else positive(value)
+
+
+def numbers(value: object) -> frozenset[int]:
+    """`0,3-5` is 0, 3, 4 and 5; so is any collection of these.
+
+    Raises:
+        ValueError: it is no list of numbers.
+    """
+    if isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping):
+        return frozenset(natural(each) for each in value)
+    found: set[int] = set()
+    for part in value.split(",") if isinstance(value, str) else [""]:
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or (dash and not last) or len(part) > 20:
+            raise ValueError(f"{value!r} is not a list of numbers such as 0,3-5")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def mesh(value: object) -> dict[str, int]:
+    """`expert=4,model=2`, or the same as a mapping.
+
+    Raises:
+        ValueError: it is no mesh.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): positive(count) for name, count in value.items()}
+    pairs = [part.partition("=") for part in value.split(",")] if isinstance(value, str) else [("", "", "")]
+    if not all(equals for _, equals, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"{value!r} is not a mesh such as expert=4,model=2")
+    return {name: positive(count) for name, _, count in pairs}
+
+
+def word(value: object) -> str:
+    """A word.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a word")
+    return value
+
+
+def switch(value: object) -> bool:
+    """On or off.
+
+    Raises:
+        ValueError: it is neither `True` nor `False`.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither True nor False")
+    return value

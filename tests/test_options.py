@@ -1,0 +1,130 @@
+"""Options are defined once: signatures, the command line and type checkers say the same."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+import convert
+from convert.arguments import ACTIONS, parser
+from convert.keywords import Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options import Choices, Running, Verification, complete, named
+from convert.run import check
+
+ROOT = Path(__file__).parents[1]
+WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh"}
+"""Options that also take a word, such as `2GiB`."""
+CLIENT = """
+import convert
+
+report = convert.prefuse("in", "out", layout="per-shard", shards=8, memory="2GiB")
+report = convert.split(source="in", out="out", keep_chunks=True)
+verdict = convert.verify("in", "out", layers=[0, 3], gemm=False)
+print(report.seconds + 1, verdict.equal)
+"""
+WRONG = {
+    "convert.prefuse('in', 'out', sharts=8)": 'Unexpected keyword argument "sharts"',
+    "convert.prefuse('in', 'out', shards='eight')": 'incompatible type "str"',
+    "convert.split('in', 'out', layout='concat')": 'Unexpected keyword argument "layout"',
+    "convert.reformat('in', 'out')": 'Missing named argument "to"',
+    "convert.verify('in', 'out', overwrite=True)": 'Unexpected keyword argument "overwrite"',
+}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "keywords"),
+    [
+        ((Choices, Running), Prefusing),
+        ((Choices,), Planning),
+        ((Verification,), Verifying),
+    ],
+)
+def test_keywords_have_the_names_and_types_of_the_definitions(kinds, keywords):
+    wanted = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in fields(kind)}
+    found = get_type_hints(keywords)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name] == wanted[name] or (name in WORDS and set(get_args(found[name])) >= {str}), name
+
+
+def test_what_only_some_functions_take_is_a_part_of_it():
+    everything = get_type_hints(Prefusing)
+    for keywords in (Splitting, Reformatting):
+        assert get_type_hints(keywords).items() <= everything.items()
+
+
+@pytest.mark.parametrize("function", [convert.plan, convert.prefuse, convert.split, convert.reformat, convert.verify])
+def test_help_shows_every_option_with_its_default_and_sentence(function):
+    keywords = {"plan": Planning, "prefuse": Prefusing, "split": Splitting, "reformat": Reformatting, "verify": Verifying}
+    parameters = inspect.signature(function).parameters
+    for each in options_of(keywords[function.__name__]):
+        assert parameters[each.name].default == each.default
+        assert f"{each.name}: {each.sentence}." in inspect.getdoc(function)
+
+
+def test_the_command_line_has_every_option_once():
+    lines = [
+        line.strip() for line in parser().format_help().partition("\noptions:")[2].partition("\nexamples:")[0].splitlines()
+    ]
+    for keywords in ACTIONS.values():
+        for each in options_of(keywords):
+            assert sum(each.flag in line.split("  ")[0].replace(",", "").split() for line in lines) == 1, each.flag
+
+
+def test_defaults_are_what_the_options_take():
+    for kind in (Choices, Running, Verification):
+        assert complete(kind, {each.name: each.default for each in named(kind)}) == kind()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"shards": 0}, "shards: 0 is not a positive number"),
+        ({"shards": True}, "shards: True is not a positive number"),
+        ({"align": "128x"}, "align: '128x' is not a positive number"),
+        ({"layout": 3}, "layout: 3 is not a word"),
+        ({"scan": "no"}, "scan: 'no' is neither True nor False"),
+        ({"to": "gguf"}, "to: 'gguf' is none of hf, orbax"),
+        ({"dequantize": "fp32"}, "dequantize: 'fp32' is none of bf16"),
+        ({"memory": "2 lots"}, "memory: '2 lots' is not a size such as 512MiB or 5GB"),
+        ({"memory": -1}, "memory: a size must be above zero"),
+        ({"jobs": 1.5}, "jobs: 1.5 is not a positive number"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_argument(given, words):
+    with pytest.raises(convert.UsageError) as caught:
+        convert.prefuse("in", "out", **given)
+    assert str(caught.value) == words
+
+
+def test_sizes_are_words_in_python_too():
+    assert complete(Running, {"memory": "2GiB"}).memory == 2 << 30
+    assert complete(Verification, {"layers": "0,3-5"}).layers == {0, 3, 4, 5}
+    assert complete(Verification, {"mesh": {"expert": 4}}).mesh == {"expert": 4}
+
+
+def test_an_unknown_keyword_is_an_error_of_python():
+    with pytest.raises(TypeError, match="sharts"):
+        convert.prefuse("in", "out", sharts=8)  # type: ignore[call-arg]
+
+
+def test_choices_that_do_not_go_together_are_refused():
+    with pytest.raises(convert.UsageError, match="did you mean --layout per-shard"):
+        check(Choices(shards=2))
+
+
+def test_type_checkers_see_the_options(tmp_path):
+    client = tmp_path / "client.py"
+    client.write_text(CLIENT + "".join(f"{call}\n" for call in WRONG))
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(client)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    first = CLIENT.count("\n") + 1
+    assert len(errors) == len(WRONG), done.stdout
+    for number, words in enumerate(WRONG.values()):
+        assert f"client.py:{first + number}: error: " in errors[number]
+        assert words in errors[number]
