@@ -1,4 +1,7 @@
-"""The `convert` command: arguments in, one call of the library, text and an exit code out."""
+"""The `convert` command: arguments in, one call of the library, text and an exit code out.
+
+In: the words of a command line. Out: text, and an exit code. It never reads or writes a checkpoint itself.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Fuse and split parameters that are in memory already: for fine-tuning pipelines that hold a pytree of arrays.
 
+In: a pytree of arrays. Out: the same tree with gate and up fused, or separate. It never changes the arrays it is given.
+
 Bits are moved, not numbers: a JAX concatenation of bfloat16 rewrites NaN payloads, one of the same bits as uint16 does not.
 Sharded arrays stay sharded: the last axis is left as it is sharded, and the work is done where the data is.
 """

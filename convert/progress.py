@@ -1,4 +1,7 @@
-"""Progress that a caller may watch."""
+"""Progress that a caller may watch.
+
+In: bytes that are done. Out: nothing. It never prints.
+"""
 
 from __future__ import annotations
 

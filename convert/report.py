@@ -1,4 +1,7 @@
-"""What a person reads: the plan, the summary of a run, the families."""
+"""What a person reads: the plan, the summary of a run, the families.
+
+In: plans, reports, tables. Out: text. It never prints it.
+"""
 
 from __future__ import annotations
 

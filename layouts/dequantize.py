@@ -1,5 +1,7 @@
 """A checkpoint with FP8 or MXFP4 weights, read as if it were bfloat16: the one place where values are computed.
 
+In: an open quantised checkpoint. Out: a reader of its bfloat16 form. It never writes.
+
 `X.weight` (F8_E4M3) with `X.weight_scale_inv` (a grid of blocks) is read as `X.weight` in BF16; gpt-oss' `X_blocks` and
 `X_scales` as the `X` of the published bfloat16 model, whose rows are columns. The product is taken in float32 and rounded once,
 to nearest even. Everything else is as it was.

@@ -1,5 +1,7 @@
 """What can be wrong with an input, seen from the reading side.
 
+In: nothing. Out: error types. They never print or exit.
+
 The whole tree, with the errors of the engine, is drawn in `convert.errors`; these two live here because `layouts` raises
 them and never imports `convert`.
 """

@@ -1,5 +1,7 @@
 """Read Hugging Face checkpoints: a directory of safetensors files.
 
+In: a directory. Out: a reader. It never writes, and never trusts a header before it was validated.
+
 The safetensors parser validates every header before we trust it, because a plain JSON reading accepts what it refuses
 (overlaps, holes, wrong sizes). Data is mapped, never loaded: `read` gives views.
 

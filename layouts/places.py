@@ -1,5 +1,7 @@
 """Where a checkpoint lies: a directory, or a prefix in an object store (`gs://`, `s3://`), which TensorStore lists and reads.
 
+In: a path or an address. Out: a path to read from, names and sizes below it. It never downloads as a whole.
+
 A checkpoint asks little of a path, so `RemotePath` has just those of `pathlib.Path`'s words. Credentials are found as
 TensorStore finds them (https://google.github.io/tensorstore/kvstore), the same for arrays and for what stands beside them;
 `AWS_ENDPOINT_URL` and `AWS_REGION` say where a store that speaks S3 is, if it is not Amazon's.

@@ -1,9 +1,11 @@
 """Windows: parts of arrays that stay decoded while they are read bit by bit.
 
-A chunk is decoded as a whole, however little of it is wanted. In a stack of layers that was saved on many devices one chunk
-holds some rows of every expert of every layer; who then reads expert after expert would decode everything for each. So reads
-go through a window: a larger part of the array that is decoded at once, and is kept until others have taken its room. For who
-reads in the order of windows, nothing is decoded twice if a window holds whole chunks, or if chunks are read as streams.
+In: blocks that somebody reads in turn. Out: the same blocks, from parts that stay decoded. It knows no format.
+
+TensorStore decodes a chunk as a whole, however little of it is wanted. A run on many devices saves stacks of layers in chunks
+that hold some rows of every expert of every layer. Reading expert after expert would decode every chunk again for each expert.
+So reads go through a window: a larger part of the array that is decoded at once and stays until others need its room. Reading
+in the order of windows decodes nothing twice, if a window holds whole chunks or if chunks are read as streams.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Durability: staging directories, journals, manifests, the rename that publishes, several processes."""
+"""Durability: the output is absent or complete. The only home of renames, journals and manifests."""

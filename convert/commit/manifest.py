@@ -1,5 +1,7 @@
 """`convert_manifest.json`: what was done, a digest of every tensor, and what it takes to restore the original files.
 
+In: a plan and its digests. Out: the manifest's text; and from a manifest, what it says. It never decides what to write.
+
 Neither safetensors nor Orbax notices a flipped bit; `convert --verify OUT` alone re-checks these digests. The digest is
 xxh3-128 (xxhash): it runs at memory speed, where sha256 (1 GB/s a core) would cost more than the conversion. It guards against
 accidents, not against an attacker.

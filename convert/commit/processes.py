@@ -1,5 +1,7 @@
 """One conversion by several processes, on one machine or many that share a file system; they find each other by JAX.
 
+In: what each process has to say. Out: agreement, and each one's share of the work. It never touches the disk.
+
 Every process makes the same plan and writes its share of the output into the staging directory of the first one, which alone
 opens it, writes what stands beside the tensors and publishes. They meet at few points (`agree`); a process that fails says so,
 and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is journalled is kept

@@ -1,5 +1,7 @@
 """Fill any block of a target tensor from its sources: the one copy that all conversions are made of.
 
+In: a target, a block of it, an open input. Out: the bits of that block. It never computes a value.
+
 Memory is bounded: a source is read in slabs of at most `SLAB` bytes and its pages are released after each.
 """
 

@@ -1,8 +1,9 @@
 """Write one tensor to its place in a file, strip by strip, and hash it on the way.
 
-Strips that lie in the source as they are wanted are taken from there as runs of bytes, all others are assembled in memory. Both
-go to the disk from there, past the page cache; where that cannot be done, the kernel copies the runs, and a server may do so
-within itself.
+In: a target and its place in a file. Out: the bytes at that place, and digests. It never looks at other tensors.
+
+A strip that lies in the source as it is wanted is taken as runs of bytes. Every other strip is assembled in memory. Both go to
+the disk past the page cache. On other file systems the kernel copies the runs; a file server may do that within itself.
 """
 
 from __future__ import annotations

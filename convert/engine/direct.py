@@ -1,8 +1,10 @@
 """Write blocks into a file past the page cache, where the system can do that.
 
-The output of a conversion is larger than memory, must lie on the disk when it ends, and is not read again by it. Through the
-page cache each byte is first copied into memory that the kernel has to find, by one thread for a file at a time; that took
-longer than all the rest. With `O_DIRECT` the disk takes the bytes from the worker's own memory, which is always the same. It
+In: blocks of bytes and offsets. Out: the same bytes on the disk. It never changes the size of a file.
+
+The output of a conversion is larger than memory, has to lie on the disk at the end, and is not read again. The page cache would
+first copy each byte into memory that the kernel has to find, one thread for a file at a time. That took longer than all the
+rest. With `O_DIRECT` the disk takes the bytes from the worker's own memory, which is used again for each block. `O_DIRECT`
 takes whole pages only, so the two ends of a block go through the page cache, as small blocks do.
 """
 

@@ -1,4 +1,7 @@
-"""In which order tensors are made from Orbax arrays, and which parts of these stay decoded meanwhile. Pure."""
+"""In which order tensors are made from Orbax arrays, and which parts of these stay decoded meanwhile. Pure.
+
+In: targets, and how their sources are chunked. Out: an order, and windows. It never reads.
+"""
 
 from __future__ import annotations
 

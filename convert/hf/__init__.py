@@ -1,1 +1,1 @@
-"""Write Hugging Face checkpoints."""
+"""Write Hugging Face checkpoints: shards, index, config, side files."""

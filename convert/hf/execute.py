@@ -1,5 +1,7 @@
 """Write the tensors of a plan into safetensors files: the only home of threads.
 
+In: targets and files. Out: finished tensors, their digests, a journal. It never publishes.
+
 Each worker writes one tensor (see `convert.engine.copying`). Tensors of different files are taken in turn, because two threads
 that write one file wait for each other. Tensors that are read from Orbax keep their order (see `convert.engine.reading`).
 """

@@ -1,5 +1,7 @@
 """Plan the safetensors files of the output: which tensor stands where, to the byte. Pure.
 
+In: targets. Out: names, headers and offsets of files. It never writes them.
+
 A file is 8 bytes of header length, the JSON header padded with spaces to a multiple of 8, and the data. All is known before
 anything is written, so blocks can be written in any order by any number of workers and give the same file.
 

@@ -1,4 +1,7 @@
-"""Write a plan as a Hugging Face checkpoint: shards, index, config, side files, manifest."""
+"""Write a plan as a Hugging Face checkpoint: shards, index, config, side files, manifest.
+
+In: a plan and an open input. Out: a filled staging directory. It never writes elsewhere.
+"""
 
 from __future__ import annotations
 

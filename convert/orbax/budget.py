@@ -1,5 +1,7 @@
 """How an Orbax conversion stays within `--memory`: what it holds at most, from the shapes of chunks alone. Pure.
 
+In: a plan, the chunks of its input, `--memory`. Out: settings that stay within it. It never changes what is written.
+
 Beside our own blocks, memory goes to what TensorStore decodes to read any part of a chunk, to chunks that wait to be compressed
 and written, and to its caches. All of it follows from the chunks of the source, which Orbax chose when it saved, and those of
 the target, which are ours. The richest settings that fit are taken; the output is the same for all.

@@ -1,5 +1,7 @@
 """Cut a target tensor into boxes that are assembled one by one, and into the chunks that Orbax stores. Pure.
 
+In: a target and the chunks of its source. Out: cells, boxes and chunks. It never reads or writes them.
+
 A stored chunk is decoded as a whole, however little of it is wanted. So the target is walked cell by cell, where a cell is what
 one chunk of each source holds; a box never spans two cells. Checkpoints of large training runs are chunked as their parameters
 were sharded, for instance along `k`; then this is not the order in which the target lies in storage. The chunks that are

@@ -1,4 +1,7 @@
-"""Copy files as they are, while the chunks in them are hashed."""
+"""Copy files as they are, while the chunks in them are hashed.
+
+In: files to copy and chunks to hash. Out: durable copies, and digests. It never decodes a chunk.
+"""
 
 from __future__ import annotations
 

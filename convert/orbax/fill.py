@@ -1,7 +1,9 @@
 """Fill the arrays of an Orbax checkpoint with the tensors of a plan, within a memory budget.
 
+In: portions of arrays, an open input. Out: written arrays, and digests. It never makes them durable.
+
 Workers assemble boxes, in the order of the plan and a few ahead of it. One thread takes them in that order, hashes them and
-hands them to TensorStore, which compresses and writes them behind its back.
+hands them to TensorStore, which compresses and writes them in threads of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The directory of an Orbax item that is written: databases of batches that one manifest joins, or a directory per array."""
+"""The directory of an Orbax item that is written: databases of batches that one manifest joins, or a directory per array.
+
+In: batches of portions. Out: stored arrays, joined and durable. It never reads the input.
+"""
 
 from __future__ import annotations
 

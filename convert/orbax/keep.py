@@ -1,11 +1,12 @@
 """Fuse without touching a chunk: where each chunk of the source is a chunk of the target, only its name changes. Pure.
 
-Gate and up lie side by side in `wi`, so that the chunks of `wi_0` and `wi_1` are chunks of `wi`, compressed bytes and all, if
-they do not reach across the end of `n`. What it takes on the disk is in `convert.orbax.moves`. Digests are of the chunks as
-they are stored.
+In: a plan and an open input. Out: where each stored chunk goes, or None if one has to be cut. It never touches a chunk.
 
-Checkpoints whose large arrays are one chunk each are kept like that on demand only: whoever restores one onto many devices has
-to decode it whole on each.
+Gate and up lie side by side in `wi`. So the chunks of `wi_0` and `wi_1` are chunks of `wi`, compressed bytes and all, if none
+reaches across the end of `n`. `convert.orbax.moves` does what this takes on the disk. Digests are of the chunks as stored.
+
+Large arrays that are one chunk each are kept only on demand (`--keep-chunks`): a restore onto many devices would decode the
+whole chunk on each of them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The JSON files that Orbax keeps beside the arrays of an item: the tree, the shardings, the chunks of sharded arrays. Pure.
 
+In: a plan and its `Origin`. Out: texts. It never writes them.
+
 What the input says of a leaf stays: that it is a `jax.Array`, its sharding, that it is a random key. A fused tensor takes over
 what its first source had. Where the input has none (it is no Orbax checkpoint), leaves are NumPy arrays below dict keys.
 

@@ -1,5 +1,7 @@
 """What a conversion by names does on the disk: which files are copied, and how their chunks get new names.
 
+In: a plan and the chunks it keeps. Out: files to copy, and new names. It never decodes a chunk.
+
 An OCDBT database keeps names and values apart: the files with the values are copied as they are, at the speed of the disk, and
 the tree of names is written anew. Where each array is a directory, a chunk is a file, and is copied under its new name.
 """

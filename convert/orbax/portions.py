@@ -1,5 +1,7 @@
 """The parts of Orbax arrays that are written, hashed and journalled at once, and divided among processes. Pure.
 
+In: targets and how they are cut. Out: portions and batches. It never reads or writes them.
+
 A scanned `wi` of a large model is one array of hundreds of GB. It is cut along its first dimension, where the chunks end, so
 that an interruption costs a portion of it, and several processes can share it.
 """

@@ -1,11 +1,10 @@
 """Write a plan as an Orbax checkpoint, without Orbax: arrays by TensorStore, what stands beside them as JSON.
 
+In: a plan and an open input. Out: a filled staging directory. It never imports Orbax.
+
 Orbax alone takes more memory than a small budget has, and it drops what it was not asked to restore: shardings, random keys.
-Where the chunks of the input are chunks of the output as well, only their names change (see `convert.orbax.keep`). Else the
-arrays are written in batches as Orbax's processes write theirs, each batch a database of its own (OCDBT) that the item's
-manifest then joins, or as a directory for each array; large arrays in several portions. A finished batch is made durable and
-journalled: an interrupted run goes on with the next one, and what it left of a batch is removed, so that no dead bytes stay in
-the output.
+The ways of writing, and what each costs, stand in `convert.orbax`. A finished batch is made durable and journalled. The next
+run continues behind it, and removes what an interrupted run left of a batch, so that no dead bytes stay in the output.
 """
 
 from __future__ import annotations

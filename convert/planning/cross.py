@@ -1,5 +1,7 @@
 """Plan a conversion between Hugging Face and MaxText: tensors by the table of trees, experts by their layouts.
 
+In: names and shapes, a tree. Out: targets. It never reads data.
+
 It is the same operation as any other: two layouts of one tensor, and block copies between them. Pure.
 """
 

@@ -1,4 +1,7 @@
-"""The two places of every tensor of a model, in Hugging Face and in MaxText, from the tables of both. Pure."""
+"""The two places of every tensor of a model, in Hugging Face and in MaxText, from the tables of both. Pure.
+
+In: a tree and `config.json`. Out: pairs of places. It never looks at a checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The plan of a conversion from one format to the other: family, scan and record around `convert.planning.cross`. Pure."""
+"""The plan of a conversion from one format to the other: family, scan and record around `convert.planning.cross`. Pure.
+
+In: an open checkpoint and choices. Out: a plan. It never reads data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The plan: every tensor of the output, and where each of its elements comes from. Pure; reads names and shapes only."""
+"""The plan: every tensor of the output, and where each of its elements comes from. Pure; reads names and shapes only.
+
+In: an open checkpoint and choices. Out: a plan. It never reads data.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """What the output says about itself, so that nobody has to guess: which layout, and which one it was. Pure.
 
+In: targets and their layouts. Out: a record. It never reads one.
+
 It stands in `config.json` and in the metadata of every shard; `layouts.matching.candidates` reads it.
 """
 

@@ -1,4 +1,7 @@
-"""How the tensors of one part of a MoE block land in a wanted layout: names, patterns and sizes, or why they cannot. Pure."""
+"""How the tensors of one part of a MoE block land in a wanted layout: names, patterns and sizes, or why they cannot. Pure.
+
+In: a group of tensors and a wanted layout. Out: targets, or a reason. It never reads data.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """A tensor of the output, and the block copies that fill it. Pure.
 
+In: two layouts and their sizes. Out: block copies. It never reads or writes a block.
+
 There is one operation, whatever the two layouts are: a target block and a source block are viewed along the same axes and one
 is copied into the other. A `Target` therefore only holds both layouts and their sizes; `pieces` derives the copies.
 """

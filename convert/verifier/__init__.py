@@ -1,4 +1,7 @@
-"""Prove that two checkpoints hold the same model, or that one is still what was written."""
+"""Prove that two checkpoints hold the same model, or that one is still what was written.
+
+In: one or two paths. Out: a verdict. It never writes, and shares no code with what fuses.
+"""
 
 from __future__ import annotations
 

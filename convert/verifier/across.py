@@ -1,5 +1,7 @@
 """The MoE layers of a Hugging Face checkpoint and of a MaxText tree, side by side, for the probes.
 
+In: two open checkpoints. Out: pairs of MoE layers. It never compares them.
+
 A layer of the one is a place in a stack of the other, by the rows of both tables; what is read there is read as everywhere in
 this package.
 """

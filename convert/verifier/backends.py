@@ -1,5 +1,7 @@
 """The grouped GEMMs that people run, behind one signature.
 
+In: rows, weights, sizes of groups. Out: products. It never reads a checkpoint.
+
 - `ragged_dot`: `jax.lax.ragged_dot`, what MaxText and most JAX programs call.
 - `megablox`: the Pallas kernel for TPUs that ships with JAX; elsewhere in Pallas's interpreter.
 - `tokamax`: OpenXLA's tuned kernels, if installed.

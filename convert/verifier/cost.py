@@ -1,4 +1,7 @@
-"""What a verification will cost here: found by doing a little of it, on the first experts."""
+"""What a verification will cost here: found by doing a little of it, on the first experts.
+
+In: the layers of two checkpoints. Out: an estimate. It never gives a verdict.
+"""
 
 from __future__ import annotations
 

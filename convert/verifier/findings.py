@@ -1,4 +1,7 @@
-"""What the probes of one backend have met so far, and the levels of the verdict that come of it."""
+"""What the probes of one backend have met so far, and the levels of the verdict that come of it.
+
+In: weights of some experts. Out: differences, errors, levels. It never reads a checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Compare a Hugging Face checkpoint with a MaxText tree, tensor by tensor, by the table of both and einops.
 
+In: two open checkpoints and pairs of places. Out: levels `exact` and `others`. It never uses the code that converts.
+
 The rows say which tensor is which; how the bits get from one to the other is done here once more, without the code that
 converts: a tensor of Hugging Face is read, einops turns it, and the part of MaxText's array that should be the same is cut out.
 """

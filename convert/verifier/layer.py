@@ -1,5 +1,7 @@
 """The expert layer as a kernel runs it, in the form in which its weights are stored.
 
+In: rows and the weights of experts. Out: their outputs. It never reads a checkpoint.
+
 A fused `wi` goes through ONE grouped GEMM, whose result is cut as its layout says: in halves (MaxText, vLLM), column by column
 where gate and up take turns, and in halves of each tensor-parallel shard (tpu-inference), shard after shard. Separate `wi_0`
 and `wi_1` go through two. Then activation and `wo`, to whose rows a padded result is trimmed.

@@ -1,5 +1,7 @@
 """Read expert weights back in their logical axes, independently of the code that fuses.
 
+In: descriptions of checkpoints. Out: layers, and the bits of each expert. It never uses the code that fuses.
+
 `convert.engine.blocks` copies views by its own arithmetic. This module reads whole stored slabs of one expert and takes them
 apart. There are two implementations of the same table, so that a mistake in one shows.
 """

@@ -1,5 +1,7 @@
 """The expert layer on many devices: experts on one axis of a mesh, columns of `wi` and rows of `wo` on the other.
 
+In: rows, weights, a mesh of devices. Out: outputs. It never reads a checkpoint.
+
 A fused `wi` can be cut across its columns only where each device's slice holds gate and up of the same columns: that is what
 the `per-shard` layout is for. Any other is cut into gate and up first, and those across the devices, as MaxText does it under
 jit. Every device runs its own experts on its own rows; the results are added up (`psum`).

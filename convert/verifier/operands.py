@@ -1,4 +1,7 @@
-"""The weights of some experts, read from a checkpoint as a grouped GEMM takes them: as they are stored, where that can be."""
+"""The weights of some experts, read from a checkpoint as a grouped GEMM takes them: as they are stored, where that can be.
+
+In: a layer and some experts. Out: operands on the device. It never compares them.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """In which order two checkpoints are compared: chunks that hold many experts of many layers should be decoded once.
 
-Where no chunk reaches across experts, it is layer by layer. Else Orbax arrays are read through windows (see
-`layouts.windows`), and what lies in one is compared before the next one is loaded.
+In: layers and how their arrays are chunked. Out: an order, and windows. It never compares.
+
+If no chunk reaches across experts, the order is layer by layer. Else Orbax arrays are read through windows (`layouts.windows`),
+and everything in one window is compared before the next one is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The verdict as one offline HTML file: verdict, levels, a map of layers and experts, the environment."""
+"""The verdict as one offline HTML file: verdict, levels, a map of layers and experts, the environment.
+
+In: a verdict. Out: the text of a page. It never loads anything from elsewhere.
+"""
 
 from __future__ import annotations
 

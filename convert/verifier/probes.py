@@ -1,5 +1,7 @@
 """Three probes of the experts of two checkpoints, each run in its own form through grouped GEMMs.
 
+In: the weights of some experts in both checkpoints. Out: differences and errors. It never reads a checkpoint.
+
 - identity: one-hot tokens read rows of every expert's weights back through the GEMM. A sum with one term is exact in any order,
   so either checkpoint must give what is stored in the first; and no expert is left out, as random routing would.
   (XLA takes values below 1.2e-38 for zero.)

@@ -1,5 +1,7 @@
 """Which experts a token goes to, and how gate and up are combined: what `config.json` says of a MoE layer.
 
+In: `config.json`. Out: a router and an activation. It never reads weights.
+
 Sources: transformers 5.23, the routers and `act_fn`s of `modeling_*.py`; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2, for
 groups and the correction that chooses without weighing.
 """

@@ -1,5 +1,7 @@
 """How a tensor is stored, read from the text of its pattern: the verifier's own reading of the language of layouts.
 
+In: a pattern's text, sizes, a stored block. Out: the block in logical axes. It never imports `layouts.language`.
+
 `layouts.language.pattern` finds blocks in stored tensors for the code that converts. This module takes whole stored arrays
 apart, with NumPy and einops, so that a mistake of one of the two shows.
 """

@@ -1,4 +1,7 @@
-"""What a verification found, level by level."""
+"""What a verification found, level by level.
+
+In: levels. Out: text and JSON. It never compares.
+"""
 
 from __future__ import annotations
 

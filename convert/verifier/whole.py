@@ -1,5 +1,7 @@
 """The whole MoE layer: route, permute, gate and up, activation, down, unpermute; a few experts and a few rows at a time.
 
+In: a layer, its router, random tokens. Out: which rows go to which experts, and their sums. It never compares.
+
 The router is the checkpoint's own where it stands under a name that we know, else one of random numbers; it only says who gets
 which tokens, and is compared with the other tensors.
 """

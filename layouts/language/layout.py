@@ -1,5 +1,7 @@
 """A layout: a key template and an axis pattern for each role.
 
+In: a key and a pattern. Out: a checked layout. It knows no model.
+
 The role `wi` is the gate (`g` = 0, `wi_0`) and the up (`g` = 1, `wi_1`) projection, with the logical axes `e k g n`; `wo` is
 the down projection, `e n k`.
 """

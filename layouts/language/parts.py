@@ -1,5 +1,7 @@
 """The tensors that make up one projection: the weight, and its companions such as biases, scales and packed forms.
 
+In: a weight's pattern. Out: the pattern of a companion. It knows no model.
+
 A layout states where a projection's weight is. Its companions lie beside it and have fewer or coarser axes: a bias has no
 contracted axis, a block scale has one element for a block of the weight. So they need no layout of their own, only this table.
 

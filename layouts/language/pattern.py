@@ -1,5 +1,7 @@
 """The axes that a tensor keeps in its shape: einops notation, and three words more.
 
+In: a pattern's text, sizes, a block. Out: shapes and slices. It never holds data.
+
     e k (g n)          rank 3; the last dimension is `g` (outer) times `n`
     e ... k n          `...` stands for dimensions that only come along (MaxText's scan axes)
     e k (s=8 g n%128)  `s=8` is a fixed size; `n%128` is stored with zeros behind it, up to a multiple of 128

@@ -1,5 +1,7 @@
 """A tensor's name as a template: the axes of the logical weight that a checkpoint keeps in its names.
 
+In: a key's text. Out: `parse` and `render`, exact inverses. It never uses regular expressions of a table.
+
 A template parses a name into an index and renders an index into the name again; that one thing does both is why a layout needs
 no inverse.
 """

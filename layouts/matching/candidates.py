@@ -1,4 +1,7 @@
-"""The layouts that a checkpoint may be in: what our record says, what the user says, or what its producer owns."""
+"""The layouts that a checkpoint may be in: what our record says, what the user says, or what its producer owns.
+
+In: an open checkpoint, its family, the user's word. Out: layouts to try, in order. It never goes by shapes.
+"""
 
 from __future__ import annotations
 

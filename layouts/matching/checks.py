@@ -1,4 +1,7 @@
-"""What must hold before there is a plan: experts complete and alike, and blocks whose parts fit together."""
+"""What must hold before there is a plan: experts complete and alike, and blocks whose parts fit together.
+
+In: groups of tensors. Out: nothing, or an error. It never changes a group.
+"""
 
 from __future__ import annotations
 

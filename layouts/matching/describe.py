@@ -1,5 +1,7 @@
 """Match every tensor of a checkpoint against its family's table; nothing is guessed and nothing is left over.
 
+In: an open checkpoint. Out: a description. It never reads data, and never guesses.
+
 The result is complete by construction: each source tensor is in exactly one `Group`, or it is verbatim, or there is an error.
 """
 

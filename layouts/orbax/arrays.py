@@ -1,5 +1,7 @@
 """The arrays of an Orbax item as TensorStore opens them: in a database or a directory each, zarr 2 or 3.
 
+In: an item and names. Out: open arrays, their specs. It never writes.
+
 Source: Orbax 0.12 `serialization/tensorstore_utils.py`, https://google.github.io/tensorstore.
 """
 

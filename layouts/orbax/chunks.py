@@ -1,5 +1,7 @@
 """The chunks of an array as they are stored: bytes under keys, which nobody decodes.
 
+In: an array of an open checkpoint. Out: its stored chunks, as keys and bytes. It never decodes one.
+
 Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io), for the keys.
 """
 

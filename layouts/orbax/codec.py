@@ -1,5 +1,7 @@
 """Which zarr arrays are stored so simply that their chunks can be read piece by piece: C order, little-endian, zstd or nothing.
 
+In: zarr metadata. Out: how its chunks are stored, or None. It never decodes.
+
 And the pieces: parts of a stored value, one after another.
 
 Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io).

@@ -1,4 +1,7 @@
-"""Freed memory goes back to the system, so that what is resident is what is held."""
+"""Freed memory goes back to the system, so that what is resident is what is held.
+
+In: a size. Out: nothing; the C library is told. It never frees anything itself.
+"""
 
 from __future__ import annotations
 

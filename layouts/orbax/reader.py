@@ -1,5 +1,7 @@
 """Read Orbax checkpoints: a directory with `_METADATA`, and arrays that TensorStore reads.
 
+In: a directory and its item. Out: a reader. It never writes, and imports neither JAX nor Orbax.
+
 The tree comes from `_METADATA`, shapes and element types from the arrays' own zarr metadata; no data is loaded and neither JAX
 nor Orbax is imported. OCDBT (of one process or merged of many) or one directory per array, zarr 2 or 3: whatever is there.
 

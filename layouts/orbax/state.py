@@ -1,5 +1,7 @@
 """What an optimizer keeps for the weights of experts, and whether it can be fused along with them. Pure; names and shapes only.
 
+In: names and shapes. Out: a reader, with or without the optimizer's state, or an error. It never reads data.
+
 Moments of the Adam family, momentum, accumulated gradients: one number for each weight, so that they are cut and joined as the
 weights are. What other optimizers keep belongs to a whole matrix, and the matrix is another one when gate and up are fused.
 

@@ -1,8 +1,10 @@
 """Read a chunk that is too large to be decoded as a whole: its bytes are decompressed in order, a piece at a time.
 
-Orbax stores an array that was not sharded as one chunk, however large it is, and TensorStore decodes chunks as a whole. But a
-chunk is only its elements in C order, put through zstd, which is a stream: who reads it from front to back needs a window of a
-few MB. Going back starts from the beginning; so it is right in any order, and fast in one.
+In: an open array and a block. Out: the block. It never holds a decoded chunk.
+
+Orbax stores an array that was not sharded as one chunk, however large it is, and TensorStore decodes chunks as a whole. A chunk
+is its elements in C order, put through zstd, and zstd is a stream. Reading it from front to back takes a window of a few MB.
+Going back starts from the beginning. So reading is right in any order, and fast in one.
 
 Source: zarr 2 and 3 specifications (zarr-specs.readthedocs.io; `sharding_indexed` is the index at the end of a shard: offset
 and size of each inner chunk as uint64, then a CRC), RFC 8878 for zstd.

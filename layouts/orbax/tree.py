@@ -1,5 +1,7 @@
 """The tree of an Orbax item: where it is, which leaves it has, and what Orbax says about each. Data is not read here.
 
+In: an item's directory. Out: its leaves. It never reads data.
+
 Source: Orbax 0.12 `metadata/tree.py`, `metadata/value_metadata_entry.py`.
 """
 

@@ -1,5 +1,7 @@
 """The table of models: where each family keeps its experts, and in which layouts.
 
+In: nothing. Out: `FAMILIES`. It never looks at a checkpoint.
+
 One entry says it all, in the language of `layouts.language`. `experts` is the place of the experts. `native` are the layouts
 that published checkpoints have; `--split` writes the first one if nothing is known of the original. `others` are tensors that
 look like experts and are none.

@@ -1,5 +1,7 @@
 """The language of `layouts.tables.maxtext_trees`: for each tensor of a model its name and axes in Hugging Face and in MaxText.
 
+In: nothing. Out: `Row`, `Stack`, `Tree`. It knows no model.
+
 A row is read in both directions. MaxText stacks the layers of a `Stack` into one array whose second axis is the layer (its
 `param_scan_axis`), or has one subtree per layer when they are not scanned; the patterns here are those of one layer. Experts
 are not in the rows: the tables of families and targets have them.

@@ -1,5 +1,7 @@
 """The table of MaxText's trees, in the language of `layouts.tables.maxtext`; one entry per family serves both directions.
 
+In: nothing. Out: `TREES`. It never looks at a checkpoint.
+
 Source: MaxText `checkpoint_conversion/utils/param_mapping.py` (which maps names one by one, with functions for the axes); for
 Llama 4, which is not in it, `checkpoint_conversion/standalone_scripts/llama4_ckpt_unscanned.py` and `models/llama4.py`. That
 models of MaxText 0.2.5 compute with these trees what transformers computes, `tests/clients/test_maxtext.py` shows.

@@ -1,5 +1,7 @@
 """The layouts that checkpoints come in, before anybody fuses them: where gate, up and down are, and along which axes they lie.
 
+In: nothing. Out: layouts, and `SOURCES`, which names them. It never looks at a checkpoint.
+
 Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`, published checkpoints; MaxText `layers/moe.py`.
 `nn.Linear` stores [out, in].
 """

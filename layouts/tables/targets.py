@@ -1,5 +1,7 @@
 """The table of target layouts: what kernels and loaders want `wi` and `wo` to be.
 
+In: a target's name, a family, options. Out: the layouts of `wi` and `wo`. It never looks at a checkpoint.
+
 A target is one line; `{experts}` is where the family keeps its experts, `...` the scan axes, if it has any. `{shards}` and
 `{align}` are the user's.
 """
