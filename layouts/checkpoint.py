@@ -25,7 +25,7 @@ def open_checkpoint(path: str | Path) -> Reader:
         raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
     if is_checkpoint(path):
         if is_remote(path):
-            raise InputError(f"{path}: safetensors are mapped, so they must lie on a disk; copy them there first")
+            raise InputError(f"{path}: safetensors are read from a disk only; copy them there first")
         return HFReader.open(path)
     from layouts.orbax.reader import OrbaxReader, find_item
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.errors import InputError, PlanError
+from layouts.pread import Empty
 from layouts.reader import Reader, ReadLimits, ReadUnit
 from layouts.tensors import TensorSpec, bits, numpy_dtype
 from layouts.windows import Windows
@@ -100,13 +101,13 @@ class DequantizingReader:
     def _sources(self, name: str) -> tuple[str, ...]:
         return self.quantized.get(name, (name,))
 
-    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
         """A block as bits of bfloat16, computed; other tensors as they are stored."""
         if name not in self.quantized:
-            return self.inner.read(name, slices)
+            return self.inner.read(name, slices, empty)
         shape = self.tensors[name].shape
         spans = [range(*cut.indices(size)) for cut, size in zip(slices, shape, strict=True)]
-        out = np.empty([len(span) for span in spans], bits("BF16"))
+        out = empty([len(span) for span in spans], bits("BF16"))
         data, scales = self.quantized[name]
         compute = self._fp4 if data.endswith(BLOCKS) else self._fp8
         width = max(1, out[:1].size)
@@ -146,14 +147,6 @@ class DequantizingReader:
         exponents = code in ("U8", "F8_E8M0")
         found: NDArray[Any] = _exponents()[stored] if exponents else stored.view(numpy_dtype(code)).astype(np.float32)
         return found
-
-    def release(self, name: str, slices: tuple[slice, ...]) -> None:
-        """What was computed is the caller's; what it was computed from is let go."""
-        if name not in self.quantized:
-            self.inner.release(name, slices)
-            return
-        for source in self.quantized[name]:
-            self.inner.release(source, (slice(None),) * len(self.inner.tensors[source].shape))
 
     def close(self) -> None:
         """Let go of all."""

@@ -3,7 +3,7 @@
 In: a directory. Out: a reader. It never writes, and never trusts a header before it was validated.
 
 The safetensors parser validates every header before we trust it, because a plain JSON reading accepts what it refuses
-(overlaps, holes, wrong sizes). Data is mapped, never loaded: `read` gives views.
+(overlaps, holes, wrong sizes). Data is read into the caller's memory (see `layouts.pread`), never mapped.
 
 Source: https://github.com/huggingface/safetensors (format), transformers 5 (index file).
 """
@@ -11,7 +11,6 @@ Source: https://github.com/huggingface/safetensors (format), transformers 5 (ind
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 import threading
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +26,11 @@ from safetensors import SafetensorError, safe_open
 
 from layouts.errors import InputError
 from layouts.files import CONFIG, INDEX, RECORD, no_duplicates, read_object
+from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
 from layouts.windows import Windows
 
-_FOLIO = 2 << 20
-"""The most that Linux maps around a page that is touched, at either end of a block."""
-LINGERING = 32 << 20
-"""Bytes of released blocks that may stay mapped."""
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -98,10 +94,8 @@ class HFReader:
     tensors: Mapping[str, TensorSpec]
     format: str = "hf"
     _home: dict[str, Shard] = field(default_factory=dict)
-    _maps: dict[str, mmap.mmap] = field(default_factory=dict)
-    _files: dict[str, BinaryIO] = field(default_factory=dict)
+    _files: dict[str, InputFile] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _lingering: int = 0
 
     @classmethod
     def open(cls, path: Path) -> HFReader:
@@ -164,47 +158,29 @@ class HFReader:
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
         """Nothing to do: nothing is decoded."""
 
-    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
-        """A block as a read-only view of the mapped file."""
-        shard = self._home[name]
-        spec = shard.tensors[name]
-        begin, _ = shard.offsets[name]
-        dtype = bits(spec.dtype)
-        if not spec.nbytes:
-            return np.empty(spec.shape, dtype)[slices]
-        flat = np.frombuffer(self._map(shard), dtype, spec.nbytes // dtype.itemsize, shard.start + begin)
-        dots: Any = ...  # they keep a tensor of rank 0 an array
-        return flat.reshape(spec.shape)[(*slices, dots)]
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
+        """A block, read into memory that `empty` gives.
 
-    def extent(self, name: str) -> tuple[int, int]:
+        Raises:
+            InputError: the file is shorter than its header says.
+            OSError: it cannot be read.
+        """
+        spec = self.tensors[name]
+        spans = [range(*part.indices(size)) for part, size in zip(slices, spec.shape, strict=True)]
+        out = empty([len(span) for span in spans], bits(spec.dtype))
+        read_block(self.extent(name), spec.shape, slices, out)
+        return out
+
+    def extent(self, name: str) -> Extent:
         """Where a tensor lies: an open file, and the offset of its first byte in it."""
         shard = self._home[name]
-        self._map(shard)
-        return self._files[shard.name].fileno(), shard.start + shard.offsets[name][0]
-
-    def _map(self, shard: Shard) -> mmap.mmap:
         with self._lock:
-            if shard.name not in self._maps:
-                file = self._files[shard.name] = (self.path / shard.name).open("rb")
-                self._maps[shard.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return self._maps[shard.name]
-
-    def release(self, name: str, slices: tuple[slice, ...]) -> None:
-        """Drop pages from this process now and then (they stay in the page cache, where others may use them).
-
-        Not at once: a block that is a part of each row shares its pages with the next one that is read. A thread that still
-        reads what another drops only maps it again.
-        """
-        low, high = np.lib.array_utils.byte_bounds(self.read(name, slices))
-        self._lingering += _FOLIO + high - low
-        if self._lingering > LINGERING:
-            self._lingering = 0
-            for mapped in list(self._maps.values()):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            if (file := self._files.get(shard.name)) is None:
+                file = self._files[shard.name] = InputFile.open(self.path / shard.name)
+        return Extent(file, shard.start + shard.offsets[name][0])
 
     def close(self) -> None:
-        """Forget the mappings and close the files; the system unmaps each with its last view."""
-        self._maps.clear()
+        """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
 

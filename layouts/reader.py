@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
+from layouts.pread import Empty, Extent
 from layouts.tensors import TensorSpec
 from layouts.windows import Windows
 
@@ -94,17 +96,17 @@ class Reader(Protocol):
     def unit(self, name: str) -> ReadUnit | None:
         """What reading a part of a tensor costs; None where any part can be read alone."""
 
-    def extent(self, name: str) -> tuple[int, int] | None:
-        """Where a tensor lies as it is read: an open file, and the offset of its first byte. None where it is decoded."""
+    def extent(self, name: str) -> Extent | None:
+        """Where a tensor lies as it is read. None where it is decoded or computed."""
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
         """Read within these limits, and through these windows, from now on; nothing for who decodes nothing."""
 
-    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
-        """A block of the stored tensor as bits (see `bits`); it may be a read-only view of the file."""
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
+        """A block of the stored tensor as bits (see `bits`): in memory that `empty` gives, or where it was decoded anyway.
 
-    def release(self, name: str, slices: tuple[slice, ...]) -> None:
-        """Let go of the memory behind a block; what `read` gave for these slices must no longer be used."""
+        It must not be written to. It stays good for as long as the memory that `empty` gave does.
+        """
 
     def close(self) -> None:
         """Let go of all."""

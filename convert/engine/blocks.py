@@ -2,13 +2,12 @@
 
 In: a target, a block of it, an open input. Out: the bits of that block. It never computes a value.
 
-Memory is bounded: a source is read in slabs of at most `SLAB` bytes and its pages are released after each.
+Memory is bounded: a source is read in slabs of at most `SLAB` bytes, each into the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 
 from convert.planning.targets import Piece, Target
 from layouts.errors import InputError
-from layouts.language.pattern import Box
+from layouts.language.pattern import Box, Pattern
+from layouts.pread import Empty
 from layouts.reader import Reader
 from layouts.tensors import bits
 
@@ -26,31 +26,46 @@ _BAND, _LINE, _ROWS, _PAD, _SMALL = 1024, 256, 1024, 32, 4096
 """The transpose: bytes of a packed row and of a written run, packed rows, padding and least size in elements (measured)."""
 
 
-Empty = Callable[[Sequence[int], np.dtype[Any]], NDArray[Any]]
-"""Gives an array of a shape and element type, with anything in it."""
+def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty, slab: Empty = np.empty) -> NDArray[Any]:
+    """The block `box` of a target as bits, one dimension per axis, C-contiguous; it must not be written to.
 
-
-@contextmanager
-def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty) -> Iterator[NDArray[Any]]:
-    """The block `box` of a target as bits, one dimension per axis, C-contiguous; good inside the `with` only.
-
-    It is made in an array that `empty` gives. One that lies in one piece in its source is a view of the source, without a copy.
+    It is made in an array that `empty` gives, or is what the reader had decoded anyway. One that lies in one piece in its
+    source is read straight into it. All else is read into arrays that `slab` gives, one at a time, and copied from there.
     """
     pieces = list(target.pieces(box))
-    if len(pieces) == 1 and pieces[0].target_box == dict(box):
-        view = _read(target, pieces[0], reader)
-        if view.flags.c_contiguous:
-            yield view
-            _release(target, pieces[0], reader)
-            return
+    if len(pieces) == 1 and pieces[0].target_box == dict(box) and lies_alike(target, pieces[0]) is not None:
+        block = _read(target, pieces[0], reader, empty)
+        return block if block.flags.c_contiguous else block.copy()
     out = empty([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
     if target.target.pattern.padding:
         out[...] = 0
     for piece in pieces:
-        for slab in _slabs(target, piece, out.itemsize):
-            copy_block(out[_inside(target, slab, box)], _read(target, slab, reader))
-            _release(target, slab, reader)
-    yield out
+        for part in _slabs(target, piece, out.itemsize):
+            copy_block(out[_inside(target, part, box)], _read(target, part, reader, slab))
+    return out
+
+
+def lies_alike(target: Target, piece: Piece) -> int | None:
+    """Where a piece begins in its source, in elements; None unless it lies there in one piece, ordered as in the target."""
+    pattern = target.source.pattern
+    start = first_of(pattern.axes, pattern.stored(target.source_sizes), piece.source_box)
+    alike = _long(pattern, piece.source_box) == _long(target.target.pattern, piece.target_box)
+    return start if alike and not pattern.padding else None
+
+
+def first_of(axes: Sequence[str], sizes: Mapping[str, int], box: Box) -> int | None:
+    """The position of the first element of a box that lies in one piece, or None if it does not."""
+    start, cut = 0, False
+    for axis in axes:
+        if cut and len(box[axis]) < sizes[axis]:
+            return None
+        cut = cut or len(box[axis]) > 1
+        start = start * sizes[axis] + box[axis].start
+    return start
+
+
+def _long(pattern: Pattern, box: Box) -> list[str]:
+    return [axis for axis in pattern.axes if len(box[axis]) > 1]
 
 
 def _inside(target: Target, piece: Piece, box: Box) -> tuple[slice, ...]:
@@ -59,17 +74,17 @@ def _inside(target: Target, piece: Piece, box: Box) -> tuple[slice, ...]:
     return tuple(slice(span.start - start, span.stop - start) for span, start in spans)
 
 
-def _read(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
+def _read(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[Any]:
     """A piece in the target's axes: read where it is stored, split, cut, transposed; no value is touched."""
     source, wanted = target.source.pattern, target.target.pattern.axes
-    block = _cut(target, piece, reader)
+    block = _cut(target, piece, reader, empty)
     only_source = tuple(i for i, axis in enumerate(source.axes) if axis not in wanted)
     order = [axis for axis in source.axes if axis in wanted]
     block = block.squeeze(only_source).transpose([order.index(axis) for axis in wanted if axis in order])
     return block[tuple(slice(None) if axis in order else np.newaxis for axis in wanted)]
 
 
-def _cut(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
+def _cut(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[Any]:
     """A piece in the source's axes. Padding behind it is read as well: it must be zeros, for it goes no further.
 
     Raises:
@@ -78,7 +93,7 @@ def _cut(target: Target, piece: Piece, reader: Reader) -> NDArray[Any]:
     pattern, sizes = target.source.pattern, target.source_sizes
     box = _with_padding(target, piece)
     window = pattern.window(sizes, box)
-    block = reader.read(piece.source, window.slices).reshape(window.shape)[window.inside]
+    block = reader.read(piece.source, window.slices, empty).reshape(window.shape)[window.inside]
     if not pattern.padding:
         return block
     for at, axis in enumerate(pattern.axes):
@@ -98,11 +113,6 @@ def _with_padding(target: Target, piece: Piece) -> Box:
     stored = pattern.stored(sizes)
     ends = {axis: stored[axis] if span.stop == sizes[axis] else span.stop for axis, span in piece.source_box.items()}
     return {axis: range(span.start, ends[axis]) for axis, span in piece.source_box.items()}
-
-
-def _release(target: Target, piece: Piece, reader: Reader) -> None:
-    window = target.source.pattern.window(target.source_sizes, _with_padding(target, piece))
-    reader.release(piece.source, window.slices)
 
 
 def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:

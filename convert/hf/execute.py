@@ -21,7 +21,6 @@ from convert.commit.manifest import SOURCE
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC, Budget
 from convert.engine.copying import Worker, write_tensor
-from convert.engine.direct import Scratch
 from convert.hf.shards import File
 from convert.planning.targets import Target
 from convert.progress import Progress
@@ -73,7 +72,7 @@ def write_tensors(
         return write_tensor(task.target, task.path, task.offset, own.worker, told)
 
     def begin() -> None:
-        own.worker = Worker(reader, Scratch(budget.strip))
+        own.worker = Worker.make(reader, budget.strip)
 
     own = threading.local()
     with ThreadPoolExecutor(budget.jobs, initializer=begin) as pool:

@@ -28,7 +28,7 @@ from convert.orbax.portions import Portion
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.language.pattern import Box
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader
 from layouts.tensors import bits, numpy_dtype
 
 _FULL = ("No space left", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
@@ -117,8 +117,7 @@ class Filler:
             before.exception()
         if self._stop.is_set():
             raise InterruptedError("stopped")
-        with assembled(target, box, self.reader) as block:
-            return block if block.base is None or is_chunked(self.reader) else block.copy()
+        return assembled(target, box, self.reader)
 
     def _write(self, array: _Array, box: Box, future: Future[NDArray[Any]]) -> None:
         block = future.result()

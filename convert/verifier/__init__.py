@@ -210,5 +210,4 @@ def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, pro
         block = reader.read(name, slices)
         digest.update(np.asarray(block, order="C").data)
         progress(block.nbytes)
-        reader.release(name, slices)
     return digest.hexdigest()

@@ -83,7 +83,5 @@ def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], N
         block = b.read(name, slices)
         count += int(np.count_nonzero(a.read(name, slices) != block))
         progress(block.nbytes)
-        a.release(name, slices)
-        b.release(name, slices)
     if count:
         yield f"{name}: {count} elements differ"

@@ -106,7 +106,6 @@ def _compare(
                 yield f"{name} differs from {pair.source.key.render({'l': 0, **index, **g})}"
                 return
         progress(block.nbytes)
-        hf.release(name, slices)
 
 
 def _projections(pair: Pair, index: Mapping[str, int], block: Any) -> Iterator[tuple[dict[str, int], Any]]:
@@ -152,6 +151,4 @@ def _other(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[s
     part = _located(tree, pair, index, strips)
     if part is None:
         return None
-    block = tree.read(part.name, part.slices)
-    tree.release(part.name, part.slices)
-    return block.squeeze(part.dropped)
+    return tree.read(part.name, part.slices).squeeze(part.dropped)

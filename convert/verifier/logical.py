@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from convert.verifier.stored import Axis, dimensions, logical
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)"), "wo": ("down (wo)",)}
@@ -185,6 +185,6 @@ def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> 
 def slab(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> tuple[NDArray[Any], list[list[Axis]]]:
     """The stored tensor for some experts and one layer of the stack: its bits, and the axes of each of its dimensions."""
     found = located(block, kind, at, experts)
-    data = block.reader.read(found.name, found.slices).copy(order="C")
-    block.reader.release(found.name, found.slices)
+    data = block.reader.read(found.name, found.slices)
+    data = data.copy(order="C") if is_chunked(block.reader) else data  # or one expert would hold the window that it is read in
     return data.squeeze(found.dropped), found.dims

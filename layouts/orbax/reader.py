@@ -39,6 +39,7 @@ from layouts.orbax.tree import (
     read_strings,
 )
 from layouts.places import names_of
+from layouts.pread import Empty
 from layouts.reader import ReadLimits, ReadUnit
 from layouts.tensors import TensorSpec, bits, itemsize
 from layouts.windows import Windows
@@ -162,7 +163,7 @@ class OrbaxReader:
         self.close()
         self.limits, self.windows = limits, windows
 
-    def read(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:  # noqa: ARG002
         """A block as an array of bits; the chunks it lies in stay decoded in a bounded cache, in windows, or are streamed.
 
         Raises:
@@ -224,9 +225,6 @@ class OrbaxReader:
         units = map(self.unit, self.tensors)
         whole = [unit.nbytes for unit in units if not unit.streams(self.limits.stream)]
         return max(self.limits.cache, 2 * max(whole, default=0) + 4096)
-
-    def release(self, name: str, slices: tuple[slice, ...]) -> None:
-        """Nothing to do: blocks are the caller's own, and the cache is bounded."""
 
     def close(self) -> None:
         """Forget the open arrays and their cache; reading opens them again."""

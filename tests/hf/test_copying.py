@@ -33,8 +33,8 @@ def test_runs_are_the_bytes_of_the_block(layout, straight, limit):
             seen.add((target.moved, found is not None))
             if found is not None:
                 flat = [reader.arrays[run.source].reshape(-1).view("u1")[run.start : run.start + run.nbytes] for run in found]
-                with assembled(target, box, reader) as block:
-                    assert np.array_equal(np.concatenate(flat), np.asarray(block).reshape(-1).view("u1"))
+                block = assembled(target, box, reader)
+                assert np.array_equal(np.concatenate(flat), block.reshape(-1).view("u1"))
     assert (False, True) in seen
     assert (True, True) in seen if straight or limit == 1 else (True, False) in seen
 
