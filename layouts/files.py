@@ -1,32 +1,77 @@
-"""Small files of a checkpoint: JSON that is read with care.
+"""Small files of a checkpoint, read with care: the one way in for all that is text or JSON.
 
-In: a path. Out: what the file says. It never writes.
+In: a path. Out: what the file says. It never writes, never waits for a pipe or a device, and never reads more than the limit of
+its kind.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from layouts.errors import InputError
+from layouts.pread import InputFile
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
+LIMITS: Mapping[str, int] = {CONFIG: 64 << 20, "zarr.json": 16 << 20, ".zarray": 16 << 20}
+"""Bytes that a file of this name may have."""
+LIMIT = 1 << 30
+"""Bytes that others may have: an index, a manifest or a tree names each tensor, in some 200 bytes (5 million tensors)."""
+HEADER = 100_000_000
+"""Bytes of a shard's header: the limit of the format (safetensors 0.4, `MAX_HEADER_SIZE`)."""
+DEPTH = 64
+"""How deep JSON may be nested; trees of models are some 20 deep."""
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+"""What the system says of a file that is not there, or is none; all else is no fault of the checkpoint."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file.
+
+    Raises:
+        InputError: it is not there, is no regular file, or is larger than one of its kind may be.
+        OSError: the system refuses, or the disk is failing.
+    """
+    limit = LIMITS.get(path.name, LIMIT)
+    if not isinstance(path, Path):  # in a store, where all are regular
+        return bytes(path.read_bytes())
+    try:
+        file = InputFile.open(path)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        size = os.fstat(file.descriptor).st_size
+        if size > limit:
+            raise InputError(f"{path}: it has {size:,} bytes, and {limit:,} are the most that a file of this kind may have")
+        data = bytearray(size)
+        file.read(memoryview(data), 0)
+        return bytes(data)
+    finally:
+        file.close()
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file of the checkpoint.
 
     Raises:
-        InputError: unreadable or not JSON.
+        InputError: it cannot be read, or is not JSON; see `parsed`.
+        OSError: the system refuses, or the disk is failing.
     """
+    data = read_bytes(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+        return parsed(data)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
 
 
@@ -42,6 +87,41 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def parsed(data: bytes) -> Any:
+    """What JSON says, if all of its keys are different, it is not nested too deep, and its texts can be written again.
+
+    Raises:
+        ValueError, RecursionError: it is no such JSON.
+    """
+    found = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
+    for depth, level in enumerate(_levels(found)):
+        if depth > DEPTH:
+            raise ValueError(f"it is nested more than {DEPTH} deep")
+        if b"\\u" not in data:
+            continue
+        for text in (text for each in level for text in _texts(each)):
+            if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
+                raise ValueError(f"the text {text[:40]!r} has a NUL or half a letter in it")
+    return found
+
+
+def _levels(found: Any) -> Iterator[list[Any]]:
+    """Objects and lists, by how deep they are nested."""
+    level = [found] if isinstance(found, dict | list) else []
+    while level:
+        yield level
+        level = [child for each in level for child in _children(each) if isinstance(child, dict | list)]
+
+
+def _children(each: Any) -> Any:
+    return each.values() if isinstance(each, dict) else each
+
+
+def _texts(each: Any) -> Iterator[str]:
+    yield from each if isinstance(each, dict) else ()
+    yield from (child for child in _children(each) if isinstance(child, str))
+
+
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object none of whose keys stands twice.
 
@@ -53,3 +133,26 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice!r} stands twice")
     return found
+
+
+def check_regular(folder: Path) -> None:
+    """Refuse a directory that holds anything but files, directories and links to files: others open what it holds by name.
+
+    Raises:
+        InputError: there is such a thing; reading it could wait for ever.
+        OSError: a directory cannot be listed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                check_regular(Path(entry.path))
+            elif not entry.is_file() and not (entry.is_symlink() and _is_none(entry)):
+                raise InputError(f"{entry.path}: not a regular file; put a copy of the data in its place")
+
+
+def _is_none(entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads nowhere, or to a directory; who needs it says that it is missing."""
+    try:
+        return stat.S_ISDIR(entry.stat().st_mode)
+    except OSError:
+        return True

@@ -10,7 +10,6 @@ Source: https://github.com/huggingface/safetensors (format), transformers 5 (ind
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from layouts.errors import InputError
-from layouts.files import CONFIG, INDEX, RECORD, no_duplicates, read_object
+from layouts.files import CONFIG, HEADER, INDEX, RECORD, parsed, read_object
 from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
@@ -55,15 +54,16 @@ def read_shard(path: Path) -> Shard:
 
     Raises:
         InputError: not a sound safetensors file; says why when the reason is a common one.
+        OSError: the system refuses, or the disk is failing.
     """
+    text = _header(path)
     try:
         with safe_open(path, framework="np"):
             pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            text = file.read(size).decode()
-        entries = json.loads(text, object_pairs_hook=no_duplicates)
-    except (SafetensorError, ValueError, OSError) as error:
+        size, entries = len(text), parsed(text)
+        if not isinstance(entries, dict):
+            raise ValueError("the header is no object")
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a sound safetensors file: {error}{_common_cause(path)}") from None
     entries.pop("__metadata__", None)
     ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
@@ -74,7 +74,30 @@ def read_shard(path: Path) -> Shard:
                 f"{path}: {name} has element type {spec.dtype}, which is not supported; known: {', '.join(DTYPES)}"
             )
     offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
-    return Shard(name=path.name, header=text, start=8 + size, offsets=offsets, tensors=tensors)
+    return Shard(name=path.name, header=text.decode(), start=8 + size, offsets=offsets, tensors=tensors)
+
+
+def _header(path: Path) -> bytes:
+    """The header as it stands in the file.
+
+    Raises:
+        InputError: there is none, or one that the format does not allow.
+        OSError: the system refuses, or the disk is failing.
+    """
+    file = InputFile.open(path)
+    try:
+        total = os.fstat(file.descriptor).st_size
+        head = bytearray(min(8, total))
+        file.read(memoryview(head), 0)
+        size = int.from_bytes(head, "little")
+        if len(head) < 8 or size > min(HEADER, total - 8):
+            why = "header too small" if len(head) < 8 else f"header too large ({size:,} bytes in a file of {total:,})"
+            raise InputError(f"{path}: not a sound safetensors file: {why}{_common_cause(path)}")
+        text = bytearray(size)
+        file.read(memoryview(text), 8)
+        return bytes(text)
+    finally:
+        file.close()
 
 
 def _common_cause(path: Path) -> str:
