@@ -8,8 +8,6 @@ hands them to TensorStore, which compresses and writes them in threads of its ow
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +26,9 @@ from convert.orbax.portions import Portion
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.language.pattern import Box
+from layouts.orbax.faults import answer, writing
 from layouts.reader import Reader
 from layouts.tensors import bits, numpy_dtype
-
-_FULL = ("No space left", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +93,7 @@ class Filler:
     ) -> Iterator[tuple[_Array, Box, Future[NDArray[Any]]]]:
         before: Future[NDArray[Any]] | None = None
         for array in arrays:
-            with _as_os_error(array.name):
+            with writing(array.name):
                 array.store = self.open(array.portion.chunking)
             streamed = self._is_streamed(array.target)
             for box in array.portion.boxes():
@@ -126,7 +123,7 @@ class Filler:
         pattern = array.target.target.pattern
         window = pattern.window(array.target.sizes, box)
         shape = [part.stop - part.start for part in window.slices]
-        with _as_os_error(array.name):
+        with writing(array.name):
             data = block.reshape(shape).view(numpy_dtype(array.target.spec.dtype))
             written = array.store[window.slices].write(data, can_reference_source_data_indefinitely=True)
         self._flying.append((written, array, block))
@@ -137,8 +134,8 @@ class Filler:
         """Wait for writes until no more than `most` bytes are on their way."""
         while self._flying and (sum(block.nbytes for _, _, block in self._flying) > most or not most):
             written, array, block = self._flying.popleft()
-            with _as_os_error(array.name):
-                written.result()
+            with writing(array.name):
+                answer(written)
             self.progress(block.nbytes)
 
     def _digest(self, array: _Array) -> xxhash.xxh3_128:
@@ -147,29 +144,12 @@ class Filler:
             return array.digest
         digest, target = xxhash.xxh3_128(), array.target
         for box in array.portion.strips(self.budget.box):
-            with _as_os_error(array.name):
+            with writing(array.name):
                 slices = target.target.pattern.window(target.sizes, box).slices
-                block = np.asarray(array.store[slices].read(order="C").result())
+                block = np.asarray(answer(array.store[slices].read(order="C")))
             digest.update(block.view(bits(target.spec.dtype)).reshape(-1).view(np.uint8).data)
         return digest
 
 
 def _array(portion: Portion) -> _Array:
     return _Array(portion=portion, digest=xxhash.xxh3_128() if portion.chunking.in_order() else None)
-
-
-class _as_os_error:  # noqa: N801
-    """TensorStore tells a full disk by a ValueError with a text."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, ValueError):
-            return
-        full = any(text in str(error) for text in _FULL)
-        code, text = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
-        raise OSError(code, text, self.name) from error

@@ -8,6 +8,7 @@ Source: Orbax 0.12 `serialization/tensorstore_utils.py`, https://google.github.i
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from layouts.errors import InputError
+from layouts.orbax.faults import answer, told
 from layouts.places import kvstore_of
 from layouts.tensors import DTYPES, TensorSpec
 
@@ -25,6 +27,8 @@ CODES = {name: code for code, name in DTYPES.items()}
 """TensorStore's (and NumPy's) names of element types -> safetensors' codes."""
 NODES = 16 << 20
 """Bytes of OCDBT's tree that are kept."""
+CHUNKS = 1 << 22
+"""Chunks that an array may have; more is what damaged metadata says. Lists of them are held in memory."""
 
 
 def spec_of(item: Path, name: str, *, ocdbt: bool, zarr3: bool, complete: bool) -> dict[str, Any]:
@@ -68,11 +72,19 @@ def open_all(item: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
     futures = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
     stores = {}
     for name, future in futures.items():
-        try:
-            stores[name] = future.result()
-        except ValueError as error:
-            raise InputError(f"{item}: {name} cannot be opened: {error}") from None
+        with told(item, name):
+            stores[name] = answer(future)
+            _check_grid(item, name, stores[name])
     return stores
+
+
+def _check_grid(item: Path, name: str, store: Any) -> None:
+    shape, chunk = store.shape, store.chunk_layout.write_chunk.shape or store.shape
+    count = math.prod(-(-size // max(1, step)) for size, step in zip(shape, chunk, strict=True))
+    if count > CHUNKS:
+        raise InputError(
+            f"{item}: {name} {shape} would have {count:,} chunks of {chunk}; {CHUNKS:,} are the most that are read"
+        )
 
 
 def describe(item: Path, name: str, store: Any) -> TensorSpec:
@@ -112,7 +124,7 @@ def read_by_chunks(store: Any, slices: Sequence[slice], chunk: Sequence[int], so
 
 def _land(reading: deque[tuple[tuple[slice, ...], Any]], block: NDArray[Any]) -> None:
     inside, future = reading.popleft()
-    block[inside] = future.result()
+    block[inside] = answer(future)
 
 
 def _steps(whole: slice, step: int) -> list[slice]:

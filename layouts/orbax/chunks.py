@@ -17,6 +17,7 @@ import tensorstore as ts
 
 from layouts.errors import InputError
 from layouts.orbax.codec import PIECE, key_form, key_of, pieces_of
+from layouts.orbax.faults import answer, told
 from layouts.orbax.reader import OrbaxReader
 from layouts.tensors import itemsize
 
@@ -76,9 +77,26 @@ def _listed(reader: OrbaxReader, name: str, first: range | None) -> Iterator[Chu
         last = separator if rank > 1 else ""
         ranges = [_beginning(separator.join((*words, str(number))) + last, exactly=rank == 1) for number in first]
     for part in ranges:
-        for raw in reader.values(name).list(part).result():
+        with told(reader.item, name):
+            keys = answer(reader.values(name).list(part))
+        for raw in keys:
             if (key := raw.decode()) not in _OTHERS and not key.endswith(LOCK):
-                yield Chunk(tuple(map(int, key.split(separator)[len(words) :][:rank])), name, key)
+                yield Chunk(_place(reader, name, key, separator, len(words), rank), name, key)
+
+
+def _place(reader: OrbaxReader, name: str, key: str, separator: str, begin: int, rank: int) -> tuple[int, ...]:
+    """Where the chunk of a key is in the grid.
+
+    Raises:
+        InputError: it is no key of a chunk.
+    """
+    try:
+        found = tuple(map(int, key.split(separator)[begin:][:rank]))
+    except ValueError:
+        found = ()
+    if len(found) != rank:
+        raise InputError(f"{reader.item}: {name} holds {key!r}, which is no chunk of an array of {rank} dimensions")
+    return found
 
 
 def _beginning(text: str, *, exactly: bool) -> Any:
@@ -104,8 +122,9 @@ def contents(reader: OrbaxReader, chunks: Sequence[Chunk]) -> Iterator[bytes]:
             reading.append(reader.values(name).read(chunk.key))
             yield from _landed(reading, min(_AHEAD, PIECE // max(1, size)))
         yield from _landed(reading, 0)
-    except ValueError as error:
-        raise InputError(f"{reader.item}: {name} cannot be read: {error}") from None
+    except (ValueError, TimeoutError) as error:
+        with told(reader.item, name):
+            raise error
 
 
 def _decoded(reader: OrbaxReader, name: str) -> int:
@@ -116,4 +135,4 @@ def _decoded(reader: OrbaxReader, name: str) -> int:
 def _landed(reading: deque[Any], most: int) -> Iterator[bytes]:
     """What the first of these reads give, until no more than `most` are left."""
     while len(reading) > most:
-        yield reading.popleft().result().value
+        yield answer(reading.popleft()).value

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layouts.orbax.faults import answer
+
 try:
     import zstandard as zstd
 except ImportError:  # then such chunks are decoded whole
@@ -86,7 +88,7 @@ def streamable(metadata: Mapping[str, Any]) -> bool:
 
 def fetch(kvstore: Any, key: str, part: slice) -> bytes:
     """A part of a stored value; nothing if there is no such value."""
-    found = kvstore.read(key, byte_range=part).result()
+    found = answer(kvstore.read(key, byte_range=part))
     return bytes(found.value) if found.state == "value" else b""
 
 

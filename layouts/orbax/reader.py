@@ -21,10 +21,10 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from layouts.errors import InputError
-from layouts.files import CONFIG, RECORD, read_json, read_object
+from layouts.files import CONFIG, RECORD, check_regular, read_object
 from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
+from layouts.orbax.faults import answer, told
 from layouts.orbax.stream import ChunkStreams
 from layouts.orbax.tree import (
     ARRAYS,
@@ -38,7 +38,7 @@ from layouts.orbax.tree import (
     read_leaves,
     read_strings,
 )
-from layouts.places import names_of
+from layouts.places import is_remote, names_of
 from layouts.pread import Empty
 from layouts.reader import ReadLimits, ReadUnit
 from layouts.tensors import TensorSpec, bits, itemsize
@@ -85,7 +85,9 @@ class OrbaxReader:
             InputError: something is missing or corrupt, or of a kind that this tool does not know.
         """
         check_finished(item)
-        tree = read_json(item / METADATA)
+        if not is_remote(item):
+            check_regular(item)
+        tree = read_object(item / METADATA)
         leaves = read_leaves(item, tree)
         ocdbt, zarr3 = tree.get("use_ocdbt"), bool(tree.get("use_zarr3", False))
         use_ocdbt = (item / "manifest.ocdbt").exists() if ocdbt is None else bool(ocdbt)
@@ -177,17 +179,15 @@ class OrbaxReader:
     def _load(self, name: str, slices: tuple[slice, ...], some: int = 0) -> NDArray[Any]:
         """The same, as it is stored; of a window, not more chunks at a time than `some`."""
         dtype = bits(self.tensors[name].dtype)
-        try:
+        with told(self.item, name):
             store = self._store(name)
             if isinstance(store, ChunkStreams):
                 block = store.read(slices, dtype)
                 self._forget_streams()
                 return block
             if not some:
-                return np.asarray(store[slices].read(order="C").result()).view(dtype)
+                return np.asarray(answer(store[slices].read(order="C"))).view(dtype)
             return read_by_chunks(store, slices, self.chunks[name], some).view(dtype)
-        except ValueError as error:
-            raise InputError(f"{self.item}: {name} cannot be read: {error}") from None
 
     def _load_window(self, name: str, slices: tuple[slice, ...]) -> NDArray[Any]:
         within = tuple(slice(p.start, min(p.stop, size)) for p, size in zip(slices, self.tensors[name].shape, strict=True))
@@ -198,7 +198,7 @@ class OrbaxReader:
         with self._lock:
             self._context = self._context or make_context(self._cache(), self.limits.threads)
             if name not in self._values:
-                self._values[name] = ts.KvStore.open(self._specs[name]["kvstore"], context=self._context).result()
+                self._values[name] = answer(ts.KvStore.open(self._specs[name]["kvstore"], context=self._context))
             return self._values[name]
 
     def _store(self, name: str) -> Any:
@@ -206,7 +206,7 @@ class OrbaxReader:
             store = self._stores.pop(name, None)
             if store is None:
                 self._context = self._context or make_context(self._cache(), self.limits.threads)
-                store = ts.open(self._specs[name], context=self._context).result()
+                store = answer(ts.open(self._specs[name], context=self._context))
                 if self.unit(name).streams(self.limits.stream):
                     store = ChunkStreams.of(store)
             self._stores[name] = store  # the last one used stands last

@@ -71,6 +71,8 @@ def find_item(path: Path) -> Path | None:
     Raises:
         InputError: several steps, or several items none of which has a usual name.
     """
+    if unfinished := next((part for part in (path.name, path.resolve().name, path.parent.name) if UNFINISHED in part), None):
+        raise InputError(f"{path}: {unfinished} is what Orbax calls a directory that it has not finished; parts may be missing")
     if (path / METADATA).is_file():
         return path
     if (item := _item_of(path)) is not None:

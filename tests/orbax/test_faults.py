@@ -1,0 +1,99 @@
+"""TensorStore's errors become exit 3 or 6 with a line that people read; damaged metadata is refused at once."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import tensorstore as ts
+
+from convert import cli
+from layouts.errors import InputError
+from layouts.orbax import faults
+from layouts.orbax.faults import answer, told, writing
+
+SPEC = " [tensorstore_spec='{\"context\":{\"cache_pool\":{}}}' [source locations='tensorstore/x.cc:1\n']]"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('RESOURCE_EXHAUSTED: Error writing "x": [OS error 28: ENOSPC No space left on device]', errno.ENOSPC),
+        ('PERMISSION_DENIED: Error reading "x": [OS error 13: EACCES Permission denied]', errno.EACCES),
+        ('INTERNAL: Error reading "x": [OS error 5: EIO Input/output error]', errno.EIO),
+        ("UNAVAILABLE: no route", errno.EIO),
+        ("ABORTED: gone", errno.EIO),
+    ],
+)
+def test_faults_of_the_system(text, code):
+    for inside in (told("item", "array"), writing("array")):
+        with pytest.raises(OSError, match="array") as raised, inside:
+            raise ValueError(text + SPEC * 9)
+        assert raised.value.errno == code
+        assert len(str(raised.value)) < 350
+        assert "tensorstore_spec" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["NOT_FOUND: no chunk", "DATA_LOSS: bad", "FAILED_PRECONDITION: x", "INVALID_ARGUMENT: y"])
+def test_faults_of_the_data(text):
+    with pytest.raises(InputError, match="item: array cannot be read") as raised, told("item", "array"):
+        raise ValueError(text + SPEC * 9)
+    assert "tensorstore_spec" not in str(raised.value)
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(faults, "PATIENCE", 0.05)
+    promise, future = ts.Promise.new()
+    with pytest.raises(OSError, match="no answer within") as raised, told("s3://bucket", "array"):
+        answer(future)
+    assert raised.value.errno == errno.ETIMEDOUT
+    promise.set_result(None)
+
+
+def item(path, shape=(4,), chunk=(2,)):
+    """An item with one array, in a directory of its own."""
+    path.mkdir(parents=True)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/x/"}}
+    layout = ts.ChunkLayout(chunk_shape=[2])
+    ts.open(spec, create=True, dtype="float32", shape=[4], chunk_layout=layout).result().write([1.0, 2, 3, 4]).result()
+    metadata = json.loads((path / "x" / "zarr.json").read_text())
+    metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"] = list(shape), list(chunk)
+    (path / "x" / "zarr.json").write_text(json.dumps(metadata))
+    leaf = {"key_metadata": [{"key": "x", "key_type": 2}], "value_metadata": {"value_type": "jax.Array"}}
+    (path / "_METADATA").write_text(json.dumps({"tree_metadata": {"('x',)": leaf}, "use_ocdbt": False, "use_zarr3": True}))
+    return path
+
+
+def refused(capsys, source, words, code=3):
+    assert cli.main(["--prefuse", "--quiet", str(source), str(source.parent / "out")]) == code
+    text = capsys.readouterr().err
+    assert words in text, text
+
+
+def test_a_grid_that_nothing_can_hold_is_refused_at_once(tmp_path, capsys):
+    refused(capsys, item(tmp_path / "in", shape=(10**9,), chunk=(1,)), "1,000,000,000 chunks")
+
+
+def test_an_unfinished_directory_is_refused_by_its_own_name(tmp_path, capsys):
+    refused(capsys, item(tmp_path / "default.orbax-checkpoint-tmp-1"), "has not finished")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("_METADATA", "neither"), ("x/zarr.json", "not a regular file"), ("x/c/0", "not a regular file")],
+)
+def test_a_pipe_is_refused_at_once(tmp_path, capsys, name, words):
+    source = item(tmp_path / "in")
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    refused(capsys, source, words)
+
+
+def test_metadata_of_another_shape_is_the_inputs_fault(tmp_path, capsys):
+    for number, tree in enumerate(([], {}, {"tree_metadata": 3}, {"tree_metadata": {"x": None}}, {"tree_metadata": {}})):
+        source = item(tmp_path / str(number) / "in")
+        (source / "_METADATA").write_text(json.dumps(tree))
+        code = cli.main(["--prefuse", "--quiet", str(source), str(tmp_path / "out")])
+        assert code in (3, 4), (tree, capsys.readouterr().err)
+        shutil.rmtree(source)
