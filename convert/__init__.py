@@ -73,7 +73,9 @@ def verify(
     from layouts.places import place
 
     chosen = complete(Verification, options)
-    return verify_manifest(place(a), progress) if b is None else verify_checkpoints(place(a), place(b), progress, chosen)
+    if b is None:
+        return verify_manifest(place(a), progress, chosen.memory)
+    return verify_checkpoints(place(a), place(b), progress, chosen)
 
 
 def prefuse_params(params: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import convert
 from convert.arguments import options, parser
-from convert.errors import ConvertError, UsageError
+from convert.errors import ConvertError, UsageError, printable
 from convert.options import Choices, Running, Verification, complete, named
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     total = None if quiet else _input_bytes(source) // (processes.count if processes else 1) or None
     with _progress(total, quiet) as progress:
         report = call(source, out, processes=processes, progress=progress, **given)
-    print(report)
+    print(printable(str(report)))
     return 0
 
 
@@ -96,7 +96,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
     with closing(open_checkpoint(source)) as reader:
         writer = writer_of(planned, reader, complete(Running, given), processes)
         pieces = writer.pieces()
-    print(describe_plan(planned, writer.budget.peak + processes.held, writer.budget.jobs))
+    print(printable(describe_plan(planned, writer.budget.peak + processes.held, writer.budget.jobs)))
     if arguments.num_processes:
         print(describe_division(pieces, arguments.num_processes))
     return 0
@@ -117,7 +117,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     total = None if arguments.quiet else passes * _input_bytes(arguments.paths[-1])
     with _progress(total, arguments.quiet) as progress:
         verdict = convert.verify(*arguments.paths, progress=progress, **given)
-    print(verdict.json() if arguments.json else verdict)
+    print(verdict.json() if arguments.json else printable(str(verdict)))
     if arguments.report:
         from convert.verifier.page import page
 
@@ -181,5 +181,5 @@ def _reader_left() -> int:
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"convert: {message}", file=sys.stderr)
+    print(f"convert: {printable(message)}", file=sys.stderr)
     return code

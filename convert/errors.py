@@ -10,9 +10,26 @@
 Codes 0 (done, equal) and 1 (`--verify` found a difference) are results, not errors; 130 and 143 are SIGINT and SIGTERM.
 """
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from layouts.errors import ConvertError, InputError, PlanError
 
-__all__ = ["ConvertError", "InputError", "OutputError", "PlanError", "StorageError", "UsageError"]
+__all__ = [
+    "ConvertError",
+    "InputError",
+    "OutputError",
+    "PlanError",
+    "StorageError",
+    "UsageError",
+    "printable",
+    "readable",
+]
+
+_LEFT_OVER = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, StopIteration, TypeError, ValueError)
+"""What code raises that reads something it was not written for."""
 
 
 class UsageError(ConvertError):
@@ -31,3 +48,25 @@ class StorageError(ConvertError):
     """Reading or writing failed for a reason outside the checkpoint, such as a full disk."""
 
     exit_code = 6
+
+
+@contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """The last resort around opening, describing and planning: whatever an input makes them raise is the input's fault.
+
+    Raises:
+        InputError: something was raised that names no fault of the input's; the cause is attached.
+    """
+    try:
+        yield
+    except _LEFT_OVER as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise InputError(
+            f"{source}: cannot be read as a checkpoint: {type(error).__name__} in {last.name}: {str(error)[:200]}; "
+            f"--debug shows where"
+        ) from error
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, and half letters, stand as escapes: names of an input must not steer a terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else f"{letter!r}"[1:-1] for letter in text)

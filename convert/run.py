@@ -16,7 +16,7 @@ from convert.commit.stage import check_output, staging
 from convert.commit.store import mark_of
 from convert.engine.budget import make_budget
 from convert.engine.writer import Writer
-from convert.errors import InputError, UsageError
+from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running
 from convert.planning.choices import check
 from convert.planning.cross_plan import make_cross_plan
@@ -37,6 +37,11 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
         InputError, PlanError: see `convert.errors`.
     """
     check(choices)
+    with readable(source):
+        return _open_and_plan(source, out, action, choices)
+
+
+def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan]:
     reader = open_checkpoint(source)
     try:
         if choices.dequantize:

@@ -2,8 +2,8 @@
 
 In: a target and its place in a file. Out: the bytes at that place, and digests. It never looks at other tensors.
 
-A strip that lies in the source as it is wanted is read as runs of bytes. Every other strip is assembled in memory. Both go to the
-disk past the page cache. On other file systems the kernel copies the runs; a file server may do that within itself.
+A strip that lies in the source as it is wanted is read as runs of bytes. Every other strip is assembled in memory. Both go to
+the disk past the page cache. On other file systems the kernel copies the runs; a file server may do that within itself.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ In: one or two paths. Out: a verdict. It never writes, and shares no code with w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,11 @@ import numpy as np
 import xxhash
 
 from convert.commit import manifest
-from convert.errors import InputError, PlanError
+from convert.errors import InputError, PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
-from convert.verifier.order import STRIP, hold_experts
+from convert.verifier.order import STRIP, hold, hold_experts
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.language.pattern import strips
@@ -27,6 +27,7 @@ from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
 from layouts.tables.families import maxtext
+from layouts.windows import lengths
 
 if TYPE_CHECKING:
     from convert.verifier.across import Formats
@@ -114,8 +115,13 @@ def _differ(one: Reader, other: Reader) -> bool:
 
 @contextmanager
 def _both(a: Path, b: Path) -> Iterator[tuple[Reader, Reader]]:
-    with closing(open_checkpoint(a)) as one, closing(open_checkpoint(b)) as other:
+    with closing(_opened(a)) as one, closing(_opened(b)) as other:
         yield one, other
+
+
+def _opened(path: Path) -> Reader:
+    with readable(path):
+        return open_checkpoint(path)
 
 
 def _described(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:
@@ -130,7 +136,8 @@ def _described(one: Reader, other: Reader, options: Verification) -> tuple[Descr
 def _describe(reader: Reader, family: str | None, options: Verification) -> Description:
     """As it stands, or in the layout that was named, if it cannot be described as it stands."""
     try:
-        return describe(reader, family=family)
+        with readable(reader.path):
+            return describe(reader, family=family)
     except PlanError:
         if options.source_layout is None:
             raise
@@ -172,7 +179,7 @@ def _how(one: Reader, other: Reader, options: Verification) -> How:
     return How(backends=backends, missing=missing, mesh=mesh, config=config, memory=options.memory)
 
 
-def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
+def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 2 << 30) -> Verdict:
     """Hash every tensor again and compare with the manifest that was written with it.
 
     Raises:
@@ -181,9 +188,11 @@ def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
     found = manifest.read(path) if path.is_dir() else None
     if not found:
         raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
-    expected: dict[str, manifest.Digest] = {name: entry["xxh3_128"] for name, entry in found["tensors"].items()}
+    with readable(path / manifest.NAME):
+        expected: dict[str, manifest.Digest] = {name: entry["xxh3_128"] for name, entry in found["tensors"].items()}
     differences = []
-    with closing(open_checkpoint(path)) as reader:
+    with closing(_opened(path)) as reader:
+        _hold(reader, expected, memory)
         for name in sorted(set(expected) ^ set(reader.tensors)):
             where = "the manifest" if name in expected else "the checkpoint"
             differences.append(f"{name} is only in {where}")
@@ -195,6 +204,12 @@ def verify_manifest(path: Path, progress: Progress | None = None) -> Verdict:
                     differences.append(f"{where} (in {reader.where(name)}) is not what was written")
     level = Level(name="digests", covered=f"{len(expected)} tensors, xxh3-128", differences=tuple(differences))
     return Verdict(subject=str(path), levels=(level,))
+
+
+def _hold(reader: Reader, names: Iterable[str], memory: int) -> None:
+    """Read these tensors strip by strip, within this memory."""
+    specs = [spec for name in names if (spec := reader.tensors.get(name)) and spec.nbytes]
+    hold(reader, {spec.name: lengths(next(strips(spec.shape, STRIP))) for spec in specs}, 1, memory)
 
 
 def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, progress: Progress) -> str:

@@ -29,9 +29,12 @@ def check_equal(reader: Reader, specs: Sequence[TensorSpec]) -> None:
     """All tensors of a group have one shape and one element type.
 
     Raises:
-        PlanError: they do not.
+        InputError: they have no elements.
+        PlanError: they are not alike.
     """
     first = specs[0]
+    if not first.nbytes:
+        raise InputError(f"{reader.path}: {first.name} (in {reader.where(first.name)}) has no elements: {first.shape}")
     for spec in specs:
         if (spec.shape, spec.dtype) != (first.shape, first.dtype):
             raise PlanError(
