@@ -29,18 +29,24 @@ exit codes: 0 done or equal, 1 a difference, 2 usage, 3 input missing or corrupt
 ACTIONS: Mapping[str, type] = {"--prefuse": Prefusing, "--split": Splitting, "--to": Reformatting, "--verify": Verifying}
 """What each action takes; `--to` alone is the one that only changes the format."""
 _NATURAL, _POSITIVE = values.natural, values.positive
-_COMMAND: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--dry-run", {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
-    ("--distributed", {"action": "store_true", "help": "one of several processes, found by JAX (SLURM, GKE, TPU)"}),
-    ("--coordinator", {"metavar": "HOST:PORT", "help": "where process 0 of several is found; implies --distributed"}),
-    ("--num-processes", {"type": _POSITIVE, "metavar": "P", "help": "how many there are; --dry-run: divide the work"}),
-    ("--process-id", {"type": _NATURAL, "metavar": "I", "help": "which of them this is, from 0"}),
-    ("--json", {"action": "store_true", "help": "--verify: print the verdict as JSON"}),
-    ("--report", {"metavar": "FILE.html", "help": "--verify: write the verdict as one offline page, too"}),
-    ("--quiet", {"action": "store_true", "help": "no progress bar"}),
-    ("--debug", {"action": "store_true", "help": "show tracebacks"}),
+_CONVERSIONS = ("--prefuse", "--split", "--to")
+_EVERY = (*_CONVERSIONS, "--verify", "--families")
+_COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("--dry-run", _EVERY[:-1], {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
+    (
+        "--distributed",
+        _EVERY[:-1],
+        {"action": "store_true", "help": "one of several processes, found by JAX (SLURM, GKE, TPU)"},
+    ),
+    ("--coordinator", _EVERY[:-1], {"metavar": "HOST:PORT", "help": "where process 0 of several is; implies --distributed"}),
+    ("--num-processes", _CONVERSIONS, {"type": _POSITIVE, "metavar": "P", "help": "how many; --dry-run: divide the work"}),
+    ("--process-id", _CONVERSIONS, {"type": _NATURAL, "metavar": "I", "help": "which of them this is, from 0"}),
+    ("--json", ("--verify",), {"action": "store_true", "help": "--verify: print the verdict as JSON"}),
+    ("--report", ("--verify",), {"metavar": "FILE.html", "help": "--verify: write the verdict as one offline page, too"}),
+    ("--quiet", _EVERY, {"action": "store_true", "help": "no progress bar"}),
+    ("--debug", _EVERY, {"action": "store_true", "help": "show tracebacks"}),
 )
-"""Arguments that the library has no option for."""
+"""Arguments that the library has no option for, and the actions that take them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
     for each, actions in _taken().values():
         _add(found, each, "--verify: " if actions == ["--verify"] else "")
-    for flag, words in _COMMAND:
+    for flag, _, words in _COMMAND:
         found.add_argument(flag, **_read(words))
     return found
 
@@ -102,14 +108,18 @@ def options(arguments: argparse.Namespace, action: str) -> dict[str, Any]:
     """The options of the library that the user gave.
 
     Raises:
-        UsageError: one does not belong to this action.
+        UsageError: one that was given does not belong to this action.
     """
     taken = _taken()
+    for flag, actions, _ in _COMMAND:
+        if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False) and action not in actions:
+            raise UsageError(f"{flag} is for {_listed(actions)}, not for {action}")
     given = {name: value for name, value in vars(arguments).items() if name in taken}
     for name in given:
-        each, actions = taken[name]
-        if action not in actions and each.flag != action:
-            raise UsageError(f"{each.flag} is for {_listed(actions)}, not for {action}")
+        each, only = taken[name]
+        if action not in only and each.flag != action:
+            meant = f". Did you mean {each.option.instead}?" if each.option.instead else ""
+            raise UsageError(f"{each.flag} is for {_listed(only)}, not for {action}{meant}")
     return given
 
 

@@ -53,6 +53,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.families:
         from convert.report import families_table
 
+        options(arguments, "--families")
+
         print(families_table())
         return 0
     if arguments.verify:

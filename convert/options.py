@@ -23,7 +23,8 @@ class Option:
     """What is said of an option besides its name, type and default.
 
     `text` is its sentence, `read` takes a word or a value and raises `ValueError` if it is none. `choices` are all there are.
-    `show` stands for the value in the help, and for the default where that reads better.
+    `show` stands for the value in the help, and `default` for the default where that reads better. `instead` is what may have
+    been meant where an action does not take it.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Option:
     choices: tuple[str, ...] = ()
     show: str = ""
     default: str = ""
+    instead: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ _ScanAxis = Annotated[
     int | None,
     Option(
         text="Orbax: where MaxText's layers are stacked, its param_scan_axis",
-        read=values.natural,
+        read=values.axis,
         show="{0,1}",
         default="as the tree says, else 1",
     ),
@@ -93,7 +95,9 @@ _SourceLayout = Annotated[
 class Choices:
     """What a user may choose of the tensors of an output; how they are written is not among it."""
 
-    layout: Annotated[str, Option(text="target layout of wi and wo; convert --families lists them", show="NAME")] = "concat"
+    layout: Annotated[
+        str, Option(text="target layout of wi and wo; convert --families lists them", show="NAME", instead="--source-layout")
+    ] = "concat"
     shards: Annotated[
         int, Option(text="tensor-parallel shards of the layouts per-shard and lane", read=values.positive, show="S")
     ] = 1

@@ -5,7 +5,8 @@ In: a value. Out: the value as the tool takes it, or a `ValueError` that says wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -16,9 +17,7 @@ def size(value: object) -> int:
     Raises:
         ValueError: it is no size above zero.
     """
-    if type(value) is int:
-        number = value
-    else:
+    if (number := _integer(value)) is None:
         text = value.strip().lower().removesuffix("b") if isinstance(value, str) else "?"
         digits = text.rstrip("kmgti")
         try:
@@ -57,7 +56,24 @@ def natural(value: object) -> int:
 def _number(value: object) -> int | None:
     if isinstance(value, str):
         return int(value) if value.isdecimal() and len(value) < 20 else None
-    return value if type(value) is int else None
+    return _integer(value)
+
+
+def _integer(value: object) -> int | None:
+    """A whole number of any type, NumPy's too; True and False are none."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def axis(value: object) -> int:
+    """0 or 1.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    number = _number(value)
+    if number not in (0, 1):
+        raise ValueError(f"{value!r} is neither 0 nor 1")
+    return number
 
 
 def align(value: object) -> int | str:
@@ -75,7 +91,7 @@ def numbers(value: object) -> frozenset[int]:
     Raises:
         ValueError: it is no list of numbers.
     """
-    if isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping):
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return frozenset(natural(each) for each in value)
     found: set[int] = set()
     for part in value.split(",") if isinstance(value, str) else [""]:

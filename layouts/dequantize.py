@@ -68,6 +68,11 @@ class DequantizingReader:
         return None
 
     @property
+    def records(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
+    @property
     def side_files(self) -> Sequence[str]:
         """As they are."""
         return self.inner.side_files

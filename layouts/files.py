@@ -20,6 +20,7 @@ from layouts.pread import InputFile
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "convert_manifest.json"
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
 LIMITS: Mapping[str, int] = {CONFIG: 64 << 20, "zarr.json": 16 << 20, ".zarray": 16 << 20}
@@ -156,3 +157,13 @@ def _is_none(entry: os.DirEntry[str]) -> bool:
         return stat.S_ISDIR(entry.stat().st_mode)
     except OSError:
         return True
+
+
+def manifest_record(path: Path) -> dict[str, Any]:
+    """What the manifest says of the layout, by its name; nothing where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    found = read_object(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    return {MANIFEST: found["record"]} if "record" in found else {}

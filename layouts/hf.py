@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from layouts.errors import InputError
-from layouts.files import CONFIG, HEADER, INDEX, RECORD, parsed, read_object
+from layouts.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
 from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
@@ -155,6 +155,16 @@ class HFReader:
         return record
 
     @property
+    def records(self) -> Mapping[str, Any]:
+        """What the headers and the manifest say; a header without metadata says nothing."""
+        found = manifest_record(self.path)
+        for shard in self.shards:
+            metadata = json.loads(shard.header).get("__metadata__") or {}
+            if RECORD in metadata or (metadata and self.record):
+                found[shard.name] = _parsed(metadata.get(RECORD))
+        return found
+
+    @property
     def side_files(self) -> list[str]:
         """Every file but the shards and their index."""
         weights = {shard.name for shard in self.shards} | {INDEX}
@@ -234,3 +244,11 @@ def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str,
             raise InputError(f"{path}: the index puts {name} into {shard}, but it is in {home[name].name}")
     if extra := sorted(set(home) - set(weight_map)):
         raise InputError(f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)")
+
+
+def _parsed(text: object) -> Any:
+    """A record as it stands in a header; one that is no JSON agrees with nothing."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return text

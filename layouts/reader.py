@@ -79,6 +79,10 @@ class Reader(Protocol):
         """What this tool wrote about the layout of this checkpoint, if it made it."""
 
     @property
+    def records(self) -> Mapping[str, Any]:
+        """The same from each other place where it stands, by that place; they have to agree."""
+
+    @property
     def side_files(self) -> Sequence[str]:
         """Paths, relative to `path`, of all files that hold no tensors."""
 

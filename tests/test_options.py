@@ -7,10 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 
 import convert
 from convert.arguments import ACTIONS, parser
+from convert.cli import main
 from convert.keywords import Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
 from convert.options import Choices, Running, Verification, complete, named
 from convert.run import check
@@ -92,6 +94,7 @@ def test_defaults_are_what_the_options_take():
         ({"dequantize": "fp32"}, "dequantize: 'fp32' is none of bf16"),
         ({"memory": "2 lots"}, "memory: '2 lots' is not a size such as 512MiB or 5GB"),
         ({"memory": -1}, "memory: a size must be above zero"),
+        ({"scan_axis": 2}, "scan_axis: 2 is neither 0 nor 1"),
         ({"jobs": 1.5}, "jobs: 1.5 is not a positive number"),
     ],
 )
@@ -105,6 +108,32 @@ def test_sizes_are_words_in_python_too():
     assert complete(Running, {"memory": "2GiB"}).memory == 2 << 30
     assert complete(Verification, {"layers": "0,3-5"}).layers == {0, 3, 4, 5}
     assert complete(Verification, {"mesh": {"expert": 4}}).mesh == {"expert": 4}
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert complete(Choices, {"shards": np.int64(8)}).shards == 8
+    assert complete(Verification, {"layers": np.arange(2)}).layers == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--split", "a", "b", "--layout", "concat"],
+            "--layout is for --prefuse, not for --split. Did you mean --source-layout?",
+        ),
+        (["--prefuse", "a", "b", "--json"], "--json is for --verify, not for --prefuse"),
+        (
+            ["--verify", "a", "b", "--num-processes", "4"],
+            "--num-processes is for --prefuse, --split and --to, not for --verify",
+        ),
+        (["--to", "hf", "a", "b", "--shards", "2"], "--shards is for --prefuse, not for --to"),
+        (["--families", "--jobs", "2"], "--jobs is for --prefuse, --split and --to, not for --families"),
+    ],
+)
+def test_an_option_of_another_action_is_refused(words, said, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"convert: {said}\n"
 
 
 def test_an_unknown_keyword_is_an_error_of_python():

@@ -63,6 +63,7 @@ class MemoryReader:
         self.path, self.format, self.config, self.record = Path("memory"), format, config or {}, record
         self.arrays = dict(tensors)
         self.tensors = {name: TensorSpec(name=name, dtype=code, shape=a.shape) for name, a in tensors.items()}
+        self.records: dict[str, object] = {}
         self.side_files: tuple[str, ...] = ()
 
     def where(self, name: str) -> str:

@@ -18,11 +18,11 @@ from typing import Any
 
 from convert.planning.planner import Plan
 from layouts.errors import InputError
-from layouts.files import CONFIG, INDEX, read_json
+from layouts.files import CONFIG, INDEX, MANIFEST, read_json
 from layouts.places import files_of, is_remote
 from layouts.reader import Reader
 
-NAME = "convert_manifest.json"
+NAME = MANIFEST
 VERSION = 1
 SOURCE = "source:"
 """What stands before the name of a source tensor where digests of sources and targets are kept together."""

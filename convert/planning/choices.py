@@ -24,5 +24,3 @@ def check(choices: Choices) -> None:
             raise UsageError(f"no layout is called {name!r}; known: {', '.join(known)}")
     if choices.shards > 1 and "{shards}" not in TARGETS[choices.layout]["wi"].pattern:
         raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout per-shard?")
-    if choices.scan_axis not in (None, 0, 1):
-        raise UsageError(f"layers are stacked along axis 0 or 1, not {choices.scan_axis}")

@@ -57,16 +57,22 @@ def record_of(reader: Reader) -> Mapping[str, Any]:
     """What this tool wrote into the checkpoint; nothing if it did not make it.
 
     Raises:
-        InputError: it is not a record.
+        InputError: it is not a record, or it stands in several places that do not agree.
     """
     record = reader.record or {}
     if not isinstance(record, Mapping):
         raise InputError(f"{reader.path}: the record of the layout is damaged: expected an object, found {record!r}")
+    for place, other in reader.records.items():
+        if (other or {}) != record:
+            raise InputError(
+                f"{reader.path}: {place} and the checkpoint say different things about the layout of the experts; somebody has "
+                f"changed one of them. Take the file from where the checkpoint came from, or remove the record from both"
+            )
     return record
 
 
-def candidates(reader: Reader, family: Family, source_layout: str | None) -> Candidates:
-    """What the checkpoint may be in.
+def candidates(reader: Reader, family: Family, source_layout: str | None, like: Mapping[str, Any] | None = None) -> Candidates:
+    """What the checkpoint may be in; without a record of its own, also what the record `like` says its experts were in.
 
     Raises:
         PlanError: an unknown layout, or two that share their keys and nothing that tells which.
@@ -74,10 +80,10 @@ def candidates(reader: Reader, family: Family, source_layout: str | None) -> Can
     """
     record = record_of(reader)
     if source_layout:
-        table = named(source_layout, family)
-        relaid = [Known(role=role, layout=table[role], natives=(family.native[0][role],)) for role in table]
-        return Candidates(known=_apart(relaid, family.native))
+        return Candidates(known=_apart(_stated(source_layout, family), family.native))
     if "layout" not in record and set(record) <= {"version", "family"}:
+        if like and "layout" in like:
+            return Candidates(known=_apart(_natives_of(reader, like, family), family.native))
         return Candidates(known=_apart([], _by_writer(reader, family)))
     if record.get("version") != VERSION:
         raise PlanError(f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}")
@@ -87,6 +93,22 @@ def candidates(reader: Reader, family: Family, source_layout: str | None) -> Can
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{reader.path}: the record of the layout is damaged: {error!r}") from None
     return Candidates(known=_apart(relaid, family.native), stored=stored)
+
+
+def _stated(text: str, family: Family) -> list[Known]:
+    """What the user says: a layout that checkpoints come in is what it was before, too; a target was something else."""
+    table = named(text, family)
+    came = text in SOURCES and text not in TARGETS
+    return [Known(role=role, layout=table[role], natives=() if came else (family.native[0][role],)) for role in table]
+
+
+def _natives_of(reader: Reader, record: Mapping[str, Any], family: Family) -> list[Known]:
+    """The layouts that experts were in, by the record of what was made from them."""
+    try:
+        found = [(role, native) for role in ROLES for native in _recorded(role, record[role], family).natives]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{reader.path}: the record of the layout is damaged: {error!r}") from None
+    return [Known(role=role, layout=native) for role, native in dict.fromkeys(found)]
 
 
 def named(text: str, family: Family) -> Layouts:
@@ -114,6 +136,8 @@ def _recorded(role: str, entry: Mapping[str, Any], family: Family) -> Known:
         checked(role, each["key"].replace(family.experts, "{experts}"), each["pattern"]) for each in (entry, *entry["native"])
     )
     native_of = {str(name): int(number) for name, number in entry.get("native_of", {}).items()}
+    if any(Pattern(each.pattern).reversed - {"g"} for each in (layout, *natives)):
+        raise ValueError(f"{role}: only gate and up may be stored in reverse")
     if not natives or any(number not in range(len(natives)) for number in native_of.values()):
         raise ValueError(f"{role} needs native layouts")
     return Known(role=role, layout=layout, natives=tuple(natives), native_of=native_of)

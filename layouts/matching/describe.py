@@ -7,8 +7,10 @@ The result is complete by construction: each source tensor is in exactly one `Gr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Placed
@@ -19,6 +21,7 @@ from layouts.matching.candidates import Candidates, Known, candidates, record_of
 from layouts.matching.checks import check_blocks, check_equal, check_grid
 from layouts.matching.group import Block, Group
 from layouts.matching.lookup import expert_counts, find_family, fitting
+from layouts.matching.witness import check_layers, check_routers
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
 from layouts.tables.targets import TARGETS, target
@@ -32,6 +35,8 @@ class Description:
     family: Family
     groups: tuple[Group, ...]
     verbatim: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    """What the plan should say of it."""
 
 
 _Key = tuple[str, int, Block]
@@ -39,25 +44,34 @@ _Matched = dict[_Key, tuple[Known, Placed, list[str]]]
 
 
 def describe(
-    reader: Reader, *, family: str | None = None, source_layout: str | None = None, scan_axis: int | None = None
+    reader: Reader,
+    *,
+    family: str | None = None,
+    source_layout: str | None = None,
+    scan_axis: int | None = None,
+    like: Mapping[str, Any] | None = None,
 ) -> Description:
     """Say what every tensor of an open checkpoint is. `scan_axis` is where a MaxText tree has its layers, if that is known.
+
+    `like` is the record of something that was made from it, and says what the checkpoint does not say itself.
 
     Raises:
         PlanError: unknown family, expert tensors that its table does not know, or a fused layout that nobody has named.
         InputError: experts are missing, or differ in shape or element type.
     """
     found = _family(reader, family, scan_axis)
-    known = candidates(reader, found, source_layout)
+    known = candidates(reader, found, source_layout, like)
     matched, verbatim = _match(reader, found, known.known)
     if not matched:
         raise PlanError(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
             f"{_hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
         )
+    _check_beside(reader, found, matched, verbatim)
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups)
-    return Description(family=found, groups=groups, verbatim=tuple(verbatim))
+    check_routers(reader, groups)
+    return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=check_layers(reader, groups))
 
 
 def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Family:
@@ -93,6 +107,34 @@ def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Mat
     return matched, verbatim
 
 
+_PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
+"""What MaxText calls the projections of a MoE block."""
+
+
+def _check_beside(reader: Reader, family: Family, matched: _Matched, verbatim: Sequence[str]) -> None:
+    """See that nothing which belongs to a projection of a MaxText block is taken for some other tensor."""
+    if not family.by_structure:
+        return
+    places = {str(dict(block).get("path")) for _, _, block in matched}
+    others = [Template(text) for text in family.others]
+    for name in verbatim:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            rest = parts[depth]
+            own = ".".join(parts[:depth]) in places and any(
+                rest == each or rest.startswith(f"{each}_") for each in _PROJECTIONS
+            )
+            if own and all(other.parse(name) is None for other in others):
+                raise PlanError(
+                    f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is "
+                    f"fused with them. Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
+                )
+
+
+def _of_projection(part: str) -> bool:
+    return any(part == name or part.startswith(f"{name}_") for name in _PROJECTIONS)
+
+
 class _Refusal:
     """What must not pass as "some other tensor, copied as it is"."""
 
@@ -116,12 +158,25 @@ class _Refusal:
                     f"{self.reader.path}: {name} looks like layout {layout!r}, but neither the checkpoint nor --source-layout "
                     f"says so. Shapes cannot tell the layouts of a fused tensor apart: name it with --source-layout"
                 )
-        if "experts" in name.split(".") or any(stem.parse(name) is not None for stem in self.stems):
+        if _is_like_an_expert(name) or any(stem.parse(name) is not None for stem in self.stems):
             expected = self.family.native[0]["wi"].key.replace("{experts}", self.family.experts)
             raise PlanError(
                 f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
                 f"{self.family.name} does not know; expected names such as {expected}{_hint(self.reader, self.family)}"
             )
+
+
+_MATRICES = re.compile(r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_projs?\b|(^|\.)(w[123]|w13|fc[123])(_weight)?\b")
+"""The words that projections of experts have."""
+
+
+def _is_like_an_expert(name: str) -> bool:
+    """Whether a name has a component that says expert, but is not a shared one, and one that says gate, up or down."""
+    parts = name.split(".")
+    if "experts" in parts:
+        return True
+    sisters = [part for part in parts if "expert" in part.lower() and not part.lower().startswith("share")]
+    return bool(sisters) and _MATRICES.search(name) is not None
 
 
 def _hint(reader: Reader, family: Family) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from layouts.files import CONFIG, RECORD, check_regular, read_object
+from layouts.files import CONFIG, RECORD, check_regular, manifest_record, read_object
 from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
 from layouts.orbax.faults import answer, told
@@ -127,6 +127,11 @@ class OrbaxReader:
         """What this tool wrote into the item's `custom_metadata` about the layout."""
         found = self.custom_metadata
         return found.get(RECORD) if isinstance(found, dict) else None
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """What the manifest says."""
+        return manifest_record(self.path)
 
     @property
     def side_files(self) -> list[str]:

@@ -62,6 +62,8 @@ _MLP = "{path}.{l}.mlp.experts"
 _SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
 _FEED = "{path}.{l}.feed_forward.experts"
 _BARE = "{path}.{l}.experts"
+_MAXTEXT_BIASES = ("{path}.wi_{g:0,1}_bias", "{path}.wo_bias")
+"""They stay apart there, whatever the weights are."""
 
 
 def _per_expert(name: str, *aliases: str, experts: str = _MLP, others: tuple[str, ...] = ()) -> Family:
@@ -175,8 +177,10 @@ FAMILIES: tuple[Family, ...] = (
     _fused("openai_privacy_filter", native=FUSED_IN_OUT),
     _fused("gpt_oss", native=FUSED_INTERLEAVED),
     _fused("dbrx", experts="{path}.{l}.ffn.experts", native=FLAT),
-    Family(name="maxtext", experts="{path}", native=(MAXTEXT,), format="orbax"),
-    Family(name="maxtext-axis-0", experts="{path}", native=(MAXTEXT_AXIS_0,), format="orbax", scan_axis=0),
+    Family(name="maxtext", experts="{path}", native=(MAXTEXT,), others=_MAXTEXT_BIASES, format="orbax"),
+    Family(
+        name="maxtext-axis-0", experts="{path}", native=(MAXTEXT_AXIS_0,), others=_MAXTEXT_BIASES, format="orbax", scan_axis=0
+    ),
 )
 
 

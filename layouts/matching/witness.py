@@ -1,0 +1,130 @@
+"""What else says how many experts and layers there are: routers, `config.json`, the names of leaves beside the experts.
+
+In: a described checkpoint. Out: remarks for the plan, or an error. It never changes what was found.
+Sources: `configuration_*.py` of transformers 5.24 for the words that say which layers have experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from layouts.errors import InputError
+from layouts.matching.group import Group
+from layouts.matching.lookup import EXPERT_COUNTS, expert_counts
+from layouts.reader import Reader
+
+ROUTERS = ("gate.weight", "router.weight", "gate.wg.weight", "router.layer.weight", "router.classifier.weight", "gate.kernel")
+"""A router's name beside its experts; it has a row, or a column, for each of them."""
+SPARSE: Mapping[str, str] = {
+    "first_k_dense_replace": "from",
+    "num_dense_layers": "from",
+    "mlp_only_layers": "but",
+    "moe_layers": "only",
+    "decoder_sparse_step": "last of",
+    "interleave_moe_layer_step": "last of",
+    "moe_layer_freq": "first of",
+    "mlp_layer_types": "named",
+}
+"""Words of `config.json`, and how each says which layers have experts: see `_says`. A layer has them if all words say so."""
+_OTHER = ("dense", "sparse", "moe_layer", "expert_layer", "layer_type", "block_type", "interval", "hybrid", "enable_moe")
+"""Parts of words that may say more about it; where such a word is not in the table, `config.json` counts as silent."""
+_HARMLESS = ("layer_types", "use_dense", "dense_bias")
+"""Words with such parts that say something else."""
+
+
+def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
+    """See that routers have as many rows as there are experts, where `config.json` does not say how many there are.
+
+    Raises:
+        InputError: one has another number.
+    """
+    if expert_counts(reader.config):
+        return
+    for group in (group for group in groups if group.role == "wi" and not group.part):
+        experts, embed = group.total("e"), group.sizes.get("k")
+        for name in _beside(group):
+            shape = reader.tensors[name].shape if name in reader.tensors else ()
+            if len(shape) < 2 or embed not in shape or experts in shape:
+                continue
+            rows = next((size for size in (shape[-1], shape[0]) if size != embed), embed)
+            raise InputError(
+                f"{reader.path}: {group.names[0]} is one of {experts} experts, but the router {name} (in {reader.where(name)}) "
+                f"is for {rows}: experts are missing. Get the rest, or state the number of experts in config.json"
+            )
+
+
+def _beside(group: Group) -> Iterator[str]:
+    """The names that the router of a block may have: in the modules around the experts, within their layer."""
+    parts = group.names[0].split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        if parts[depth - 1].isdecimal() and parts[depth - 2] != "experts":
+            return
+        yield from (".".join([*parts[:depth], name]) for name in ROUTERS)
+
+
+def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
+    """Compare the layers that have experts with those that `config.json` says should; what the plan should say of it.
+
+    Raises:
+        InputError: a layer has none.
+    """
+    found = {int(group.index["l"]) for group in groups if "l" in group.index}
+    config = _text(reader.config)
+    if not found or config is None:
+        return ()
+    count = config["num_hidden_layers"]
+    wanted = _wanted(config, count)
+    if wanted is None:
+        return (f"config.json does not say which of {count} layers have experts; {len(found)} have them",)
+    if lost := sorted(wanted - found):
+        more = f", nor have {len(lost) - 1} others" if len(lost) > 1 else ""
+        raise InputError(
+            f"{reader.path}: {len(found)} layers have experts, but config.json says {len(wanted)} of {count}; layer {lost[0]} "
+            f"has none{more}. Get the files that are missing"
+        )
+    return ()
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The part of `config.json` that says how many layers and experts the model has, if just one part does."""
+    parts = list(_parts(config))
+    return parts[0] if len(parts) == 1 else None
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if type(config.get("num_hidden_layers")) is int and any(type(config.get(word)) is int for word in EXPERT_COUNTS):
+        yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _parts(value)
+
+
+def _wanted(config: Mapping[str, Any], count: int) -> set[int] | None:
+    """The layers that should have experts; None where `config.json` does not say it in words that we know."""
+    words = {word: value for word, value in config.items() if value is not None}
+    open_words = (word for word in words if word not in SPARSE and word not in _HARMLESS)
+    if any(part in word for word in open_words for part in _OTHER):
+        return None
+    rules = [(how, words[word]) for word, how in SPARSE.items() if word in words]
+    try:
+        return {layer for layer in range(count) if all(_says(how, value, layer) for how, value in rules)}
+    except (TypeError, IndexError, ZeroDivisionError):
+        return None
+
+
+def _says(how: str, value: Any, layer: int) -> bool:
+    """Whether a word of this kind and value says that a layer has experts.
+
+    Raises:
+        TypeError, IndexError, ZeroDivisionError: it is not of its kind.
+    """
+    if how == "from":
+        return bool(layer >= value)
+    if how in ("but", "only"):
+        return (layer in value) == (how == "only")
+    if how == "last of":
+        return bool((layer + 1) % value == 0)
+    if how == "named":
+        return bool(value[layer] == "sparse")
+    return bool(value[layer] if isinstance(value, list) else layer % value == 0)
