@@ -31,15 +31,20 @@ class Report:
     resumed: int
     """Tensors that an earlier run had finished."""
     notes: tuple[str, ...] = ()
-    written: bool = True
-    """False if the output was there already, made by the same plan."""
+    proof: str = ""
+    """What was looked at to say that the output was there already, made by the same plan from the same input."""
     process: tuple[int, int] = (0, 1)
     """Which of how many processes this is the report of."""
 
+    @property
+    def written(self) -> bool:
+        """False if the output was there already."""
+        return not self.proof
+
     def __str__(self) -> str:
         plan = self.plan
-        if not self.written:
-            return f"{_headline(plan)}\n{plan.out} has been made by this plan already; nothing to do"
+        if self.proof:
+            return f"{_headline(plan)}\n{self.proof}"
         index, count = self.process
         if index:
             return f"process {index} of {count} has written its share of {plan.out}"
@@ -88,9 +93,10 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
         lines.append(f"computed, not only moved: {plan.computed}")
     if plan.left_out:
         lines += ["left out, as --params-only says:", *(f"  {name}" for name in plan.left_out)]
-    lines.append(f"side files: {', '.join(plan.side_files) or 'none'}")
+    count = f" ({len(plan.side_files)} files, {size(plan.side_bytes)})" if plan.side_bytes else ""
+    lines.append(f"side files: {', '.join(plan.side_files) or 'none'}{count}")
     lines.append("")
-    lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes)}; nothing was written")
+    lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes + plan.side_bytes)}; nothing was written")
     lines.append(f"memory: at most {size(peak)} with {jobs} workers")
     return "\n".join(lines)
 

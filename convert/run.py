@@ -5,16 +5,18 @@ In: two paths and options. Out: a report, and the output on the disk. Formats ar
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from convert.commit import manifest
+from convert.commit.identity import fingerprint, state_of
 from convert.commit.processes import Processes
 from convert.commit.stage import check_output, staging
-from convert.commit.store import mark_of
 from convert.engine.budget import make_budget
+from convert.engine.done import prove
 from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running
@@ -56,7 +58,8 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
             plan = make_plan(reader, place(out), action, choices)
-        return reader, replace(plan, computed=RULE if choices.dequantize else None)
+        computed = RULE if choices.dequantize else None
+        return reader, replace(plan, computed=computed, side_bytes=_side_bytes(plan))
     except BaseException:
         reader.close()
         raise
@@ -78,11 +81,13 @@ def convert_checkpoint(
         if not (finished := (target / manifest.NAME).exists()):
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)
+        told = processes.watched(progress or ignore)
         with closing(reader):
-            if finished and not running.overwrite and _is_done(target, plan, running):
-                return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), written=False)
+            if finished and not running.overwrite:
+                proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
+                return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
             check_output(origin, target, overwrite=running.overwrite)
-            resumed, notes = _write(plan, reader, running, processes, processes.watched(progress or ignore))
+            resumed, notes = _write(plan, reader, running, processes, told)
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
 
@@ -92,22 +97,18 @@ def _write(
 ) -> tuple[int, tuple[str, ...]]:
     """Execute a plan into a staging directory and publish it; how many tensors were there, and what the user should know."""
     writer = writer_of(plan, reader, running, processes)
-    mark = _mark(plan, running)
+    state = state_of(plan.source)
+    mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)
     with staging(plan.out, mark, resume=running.resume, overwrite=running.overwrite, processes=processes) as stage:
         resumed = len(stage.done)
         notes = writer.write(stage, progress, processes)
-        if _mark(plan, running) != mark:
+        if state_of(plan.source).content != state.content:  # a new hard link changes ctime, and nothing that was read
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     return resumed, notes
 
 
-def _is_done(out: Path, plan: Plan, running: Running) -> bool:
-    """Whether what is there is what this plan makes."""
-    return mark_of(out) == _mark(plan, running) if is_remote(out) else manifest.is_of(plan)
-
-
-def _mark(plan: Plan, running: Running) -> str:
-    return manifest.fingerprint(plan, {"max_shard_size": running.max_shard_size})
+def _side_bytes(plan: Plan) -> int:
+    return 0 if is_remote(plan.source) else sum(os.stat(plan.source / name).st_size for name in plan.side_files)
 
 
 def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes) -> Writer:

@@ -10,6 +10,7 @@ Source: https://github.com/huggingface/safetensors (format), transformers 5 (ind
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading

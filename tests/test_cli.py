@@ -161,12 +161,14 @@ def test_the_same_command_again_finds_its_work_done(source, tmp_path, capsys):
     assert run("--prefuse", source, tmp_path / "fused") == 0
     before = tree(tmp_path), times(tmp_path)
     assert run("--prefuse", source, tmp_path / "fused") == 0
-    assert "made by this plan already" in capsys.readouterr().out
+    assert "made by this plan from this input" in capsys.readouterr().out
     assert (tree(tmp_path), times(tmp_path)) == before
     assert run("--prefuse", source, tmp_path / "fused", "--layout", "vllm") == 5
     os.utime(source / "config.json")
+    assert run("--prefuse", source, tmp_path / "fused") == 0, "what it says is the same"
+    (source / "config.json").write_text((source / "config.json").read_text() + "\n")
     assert run("--prefuse", source, tmp_path / "fused") == 5
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already and was made from another input" in capsys.readouterr().err
 
 
 def test_a_split_that_does_not_know_the_original_files_says_so(source, family, tmp_path, capsys):

@@ -1,34 +1,35 @@
 """`convert_manifest.json`: what was done, a digest of every tensor, and what it takes to restore the original files.
 
-In: a plan and its digests. Out: the manifest's text; and from a manifest, what it says. It never decides what to write.
+In: a plan and its digests. Out: the manifest's text. It never decides what to write.
 
-Neither safetensors nor Orbax notices a flipped bit; `convert --verify OUT` alone re-checks these digests. The digest is
-xxh3-128 (xxhash): it runs at memory speed, where sha256 (1 GB/s a core) would cost more than the conversion. It guards against
-accidents, not against an attacker.
+Neither safetensors nor Orbax notices a flipped bit; `convert --verify OUT` alone re-checks these digests, and the files. The
+digest is xxh3-128 (xxhash): it runs at memory speed, where sha256 (1 GB/s a core) costs more than the conversion. It guards
+against accidents, not against an attacker. `convert.commit.recorded` looks a manifest through.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.commit.inventory import FileEntry
 from convert.planning.planner import Plan
 from layouts.errors import InputError
-from layouts.files import CONFIG, INDEX, MANIFEST, read_json
-from layouts.places import files_of, is_remote
+from layouts.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.reader import Reader
 
 NAME = MANIFEST
-VERSION = 1
+VERSION = 2
 SOURCE = "source:"
 """What stands before the name of a source tensor where digests of sources and targets are kept together."""
 TOOL = "1.0.0.dev0"
 """This tool's version, written into every manifest."""
 
+MADE = ("action", "format", "family", "layout", "record", "computed")
+"""What a manifest says of the conversion, but for its tensors."""
 
 Digest = str | Mapping[str, str]
 """xxh3-128, hex; of a large Orbax array: of each portion, by its span of the first dimension (`{"0:4": ..., "4:8": ...}`)."""
@@ -46,7 +47,18 @@ CHUNKS = "stored chunks"
 """What digests are of where Orbax chunks were kept as they are: their bytes in the order of the grid, without decoding them."""
 
 
-def render(plan: Plan, digests: Mapping[str, Digest], original: Original | None, *, of_chunks: bool = False) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What a manifest says beside the tensors: the input's digest (`identity.input_digest`), the output's files, options."""
+
+    input: str
+    files: Mapping[str, FileEntry]
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+def render(
+    plan: Plan, digests: Mapping[str, Digest], original: Original | None, beside: Beside, *, of_chunks: bool = False
+) -> str:
     """The manifest of a finished conversion; it names no host, user or time, so that equal runs give equal bytes."""
     tensors = {
         target.spec.name: {
@@ -65,9 +77,12 @@ def render(plan: Plan, digests: Mapping[str, Digest], original: Original | None,
         "layout": plan.layout,
         "record": plan.record,
         **({"computed": plan.computed} if plan.computed else {}),
+        **({"options": dict(beside.options)} if beside.options else {}),
+        "input": beside.input,
         **({"hashed": CHUNKS} if of_chunks else {}),
         "tensors": tensors,
         "sources": _sources(plan, digests),
+        "files": {name: entry.json() for name, entry in beside.files.items()},
     }
     if original:
         content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
@@ -87,62 +102,28 @@ def _sources(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Digest]:
     return dict(sorted({**copied, **fused}.items()))
 
 
-def read(path: Path) -> Mapping[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The manifest in a checkpoint's directory, if it has one.
 
     Raises:
         InputError: it is there but cannot be parsed.
     """
-    if not (path / NAME).exists():
-        return None
-    manifest: Mapping[str, Any] = read_json(path / NAME)
-    return manifest
-
-
-def is_of(plan: Plan) -> bool:
-    """Whether the output is there, complete, made by an equal plan, and no older than any file of the input.
-
-    A directory that this tool made is complete; so its manifest speaks for it.
-    """
-    found = read(plan.out)
-    if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict):
-        return False
-    made = tuple(found.get(key) for key in ("action", "family", "layout", "record", "computed"))
-    wanted = {target.spec.name: (target.spec.dtype, list(target.spec.shape)) for target in plan.targets}
-    have = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in found["tensors"].items()}
-    if is_remote(plan.source):
-        return False  # whose objects do not say when they were written
-    newest = max(int(state) for _, _, state in files_of(plan.source))
-    equal = (
-        made == (plan.action, plan.family, plan.layout, json.loads(json.dumps(plan.record)), plan.computed) and have == wanted
-    )
-    return equal and (plan.out / NAME).stat().st_mtime_ns >= newest
+    return read_object(path / NAME) if (path / NAME).exists() else None
 
 
 def original_files(path: Path) -> Original | None:
     """What the manifest remembers of the original files, if it does."""
     manifest = read(path)
-    original = manifest.get("original") if isinstance(manifest, dict) else None
+    original = manifest.get("original") if manifest else None
     if original is None:
         return None
     try:
         headers, texts = dict(original["headers"]), dict(original["texts"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         headers, texts = {"?": None}, {}
     if not all(isinstance(text, str) for text in (*headers.values(), *texts.values())):
         raise InputError(f"{path / NAME}: 'original' should hold the headers and texts of files; remove it to go without")
     return Original(headers=headers, texts=texts)
-
-
-def fingerprint(plan: Plan, options: Mapping[str, Any]) -> str:
-    """Eight hex digits that tell one conversion from another: the plan, the options and the state of the input's files."""
-    digest = hashlib.sha256(
-        repr((TOOL, plan.action, plan.layout, plan.record, plan.computed, sorted(options.items()))).encode()
-    )
-    digest.update("\n".join(f"{t.spec.name} {t.source.key.text}" for t in plan.targets).encode())
-    for file in files_of(plan.source):
-        digest.update(repr(file).encode())
-    return digest.hexdigest()[:8]
 
 
 def original_of(plan: Plan, reader: Reader) -> Original | None:

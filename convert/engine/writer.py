@@ -6,10 +6,14 @@ In: a plan, an open input, a memory budget. Out: a filled staging directory. `co
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from convert.commit.processes import Processes
+from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage
+from convert.engine.again import Remade
+from convert.planning.targets import Target
 from convert.progress import Progress
 
 
@@ -40,5 +44,15 @@ class Writer(Protocol):
 
         Raises:
             OSError: the disk is full or failing.
+            InputError: data of the input cannot be read.
+        """
+
+    def unlike(self, found: Manifest) -> str | None:
+        """Why an output with this manifest is not written as this writer would write it, as far as the plan does not say."""
+
+    def again(self, targets: Sequence[Target], found: Manifest, progress: Progress) -> Iterator[Remade]:
+        """The digests of these targets, made from the input again and written nowhere, beside those of an earlier output.
+
+        Raises:
             InputError: data of the input cannot be read.
         """

@@ -44,16 +44,19 @@ def write_tensors(
     stage: Stage,
     budget: Budget,
     progress: Progress,
+    *,
+    beside: int = 0,
 ) -> dict[str, str]:
     """Write every tensor that the stage does not hold yet, and return the digests (xxh3-128 of the bytes, hex).
 
-    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name.
+    They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name. The disk must
+    have room for `beside` more bytes, of what stands beside them.
 
     Raises:
         OSError: the disk is full or failing; finished tensors are journalled.
     """
     digests = _kept(files, stage)
-    _check_space(files, stage.path)
+    _check_space(files, stage.path, beside)
     for file in files:
         _preallocate(stage.path / file.name, file)
     tasks = _tasks(targets, files, stage.path)
@@ -144,10 +147,10 @@ def _kept(files: Sequence[File], stage: Stage) -> dict[str, str]:
     return kept
 
 
-def _check_space(files: Sequence[File], folder: Path) -> None:
+def _check_space(files: Sequence[File], folder: Path, beside: int) -> None:
     """Find a disk that is too small before anything is reserved on it."""
     paths = [folder / file.name for file in files]
-    needed = sum(file.size for file in files) - sum(512 * path.stat().st_blocks for path in paths if path.exists())
+    needed = beside + sum(file.size for file in files) - sum(512 * path.stat().st_blocks for path in paths if path.exists())
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:

@@ -6,20 +6,26 @@ In: a plan and an open input. Out: a filled staging directory. It never writes e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from convert.commit import manifest
 from convert.commit.durable import copy_file, write_text
+from convert.commit.identity import input_digest
+from convert.commit.inventory import inventory
 from convert.commit.processes import Processes
+from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage, Stage
+from convert.engine.again import Remade, remade
 from convert.engine.budget import Budget
 from convert.engine.reading import in_order
 from convert.errors import PlanError
 from convert.hf.execute import write_tensors
 from convert.hf.shards import File, index_text, pack, restore
 from convert.planning.planner import Plan
+from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.files import CONFIG, INDEX, RECORD
 from layouts.reader import Reader
@@ -80,7 +86,7 @@ class HFWriter:
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
         targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
-        digests = write_tensors(targets, own, self.reader, stage, self.budget, progress)
+        digests = write_tensors(targets, own, self.reader, stage, self.budget, progress, beside=plan.side_bytes)
         processes.agree("written")
         if not processes.first:
             return ()
@@ -97,7 +103,35 @@ class HFWriter:
         for name in plan.side_files:
             if name not in REWRITTEN:
                 copy_file(plan.source / name, stage.path / name)
-        write_text(stage.path / manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader)))
+        shards = {file.name for file in files}
+        beside = manifest.Beside(
+            input=input_digest(reader),
+            files=inventory(stage.path, manifest.NAME, shards.__contains__),
+            options={"max_shard_size": self.max_shard_size},
+        )
+        write_text(stage.path / manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
+
+    def unlike(self, found: Manifest) -> str | None:
+        """Other files, or other headers, which stand in the output itself."""
+        files = plan_files(self.plan, self.reader, self.max_shard_size)
+        shards = {name: entry.size for name, entry in found.files.items() if name.endswith(".safetensors")}
+        for file in files:
+            if shards.get(file.name) != file.size:
+                have = f"of {shards[file.name]} bytes" if file.name in shards else "absent"
+                return f"was made with other options (--max-shard-size): {file.name} is {have}, and would be of {file.size}"
+            if (self.plan.out / file.name).is_file() and not _begins(self.plan.out / file.name, file.head):
+                return f"is not what was written: the header of {file.name} is another one"
+        return None
+
+    def again(self, targets: Sequence[Target], found: Manifest, progress: Progress) -> Iterator[Remade]:
+        """As they are written, strip by strip."""
+        wanted = {name: entry.digest for name, entry in found.tensors.items()}
+        return remade(targets, wanted, self.reader, self.budget, progress)
+
+
+def _begins(path: Path, head: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
 
 
 def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:

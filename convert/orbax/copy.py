@@ -48,10 +48,11 @@ def copy_and_hash(
     budget: OrbaxBudget,
     progress: Progress,
     processes: Processes,
+    beside: int,
 ) -> dict[str, str]:
     """Copy the files, durably, if an earlier run has not `copied` them, and hash what it has not; the new digests by `key`.
 
-    Of several processes, each copies and hashes its share.
+    Of several processes, each copies and hashes its share. The disk must have room for `beside` more bytes, of side files.
 
     Raises:
         OSError: the disk is full or failing.
@@ -60,7 +61,7 @@ def copy_and_hash(
     first = [move for move in moves if move.own and processes.first]
     rest = [move for move in moves if not move.own and not copied]
     share = first + [rest[number] for number in processes.mine([move.nbytes for move in rest])]
-    copier = _Copier(jobs=budget.jobs, box=budget.box)
+    copier = _Copier(jobs=budget.jobs, box=budget.box, beside=beside)
     with ThreadPoolExecutor(1) as pool:
         copying = pool.submit(copier.copy, share, item)
         try:
@@ -126,6 +127,7 @@ class _Copier:
 
     jobs: int
     box: int
+    beside: int
     stop: threading.Event = field(default_factory=threading.Event)
     _idle: SimpleQueue[Scratch] = field(default_factory=SimpleQueue)
 
@@ -136,7 +138,7 @@ class _Copier:
             OSError: the disk is full or failing.
             InputError: a file is shorter than it was.
         """
-        needed, free = sum(move.nbytes for move in moves), shutil.disk_usage(folder).free
+        needed, free = self.beside + sum(move.nbytes for move in moves), shutil.disk_usage(folder).free
         if needed > free:
             text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
             raise OSError(errno.ENOSPC, text, str(folder))

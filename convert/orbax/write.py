@@ -10,16 +10,20 @@ run continues behind it, and removes what an interrupted run left of a batch, so
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
 from convert.commit import manifest
 from convert.commit.durable import copy_file, write_text
+from convert.commit.identity import input_digest
 from convert.commit.processes import Processes
+from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage, Stage
+from convert.engine.again import Remade
 from convert.engine.budget import SYNC
+from convert.orbax.again import files_of_item, stored_again, written_again
 from convert.orbax.budget import OrbaxBudget, orbax_budget
 from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
@@ -30,6 +34,7 @@ from convert.orbax.moves import moves, rename
 from convert.orbax.origin import Origin, origin_of
 from convert.orbax.portions import Portion, batches, by_array, cut, total
 from convert.planning.planner import Plan
+from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
@@ -51,6 +56,8 @@ class OrbaxWriter:
     budget: OrbaxBudget
     origin: Origin
     kept: Kept | None
+    memory: int
+    wanted: int | None
 
     @classmethod
     def make(cls, plan: Plan, reader: Reader, memory: int, jobs: int | None) -> OrbaxWriter:
@@ -66,6 +73,8 @@ class OrbaxWriter:
             budget=orbax_budget(memory, jobs, plan, reader, origin, kept),
             origin=origin,
             kept=kept,
+            memory=memory,
+            wanted=jobs,
         )
 
     def pieces(self) -> list[tuple[str, int]]:
@@ -105,7 +114,9 @@ class OrbaxWriter:
     ) -> tuple[dict[str, str], _Chunks]:
         """Copy chunks as they are stored, and give them their new names; new digests by `key`, and shapes of chunks."""
         files = moves(self.plan, kept, self.origin, item.path)
-        digests = copy_and_hash(item.path, files, stage, copied, portions, kept, self.budget, progress, processes)
+        digests = copy_and_hash(
+            item.path, files, stage, copied, portions, kept, self.budget, progress, processes, self.plan.side_bytes
+        )
         processes.agree("written")
         if processes.first:
             stage.take_way(_COPIED)
@@ -144,8 +155,24 @@ class OrbaxWriter:
             if name != manifest.NAME and not (is_remote(stage.path) and name.endswith(COMMITTED)):
                 copy_file(plan.source / name, stage.path / name)
         original = manifest.original_of(plan, self.reader)
-        write_text(stage.path / manifest.NAME, manifest.render(plan, digests, original, of_chunks=self.kept is not None))
+        files = files_of_item(stage.path, plan, self.origin, {METADATA: texts[METADATA]})
+        beside = manifest.Beside(input=input_digest(self.reader), files=files)
+        text = manifest.render(plan, digests, original, beside, of_chunks=self.kept is not None)
+        write_text(stage.path / manifest.NAME, text)
         write_text(item.path / METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
+
+    def unlike(self, found: Manifest) -> str | None:
+        """Chunks that were kept and would be cut now, or the other way round."""
+        if (found.hashed == manifest.CHUNKS) != (self.kept is not None):
+            return "was made with other options (--keep-chunks): chunks that are kept in one are cut in the other"
+        return None
+
+    def again(self, targets: Sequence[Target], found: Manifest, progress: Progress) -> Iterator[Remade]:
+        """Kept chunks as they are stored; else as files are made from the input, in storage order."""
+        wanted = {name: entry.digest for name, entry in found.tensors.items()}
+        if self.kept:
+            return stored_again(targets, wanted, self.kept, self.budget.jobs, progress)
+        return written_again(self.plan, targets, wanted, self.reader, (self.memory, self.wanted), progress)
 
 
 def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:

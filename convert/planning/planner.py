@@ -55,6 +55,8 @@ class Plan:
     """Whether Orbax chunks stay as they are even where an array is one large chunk."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
+    side_bytes: int = 0
+    """Bytes of the side files; unknown, and 0, for those in a store."""
 
     @property
     def nbytes(self) -> int:

@@ -5,29 +5,24 @@ In: one or two paths. Out: a verdict. It never writes, and shares no code with w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import xxhash
-
-from convert.commit import manifest
-from convert.errors import InputError, PlanError, readable
+from convert.errors import PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
-from convert.verifier.order import STRIP, hold, hold_experts
+from convert.verifier.manifest import verify_manifest
+from convert.verifier.order import hold_experts
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
-from layouts.language.pattern import strips
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
 from layouts.tables.families import maxtext
-from layouts.windows import lengths
 
 if TYPE_CHECKING:
     from convert.verifier.across import Formats
@@ -177,52 +172,3 @@ def _how(one: Reader, other: Reader, options: Verification) -> How:
     backends, missing = choose(options.backend)
     config = one.config or other.config
     return How(backends=backends, missing=missing, mesh=mesh, config=config, memory=options.memory)
-
-
-def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 2 << 30) -> Verdict:
-    """Hash every tensor again and compare with the manifest that was written with it.
-
-    Raises:
-        InputError: the checkpoint or its manifest is missing or corrupt.
-    """
-    found = manifest.read(path) if path.is_dir() else None
-    if not found:
-        raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
-    with readable(path / manifest.NAME):
-        expected: dict[str, manifest.Digest] = {name: entry["xxh3_128"] for name, entry in found["tensors"].items()}
-    differences = []
-    with closing(_opened(path)) as reader:
-        _hold(reader, expected, memory)
-        for name in sorted(set(expected) ^ set(reader.tensors)):
-            where = "the manifest" if name in expected else "the checkpoint"
-            differences.append(f"{name} is only in {where}")
-        for name in sorted(set(expected) & set(reader.tensors)):
-            wanted = expected[name]
-            for rows, digest in wanted.items() if isinstance(wanted, dict) else ((None, wanted),):
-                if _digest(reader, name, rows, found.get("hashed"), progress or ignore) != digest:
-                    where = f"{name}[{rows}]" if rows else name
-                    differences.append(f"{where} (in {reader.where(name)}) is not what was written")
-    level = Level(name="digests", covered=f"{len(expected)} tensors, xxh3-128", differences=tuple(differences))
-    return Verdict(subject=str(path), levels=(level,))
-
-
-def _hold(reader: Reader, names: Iterable[str], memory: int) -> None:
-    """Read these tensors strip by strip, within this memory."""
-    specs = [spec for name in names if (spec := reader.tensors.get(name)) and spec.nbytes]
-    hold(reader, {spec.name: lengths(next(strips(spec.shape, STRIP))) for spec in specs}, 1, memory)
-
-
-def _digest(reader: Reader, name: str, rows: str | None, hashed: str | None, progress: Progress) -> str:
-    """Of a tensor, or of a span of its first dimension such as `0:4`: of its values, or of its chunks as they are stored."""
-    span = range(*map(int, rows.split(":"))) if rows else None
-    if hashed == manifest.CHUNKS:
-        from layouts.orbax.digest import array_digest
-
-        return array_digest(reader, name, span, progress)
-    spec = reader.tensors[name]
-    digest = xxhash.xxh3_128()
-    for slices in strips(spec.shape, STRIP, span):
-        block = reader.read(name, slices)
-        digest.update(np.asarray(block, order="C").data)
-        progress(block.nbytes)
-    return digest.hexdigest()

@@ -197,7 +197,7 @@ def test_from_hugging_face_to_a_store_and_back(server, fresh, tmp_path, monkeypa
     convert.split(out, tmp_path / "again", to="hf")
     for file in (tmp_path / "in").glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-    with pytest.raises(convert.OutputError, match="exists already; remove it, or choose another output"):
+    with pytest.raises(convert.OutputError, match="exists already and was not made by this plan"):
         convert.reformat(tmp_path / "in", out, to="orbax")
     with pytest.raises(convert.UsageError, match="safetensors are written to disks only"):
         convert.prefuse(tmp_path / "in", f"s3://{BUCKET}/{fresh}-hf")

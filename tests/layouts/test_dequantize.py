@@ -151,6 +151,16 @@ def test_on_the_disk_and_in_the_manifest(source, tmp_path):
     assert np.array_equal(again["model.layers.1.mlp.experts.3.up_proj.weight"].view("u2"), up)
 
 
+def test_the_same_again_computes_all_and_compares(source, tmp_path):
+    assert convert.prefuse(source, tmp_path / "out", dequantize="bf16").written
+    assert not convert.prefuse(source, tmp_path / "out", dequantize="bf16").written
+    data = bytearray((source / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (source / "model.safetensors").write_bytes(data)
+    with pytest.raises(convert.OutputError, match=r"was made from another input: .* differs"):
+        convert.prefuse(source, tmp_path / "out", dequantize="bf16")
+
+
 def test_without_the_flag_nothing_is_computed(source, tmp_path):
     convert.prefuse(source, tmp_path / "out")
     with closing(open_checkpoint(tmp_path / "out")) as opened:

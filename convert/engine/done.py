@@ -1,0 +1,102 @@
+"""Whether an output is what a plan makes of its input: a proof, or an error that says what is not so.
+
+In: a plan, the open input, and a writer. Out: a sentence that says what was looked at. Cheap looks come first; in the end all
+tensors are made from the input again and their digests compared with the manifest's. It never writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from convert.commit import manifest
+from convert.commit.identity import input_digest
+from convert.commit.inventory import differences, entry_of, read_in_pieces
+from convert.commit.processes import Processes
+from convert.commit.recorded import Manifest, load
+from convert.engine.writer import Writer
+from convert.errors import InputError, OutputError
+from convert.planning.planner import Plan
+from convert.progress import Progress
+from layouts.files import CONFIG, INDEX
+from layouts.reader import Reader
+
+_REWRITTEN = (CONFIG, INDEX, manifest.NAME)
+"""Files that may be made anew; the digest of the input has what they are made from."""
+
+
+def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, progress: Progress) -> str:
+    """Say what was looked at; several processes read a share of the tensors each.
+
+    Raises:
+        OutputError: something is not as this plan makes it from this input.
+        InputError: data of the input cannot be read.
+    """
+    found = _manifest(plan)
+    for why in (*_unlike(plan, reader, writer, found), *_changed(plan, found)):
+        raise _refused(plan, why)
+    targets = [plan.targets[number] for number in processes.mine([target.spec.nbytes for target in plan.targets])]
+    for name, rows, digest, wanted in writer.again(targets, found, progress):
+        if digest != wanted:
+            where = f"{name}[{rows.start}:{rows.stop}]" if rows else name
+            raise _refused(plan, f"was made from another input: {where} differs")
+    processes.agree("compared")
+    files = sum(entry.count or 1 for entry in found.files.values())
+    return (
+        f"{plan.out} has been made by this plan from this input: {len(plan.targets)} tensors were read again and compared, "
+        f"{files} files are there; nothing to do"
+    )
+
+
+def _refused(plan: Plan, why: str) -> OutputError:
+    return OutputError(f"{plan.out} exists already and {why}; remove it, choose another output, or pass --overwrite")
+
+
+def _manifest(plan: Plan) -> Manifest:
+    try:
+        found = load(plan.out)
+    except InputError as error:
+        raise _refused(plan, f"was not made by this plan ({error})") from None
+    if found is None:
+        raise _refused(plan, f"was not made by this plan: it has no {manifest.NAME}")
+    return found
+
+
+def _unlike(plan: Plan, reader: Reader, writer: Writer, found: Manifest) -> Iterator[str]:
+    """What the manifest says that this plan would not say."""
+    for key, value in _made(plan).items():
+        if found.made[key] != value:
+            yield f"was not made by this plan: its {key} is another one"
+    wanted = {target.spec.name: (target.spec.dtype, target.spec.shape) for target in plan.targets}
+    have = {name: (entry.dtype, entry.shape) for name, entry in found.tensors.items()}
+    if wanted != have:
+        name = min(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
+        yield f"was not made by this plan: {name} is {_spec(have.get(name))} there, and {_spec(wanted.get(name))} in the plan"
+    if why := writer.unlike(found):
+        yield why
+    if found.input != input_digest(reader):
+        yield "was made from another input: headers, config or metadata differ"
+
+
+def _made(plan: Plan) -> Mapping[str, Any]:
+    """What the manifest of this plan says in `MADE`, as JSON gives it back."""
+    record = json.loads(json.dumps(plan.record))
+    return dict(zip(manifest.MADE, (plan.action, plan.format, plan.family, plan.layout, record, plan.computed), strict=True))
+
+
+def _spec(found: tuple[str, tuple[int, ...]] | None) -> str:
+    return f"{found[0]} {found[1]}" if found else "absent"
+
+
+def _changed(plan: Plan, found: Manifest) -> Iterator[str]:
+    """Files that are not as they were written, or not as the input now has them."""
+    try:
+        for difference in differences(plan.out, manifest.NAME, found.files):
+            yield f"is not what was written: {difference}"
+    except InputError as error:
+        yield f"is not what was written: {error}"
+    for name in plan.side_files:
+        entry = found.files.get(name)
+        if entry and entry.digest and name not in _REWRITTEN and entry_of(read_in_pieces(plan.source / name)) != entry:
+            yield f"was made from another input: {name} differs"

@@ -1,0 +1,79 @@
+"""Tensors of an Orbax output made from the input again, and the files that such an output consists of.
+
+In: a plan and its open input. Out: digests of targets as `convert.engine.again` gives them, entries of files for the manifest.
+It never writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from convert.commit import manifest
+from convert.commit.inventory import FileEntry, entry_of, inventory
+from convert.engine.again import Remade, Told, each, remade
+from convert.engine.budget import make_budget
+from convert.orbax.budget import reading_budget
+from convert.orbax.keep import Kept, kept_chunks
+from convert.orbax.metadata import stored_name
+from convert.orbax.origin import Origin
+from convert.planning.planner import Plan
+from convert.planning.targets import Target
+from convert.progress import Progress
+from layouts.orbax.digest import stored_digest
+from layouts.orbax.tree import DATABASE, PROCESS
+from layouts.reader import Reader, is_chunked
+
+
+def stored_again(
+    targets: Sequence[Target], wanted: Mapping[str, manifest.Digest], kept: Kept, jobs: int, progress: Progress
+) -> Iterator[Remade]:
+    """The digests of chunks that are kept, as the input stores them.
+
+    Raises:
+        InputError: one has been lost, or cannot be read.
+    """
+
+    def work(target: Target, rows: range | None, told: Told) -> str:
+        return stored_digest(kept.reader, kept_chunks(target, kept, rows), told)
+
+    return each(work, targets, wanted, jobs, progress)
+
+
+def written_again(
+    plan: Plan,
+    targets: Sequence[Target],
+    wanted: Mapping[str, manifest.Digest],
+    reader: Reader,
+    limits: tuple[int, int | None],
+    progress: Progress,
+) -> Iterator[Remade]:
+    """The digests of arrays that are written anew, within `limits`: bytes of memory, and workers.
+
+    Raises:
+        InputError: data of the input cannot be read.
+        UsageError: no settings stay within the memory.
+    """
+    memory, jobs = limits
+    if is_chunked(reader):
+        budget = reading_budget(memory, jobs, plan, reader)
+    else:
+        budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
+    return remade(targets, wanted, reader, budget, progress)
+
+
+def files_of_item(path: Path, plan: Plan, origin: Origin, later: Mapping[str, str]) -> dict[str, FileEntry]:
+    """All files of an output, by name; those of the item that are written `later` are there already, as texts.
+
+    Where each array is a directory, it is counted as a whole.
+    """
+    item = origin.place.as_posix() + "/" if origin.place.parts else ""
+    folders = () if origin.ocdbt else {f"{item}{stored_name(target, origin)}/" for target in plan.targets}
+
+    def holds_tensors(name: str) -> bool:
+        first = name.removeprefix(item).partition("/")[0]
+        return name.startswith(item) and name != f"{item}manifest.ocdbt" and first.startswith((PROCESS, *DATABASE))
+
+    found = inventory(path, manifest.NAME, holds_tensors, folders)
+    found |= {f"{item}{name}": entry_of(iter([text.encode()])) for name, text in later.items()}
+    return dict(sorted(found.items()))
