@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from layouts.errors import InputError
 from layouts.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
+from layouts.names import part
 from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
@@ -132,7 +133,7 @@ class HFReader:
         present = sorted(file.name for file in path.glob("*.safetensors"))
         names = present if weight_map is None else sorted(set(weight_map.values()))
         for name in names:
-            if os.path.basename(name) != name or not (path / name).is_file():
+            if not (path / part(name, path / INDEX)).is_file():
                 raise InputError(f"{path / INDEX}: it names the shard {name!r}, but there is no such file beside it")
         if stale := [name for name in present if name not in names and _SHARD.fullmatch(name)]:
             raise InputError(f"{path / stale[0]}: called like a shard, but the index does not name it; remove one or the other")

@@ -14,6 +14,7 @@ from typing import Any
 
 from layouts.errors import InputError
 from layouts.files import read_json
+from layouts.names import key
 
 METADATA = "_METADATA"
 STRINGS = "_strings.json"
@@ -117,12 +118,15 @@ def read_leaves(item: Path, tree: Any) -> dict[str, Leaf]:
     """The leaves by name, in their order.
 
     Raises:
-        InputError: the tree is damaged, or has leaves of a kind that this tool does not know.
+        InputError: the tree is damaged, or has leaves of a kind that this tool does not know, or whose name leads elsewhere.
     """
     try:
         found = [_leaf(entry) for entry in tree["tree_metadata"].values()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{item / METADATA}: not an Orbax tree of a version that this tool knows: {error!r}") from None
+    for leaf in found:
+        if leaf.kind in ARRAYS:
+            key(leaf.stored, item / METADATA)
     leaves = {leaf.name: leaf for leaf in found}
     if len(leaves) != len(found):
         raise InputError(f"{item / METADATA}: two leaves have the same dotted name")
