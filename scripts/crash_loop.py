@@ -29,32 +29,37 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 STEPS = (
-    "convert.commit.stage._open_stage",
+    "convert.commit.stage._begin",
     "convert.commit.journal.append",
     "convert.hf.execute._preallocate",
-    "convert.engine.direct._put",
+    "convert.engine.direct.write_all",
     "os.copy_file_range",
     "convert.hf.execute._sync",
-    "convert.hf.write.write_text",
-    "convert.hf.write.copy_file",
+    "convert.commit.files.Folder.write_text",
+    "convert.commit.files.Folder.copy_in",
     "convert.commit.stage._publish",
-    "convert.commit.stage._exchange",
-    "convert.commit.stage.sync_directory",
+    "convert.commit.stage.exchange",
+    "convert.commit.stage.sync_all",
+    "convert.commit.files.Folder.sync",
+    "os.mkdir",
     "os.rename",
+    "convert.commit.home.clear",
+    "convert.commit.stage.take_over",
     "shutil.rmtree",
+    "os.rmdir",
 )
 """The functions before and after which a named kill strikes; with the number of the call, counted from 1."""
 
 CHILD = """
-import importlib, itertools, os, signal, sys
+import itertools, os, pkgutil, signal, sys
 step, when, number, exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 import convert.commit.stage, convert.engine.direct, convert.hf.execute, convert.hf.write
 convert.engine.direct.LEAST = convert.engine.direct.PAGE  # so that small blocks go past the page cache, too
 if exchange == "no":
-    convert.commit.stage._exchange = lambda one, other: False
+    convert.commit.stage.exchange = lambda *names: False
 if step:
     module, name = step.rsplit(".", 1)
-    module = importlib.import_module(module)
+    module = pkgutil.resolve_name(module)  # or a class
     real, calls = getattr(module, name), itertools.count(1)  # next() is atomic: workers call this too
     def wrapped(*arguments, **keywords):
         call = next(calls)

@@ -19,14 +19,52 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from convert.commit.processes import ALONE, Processes
 from convert.errors import OutputError, StorageError
+from layouts.names import key
 from layouts.orbax.tree import COMMITTED, METADATA
-from layouts.places import RemotePath, place
+from layouts.places import RemotePath, kvstore_of, place
 
 _JOURNAL, _RUN, _WAY = "journal", "run", "way"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """A place in a store, with those words of `commit.files.Folder` that a writer takes; there are no directories or links."""
+
+    path: RemotePath
+
+    def __enter__(self) -> StoreFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def below(self, name: str, *, make: bool = False) -> StoreFolder:  # noqa: ARG002
+        """A place below; this one where the name is empty."""
+        return StoreFolder(self.path / key(name, self.path)) if name else self
+
+    def write_text(self, name: str, text: str) -> None:
+        """Put a small object."""
+        (self.path / key(name, self.path)).write_bytes(text.encode())
+
+    def copy_in(self, source: Path, name: str) -> None:
+        """Put what a file holds."""
+        (self.path / key(name, self.path)).write_bytes(source.read_bytes())
+
+    def remove(self, name: str) -> None:
+        """Remove an object, and all below."""
+        (self.path / key(name, self.path)).remove()
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object, or one below."""
+        return (self.path / key(name, self.path)).exists()
+
+    def spec(self, name: str = "") -> dict[str, Any]:
+        """TensorStore's spec of a place below."""
+        return kvstore_of(cast(Path, self.below(name).path))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +82,11 @@ class StoreStage:
     def path(self) -> Path:
         """Where the output is written."""
         return cast(Path, self.out)
+
+    @property
+    def folder(self) -> StoreFolder:
+        """The same, to write into."""
+        return StoreFolder(self.out)
 
     def record(self, digests: Mapping[str, str]) -> None:
         """Note finished tensors whose data is in the store already.

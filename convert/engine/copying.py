@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +53,9 @@ class Run(NamedTuple):
     nbytes: int
 
 
-def write_tensor(target: Target, path: Path, offset: int, worker: Worker, told: Callable[[int], None]) -> dict[str, str]:
+def write_tensor(
+    target: Target, opened: Callable[[], Output], offset: int, worker: Worker, told: Callable[[int], None]
+) -> dict[str, str]:
     """Write a tensor at `offset` of a file, front to back; give its digest, and those of sources that it alone is made from.
 
     `told` is called with the bytes of each strip once it is written; it may raise to stop.
@@ -64,7 +65,7 @@ def write_tensor(target: Target, path: Path, offset: int, worker: Worker, told: 
     whole = target.moved and not set(target.target.key.slots) & set(target.source.pattern.axes)
     strip = max(1, worker.scratch.nbytes // itemsize(target.spec.dtype))
     told(0)
-    with Output(path) as output:
+    with opened() as output:
         for box in target.target.pattern.strips(target.sizes, strip):
             for piece in target.pieces(box) if whole else ():
                 if SOURCE + piece.source not in sources:

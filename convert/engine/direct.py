@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from convert.commit.files import Folder, opened_again, write_all
+
 PAGE = 4096
 """What offsets, lengths and addresses must be multiples of; no disk in use has larger blocks."""
 LEAST = 256 << 10
@@ -56,9 +58,9 @@ class Scratch:
 class Output:
     """An existing file, open for blocks at any offset."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY)
-        self._direct = _open_direct(path)
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.descriptor = folder.open(name, os.O_WRONLY)
+        self._direct = _open_direct(folder, self.descriptor)
 
     def __enter__(self) -> Output:
         return self
@@ -97,9 +99,9 @@ class Output:
         head, stop = -offset % PAGE, len(block) - (offset + len(block)) % PAGE
         done = 0
         if self.passes_cache(stop - head) and _aligned(block, offset):
-            _put(self.descriptor, block[:head], offset)
+            write_all(self.descriptor, block[:head], offset)
             done = head + self._put_direct(block[head:stop], offset + head)
-        _put(self.descriptor, block[done:], offset + done)
+        write_all(self.descriptor, block[done:], offset + done)
 
     def _put_direct(self, pages: memoryview, offset: int) -> int:
         """How many bytes could be written so; a system that opens files for it may yet refuse to write."""
@@ -118,11 +120,11 @@ class Output:
             self._direct = None
 
 
-def _open_direct(path: Path) -> int | None:
-    if _file_system(path.parent) not in DISKS:
+def _open_direct(folder: Folder, descriptor: int) -> int | None:
+    if _file_system(folder.path) not in DISKS:
         return None
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+        return opened_again(descriptor, os.O_DIRECT)
     except OSError:
         return None
 
@@ -144,9 +146,3 @@ def _file_system(folder: Path) -> str:
 
 def _aligned(block: memoryview, offset: int) -> bool:
     return (np.frombuffer(block, np.uint8).ctypes.data - offset) % PAGE == 0
-
-
-def _put(descriptor: int, block: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(block):
-        done += os.pwrite(descriptor, block[done:], offset + done)

@@ -15,12 +15,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
+from convert.commit.below import free
+from convert.commit.files import Folder
 from convert.commit.manifest import SOURCE
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC, Budget
 from convert.engine.copying import Worker, write_tensor
+from convert.engine.direct import Output
 from convert.hf.shards import File
 from convert.planning.targets import Target
 from convert.progress import Progress
@@ -33,7 +36,7 @@ AHEAD = 64
 @dataclass(frozen=True, slots=True)
 class _Task:
     target: Target
-    path: Path
+    file: str
     offset: int
 
 
@@ -56,10 +59,10 @@ def write_tensors(
         OSError: the disk is full or failing; finished tensors are journalled.
     """
     digests = _kept(files, stage)
-    _check_space(files, stage.path, beside)
+    _check_space(files, stage.folder, beside)
     for file in files:
-        _preallocate(stage.path / file.name, file)
-    tasks = _tasks(targets, files, stage.path)
+        _preallocate(stage.folder, file)
+    tasks = _tasks(targets, files)
     tasks = [task for task in (tasks if is_chunked(reader) else _in_turn(tasks)) if task.target.spec.name not in digests]
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
@@ -72,7 +75,7 @@ def write_tensors(
             progress(done)
 
     def work(task: _Task) -> dict[str, str]:
-        return write_tensor(task.target, task.path, task.offset, own.worker, told)
+        return write_tensor(task.target, partial(Output, stage.folder, task.file), task.offset, own.worker, told)
 
     def begin() -> None:
         own.worker = Worker.make(reader, budget.strip)
@@ -99,7 +102,7 @@ def _drain(
     """Keep the workers busy, and journal what is finished once its data is on the disk."""
     waiting: dict[Future[dict[str, str]], _Task] = {}
     queue = iter(tasks)
-    paths: set[Path] = set()
+    written: set[str] = set()
     fresh: dict[str, str] = {}
     dirty = 0
     try:
@@ -112,26 +115,25 @@ def _drain(
             for future in sorted(finished, key=lambda future: future.exception() is not None):  # keep what succeeded
                 task = waiting.pop(future)
                 fresh.update(future.result())
-                paths.add(task.path)
+                written.add(task.file)
                 dirty += task.target.spec.nbytes
             if dirty >= SYNC:
-                _sync(paths, stage, fresh, digests)
+                _sync(written, stage, fresh, digests)
                 dirty = 0
     except OSError:
-        _sync(paths, stage, fresh, digests)  # a full disk should not cost what is finished
+        _sync(written, stage, fresh, digests)  # a full disk should not cost what is finished
         raise
-    _sync(paths, stage, fresh, digests)
+    _sync(written, stage, fresh, digests)
 
 
-def _sync(paths: set[Path], stage: Stage, fresh: dict[str, str], digests: dict[str, str]) -> None:
+def _sync(written: set[str], stage: Stage, fresh: dict[str, str], digests: dict[str, str]) -> None:
     """Make finished tensors durable, then say so in the journal."""
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for name in sorted(written):
+        stage.folder.sync(name)
     if fresh:
         stage.record(fresh)
     digests.update(fresh)
-    paths.clear()
+    written.clear()
     fresh.clear()
 
 
@@ -139,42 +141,37 @@ def _kept(files: Sequence[File], stage: Stage) -> dict[str, str]:
     """The digests of tensors that an earlier run finished and whose file is still there, whole."""
     kept = {key: digest for key, digest in stage.done.items() if key.startswith(SOURCE)}
     for file in files:
-        path = stage.path / file.name
-        if path.exists() and path.stat().st_size == file.size:
+        found = stage.folder.stat(file.name)
+        if found is not None and found.st_size == file.size:
             kept.update({name: stage.done[name] for name in file.offsets if name in stage.done})
         else:
-            path.unlink(missing_ok=True)
+            stage.folder.remove(file.name)
     return kept
 
 
-def _check_space(files: Sequence[File], folder: Path, beside: int) -> None:
+def _check_space(files: Sequence[File], folder: Folder, beside: int) -> None:
     """Find a disk that is too small before anything is reserved on it."""
-    paths = [folder / file.name for file in files]
-    needed = beside + sum(file.size for file in files) - sum(512 * path.stat().st_blocks for path in paths if path.exists())
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if needed > free:
-        text = f"{os.strerror(errno.ENOSPC)}: {needed:,} more bytes are needed, {free:,} are free"
-        raise OSError(errno.ENOSPC, text, str(folder))
+    there = [found for file in files if (found := folder.stat(file.name)) is not None]
+    needed = beside + sum(file.size for file in files) - sum(512 * found.st_blocks for found in there)
+    if needed > (left := free(folder)):
+        text = f"{os.strerror(errno.ENOSPC)}: {needed:,} more bytes are needed, {left:,} are free"
+        raise OSError(errno.ENOSPC, text, str(folder.path))
 
 
-def _preallocate(path: Path, file: File) -> None:
+def _preallocate(folder: Folder, file: File) -> None:
     """Reserve the file's space, so that a full disk shows now; what an earlier run wrote into it stays."""
-    with path.open("r+b" if path.exists() else "x+b") as handle:
-        os.posix_fallocate(handle.fileno(), 0, file.size)
-        os.pwrite(handle.fileno(), file.head, 0)
-        os.fsync(handle.fileno())
+    folder.reserve(file.name, file.size, head=file.head)
 
 
-def _tasks(targets: Sequence[Target], files: Sequence[File], stage: Path) -> list[_Task]:
-    home = {name: (stage / file.name, offset) for file in files for name, offset in file.offsets.items()}
+def _tasks(targets: Sequence[Target], files: Sequence[File]) -> list[_Task]:
+    home = {name: (file.name, offset) for file in files for name, offset in file.offsets.items()}
     return [_Task(target, *home[target.spec.name]) for target in targets]
 
 
 def _in_turn(tasks: Sequence[_Task]) -> Iterator[_Task]:
     """Tasks of different files in turn."""
-    queues: dict[Path, list[_Task]] = {}
+    queues: dict[str, list[_Task]] = {}
     for task in tasks:
-        queues.setdefault(task.path, []).append(task)
+        queues.setdefault(task.file, []).append(task)
     for turn in itertools.zip_longest(*queues.values()):
         yield from (task for task in turn if task is not None)

@@ -11,12 +11,12 @@ Source of the format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convert.planning.planner import Target
+from layouts.names import part
 from layouts.tensors import itemsize
 
 SINGLE = "model.safetensors"
@@ -69,11 +69,14 @@ def restore(headers: Mapping[str, str], targets: Iterable[Target]) -> tuple[File
 
     None when the headers do not hold exactly these tensors, each once and without gaps: somebody has edited the checkpoint or
     what it remembers, which is input like any other and not to be trusted with a path or an offset.
+
+    Raises:
+        InputError: the name of a file is none.
     """
     wanted = {target.spec.name: target.spec for target in targets}
     restored = []
     for name, header in headers.items():
-        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+        if not part(name, "the original files that convert_manifest.json remembers").endswith(".safetensors"):
             return None
         offsets, end = {}, 0
         try:

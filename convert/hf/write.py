@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from convert.commit import manifest
-from convert.commit.durable import copy_file, write_text
 from convert.commit.identity import input_digest
 from convert.commit.inventory import inventory
 from convert.commit.processes import Processes
@@ -23,6 +22,7 @@ from convert.engine.budget import Budget
 from convert.engine.reading import in_order
 from convert.errors import PlanError
 from convert.hf.execute import write_tensors
+from convert.hf.look import look
 from convert.hf.shards import File, index_text, pack, restore
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
@@ -91,6 +91,7 @@ class HFWriter:
         if not processes.first:
             return ()
         self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
+        look(stage.folder, files)
         original = _remembered(plan)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
@@ -99,17 +100,17 @@ class HFWriter:
     def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> None:
         plan, reader = self.plan, self.reader
         for name, text in _texts(plan, reader, files).items():
-            write_text(stage.path / name, text)
+            stage.folder.write_text(name, text)
         for name in plan.side_files:
             if name not in REWRITTEN:
-                copy_file(plan.source / name, stage.path / name)
+                stage.folder.copy_in(plan.source / name, name)
         shards = {file.name for file in files}
         beside = manifest.Beside(
             input=input_digest(reader),
             files=inventory(stage.path, manifest.NAME, shards.__contains__),
             options={"max_shard_size": self.max_shard_size},
         )
-        write_text(stage.path / manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
+        stage.folder.write_text(manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
 
     def unlike(self, found: Manifest) -> str | None:
         """Other files, or other headers, which stand in the output itself."""

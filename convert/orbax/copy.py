@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
 
+from convert.commit.below import free
+from convert.commit.files import Folder
 from convert.commit.processes import Processes
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC
@@ -39,7 +40,7 @@ _Made = TypeVar("_Made")
 
 
 def copy_and_hash(
-    item: Path,
+    item: Folder,
     moves: Sequence[Move],
     stage: Stage,
     copied: bool,
@@ -131,31 +132,29 @@ class _Copier:
     stop: threading.Event = field(default_factory=threading.Event)
     _idle: SimpleQueue[Scratch] = field(default_factory=SimpleQueue)
 
-    def copy(self, moves: Sequence[Move], folder: Path) -> None:
-        """Copy all files; they are durable on return. `folder` is on the disk that they go to.
+    def copy(self, moves: Sequence[Move], folder: Folder) -> None:
+        """Copy all files into a folder; they are durable on return.
 
         Raises:
             OSError: the disk is full or failing.
             InputError: a file is shorter than it was.
         """
-        needed, free = self.beside + sum(move.nbytes for move in moves), shutil.disk_usage(folder).free
-        if needed > free:
-            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
-            raise OSError(errno.ENOSPC, text, str(folder))
+        needed, left = self.beside + sum(move.nbytes for move in moves), free(folder)
+        if needed > left:
+            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {left:,} are free"
+            raise OSError(errno.ENOSPC, text, str(folder.path))
         for _ in range(self.jobs):
             self._idle.put(Scratch(self.box))
-        for parent in {move.target.parent for move in moves}:
-            parent.mkdir(parents=True, exist_ok=True)
         spans = ((move, at) for move in moves for at in range(0, max(1, move.nbytes), _STEP))
-        deque(_each(_create, moves, self.jobs, self.stop), 0)
-        deque(_each(self._span, spans, self.jobs, self.stop), 0)
-        deque(_each(_sync, moves, self.jobs, self.stop), 0)
+        deque(_each(lambda move: folder.reserve(move.target, move.nbytes, anew=True), moves, self.jobs, self.stop), 0)
+        deque(_each(partial(self._span, folder), spans, self.jobs, self.stop), 0)
+        deque(_each(lambda move: folder.sync(move.target), moves, self.jobs, self.stop), 0)
 
-    def _span(self, span: tuple[Move, int]) -> None:
+    def _span(self, folder: Folder, span: tuple[Move, int]) -> None:
         move, at = span
         scratch = self._idle.get()
         try:
-            with move.source.open("rb", buffering=0) as reading, Output(move.target) as output:
+            with move.source.open("rb", buffering=0) as reading, Output(folder, move.target) as output:
                 stop = min(at + _STEP, move.nbytes)
                 while at < stop:
                     if self.stop.is_set():
@@ -163,17 +162,6 @@ class _Copier:
                     at += _step(reading, output, at, stop - at, scratch)
         finally:
             self._idle.put(scratch)
-
-
-def _create(move: Move) -> None:
-    with move.target.open("wb") as file:
-        if move.nbytes:
-            os.posix_fallocate(file.fileno(), 0, move.nbytes)
-
-
-def _sync(move: Move) -> None:
-    with move.target.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _step(reading: FileIO, output: Output, at: int, left: int, scratch: Scratch) -> int:

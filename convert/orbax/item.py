@@ -5,15 +5,16 @@ In: batches of portions. Out: stored arrays, joined and durable. It never reads 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
-from convert.commit.durable import remove
+from convert.commit.below import files as files_below
+from convert.commit.below import sync_all
+from convert.commit.files import Folder
+from convert.commit.store import StoreFolder
 from convert.orbax.budget import FLYING, OrbaxBudget
 from convert.orbax.chunks import Chunking
 from convert.orbax.metadata import stored_name
@@ -22,7 +23,6 @@ from convert.orbax.portions import Portion
 from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import LOCK
 from layouts.orbax.tree import PROCESS
-from layouts.places import is_remote, kvstore_of
 from layouts.tensors import DTYPES
 
 _LEVEL = 1
@@ -35,20 +35,20 @@ _JOINED = 1 << 13
 
 @dataclass(slots=True, kw_only=True)
 class Item:
-    """The item's directory, and how its arrays are stored."""
+    """The item's directory, open, and how its arrays are stored."""
 
-    path: Path
+    folder: Folder | StoreFolder
     origin: Origin
     budget: OrbaxBudget
-    _base: Path | None = None
+    _base: str = ""
     _context: Any = field(default=None)
 
     def begin(self, number: int, batch: Sequence[Portion]) -> None:
         """A new batch; what an interrupted run left of it goes, or is written over by files of the same names."""
         whole = batch if self.origin.ocdbt else [portion for portion in batch if portion.rows is None]
-        for path in self.paths(number, whole):
-            remove(path)
-        self._base = self.paths(number, batch)[0] if self.origin.ocdbt else self.path
+        for name in self.names(number, whole):
+            self.folder.remove(name)
+        self._base = self.names(number, batch)[0] if self.origin.ocdbt else ""
         # No sync per write: a batch is synced as a whole.
         self._context = ts.Context(
             {
@@ -62,17 +62,18 @@ class Item:
             }
         )
 
-    def paths(self, number: int, batch: Sequence[Portion]) -> list[Path]:
+    def names(self, number: int, batch: Sequence[Portion]) -> list[str]:
         """The directories of a batch."""
         if self.origin.ocdbt:
-            return [self.path / f"{PROCESS}{number}"]
-        return [self.path / stored_name(portion.target, self.origin) for portion in batch]
+            return [f"{PROCESS}{number}"]
+        return [stored_name(portion.target, self.origin) for portion in batch]
 
     def create(self, chunking: Chunking) -> Any:
         """The stored array of a tensor of the batch."""
         name = stored_name(chunking.target, self.origin)
-        assert self._base is not None
-        kvstore = _database(self._base) | {"path": f"{name}/"} if self.origin.ocdbt else kvstore_of(self._base / name)
+        with self.folder.below(self._base or name, make=True):
+            pass  # TensorStore would make it as well, but follow a link on the way
+        kvstore = self._database(self._base) | {"path": f"{name}/"} if self.origin.ocdbt else self.folder.spec(name)
         spec = {"driver": "zarr3" if self.origin.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
         return ts.open(
             spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.origin.zarr3)},
@@ -92,18 +93,11 @@ class Item:
     def sync(self, number: int, batch: Sequence[Portion]) -> None:
         """Make a batch durable; a store is, once it has answered."""
         self._context = None
-        if is_remote(self.path):
+        if isinstance(self.folder, StoreFolder):
             return
-        for path in self.paths(number, batch):
-            for directory, _, files in os.walk(path, topdown=False):
-                for name in [*files, "."]:
-                    if name.endswith(LOCK):
-                        continue  # another process is writing its portion, and renames this at any moment
-                    descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-                    try:
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
+        for name in self.names(number, batch):
+            with self.folder.below(name) as written:
+                sync_all(written, but=LOCK)  # another process is writing its portion, and renames this at any moment
 
     def join(self, batches: int) -> None:
         """One manifest over the databases of all batches, whose values stay where they are.
@@ -111,16 +105,17 @@ class Item:
         An array in portions has its metadata in each of them, alike.
         """
         if not self.origin.ocdbt:
-            for left in () if is_remote(self.path) else self.path.rglob(f"*{LOCK}"):
-                left.unlink()
+            files = () if isinstance(self.folder, StoreFolder) else files_below(self.folder)
+            for left in [name for name, _ in files if name.endswith(LOCK)]:
+                self.folder.remove(left)
             return
-        for path in (self.path / "manifest.ocdbt", self.path / "d"):
-            remove(path)
+        for name in ("manifest.ocdbt", "d"):
+            self.folder.remove(name)
         context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
-        whole = ts.KvStore.open(_database(self.path), context=context).result()
+        whole = ts.KvStore.open(self._database(), context=context).result()
         transaction, copied = ts.Transaction(atomic=True), 0
         for number in range(batches):
-            one = ts.KvStore.open(_database(self.path / f"{PROCESS}{number}"), context=context).result()
+            one = ts.KvStore.open(self._database(f"{PROCESS}{number}"), context=context).result()
             for keys, count in _spans(sorted(one.list().result())):
                 one.experimental_copy_range_to(whole.with_transaction(transaction), keys).result()
                 copied += count
@@ -129,23 +124,22 @@ class Item:
                     transaction, copied = ts.Transaction(atomic=True), 0
         transaction.commit_async().result()
 
+    def _database(self, name: str = "") -> dict[str, Any]:
+        return {
+            "driver": "ocdbt",
+            "base": self.folder.spec(name),
+            # Metadata of arrays is kept in the tree, chunks are not.
+            "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": _NODE, "manifest_kind": "single"},
+            "target_data_file_size": FLYING,
+            "cache_pool": "cache_pool#ocdbt",
+        }
+
 
 def _spans(keys: Sequence[bytes]) -> Iterator[tuple[Any, int]]:
     """Ranges that hold all of these keys, some in each, and how many."""
     for start in range(0, len(keys), _JOINED):
         span = keys[start : start + _JOINED]
         yield ts.KvStore.KeyRange(span[0], span[-1] + b"\0"), len(span)
-
-
-def _database(path: Path) -> dict[str, Any]:
-    return {
-        "driver": "ocdbt",
-        "base": kvstore_of(path),
-        # Metadata of arrays is kept in the tree, chunks are not.
-        "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": _NODE, "manifest_kind": "single"},
-        "target_data_file_size": FLYING,
-        "cache_pool": "cache_pool#ocdbt",
-    }
 
 
 def _metadata(chunking: Chunking, compressed: bool, *, zarr3: bool) -> dict[str, Any]:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from convert.errors import PlanError
 from convert.orbax.origin import CHUNKS, SHARDING, Origin
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.errors import InputError
 from layouts.files import RECORD
-from layouts.orbax.tree import ARRAYS, BOX, METADATA, STRINGS, Leaf
+from layouts.names import key
+from layouts.orbax.tree import ARRAYS, BOX, METADATA, OWN, PROCESS, STRINGS, Leaf
 
 _DICT = 2
 _RICH = "value_metadata_tree"
@@ -51,9 +54,51 @@ def render_step(scanned: bool) -> str:
 
 
 def stored_name(target: Target, origin: Origin) -> str:
-    """The name of a target's array: its own, in a box where its first source is in one."""
+    """The name of a target's array: its own, in a box where its first source is in one.
+
+    Raises:
+        InputError: it leads elsewhere; templates of records are input, and so is all that is rendered from them.
+    """
     leaf = origin.leaves.get(_first_source(target))
-    return f"{target.spec.name}.{BOX}" if leaf and leaf.boxed else target.spec.name
+    return key(f"{target.spec.name}.{BOX}" if leaf and leaf.boxed else target.spec.name, "an array of the output")
+
+
+def check_names(plan: Plan, origin: Origin) -> None:
+    """See that no array takes the place of another, of Orbax's own files, or of a side file; a record can ask for that.
+
+    Raises:
+        InputError: a name leads out of the item.
+        PlanError: two things would have one name, or one would lie in the other.
+    """
+    made = [stored_name(target, origin) for target in plan.targets]
+    if len(set(made)) != len(made):
+        twice = next(name for name in made if made.count(name) > 1)
+        raise PlanError(f"{plan.source}: two arrays of the output would have the name {twice!r}; does the record fit it?")
+    _check_apart({*made, *(leaf.stored for leaf in origin.leaves.values() if leaf.kind in ARRAYS)}, plan)
+    own = {*OWN, *(() if origin.ocdbt else (name.split("/")[0] for name in made))}
+    if not origin.ocdbt and (odd := next((name for name in made if _is_own(name.split("/")[0], OWN)), None)):
+        raise PlanError(f"{plan.source}: an array of the output would have the name {odd!r}, which is Orbax's own; rename it")
+    for name in plan.side_files:
+        inside = _below(name, origin.place)
+        if inside and _is_own(inside[0], own):
+            raise PlanError(f"{plan.source / name} is no part of this checkpoint, but the output needs its name; remove it")
+
+
+def _check_apart(names: set[str], plan: Plan) -> None:
+    for name in names:
+        folders = name.split("/")[:-1]
+        for depth in range(1, len(folders) + 1):
+            if (above := "/".join(folders[:depth])) in names:
+                raise PlanError(f"{plan.source}: the array {name!r} of the output would lie in the array {above!r}; rename one")
+
+
+def _is_own(first: str, own: Collection[str]) -> bool:
+    return first in own or first.startswith(PROCESS)
+
+
+def _below(name: str, place: Path) -> tuple[str, ...]:
+    parts = PurePosixPath(name).parts
+    return parts[len(place.parts) :] if parts[: len(place.parts)] == place.parts else ()
 
 
 def _first_source(target: Target) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from convert.commit.durable import write_text
+from convert.commit.below import files as files_below
+from convert.commit.files import Folder
 from convert.orbax.keep import Kept, kept_chunks
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
@@ -36,53 +37,57 @@ RENAMED = 1 << 13
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A file to copy. An `own` one is written anew in the copy later on, so that it is always copied, by the first process."""
+    """A file to copy, and its name in the item that is written.
+
+    An `own` one is written anew in the copy later on, so that it is always copied, by the first process.
+    """
 
     source: Path
-    target: Path
+    target: str
     nbytes: int
     own: bool = False
 
 
-def moves(plan: Plan, kept: Kept, origin: Origin, item: Path) -> list[Move]:
+def moves(plan: Plan, kept: Kept, origin: Origin) -> list[Move]:
     """All files that the item in the output consists of, but for its metadata and that of arrays that change."""
-    pairs = _database(kept.reader, item) if origin.ocdbt else _directories(plan, kept, origin, item)
+    pairs = _database(kept.reader) if origin.ocdbt else _directories(plan, kept, origin)
     return [Move(source, target, source.stat().st_size, own) for source, target, own in pairs]
 
 
-def _database(reader: OrbaxReader, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+def _database(reader: OrbaxReader) -> Iterator[tuple[Path, str, bool]]:
     """The files with values and names, without the manifests of single processes."""
     for entry in sorted(reader.item.iterdir()):
         if entry.name.startswith(PROCESS) or entry.name in DATABASE:
             files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
             for file in files:
                 if file.name != "manifest.ocdbt" or file.parent == reader.item:
-                    yield file, item / file.relative_to(reader.item), file.parent == reader.item
+                    yield file, file.relative_to(reader.item).as_posix(), file.parent == reader.item
 
 
-def _directories(plan: Plan, kept: Kept, origin: Origin, item: Path) -> Iterator[tuple[Path, Path, bool]]:
+def _directories(plan: Plan, kept: Kept, origin: Origin) -> Iterator[tuple[Path, str, bool]]:
     reader = kept.reader
     for target in plan.targets:
-        place = item / stored_name(target, origin)
+        place = stored_name(target, origin)
         for at, name, key in kept_chunks(target, kept):
-            yield reader.item / reader.leaves[name].stored / key, place / key_at(reader.grids[name], at), False
+            yield reader.item / reader.leaves[name].stored / key, f"{place}/{key_at(reader.grids[name], at)}", False
 
 
-def rename(item: Path, plan: Plan, kept: Kept, origin: Origin, files: Sequence[Move], portions: Sequence[Portion]) -> None:
+def rename(item: Folder, plan: Plan, kept: Kept, origin: Origin, files: Sequence[Move], portions: Sequence[Portion]) -> None:
     """Give the chunks that have been copied the names of the plan; on a disk they have them, and only metadata is written.
 
     It may be done again, after the manifest has been copied again: what else is there besides the `files` goes.
     """
     if not origin.ocdbt:
         for target in plan.targets:
-            write_text(item / stored_name(target, origin) / _metadata_key(origin), _metadata(target, kept, origin))
+            item.write_text(f"{stored_name(target, origin)}/{_metadata_key(origin)}", _metadata(target, kept, origin))
         return
     copied = {move.target for move in files}
-    for left in [path for path in item.rglob("*") if path.is_file() and path not in copied]:
-        left.unlink()
-    base = {"driver": "file", "path": f"{item}/"}
+    for left in [name for name, _ in files_below(item) if name not in copied]:
+        item.remove(left)
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
-    stored = ts.KvStore.open({"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}, context=context).result()
+    stored = ts.KvStore.open(
+        {"driver": "ocdbt", "base": item.spec(), "cache_pool": "cache_pool#ocdbt"}, context=context
+    ).result()
     renamed = _renamed(kept, origin, portions)
     while some := list(itertools.islice(renamed, RENAMED)):
         transaction = ts.Transaction(atomic=True)

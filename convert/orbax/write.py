@@ -12,15 +12,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import xxhash
 
 from convert.commit import manifest
-from convert.commit.durable import copy_file, write_text
+from convert.commit.files import Folder
 from convert.commit.identity import input_digest
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage, Stage
+from convert.commit.store import StoreFolder
 from convert.engine.again import Remade
 from convert.engine.budget import SYNC
 from convert.orbax.again import files_of_item, stored_again, written_again
@@ -29,7 +31,8 @@ from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
 from convert.orbax.item import Item
 from convert.orbax.keep import Kept, keep, kept_shape
-from convert.orbax.metadata import render, render_step
+from convert.orbax.look import look, look_at_files
+from convert.orbax.metadata import check_names, render, render_step
 from convert.orbax.moves import moves, rename
 from convert.orbax.origin import Origin, origin_of
 from convert.orbax.portions import Portion, batches, by_array, cut, total
@@ -65,8 +68,11 @@ class OrbaxWriter:
 
         Raises:
             UsageError: none do.
+            InputError: the name of an array leads elsewhere.
+            PlanError: two things would have one name.
         """
         origin, kept = origin_of(reader), keep(plan, reader)
+        check_names(plan, origin)
         return cls(
             plan=plan,
             reader=reader,
@@ -88,24 +94,25 @@ class OrbaxWriter:
     def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
         """Arrays by all processes; the first one adds what stands beside them."""
         keep_below(self.budget.mapped)
-        item = Item(path=stage.path.resolve() / self.origin.place, origin=self.origin, budget=self.budget)
         whole = self._batches()
         portions = list(itertools.chain.from_iterable(whole))
         copied = _begin(stage, _KEPT if self.kept else _written(portions), processes)
-        item.path.mkdir(parents=True, exist_ok=True)
-        self.reader.hold(self.budget.limits, Windows())
-        if self.kept and isinstance(stage, Stage):
-            digests, chunks = self._keep(self.kept, item, stage, copied, portions, progress, processes)
-        else:
-            digests, chunks = self._fill(item, whole, stage, progress, processes)
-        if processes.first:
-            self._write_beside(stage, item, by_array(portions, stage.done | stage.by_helpers() | digests), chunks)
+        with stage.folder.below(_name(self.origin.place), make=True) as folder:
+            self.reader.hold(self.budget.limits, Windows())
+            if self.kept and isinstance(stage, Stage) and isinstance(folder, Folder):
+                digests, chunks = self._keep(self.kept, folder, stage, copied, portions, progress, processes)
+            else:
+                item = Item(folder=folder, origin=self.origin, budget=self.budget)
+                digests, chunks = self._fill(item, whole, stage, progress, processes)
+            if processes.first:
+                look(stage.path / self.origin.place, self.plan, self.origin)
+                self._write_beside(stage, folder, by_array(portions, stage.done | stage.by_helpers() | digests), chunks)
         return ()
 
     def _keep(
         self,
         kept: Kept,
-        item: Item,
+        folder: Folder,
         stage: Stage,
         copied: bool,
         portions: Sequence[Portion],
@@ -113,14 +120,15 @@ class OrbaxWriter:
         processes: Processes,
     ) -> tuple[dict[str, str], _Chunks]:
         """Copy chunks as they are stored, and give them their new names; new digests by `key`, and shapes of chunks."""
-        files = moves(self.plan, kept, self.origin, item.path)
+        files = moves(self.plan, kept, self.origin)
         digests = copy_and_hash(
-            item.path, files, stage, copied, portions, kept, self.budget, progress, processes, self.plan.side_bytes
+            folder, files, stage, copied, portions, kept, self.budget, progress, processes, self.plan.side_bytes
         )
         processes.agree("written")
         if processes.first:
             stage.take_way(_COPIED)
-            rename(item.path, self.plan, kept, self.origin, files, portions)
+            rename(folder, self.plan, kept, self.origin, files, portions)
+            look_at_files(folder, files)
         return digests, {target.spec.name: kept_shape(target, kept) for target in self.plan.targets}
 
     def _fill(
@@ -131,7 +139,7 @@ class OrbaxWriter:
         for number in processes.mine(list(map(total, whole))):
             batch = whole[number]
             finished = all(portion.key in stage.done for portion in batch)
-            if finished and all(path.exists() for path in item.paths(number, batch)):
+            if finished and all(map(item.folder.exists, item.names(number, batch))):
                 progress(total(batch))
                 continue
             stage.check()
@@ -145,21 +153,23 @@ class OrbaxWriter:
             item.join(len(whole))
         return digests, {portion.target.spec.name: portion.chunking.shape for batch in whole for portion in batch}
 
-    def _write_beside(self, stage: AnyStage, item: Item, digests: Mapping[str, manifest.Digest], chunks: _Chunks) -> None:
+    def _write_beside(
+        self, stage: AnyStage, folder: Folder | StoreFolder, digests: Mapping[str, manifest.Digest], chunks: _Chunks
+    ) -> None:
         plan, texts = self.plan, render(self.plan, self.origin, chunks)
         for name in texts.keys() - {METADATA}:
-            write_text(item.path / name, texts[name])
+            folder.write_text(name, texts[name])
         if plan.scanned is not None:
-            write_text(item.path.parent / STEP, render_step(plan.scanned))
+            stage.folder.write_text(_name(self.origin.place.parent / STEP), render_step(plan.scanned))
         for name in plan.side_files:
             if name != manifest.NAME and not (is_remote(stage.path) and name.endswith(COMMITTED)):
-                copy_file(plan.source / name, stage.path / name)
+                stage.folder.copy_in(plan.source / name, name)
         original = manifest.original_of(plan, self.reader)
         files = files_of_item(stage.path, plan, self.origin, {METADATA: texts[METADATA]})
         beside = manifest.Beside(input=input_digest(self.reader), files=files)
         text = manifest.render(plan, digests, original, beside, of_chunks=self.kept is not None)
-        write_text(stage.path / manifest.NAME, text)
-        write_text(item.path / METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
+        stage.folder.write_text(manifest.NAME, text)
+        folder.write_text(METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
 
     def unlike(self, found: Manifest) -> str | None:
         """Chunks that were kept and would be cut now, or the other way round."""
@@ -190,3 +200,8 @@ def _written(portions: Sequence[Portion]) -> str:
     """The way of writing arrays in these portions."""
     keys = "\n".join(portion.key for portion in portions)
     return f"{_WRITTEN} in portions {xxhash.xxh3_64_hexdigest(keys.encode())}"
+
+
+def _name(place: Path) -> str:
+    """A place below the stage as a name; the stage itself has none."""
+    return "/".join(place.parts)

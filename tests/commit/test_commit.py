@@ -70,12 +70,12 @@ def test_input_and_output_must_not_contain_one_another(source, tmp_path, capsys,
 def test_overwrite_keeps_the_old_output_until_the_new_one_is_complete(source, wanted, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "model.safetensors").write_text("old")
     seen = []
     publish = stage._publish
     monkeypatch.setattr(stage, "_publish", lambda *a, **k: (seen.append(contents(out)), publish(*a, **k)))
     assert prefuse(source, out, "--overwrite") == 0
-    assert seen == [{"old": b"old"}]
+    assert seen == [{"model.safetensors": b"old"}]
     assert contents(out) == wanted
     assert os.listdir(tmp_path) == ["out"]
 
@@ -189,7 +189,7 @@ def test_data_is_durable_before_the_journal_and_all_before_the_rename(source, tm
         return sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(os, "rename", lambda a, b: (log.append("rename"), rename(a, b)))
+    monkeypatch.setattr(os, "rename", lambda *a, **k: (log.append("rename"), rename(*a, **k)))
     monkeypatch.setattr(stage.Stage, "record", lambda self, done: (log.append("journal"), record(self, done)))
     assert prefuse(source, tmp_path / "out") == 0
     shards = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
@@ -215,26 +215,72 @@ def test_a_run_with_other_options_for_the_same_output_is_kept_off_too(source, wa
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("old", ["directory", "file", "link"])
-def test_overwrite_replaces_whatever_stands_there(source, wanted, tmp_path, monkeypatch, old, exchange):
+@pytest.mark.parametrize("old", ["empty", "safetensors", "index", "orbax"])
+def test_overwrite_replaces_a_checkpoint(source, wanted, tmp_path, monkeypatch, old, exchange):
     if not exchange:
-        monkeypatch.setattr(stage, "_exchange", lambda *_: False)
-    (tmp_path / "elsewhere").mkdir()
+        monkeypatch.setattr(stage, "exchange", lambda *_: False)
     out = tmp_path / "out"
-    {"directory": out.mkdir, "file": out.touch, "link": lambda: out.symlink_to("elsewhere")}[old]()
+    out.mkdir()
+    if old != "empty":
+        file = {"safetensors": "x.safetensors", "index": "model.safetensors.index.json", "orbax": "0/items/_METADATA"}[old]
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text("old")
     assert prefuse(source, out, "--overwrite") == 0
     assert contents(out) == wanted
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("old", ["file", "link", "dangling link", "other directory", "several checkpoints"])
+def test_overwrite_replaces_nothing_else(source, tmp_path, capsys, old):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(source, elsewhere)
+    if old == "file":
+        out.write_text("mine")
+    elif old.endswith("link"):
+        out.symlink_to("elsewhere" if old == "link" else "nowhere")
+    else:
+        for name in ["letters/first"] if old == "other directory" else ["0/items/_METADATA", "1/items/_METADATA"]:
+            (out / name).parent.mkdir(parents=True)
+            (out / name).write_text("mine")
+    before = contents(tmp_path)
+    assert prefuse(source, out, "--overwrite") == 5
+    assert "--overwrite replaces only a checkpoint" in capsys.readouterr().err
+    assert contents(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "out"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_takes_the_old_outputs_place_meanwhile_is_put_back(source, tmp_path, monkeypatch, capsys, exchange):
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    real, calls = stage.exchange, []
+
+    def late(*names):  # between the last look and the rename
+        if not calls:
+            shutil.rmtree(out)
+            out.mkdir()
+            (out / "mine").write_text("mine")
+        calls.append(names)
+        return exchange and real(*names)
+
+    monkeypatch.setattr(stage, "exchange", late)
+    assert prefuse(source, out, "--overwrite") == 5
+    assert "has changed while this run was working" in capsys.readouterr().err
+    assert contents(out) == {"mine": b"mine"}
+    (kept,) = partials(tmp_path)
+    assert (kept / "new" / "convert_manifest.json").exists()
 
 
 def test_an_old_output_left_in_the_stage_is_not_taken_for_the_new_one(source, wanted, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
-    monkeypatch.setattr(stage.shutil, "rmtree", lambda *_, **__: None)
+    (out / "model.safetensors").write_text("old")
+    monkeypatch.setattr(stage, "discard", lambda *_: None)
     assert prefuse(source, out, "--overwrite") == 0
     monkeypatch.undo()
-    assert (partials(tmp_path)[0] / "new" / "old").exists(), "as if killed between the exchange and the removal"
+    assert contents(partials(tmp_path)[0] / "new") == {"model.safetensors": b"old"}, (
+        "as if killed between the exchange and the removal"
+    )
     assert prefuse(source, out, "--overwrite") == 0
     assert contents(out) == wanted
     assert os.listdir(tmp_path) == ["out"]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert
+from convert.commit.files import Folder
 from convert.engine import direct
 from convert.engine.direct import PAGE, Output, Scratch
 from layouts.tables.families import FAMILIES
@@ -32,7 +33,7 @@ def fill(path: Path, lengths: list[int], start: int) -> bytes:
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, start + sum(lengths) + PAGE)
     wanted = bytes(start)
-    with Output(path) as output:
+    with Folder.at(path.parent) as folder, Output(folder, path.name) as output:
         for length in lengths:
             data = rng.bytes(length)
             output.put(scratch.filled(memoryview(data), len(wanted)), len(wanted))
@@ -59,11 +60,11 @@ def test_whole_pages_of_aligned_blocks_go_past_the_page_cache(tmp_path, monkeypa
 def test_what_the_system_refuses_goes_through_the_cache(tmp_path, monkeypatch, refused):
     real_open, real_pwrite, special, refusals = os.open, os.pwrite, set(), []
 
-    def opened(path, flags, *rest):
+    def opened(path, flags, *rest, **at):
         if flags & os.O_DIRECT and refused == "open":
             refusals.append(path)
             raise OSError(errno.EINVAL, "no direct I/O here")
-        descriptor = real_open(path, flags, *rest)
+        descriptor = real_open(path, flags, *rest, **at)
         special.discard(descriptor)
         if flags & os.O_DIRECT:
             special.add(descriptor)

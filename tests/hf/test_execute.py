@@ -39,7 +39,7 @@ def wanted(source, tmp_path_factory) -> dict[str, bytes]:
 def interrupted(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stage of a run that failed after all its tensors."""
     with monkeypatch.context() as patch:
-        patch.setattr("convert.hf.write.write_text", lambda *_: os.close(-1))
+        patch.setattr("convert.hf.write.HFWriter._write_beside", lambda *_: os.close(-1))
         assert prefuse(source, folder / "out") == 6
     (stage,) = partials(folder)
     return stage
@@ -62,13 +62,13 @@ def test_a_journal_cut_short_keeps_its_whole_lines(source, wanted, tmp_path, mon
     assert contents(tmp_path / "out") == wanted
 
 
-def test_a_stage_without_a_journal_is_not_believed(source, wanted, tmp_path, monkeypatch):
+def test_a_stage_without_a_journal_is_neither_believed_nor_emptied(source, tmp_path, monkeypatch, capsys):
     stage = interrupted(source, tmp_path, monkeypatch)
     (stage / ".convert_journal").unlink()
-    for file in (stage / "new").glob("*.safetensors"):
-        file.write_bytes(b"\xff" * (file.stat().st_size + 100))
-    assert prefuse(source, tmp_path / "out") == 0
-    assert contents(tmp_path / "out") == wanted
+    before = contents(tmp_path)
+    assert prefuse(source, tmp_path / "out") == 5
+    assert "was not made by this tool" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_every_source_has_its_digest(source, wanted):

@@ -13,7 +13,8 @@ import tensorstore as ts
 import xxhash
 
 import convert
-from convert.orbax import copy, moves, write
+from convert.commit.files import Folder
+from convert.orbax import moves, write
 from convert.orbax.keep import keep
 from convert.planning.planner import make_plan
 from layouts.checkpoint import open_checkpoint
@@ -166,8 +167,8 @@ def test_an_interrupted_run_goes_on_and_copies_once(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     moe = save(tmp_path / "in", KEPT["experts"])
-    copied, sync = [], copy._sync
-    monkeypatch.setattr(copy, "_sync", lambda move: (copied.append(move.source.name), sync(move)))
+    copied, real = [], Folder.reserve
+    monkeypatch.setattr(Folder, "reserve", lambda self, name, *a, **k: (copied.append(name), real(self, name, *a, **k)))
     with monkeypatch.context() as patch:
         patch.setattr(write, "rename", fail)
         with pytest.raises(KeyboardInterrupt):
