@@ -39,6 +39,7 @@ from convert.orbax.portions import Portion, batches, by_array, cut, total
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
+from layouts.orbax.faults import writing
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.places import is_remote
@@ -127,7 +128,8 @@ class OrbaxWriter:
         processes.agree("written")
         if processes.first:
             stage.take_way(_COPIED)
-            rename(folder, self.plan, kept, self.origin, files, portions)
+            with writing(str(stage.path)):
+                rename(folder, self.plan, kept, self.origin, files, portions)
             look_at_files(folder, files)
         return digests, {target.spec.name: kept_shape(target, kept) for target in self.plan.targets}
 
@@ -150,7 +152,8 @@ class OrbaxWriter:
             digests |= fresh
         processes.agree("written")
         if processes.first:
-            item.join(len(whole))
+            with writing(str(stage.path)):
+                item.join(len(whole))
         return digests, {portion.target.spec.name: portion.chunking.shape for batch in whole for portion in batch}
 
     def _write_beside(
