@@ -72,6 +72,7 @@ class Verifying(TypedDict, total=False):
     mesh: Mapping[str, int] | str | None
     memory: int | str
     scan_axis: int | None
+    family: str | None
     source_layout: str | None
 
 

@@ -76,6 +76,7 @@ class Named:
 _Memory = Annotated[
     int, Option(text="bound on resident memory, in bytes or as 2GiB", read=values.size, show="SIZE", default="2GiB")
 ]
+_Family = Annotated[str | None, Option(text="take this family instead of what config.json says", show="NAME")]
 _ScanAxis = Annotated[
     int | None,
     Option(
@@ -104,7 +105,7 @@ class Choices:
     align: Annotated[
         int | str, Option(text="per-shard: columns to pad each shard to, or maxtext", read=values.align, show="A")
     ] = 128
-    family: Annotated[str | None, Option(text="take this family instead of what config.json says", show="NAME")] = None
+    family: _Family = None
     source_layout: _SourceLayout = None
     to: Annotated[Format | None, Option(text="format of the output, if another than the input's", choices=("hf", "orbax"))] = (
         None
@@ -159,6 +160,7 @@ class Verification:
     ] = None
     memory: _Memory = 2 << 30
     scan_axis: _ScanAxis = None
+    family: _Family = None
     source_layout: _SourceLayout = None
 
 

@@ -136,6 +136,17 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_size(path: Path) -> None:
+    """Refuse a file that others read as a whole, if it is larger than one of its kind may be; one that is not there passes.
+
+    Raises:
+        InputError: it is.
+    """
+    limit = LIMITS.get(path.name, LIMIT)
+    if path.is_file() and (size := path.stat().st_size) > limit:
+        raise InputError(f"{path}: it has {size:,} bytes, and {limit:,} are the most that a file of this kind may have")
+
+
 def check_regular(folder: Path) -> None:
     """Refuse a directory that holds anything but files, directories and links to files: others open what it holds by name.
 

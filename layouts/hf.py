@@ -14,7 +14,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,9 @@ from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
 from layouts.windows import Windows
 
+RANK = 64
+"""Dimensions of a tensor at most: NumPy has no more."""
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -75,6 +78,8 @@ def read_shard(path: Path) -> Shard:
             raise InputError(
                 f"{path}: {name} has element type {spec.dtype}, which is not supported; known: {', '.join(DTYPES)}"
             )
+        if len(spec.shape) > RANK:
+            raise InputError(f"{path}: {name} has {len(spec.shape)} dimensions; {RANK} are the most")
     offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
     return Shard(name=path.name, header=text.decode(), start=8 + size, offsets=offsets, tensors=tensors)
 
@@ -131,6 +136,8 @@ class HFReader:
         """
         weight_map = _read_index(path / INDEX) if (path / INDEX).exists() else None
         present = sorted(file.name for file in path.glob("*.safetensors"))
+        if weight_map is None:
+            _check_numbers(path, present)
         names = present if weight_map is None else sorted(set(weight_map.values()))
         for name in names:
             if not (path / part(name, path / INDEX)).is_file():
@@ -229,7 +236,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _files(root: Path) -> Iterator[str]:
     """Every file below a directory, relative to it; links to files count as files, as in the Hugging Face cache."""
-    for directory, folders, files in os.walk(root):
+    for directory, folders, files in os.walk(root, onerror=_refuse):
         for name in folders + files:
             path = Path(directory, name)
             if path.is_file():
@@ -246,6 +253,29 @@ def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str,
             raise InputError(f"{path}: the index puts {name} into {shard}, but it is in {home[name].name}")
     if extra := sorted(set(home) - set(weight_map)):
         raise InputError(f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)")
+
+
+def _refuse(error: OSError) -> None:
+    """What cannot be listed cannot be carried over."""
+    raise error
+
+
+def _check_numbers(path: Path, present: Sequence[str]) -> None:
+    """See that files which are numbered `-of-N` are N, since no index names them.
+
+    Raises:
+        InputError: some are missing.
+    """
+    found: dict[tuple[str, int], set[int]] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, present)):
+        found.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), numbers in found.items():
+        first = min(min(numbers), 1)  # a few count from 0
+        if lost := [number for number in range(first, first + count) if number not in numbers]:
+            raise InputError(
+                f"{path}: {stem}-{lost[0]:05}-of-{count:05}.safetensors is missing, and {len(lost)} of {count} such files are: "
+                f"there is no index, but their names say how many there should be. Download the rest"
+            )
 
 
 def _parsed(text: object) -> Any:

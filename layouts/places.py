@@ -49,9 +49,14 @@ def names_of(path: Path) -> Iterator[str]:
     if isinstance(path, RemotePath):
         yield from sorted(path.below())
         return
-    for directory, folders, names in os.walk(path):
+    for directory, folders, names in os.walk(path, onerror=_refuse):
         folders.sort()
         yield from (os.path.relpath(os.path.join(directory, name), path) for name in sorted(names))
+
+
+def _refuse(error: OSError) -> None:
+    """What cannot be listed is not left out in silence."""
+    raise error
 
 
 def files_of(path: Path) -> Iterator[tuple[str, int, str]]:

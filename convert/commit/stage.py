@@ -107,7 +107,7 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
         OutputError: it exists (and `overwrite` is off, or it is no checkpoint), or one of the two paths contains the other.
         UsageError: something in a store is to be replaced, or the path has no name of its own.
     """
-    here, there = f"{source.resolve()}/", f"{out.resolve()}/"
+    here, there = f"{_resolved(source)}/", f"{_resolved(out)}/"
     if here.startswith(there) or there.startswith(here):
         raise OutputError(f"{out}: input {source} and output must not contain one another; choose another output")
     if isinstance(out, RemotePath):
@@ -121,6 +121,13 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise OutputError(f"{out} exists already; remove it, choose another output, or pass --overwrite")
         check_replaceable(out)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.12 and before call a loop of links a RuntimeError
+        raise OutputError(f"{path}: cannot be followed: {error}") from None
 
 
 @contextmanager

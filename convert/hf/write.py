@@ -167,5 +167,5 @@ def _parsed(text: str) -> Any:
     """What a remembered text says; nothing if somebody broke it."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

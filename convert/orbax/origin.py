@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layouts.errors import InputError
 from layouts.files import RECORD, read_json
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import STRINGS, Leaf
@@ -76,6 +77,8 @@ def origin_of(reader: Reader) -> Origin:
 def _arrays(item: Path) -> dict[str, Mapping[str, Any]]:
     """All processes wrote the same of each array, so that one of their files is enough."""
     found: dict[str, Mapping[str, Any]] = {}
+    if isinstance(item, Path) and (item / CHUNKS).is_symlink():
+        raise InputError(f"{item / CHUNKS}: a link to a directory; put what it stands for in its place")
     for file in sorted((item / CHUNKS).glob("process_*")):
         for entry in read_json(file)["array_metadatas"]:
             found[entry["array_metadata"]["param_name"]] = entry["array_metadata"]

@@ -25,6 +25,7 @@ from convert.commit.stage import AnyStage, Stage
 from convert.commit.store import StoreFolder
 from convert.engine.again import Remade
 from convert.engine.budget import SYNC
+from convert.errors import readable
 from convert.orbax.again import files_of_item, stored_again, written_again
 from convert.orbax.budget import OrbaxBudget, orbax_budget
 from convert.orbax.copy import copy_and_hash
@@ -72,8 +73,10 @@ class OrbaxWriter:
             InputError: the name of an array leads elsewhere.
             PlanError: two things would have one name.
         """
-        origin, kept = origin_of(reader), keep(plan, reader)
-        check_names(plan, origin)
+        with readable(reader.path):
+            origin, kept = origin_of(reader), keep(plan, reader)
+            check_names(plan, origin)
+            render(plan, origin, {target.spec.name: target.spec.shape for target in plan.targets})  # or it fails at the end
         return cls(
             plan=plan,
             reader=reader,

@@ -5,11 +5,11 @@ In: one or two paths. Out: a verdict. It never writes, and shares no code with w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import PlanError, readable
 from convert.options import Verification
@@ -81,7 +81,7 @@ def _formats(one: Reader, other: Reader, options: Verification) -> Formats:
     from convert.verifier.across import formats_of
 
     hf, tree = sorted((one, other), key=lambda reader: reader.format)
-    return formats_of(hf, tree, options.scan_axis, options.source_layout)
+    return formats_of(hf, tree, options.scan_axis, options.source_layout, options.family)
 
 
 def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost:
@@ -120,23 +120,26 @@ def _opened(path: Path) -> Reader:
 
 
 def _described(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:
-    """Both; a MaxText tree that does not say along which axis its layers are is taken to be as the other one says."""
-    stated = [record_of(reader).get("family") for reader in (one, other)]
+    """Both; what one does not say of itself, the record of what was made from it says, or its maker's."""
+    records = [record_of(reader) for reader in (one, other)]
+    stated = [options.family or record.get("family") for record in records]
     usual = None
     if one.format == "orbax":
         usual = next(filter(None, stated), None) if options.scan_axis is None else maxtext(options.scan_axis).name
-    return _describe(one, stated[0] or usual, options), _describe(other, stated[1] or usual, options)
+    return _describe(one, stated[0] or usual, options, records[1]), _describe(other, stated[1] or usual, options, records[0])
 
 
-def _describe(reader: Reader, family: str | None, options: Verification) -> Description:
-    """As it stands, or in the layout that was named, if it cannot be described as it stands."""
+def _describe(reader: Reader, family: str | None, options: Verification, beside: Mapping[str, Any]) -> Description:
+    """As it stands, or in the layout that was named, or as the record of the other one says it was."""
     try:
         with readable(reader.path):
             return describe(reader, family=family)
     except PlanError:
-        if options.source_layout is None:
+        if options.source_layout is not None:
+            return describe(reader, family=family, source_layout=options.source_layout)
+        if "layout" not in beside:
             raise
-        return describe(reader, family=family, source_layout=options.source_layout)
+        return describe(reader, family=family or str(beside["family"]), like=beside)
 
 
 def _scope(options: Verification) -> Scope:

@@ -36,7 +36,9 @@ class Formats:
     pairs: tuple[Pair, ...]
 
 
-def formats_of(hf: Reader, tree: Reader, scan_axis: int | None = None, source_layout: str | None = None) -> Formats:
+def formats_of(
+    hf: Reader, tree: Reader, scan_axis: int | None = None, source_layout: str | None = None, family: str | None = None
+) -> Formats:
     """What the tables say of both, and of the tree `scan_axis` and `source_layout`, if it does not say that itself.
 
     Raises:
@@ -45,10 +47,10 @@ def formats_of(hf: Reader, tree: Reader, scan_axis: int | None = None, source_la
     if hf.record:
         raise PlanError(f"{hf.path}: its experts are fused; compare a split checkpoint with the MaxText tree")
     config = config_of(hf)
-    family = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf")
-    rows, scan = tree_in(tree, trees_of(family, hf.path))
+    found = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf", override=family)
+    rows, scan = tree_in(tree, trees_of(found, hf.path))
     fused = is_fused(tree, source_layout)
-    sides = sides_of(family, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=fused)
+    sides = sides_of(found, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=fused)
     pairs = tuple(pair for pair in pairs_of(rows, sides, config) if not (pair.optional and _lacks(tree, pair)))
     return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs)
 
@@ -63,7 +65,11 @@ def layers_of(both: Formats, scope: Scope) -> tuple[dict[str, Block], dict[str, 
     Raises:
         InputError, PlanError: the Hugging Face side cannot be described.
     """
-    left = {key: block for key, block in blocks(both.hf, describe(both.hf)).items() if scope.holds(block)}
+    left = {
+        key: block
+        for key, block in blocks(both.hf, describe(both.hf, family=both.sides.family.name)).items()
+        if scope.holds(block)
+    }
     keys = {name: key for key, block in left.items() for group in block.groups.values() for name in group.names}
     right = {keys[name]: block for pairs in _stacks(both.pairs) for name, block in _blocks(both, pairs) if name in keys}
     return left, right

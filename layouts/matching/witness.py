@@ -29,6 +29,8 @@ SPARSE: Mapping[str, str] = {
 """Words of `config.json`, and how each says which layers have experts: see `_says`. A layer has them if all words say so."""
 _OTHER = ("dense", "sparse", "moe_layer", "expert_layer", "layer_type", "block_type", "interval", "hybrid", "enable_moe")
 """Parts of words that may say more about it; where such a word is not in the table, `config.json` counts as silent."""
+_MOST = 100_000
+"""Layers; who states more states nonsense."""
 _HARMLESS = ("layer_types", "use_dense", "dense_bias")
 """Words with such parts that say something else."""
 
@@ -102,6 +104,8 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _wanted(config: Mapping[str, Any], count: int) -> set[int] | None:
     """The layers that should have experts; None where `config.json` does not say it in words that we know."""
+    if count > _MOST:
+        return None
     words = {word: value for word, value in config.items() if value is not None}
     open_words = (word for word in words if word not in SPARSE and word not in _HARMLESS)
     if any(part in word for word in open_words for part in _OTHER):

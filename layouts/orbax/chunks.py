@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 
 from layouts.errors import InputError
-from layouts.orbax.codec import PIECE, key_form, key_of, pieces_of
+from layouts.orbax.codec import PIECE, codec_of, key_form, key_of, pieces_of, zstd
 from layouts.orbax.faults import answer, told
 from layouts.orbax.reader import OrbaxReader
 from layouts.tensors import itemsize
@@ -24,6 +24,8 @@ from layouts.tensors import itemsize
 METADATA: Mapping[str, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
 """The key of an array's own metadata, by TensorStore's driver."""
 _OTHERS = (*METADATA.values(), ".zattrs")
+_ZSTD, _FRAME = b"\x28\xb5\x2f\xfd", 18
+"""How a zstd frame begins, and the bytes of its header at most (RFC 8878, 3.1.1)."""
 _AHEAD = 16
 """Chunks that are read ahead at most: one by one, small ones take longer to ask for than to hash."""
 LOCK = ".__lock"
@@ -116,12 +118,12 @@ def contents(reader: OrbaxReader, chunks: Sequence[Chunk]) -> Iterator[bytes]:
         for chunk in chunks:
             name, size = chunk.name, _decoded(reader, chunk.name)
             if size > PIECE:
-                yield from _landed(reading, 0)
-                yield from pieces_of(reader.values(name), chunk.key, 0, None)()
+                yield from _landed(reader, reading, 0)
+                yield from _looked_at(reader, chunk, pieces_of(reader.values(name), chunk.key, 0, None)())
                 continue
-            reading.append(reader.values(name).read(chunk.key))
-            yield from _landed(reading, min(_AHEAD, PIECE // max(1, size)))
-        yield from _landed(reading, 0)
+            reading.append((chunk, reader.values(name).read(chunk.key)))
+            yield from _landed(reader, reading, min(_AHEAD, PIECE // max(1, size)))
+        yield from _landed(reader, reading, 0)
     except (ValueError, TimeoutError) as error:
         with told(reader.item, name):
             raise error
@@ -132,7 +134,32 @@ def _decoded(reader: OrbaxReader, name: str) -> int:
     return math.prod(grid_shape(reader.grids[name])) * itemsize(reader.tensors[name].dtype)
 
 
-def _landed(reading: deque[Any], most: int) -> Iterator[bytes]:
+def _landed(reader: OrbaxReader, reading: deque[tuple[Chunk, Any]], most: int) -> Iterator[bytes]:
     """What the first of these reads give, until no more than `most` are left."""
     while len(reading) > most:
-        yield answer(reading.popleft()).value
+        chunk, found = reading.popleft()
+        yield from _looked_at(reader, chunk, iter([answer(found).value]))
+
+
+def _looked_at(reader: OrbaxReader, chunk: Chunk, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The bytes of a stored chunk, which nobody decodes: that it begins as a chunk does, and how long it is, can be seen.
+
+    Raises:
+        InputError: it is cut off, empty, or something else.
+    """
+    codec, wanted = codec_of(reader.grids[chunk.name]), _decoded(reader, chunk.name)
+    begin, length = b"", 0
+    for piece in pieces:
+        begin, length = begin or piece[:_FRAME], length + len(piece)
+        yield piece
+    if codec is None or codec.shard:
+        return
+    if not codec.compressed and length != wanted:
+        problem = f"it has {length:,} bytes instead of {wanted:,}"
+    elif codec.compressed and not begin.startswith(_ZSTD):
+        problem = "it is empty" if not length else "it does not begin as a zstd frame"
+    elif codec.compressed and zstd is not None and (size := zstd.frame_content_size(begin)) not in (-1, wanted):
+        problem = f"its frame is of {size:,} bytes instead of {wanted:,}"
+    else:
+        return
+    raise InputError(f"{reader.item}: {chunk.name} is damaged: chunk {chunk.key}: {problem}")

@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from layouts.files import CONFIG, RECORD, check_regular, manifest_record, read_object
+from layouts.files import CONFIG, RECORD, check_regular, check_size, manifest_record, read_object
 from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
 from layouts.orbax.faults import answer, told
@@ -97,6 +97,9 @@ class OrbaxReader:
             for name, leaf in leaves.items()
             if leaf.kind in ARRAYS
         }
+        if not use_ocdbt and not is_remote(item):
+            for leaf in (leaf for leaf in leaves.values() if leaf.kind in ARRAYS):
+                check_size(item / leaf.stored / ("zarr.json" if zarr3 else ".zarray"))
         stores = open_all(item, specs)
         metadata = {name: store.spec().to_json()["metadata"] for name, store in stores.items()}
         return cls(
