@@ -231,7 +231,7 @@ def test_orbax_does_not_go_on_with_what_another_input_left(one, tmp_path, monkey
     first = made("orbax", one, tmp_path / "first")
     second = made("orbax", other_than(one, tmp_path / "other"), tmp_path / "second")
     source = shutil.copytree(first, tmp_path / "in")
-    for module, name in ((copy, "_sync"), (fill.Filler, "_digest")):
+    for module, name in ((copy, "_step"), (fill.Filler, "_digest")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
             run("--split", source, tmp_path / "out") if name == "_digest" else run("--prefuse", source, tmp_path / "out")

@@ -111,10 +111,10 @@ def edit_index(source: Path, **changes: str | None) -> None:
         ({GATE: SECOND}, f"puts {GATE} into {SECOND}, but it is in {FIRST}"),
         ({GATE: None}, f"{GATE} is in {FIRST}, but not in the index"),
         ({"ghost": "model-00009-of-00003.safetensors"}, "names the shard 'model-00009-of-00003.safetensors'"),
-        ({"ghost": "../in/" + FIRST}, f"names the shard '../in/{FIRST}'"),
-        ({"ghost": "/etc/passwd"}, "names the shard '/etc/passwd'"),
-        ({"ghost": ".."}, "names the shard '..'"),
-        ({"ghost": ""}, "names the shard ''"),
+        ({"ghost": "../in/" + FIRST}, f"the name '../in/{FIRST}'"),
+        ({"ghost": "/etc/passwd"}, "the name '/etc/passwd'"),
+        ({"ghost": ".."}, "the name '..'"),
+        ({"ghost": ""}, "the name ''"),
     ],
 )
 def test_an_index_that_disagrees_with_the_shards_is_refused(source, refused, change, words):

@@ -108,6 +108,7 @@ def test_what_maxtext_has_saved_of_a_fused_tree_has_to_be_named(source, tmp_path
     convert.prefuse(source, tmp_path / "tree", to="orbax")
     metadata = tmp_path / "tree" / "0" / "items" / "_METADATA"
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"custom_metadata": None}))
+    (tmp_path / "tree" / "convert_manifest.json").unlink()
     names = [str(tmp_path / "tree"), str(tmp_path / "again")]
     assert main(["--split", "--to", "hf", *names, "--quiet"]) == 4
     assert "say so with --source-layout concat" in capsys.readouterr().err

@@ -55,6 +55,7 @@ def with_key(fused: Path, key: str) -> None:
     metadata = json.loads(file.read_text())
     metadata["custom_metadata"]["moe_layout"]["wi"]["native"][0]["key"] = key
     file.write_text(json.dumps(metadata))
+    (fused / "convert_manifest.json").unlink()  # or the two would be found to disagree before
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_record_cannot_lead_out(fused, canaries, tmp_path, capsys, key, option
     assert main(["--split", str(fused), str(tmp_path / "out"), *options]) == 3
     assert inodes(tmp_path) == before
     error = capsys.readouterr().err
-    assert "is not safe as the name of a file" in error
+    assert ("a NUL" if "\0" in key else "is not safe as the name of a file") in error
     assert "\x1b" not in error
     assert "\0" not in error
 
@@ -127,7 +128,7 @@ def test_a_leaf_cannot_be_read_from_elsewhere(tmp_path, capsys, key, ocdbt):
     before = inodes(tmp_path)
     assert main(["--prefuse", str(source), str(tmp_path / "out"), "--dry-run"]) == 3
     assert main(["--prefuse", str(source), str(tmp_path / "out"), "--quiet"]) == 3
-    assert "_METADATA: the name" in capsys.readouterr().err
+    assert ("a NUL" if "\0" in key else "_METADATA: the name") in capsys.readouterr().err
     assert inodes(tmp_path) == before
 
 
@@ -160,5 +161,5 @@ def test_an_index_and_a_manifest_cannot_name_files_elsewhere(tmp_path, capsys, n
     before = inodes(tmp_path)
     capsys.readouterr()
     assert main(["--split", str(tmp_path / "fused"), str(tmp_path / "out"), "--quiet"]) == 3
-    assert "is not safe as the name of a file" in capsys.readouterr().err
+    assert ("a NUL" if "\0" in name else "is not safe as the name of a file") in capsys.readouterr().err
     assert {key: value[:3] for key, value in inodes(tmp_path).items()} == {key: value[:3] for key, value in before.items()}
