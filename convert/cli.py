@@ -183,5 +183,5 @@ def _reader_left() -> int:
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"convert: {printable(message)}", file=sys.stderr)
+    print(f"convert: {printable(message)}".replace("\n", "\\n"), file=sys.stderr)
     return code

@@ -73,19 +73,29 @@ def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
     """
     found = {int(group.index["l"]) for group in groups if "l" in group.index}
     config = _text(reader.config)
-    if not found or config is None:
+    if not found or config is None or not 0 < config["num_hidden_layers"] <= _MOST:
         return ()
     count = config["num_hidden_layers"]
     wanted = _wanted(config, count)
+    if lost := sorted((wanted or set()) - found) or _absent(reader, groups, count):
+        more = f", and so it is with {len(lost) - 1} others" if len(lost) > 1 else ""
+        raise InputError(
+            f"{reader.path}: config.json says {count} layers, {len(wanted) if wanted else 'some'} of them with experts, but "
+            f"layer {lost[0]} has none{more}. Get the files that are missing"
+        )
     if wanted is None:
         return (f"config.json does not say which of {count} layers have experts; {len(found)} have them",)
-    if lost := sorted(wanted - found):
-        more = f", nor have {len(lost) - 1} others" if len(lost) > 1 else ""
-        raise InputError(
-            f"{reader.path}: {len(found)} layers have experts, but config.json says {len(wanted)} of {count}; layer {lost[0]} "
-            f"has none{more}. Get the files that are missing"
-        )
     return ()
+
+
+def _absent(reader: Reader, groups: Sequence[Group], count: int) -> list[int]:
+    """The layers of which there is no tensor at all, where all experts are in one place."""
+    places = {group.index.get("path") for group in groups}
+    if len(places) > 1 or None in places:
+        return []
+    begin = f"{places.pop()}."
+    words = (name[len(begin) :].partition(".")[0] for name in reader.tensors if name.startswith(begin))
+    return sorted(set(range(count)) - {int(word) for word in words if word.isdecimal() and len(word) < 7})
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -104,11 +114,11 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _wanted(config: Mapping[str, Any], count: int) -> set[int] | None:
     """The layers that should have experts; None where `config.json` does not say it in words that we know."""
-    if count > _MOST:
-        return None
     words = {word: value for word, value in config.items() if value is not None}
     open_words = (word for word in words if word not in SPARSE and word not in _HARMLESS)
     if any(part in word for word in open_words for part in _OTHER):
+        return None
+    if not SPARSE.keys() & words.keys():
         return None
     rules = [(how, words[word]) for word, how in SPARSE.items() if word in words]
     try:

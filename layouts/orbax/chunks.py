@@ -152,14 +152,26 @@ def _looked_at(reader: OrbaxReader, chunk: Chunk, pieces: Iterator[bytes]) -> It
     for piece in pieces:
         begin, length = begin or piece[:_FRAME], length + len(piece)
         yield piece
-    if codec is None or codec.shard:
+    if not length and wanted:
+        problem = "it is empty"
+    elif codec is None or codec.shard:
         return
-    if not codec.compressed and length != wanted:
+    elif not codec.compressed and length != wanted:
         problem = f"it has {length:,} bytes instead of {wanted:,}"
     elif codec.compressed and not begin.startswith(_ZSTD):
-        problem = "it is empty" if not length else "it does not begin as a zstd frame"
-    elif codec.compressed and zstd is not None and (size := zstd.frame_content_size(begin)) not in (-1, wanted):
+        problem = "it does not begin as a zstd frame"
+    elif codec.compressed and (size := _frame_size(begin)) not in (-1, wanted):
         problem = f"its frame is of {size:,} bytes instead of {wanted:,}"
     else:
         return
     raise InputError(f"{reader.item}: {chunk.name} is damaged: chunk {chunk.key}: {problem}")
+
+
+def _frame_size(begin: bytes) -> int:
+    """The bytes that a zstd frame says it holds; -1 where it does not say so, 0 where its header is damaged."""
+    if zstd is None:
+        return -1
+    try:
+        return int(zstd.frame_content_size(begin))
+    except zstd.ZstdError:
+        return 0

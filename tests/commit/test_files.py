@@ -305,10 +305,10 @@ def test_staging_directories_of_others_beside_ours_are_not_touched(source, victi
 def test_a_refused_run_leaves_no_staging_directory(source, tmp_path, monkeypatch, capsys):
     copy = make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, layers=1)
     (copy / "model.safetensors.index.json").unlink(missing_ok=True)
-    monkeypatch.setattr("convert.hf.write.write_tensors", lambda *_: (_ for _ in ()).throw(InputError("bad")))
+    monkeypatch.setattr("convert.hf.write.write_tensors", lambda *_, **__: (_ for _ in ()).throw(InputError("bad")))
     assert prefuse(copy, tmp_path / "out") == 3
     assert os.listdir(tmp_path) == ["in"]
-    monkeypatch.setattr("convert.hf.write.write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("convert.hf.write.write_tensors", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prefuse(copy, tmp_path / "out")
     assert len(partials(tmp_path)) == 1, "what was interrupted can be gone on with"
@@ -319,7 +319,7 @@ def test_a_refused_run_keeps_what_an_earlier_one_finished(source, tmp_path, monk
         patch.setattr("convert.hf.write.HFWriter._write_beside", lambda *_: os.close(-1))
         assert prefuse(source, tmp_path / "out") == 6
     with monkeypatch.context() as patch:
-        patch.setattr("convert.hf.write.HFWriter._write_beside", lambda *_: (_ for _ in ()).throw(InputError("bad")))
+        patch.setattr("convert.hf.write.HFWriter._write_beside", lambda *_, **__: (_ for _ in ()).throw(InputError("bad")))
         assert prefuse(source, tmp_path / "out") == 3
     assert convert.prefuse(source, tmp_path / "out", max_shard_size=60_000).resumed > 20
 
