@@ -89,6 +89,7 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines.append("")
     verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(plan.targets)]
     lines += ["copied as they are:", *(verbatim or ["  nothing"])]
+    lines += [f"note: {remark}" for remark in plan.remarks]
     if plan.computed:
         lines.append(f"computed, not only moved: {plan.computed}")
     if plan.left_out:

@@ -53,6 +53,8 @@ class Plan:
     """Whether the layers of a MaxText tree that is made are stacked."""
     keep_chunks: bool = False
     """Whether Orbax chunks stay as they are even where an array is one large chunk."""
+    remarks: tuple[str, ...] = ()
+    """What could not be told of the input."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
     side_bytes: int = 0
@@ -95,6 +97,7 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
         targets=_in_reading_order(reader, found),
         side_files=tuple(reader.side_files),
+        remarks=described.remarks,
         keep_chunks=choices.keep_chunks,
     )
 

@@ -7,6 +7,7 @@ The result is complete by construction: each source tensor is in exactly one `Gr
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,12 @@ def describe(
     found = _family(reader, family, scan_axis)
     known = candidates(reader, found, source_layout, like)
     matched, verbatim = _match(reader, found, known.known)
+    _check_beside(reader, found, matched, verbatim)
     if not matched:
         raise PlanError(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
             f"{_hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
         )
-    _check_beside(reader, found, matched, verbatim)
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups)
     check_routers(reader, groups)
@@ -109,6 +110,8 @@ def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Mat
 
 _PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
 """What MaxText calls the projections of a MoE block."""
+_BOXES = ("array", "qrhs")
+"""What stands below the name of a projection whose weights qwix or AQT has quantised."""
 
 
 def _check_beside(reader: Reader, family: Family, matched: _Matched, verbatim: Sequence[str]) -> None:
@@ -119,16 +122,13 @@ def _check_beside(reader: Reader, family: Family, matched: _Matched, verbatim: S
     others = [Template(text) for text in family.others]
     for name in verbatim:
         parts = name.split(".")
-        for depth in range(1, len(parts)):
-            rest = parts[depth]
-            own = ".".join(parts[:depth]) in places and any(
-                rest == each or rest.startswith(f"{each}_") for each in _PROJECTIONS
+        beside = any(".".join(parts[:depth]) in places and _of_projection(parts[depth]) for depth in range(1, len(parts)))
+        boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
+        if (beside or boxed) and all(other.parse(name) is None for other in others):
+            raise PlanError(
+                f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is fused "
+                f"with them. Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
             )
-            if own and all(other.parse(name) is None for other in others):
-                raise PlanError(
-                    f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is "
-                    f"fused with them. Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
-                )
 
 
 def _of_projection(part: str) -> bool:
