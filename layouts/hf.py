@@ -51,7 +51,7 @@ class Shard:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether the directory holds safetensors files or their index."""
-    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+    return (path / INDEX).exists() or any(file.name.endswith(".safetensors") for file in path.iterdir())
 
 
 def read_shard(path: Path) -> Shard:
@@ -135,7 +135,7 @@ class HFReader:
             InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
         """
         weight_map = _read_index(path / INDEX) if (path / INDEX).exists() else None
-        present = sorted(file.name for file in path.glob("*.safetensors"))
+        present = sorted(file.name for file in path.iterdir() if file.name.endswith(".safetensors"))
         if weight_map is None:
             _check_numbers(path, present)
         names = present if weight_map is None else sorted(set(weight_map.values()))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from layouts.errors import InputError
+from layouts.language.parts import CHUNKS
 from layouts.matching.group import Group
 from layouts.matching.lookup import EXPERT_COUNTS, expert_counts
 from layouts.reader import Reader
@@ -45,11 +46,14 @@ def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
         return
     for group in (group for group in groups if group.role == "wi" and not group.part):
         experts, embed = group.total("e"), group.sizes.get("k")
+        stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", "d", *CHUNKS}]
         for name in _beside(group):
             shape = reader.tensors[name].shape if name in reader.tensors else ()
             if len(shape) < 2 or embed not in shape or experts in shape:
                 continue
             rows = next((size for size in (shape[-1], shape[0]) if size != embed), embed)
+            if rows in stacked:
+                continue  # a tree that does not say along which axis its layers are may be read along the other one
             raise InputError(
                 f"{reader.path}: {group.names[0]} is one of {experts} experts, but the router {name} (in {reader.where(name)}) "
                 f"is for {rows}: experts are missing. Get the rest, or state the number of experts in config.json"

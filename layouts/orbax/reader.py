@@ -134,7 +134,7 @@ class OrbaxReader:
     @property
     def records(self) -> Mapping[str, Any]:
         """What the manifest says."""
-        return manifest_record(self.path)
+        return manifest_record(self.path) if self.record is not None else {}  # a run that goes on saves none
 
     @property
     def side_files(self) -> list[str]:

@@ -8,6 +8,7 @@ the whole. Some calls are tried here, and each of them with `-m slow`. A fault t
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,8 @@ def contents(path: Path) -> dict[str, bytes]:
         found = {other: data for other, data in found.items() if not other.startswith(own)}
         store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{path / item}/"}).result()
         found |= {f"{item}{key.decode()}": store.read(key).result().value for key in store.list().result()}
+        manifest = json.loads(found.get("convert_manifest.json", b"{}"))  # it names the files of the database, too
+        found["convert_manifest.json"] = json.dumps({key: value for key, value in manifest.items() if key != "files"}).encode()
     return found
 
 

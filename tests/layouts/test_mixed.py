@@ -108,6 +108,7 @@ def test_layers_behind_the_last_are_converted_like_the_rest():
     """DeepSeek-V3's MTP block is `model.layers.61`, one more than num_hidden_layers."""
     deepseek = MODELS["deepseek"]
     arrays = tensors(deepseek, layers=(60, 61)) | {"model.layers.61.eh_proj.weight": np.arange(4, dtype="u4")}
+    arrays |= {f"model.layers.{layer}.input_layernorm.weight": np.zeros(2, "u4") for layer in range(60)}
     source = MemoryReader(
         arrays, config=config(deepseek, "deepseek_v3", 12) | {"num_hidden_layers": 61, "first_k_dense_replace": 60}
     )
