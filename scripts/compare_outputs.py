@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoints", type=Path, default=ROOT.parent / "shared/checkpoints", help="a directory of more of them"
     )
+    parser.add_argument("--only", default="", metavar="A,B", help="the checkpoints to take, by name (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="workers of each conversion")
     arguments = parser.parse_args()
     tally: Tally = Counter()
@@ -282,7 +283,8 @@ def main() -> None:
         make_inputs(made := Path(folder, "in"))
         sides = [Side(path, Path(folder, name)) for name, path in (("old", arguments.old), ("new", arguments.new))]
         more = sorted(arguments.checkpoints.glob("*/")) if arguments.checkpoints.is_dir() else []
-        for source in [*sorted(made.glob("*/")), *more]:
+        every = [*sorted(made.glob("*/")), *more]
+        for source in [path for path in every if not arguments.only or path.name in arguments.only.split(",")]:
             steps = orbax_steps(LAYOUTS) if (source / "0").exists() else hf_steps(LAYOUTS)
             found += run_all(source, steps, sides, arguments.jobs, tally)
     print(summary(tally))
