@@ -2,10 +2,9 @@
 
     python scripts/compare_outputs.py OLD_CHECKOUT NEW_CHECKOUT
 
-Both run the same commands on small checkpoints that are made for it (Hugging Face and Orbax in several kinds of stores, damaged
-ones among them), and on those below `--checkpoints`. Exit codes, texts (but for paths and times) and all files must be equal.
-The files of databases (OCDBT) have random names, so what these hold is compared as it is stored, key by key. Exit code 1 and a
-line for each difference, if there is any.
+Both run the same commands on small checkpoints that are made for it (Hugging Face, Orbax in several kinds of stores, damaged
+ones) and those below `--checkpoints`. Exit codes, texts (but for paths and times) and all files must be equal. What databases
+(OCDBT) hold is compared as it is stored, key by key, for their files have random names. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -14,20 +13,55 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import tensorstore as ts
+from subprocess import PIPE, Popen
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+LAYOUTS = "concat transformers vllm cutlass flashinfer interleaved glu32 gmm-ep fused-moe per-shard:2 lane:2"
+TREES = ("", "--no-scan", "--scan-axis 0")
+CUT = """
+--prefuse --keep-chunks > --split --keep-chunks
+--prefuse --drop-optimizer --memory 300MiB, --to hf --params-only --memory 300MiB
+"""
+"""Commands behind `>` take the output of the one before it, and those with `=` its input and its output."""
+ORBAX = f"""{CUT}
+--prefuse --layout {{layout}} --dry-run, --prefuse --layout {{layout}} --to hf --params-only
+--prefuse --layout {{layout}} > --verify --no-gemm, --split, --split --to hf --params-only
+--split --source-layout concat, --split --source-layout per-shard:2, --split --source-layout concat --to hf --params-only
+--to hf, --to hf --params-only --max-shard-size 50KB
+"""
+HF = """
+--prefuse --layout {layout} --dry-run, --prefuse --layout {layout} --dequantize bf16
+--prefuse --layout {layout} > --verify --no-gemm, --split, --prefuse --layout {next}
+--prefuse --layout {layout} --max-shard-size 50KB > --split --max-shard-size 30KB
+--prefuse --to orbax {tree} --dry-run, --prefuse --to orbax {tree} --dequantize bf16
+--prefuse --to orbax {tree}, --prefuse --layout per-shard --shards 2 --align maxtext > --split, --split --to hf
+--to orbax {tree} > --to hf, --prefuse --to hf --layout vllm
+--to orbax {tree} > --prefuse --keep-chunks > --split --keep-chunks
+--prefuse > = --prefuse, = --prefuse --overwrite --layout vllm, = --prefuse --layout lane, --to orbax
+--families, --quiet, --split, --split --layout concat, --split --prefuse, --split --dequantize bf16, --to hf
+--prefuse --layout nonsense, --prefuse --source-layout nonsense, --prefuse --family nonsense, --prefuse --process-id 1
+--prefuse --shards 2, --prefuse --shards 0, --prefuse --scan-axis 2, --prefuse --memory 1MB, --prefuse --to orbax --layout lane
+"""
+TINY: dict[str, Any] = {"experts": 4, "layers": 2, "shard": 60_000}
+WIDE: dict[str, Any] = {**TINY, "embed": 32, "mlp": 256}
+STORES: dict[str, dict[str, Any]] = {
+    "directories": {"use_ocdbt": False, "use_zarr3": False},
+    "not compressed": {"use_ocdbt": False, "use_zarr3": True, "use_compression": False},
+    "many chunks": {"use_ocdbt": True, "use_zarr3": True, "chunk": 4096},
+    "no record": {"use_ocdbt": True, "use_zarr3": True, "fused": True},
+}
+DAMAGED = {"qwen3_moe": "model-00002*", "mixtral": "config.json", "directories": "*/*/*wi_1/0*", "many chunks": "*/*/_METADATA"}
+TIMES, CHUNK = re.compile(r"in [\d.]+ s \([\d.]+ \w+/s\)"), re.compile(r"(^|/)(c|[\d.]+)$")
 CHILD = """
 import contextlib, io, json, sys, convert.cli
 print(convert.cli.__file__, flush=True)
@@ -39,123 +73,86 @@ for line in sys.stdin:
             code = stopped.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
 """
-WHAT = ("done", "refused", "files", "chunks")
-TIMES = re.compile(r"in [\d.]+ s \([\d.]+ \w+/s\)")
-MANIFEST, BATCH, CHUNK = "manifest.ocdbt", "ocdbt.process_", re.compile(r"(^|/)(c|[\d.]+)$")
-LAYOUTS = (
-    "concat",
-    "transformers",
-    "vllm",
-    "cutlass",
-    "flashinfer",
-    "interleaved",
-    "glu32",
-    "per-shard",
-    "lane",
-    "gmm-ep",
-    "fused-moe",
-)
-SHARDED = {name: f"{name} --shards 2" for name in ("per-shard", "lane")}
-TREES = {"tree": "", "unscanned": "--no-scan", "first": "--scan-axis 0", "shards": "--layout per-shard --shards 2"}
-REFUSED = (
-    " --prefuse --split, --prefuse --layout nonsense, --prefuse --shards 2, --prefuse --shards 0, --prefuse --memory 1MB,"
-    "--prefuse --family nonsense, --prefuse --source-layout nonsense, --prefuse --scan-axis 2, --split --layout concat,"
-    "--split --dequantize bf16, --split, --to hf, --prefuse --process-id 1,"
-)
-TINY: dict[str, Any] = {"experts": 4, "layers": 2, "shard": 60_000}
-WIDE: dict[str, Any] = {**TINY, "embed": 32, "mlp": 256}
-LARGE: dict[str, Any] = {"experts": 8, "layers": 4, "embed": 512, "mlp": 2112}
-"""Each leaf of experts is one chunk above 64 MB, which is cut unless `--keep-chunks` is given."""
-STORES: dict[str, dict[str, Any]] = {
-    "directories": {"use_ocdbt": False, "use_zarr3": False},
-    "directories not compressed": {"use_ocdbt": False, "use_zarr3": True, "use_compression": False},
-    "many chunks": {"use_ocdbt": True, "use_zarr3": True, "chunk": 4096},
-    "no record": {"use_ocdbt": True, "use_zarr3": True, "fused": True},
-}
-DAMAGED = {
-    "qwen3_moe": "model-00002*",
-    "deepseek_v3": "config.json",
-    "directories": "0/items/*wi_1/0*",
-    "many chunks": "0/items/_M*",
-}
-Tally = Counter[tuple[str, str]]
 
 
-class Step(NamedTuple):
-    """A command: its options, and the names of its input and its output; "in" is the checkpoint itself."""
+@dataclass(slots=True)
+class Comparison:
+    """Both checkouts at work: a process for each, by the directory that it writes to; what was counted and found."""
 
-    kind: str
-    options: str
-    source: str = "in"
-    out: str = ""
+    jobs: int
+    sides: dict[Path, Popen[str]] = field(default_factory=dict)
+    tally: Counter[tuple[str, str]] = field(default_factory=Counter)
+    found: list[str] = field(default_factory=list)
+
+    def start(self, checkout: Path, work: Path) -> None:
+        """Begin to work with a checkout, in which Python has to find the tool."""
+        process = Popen([sys.executable, "-W", "ignore", "-c", CHILD], cwd=checkout, stdin=PIPE, stdout=PIPE, text=True)
+        if not (process.stdout and process.stdout.readline().startswith(f"{checkout.resolve()}/")):
+            raise SystemExit(f"{checkout} is no checkout of this tool")
+        self.sides[work] = process
+
+    def ask(self, words: list[str]) -> list[list[Any]]:
+        """Run a command on both sides at once: exit codes, stdout and stderr, but for what differs from run to run."""
+        for work, process in self.sides.items():
+            print(json.dumps([re.sub("^@", f"{work}/", word) for word in words]), file=process.stdin, flush=True)
+        lines = [(process.stdout.readline() if process.stdout else "", str(work)) for work, process in self.sides.items()]
+        return [json.loads(TIMES.sub("in TIME", line.replace(work, "WORK"))) for line, work in lines]
+
+    def run_all(self, checkpoint: Path, table: str) -> None:
+        """Run all commands of a table on a checkpoint."""
+        names = [name.replace(":", " --shards ") for name in LAYOUTS.split()]
+        forms = [{"layout": a, "next": b, "tree": c} for (a, b), c in product(pairwise([*names, names[0]]), TREES)]
+        rows = (row.format(**form) for row in table.splitlines() if row for form in forms)
+        for row in dict.fromkeys(rows):
+            self._run_row(row.split(" > "), (str(checkpoint), str(checkpoint)), str(checkpoint))
+        for work in self.sides:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _run_row(self, row: list[str], last: tuple[str, str], checkpoint: str) -> None:
+        """Run the commands before the first `>`, and after each of them the rest; what is refused is no input of others."""
+        for options in row[0].split(", ") if row else ():
+            source, out = last if options.startswith("=") else (last[1], f"@{self.tally.total()}")
+            words = [*options.removeprefix("=").split(), source, checkpoint if "--verify" in options else out, "--quiet"]
+            old, new = self.ask(words if "--verify" in words else [*words, "--jobs", str(self.jobs)])
+            files, others = (contents(work / out[1:]) for work in self.sides)
+            kind = " ".join(word for word in options.split() if word.startswith("--"))
+            self.tally[kind, "refused" if old[0] else "done"] += 1
+            self.tally.update((kind, "chunks" if CHUNK.search(name) else "files") for name in files)
+            unlike = [f"{a!r} became {b!r}" for a, b in zip(old, new, strict=True) if a != b]
+            unlike += [f"{name} differs" for name in sorted({*files, *others}) if files.get(name) != others.get(name)]
+            self.found += [f"{checkpoint}: {options}: {text}" for text in unlike]
+            if not old[0] and not new[0]:
+                self._run_row(row[1:], (source, out), checkpoint)
 
 
-def hf_steps(layouts: Sequence[str]) -> Iterator[Step]:
-    """Every layout and back, in one file and in several, and from each to the next one; Orbax and back; what is refused."""
-    for name, after in zip(layouts, [*layouts[1:], layouts[0]], strict=True):
-        how = f"--prefuse --layout {SHARDED.get(name, name)}"
-        yield Step("dry run", f"{how} --dry-run", "in", name)
-        yield Step("prefuse", how, "in", name)
-        yield Step("split", "--split", name, f"{name}-split")
-        yield Step("verify", "--verify --no-gemm", name, "in")
-        yield Step("small shards", f"{how} --max-shard-size 50KB", "in", f"{name}-small")
-        yield Step("small shards", "--split --max-shard-size 30KB", f"{name}-small", f"{name}-small-split")
-        yield Step("layout to layout", f"--prefuse --layout {SHARDED.get(after, after)}", name, f"{name}-{after}")
-        yield Step("layout to layout", "--split", f"{name}-{after}", f"{name}-{after}-split")
-        yield Step("dequantize", f"{how} --dequantize bf16", "in", f"{name}-bf16")
-    for tree, how in TREES.items():
-        yield Step("to orbax", f"--to orbax {how}", "in", tree)
-        yield from orbax_steps(["concat", "per-shard"], tree)
-        yield Step("dry run", f"--prefuse --to orbax {how} --dry-run", "in", f"{tree}-fused")
-        yield Step("prefuse to orbax", f"--prefuse --to orbax {how}", "in", f"{tree}-fused")
-        yield Step("split to hf", "--split --to hf", f"{tree}-fused", f"{tree}-fused-hf")
-        yield Step("split orbax", "--split", f"{tree}-fused", f"{tree}-fused-split")
-        yield Step("dequantize", f"--prefuse --to orbax --dequantize bf16 {how}", "in", f"{tree}-bf16")
-    for options in ("--prefuse", "--prefuse", "--prefuse --layout vllm --overwrite", "--prefuse --layout lane"):
-        yield Step("over an output", options, "in", "done")
-    yield Step("verify", "--verify", "done")
-    yield Step("refusals", "--to orbax", "done", "new")
-    yield Step("refusals", "--prefuse", "done", "done/below")
-    yield from (Step("refusals", options, "in", "new") for options in REFUSED.split(","))
+def contents(out: Path) -> dict[str, bytes]:
+    """All files of an output, with what a database holds in place of its own."""
+    import tensorstore as ts
 
-
-def orbax_steps(layouts: Sequence[str], source: str = "in") -> Iterator[Step]:
-    """Every layout and back, to Hugging Face, with chunks as they are, in little memory."""
-    for name in layouts:
-        how, out = f"--prefuse --layout {SHARDED.get(name, name)}", f"{source}-{name}"
-        yield Step("dry run", f"{how} --dry-run", source, out)
-        yield Step("prefuse orbax", how, source, out)
-        yield Step("split orbax", "--split", out, f"{out}-split")
-        yield Step("split to hf", "--split --to hf", out, f"{out}-split-hf")
-        yield Step("verify", "--verify --no-gemm", out, source)
-        yield Step("little memory", f"{how} --memory 300MiB", source, f"{out}-little")
-    for how in ("", "--memory 300MiB", "--params-only --max-shard-size 50KB"):
-        yield Step("to hf", f"--to hf {how}", source, f"{source}-hf{how[:3]}")
-    yield Step("prefuse to hf", "--prefuse --to hf --layout transformers", source, f"{source}-hf-fused")
-    yield Step("keep chunks", "--prefuse --keep-chunks", source, f"{source}-kept")
-    yield Step("keep chunks", "--split --keep-chunks", f"{source}-kept", f"{source}-kept-split")
-    yield Step("no optimizer", "--prefuse --drop-optimizer", source, f"{source}-dropped")
-    for name in ("concat", "per-shard:2"):
-        yield Step("source layout", f"--split --source-layout {name}", source, f"{source}-of-{name}")
-        yield Step("source layout", f"--split --to hf --source-layout {name}", source, f"{source}-of-{name}-hf")
+    bases = [path.parent for path in out.rglob("manifest.ocdbt") if not path.parent.name.startswith("ocdbt.process_")]
+    own = {path for base in bases for path in (*base.rglob("manifest.ocdbt"), *base.rglob("d/*"))}
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file() and path not in own}
+    for base in bases:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{base}/"}).result()
+        found |= {f"{base.relative_to(out)}/{key.decode()}": store.read(key).result().value for key in store.list().result()}
+    return found
 
 
 def make_inputs(folder: Path) -> None:
-    """Small checkpoints of both formats, one with large leaves, several kinds of stores, and damaged ones."""
+    """Checkpoints of both formats, of several stores, of leaves above 64 MB in one chunk, which are cut, and damaged ones."""
     from scripts.make_checkpoint import HF_MODELS, MAXTEXT_MODELS, make_checkpoint
 
     for family in HF_MODELS:
-        make_checkpoint(folder / family, family=family, **TINY)
-        make_checkpoint(folder / f"{family} wide", family=family, **WIDE, dtype="f32" if family == "olmoe" else "bf16")
+        make_checkpoint(folder / family, family=family, dtype="f32" if family == "olmoe" else "bf16", **TINY)
     for family in MAXTEXT_MODELS:
-        for name, scanned in (("MaxText", True), ("MaxText unscanned", False)):
+        made = make_checkpoint(folder / f"{family} wide", family=family, **WIDE)
+        for name, scanned in (("tree", True), ("unscanned", False)):
             out = make_checkpoint(folder / f"{family} {name}", family=family, format="orbax", scanned=scanned, **WIDE)
-            shutil.copy(folder / f"{family} wide" / "config.json", out)
-    state = {"format": "orbax", "train_state": True, "jax_arrays": True}
-    make_checkpoint(folder / "train state", family="qwen3_moe", **state, **TINY)
-    make_checkpoint(folder / "large", family="qwen3_moe", format="orbax", **LARGE)
+            shutil.copy(made / "config.json", out)
+    make_checkpoint(folder / "train state", family="qwen3_moe", format="orbax", train_state=True, jax_arrays=True, **TINY)
+    make_checkpoint(folder / "large", family="qwen3_moe", format="orbax", experts=8, layers=4, embed=512, mlp=2112)
     for name, options in STORES.items():
-        save_again(folder / "qwen3_moe MaxText", folder / name, **options)
+        save_again(folder / "qwen3_moe tree", folder / name, **options)
     for name, pattern in DAMAGED.items():
         (path,) = shutil.copytree(folder / name, folder / f"{name} damaged").glob(pattern)
         path.write_bytes(path.read_bytes()[:-100])
@@ -164,132 +161,39 @@ def make_inputs(folder: Path) -> None:
 def save_again(source: Path, out: Path, *, chunk: int | None = None, fused: bool = False, **options: bool) -> None:
     """The same tree, saved by Orbax in another kind of store, on wish with gate and up as MaxText itself fuses them."""
     import jax
-    import numpy as np
     import orbax.checkpoint as ocp
 
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(source / "0/items")
-    moe = tree["params"]["params"]["decoder"]["layers"]["moe_block"]
     if fused:
-        moe["wi"] = np.concatenate((moe.pop("wi_0"), moe.pop("wi_1")), -1)
+        moe = tree["params"]["params"]["decoder"]["layers"]["moe_block"]
+        moe["wi"] = jax.numpy.concatenate((moe.pop("wi_0"), moe.pop("wi_1")), -1)
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk), tree)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
         checkpointer.save(out / "0/items", args=ocp.args.PyTreeSave(tree, save_args=how))
     shutil.copy(source / "config.json", out)
 
 
-class Side:
-    """A checkout: a process that runs commands with it, and the directory for their outputs."""
-
-    def __init__(self, checkout: Path, work: Path) -> None:
-        self.work, command = work, [sys.executable, "-W", "ignore", "-c", CHILD]
-        self.process = subprocess.Popen(command, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.asked, self.told = self.process.stdin, self.process.stdout
-        if not Path(self.told.readline()).is_relative_to(checkout.resolve()):
-            raise SystemExit(f"{checkout} is no checkout of this tool, or another one is found there")
-
-    def begin(self, step: Step, source: Path, jobs: int) -> Path:
-        """Begin a command, for whose end `finish` waits; where its output will lie."""
-        paths = [source if name == "in" else self.work / name for name in (step.source, step.out) if name]
-        words = [*step.options.split(), *map(str, paths), "--quiet"]
-        if "--verify" not in words:
-            words += ["--jobs", str(jobs)]
-        print(json.dumps(words), file=self.asked, flush=True)
-        return paths[-1]
-
-    def finish(self) -> list[Any]:
-        """Exit code, stdout and stderr, without what differs from run to run."""
-        return json.loads(TIMES.sub("in TIME", self.told.readline().replace(str(self.work), "WORK")))
-
-
-def run_all(source: Path, steps: Iterator[Step], sides: Sequence[Side], jobs: int, tally: Tally) -> Iterator[str]:
-    """Run the steps of one checkpoint on both sides; the differences. What both refuse to make is no input of a later step."""
-    refused = set()
-    for side in sides:
-        side.work.mkdir()
-    for step in (step for step in steps if step.source not in refused):
-        old, new = (side.begin(step, source, jobs) for side in sides)
-        one, other = (side.finish() for side in sides)
-        tally[step.kind, "refused" if one[0] else "done"] += 1
-        unlike = [f"{a!r} became {b!r}" for a, b in zip(one, other, strict=True) if a != b]
-        if one[0] or other[0]:
-            refused.add(step.out)
-        elif "--verify" not in step.options and "--dry-run" not in step.options:
-            unlike += differences(old, new, step.kind, tally)
-        yield from (f"{source.name}: {step.options}: {step.source} -> {step.out}: {text}" for text in unlike)
-    for side in sides:
-        shutil.rmtree(side.work)
-
-
-def differences(old: Path, new: Path, kind: str, tally: Tally) -> Iterator[str]:
-    """What is not the same in two outputs."""
-    files, others = contents(old), contents(new)
-    for name in sorted(files ^ others):
-        yield f"{name} is on one side only"
-    for name in sorted(files & others):
-        if (old / name).is_dir():
-            yield from different_values(old / name, new / name, kind, tally)
-            continue
-        tally[kind, "chunks" if CHUNK.search(str(name)) else "files"] += 1
-        if (old / name).read_bytes() != (new / name).read_bytes():
-            yield f"{name} differs"
-
-
-def contents(out: Path) -> set[Path]:
-    """The files and the databases of an output, without the files that are a database's own."""
-    databases = {path.parent for path in out.rglob(MANIFEST)}
-    own = {path for database in databases for path in (database / MANIFEST, *(database / "d").glob("*"))}
-    files = {path for path in out.rglob("*") if path.is_file()}
-    return {path.relative_to(out) for path in (files - own) | databases}
-
-
-def different_values(old: Path, new: Path, kind: str, tally: Tally) -> Iterator[str]:
-    """What is not the same in two databases; of a batch only the keys are compared, the item's has all values."""
-    stores = [ts.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result() for path in (old, new)]
-    keys, others = (set(store.list().result()) for store in stores)
-    for key in sorted(keys ^ others):
-        yield f"{key.decode()} is on one side only"
-    for key in sorted(keys & others) if not old.name.startswith(BATCH) else ():
-        tally[kind, "chunks" if CHUNK.search(key.decode()) else "files"] += 1
-        if len({store.read(key).result().value for store in stores}) > 1:
-            yield f"{key.decode()} differs"
-
-
-def summary(tally: Tally) -> str:
-    """A line for each kind of step, and one for all."""
-    kinds = list(dict.fromkeys(kind for kind, _ in tally))
-    counts = {kind: [tally[kind, what] for what in WHAT] for kind in kinds}
-    counts["together"] = [sum(column) for column in zip(*counts.values(), strict=True)]
-    rows = ((kind, zip(row, WHAT, strict=True)) for kind, row in counts.items())
-    return "\n".join(f"{kind:20}{', '.join(f'{number:6} {what}' for number, what in row)}" for kind, row in rows)
-
-
 def main() -> None:
-    """Make the checkpoints, run and compare everything, print a line for each kind of step and one for each difference."""
+    """Run and compare everything; print a line for each kind of command and one for each difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path, metavar="OLD_CHECKOUT")
-    parser.add_argument("new", type=Path, metavar="NEW_CHECKOUT")
-    parser.add_argument(
-        "--checkpoints", type=Path, default=ROOT.parent / "shared/checkpoints", help="a directory of more of them"
-    )
-    parser.add_argument("--only", default="", metavar="A,B", help="the checkpoints to take, by name (default: all)")
+    parser.add_argument("checkouts", type=Path, nargs=2, metavar=("OLD_CHECKOUT", "NEW_CHECKOUT"))
+    parser.add_argument("--checkpoints", type=Path, default=ROOT.parent / "shared/checkpoints", help="a directory of some more")
     parser.add_argument("--jobs", type=int, default=2, help="workers of each conversion")
     arguments = parser.parse_args()
-    tally: Tally = Counter()
-    found: list[str] = []
+    comparison = Comparison(arguments.jobs)
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(made := Path(folder, "in"))
-        sides = [Side(path, Path(folder, name)) for name, path in (("old", arguments.old), ("new", arguments.new))]
-        more = sorted(arguments.checkpoints.glob("*/")) if arguments.checkpoints.is_dir() else []
-        every = [*sorted(made.glob("*/")), *more]
-        for source in [path for path in every if not arguments.only or path.name in arguments.only.split(",")]:
-            steps = orbax_steps(LAYOUTS) if (source / "0").exists() else hf_steps(LAYOUTS)
-            found += run_all(source, steps, sides, arguments.jobs, tally)
-    print(summary(tally))
-    print("\n".join([*found, f"{len(found)} differences" if found else "all equal"]))
-    raise SystemExit(bool(found))
+        for number, checkout in enumerate(arguments.checkouts):
+            comparison.start(checkout, Path(folder, str(number)))
+        for checkpoint in sorted(path for place in (made, arguments.checkpoints.resolve()) for path in place.glob("*/")):
+            comparison.run_all(checkpoint, CUT if checkpoint.name == "large" else ORBAX if (checkpoint / "0").exists() else HF)
+    tally, found = comparison.tally, "\n".join(comparison.found) or "all equal"
+    for kind in dict.fromkeys(kind for kind, _ in tally):
+        print(f"{kind:50}" + ", ".join(f"{tally[kind, what]:6} {what}" for what in ("done", "refused", "files", "chunks")))
+    n = Counter(what for _, what in tally.elements())
+    print(f"{n['done'] + n['refused']} conversions, {n['files']} files and {n['chunks']} stored chunks compared: {found}")
+    sys.exit(bool(comparison.found))
 
 
 if __name__ == "__main__":
