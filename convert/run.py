@@ -15,6 +15,7 @@ from convert.commit import manifest
 from convert.commit.identity import fingerprint, state_of
 from convert.commit.processes import Processes
 from convert.commit.stage import check_output, staging
+from convert.commit.store import mark_of
 from convert.engine.budget import make_budget
 from convert.engine.done import prove
 from convert.engine.writer import Writer
@@ -78,7 +79,7 @@ def convert_checkpoint(
     started = time.monotonic()
     origin, target = place(source), place(out)  # once, because a store is listed for it
     with processes.together():
-        if not (finished := (target / manifest.NAME).exists()):
+        if not (finished := (target / manifest.NAME).exists() and (not is_remote(target) or bool(mark_of(target)))):
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)
         told = processes.watched(progress or ignore)

@@ -87,7 +87,7 @@ def restore(headers: Mapping[str, str], targets: Iterable[Target]) -> tuple[File
                 if found != (spec.dtype, spec.shape, [end, end + spec.nbytes]):
                     return None
                 offsets[key], end = end, end + spec.nbytes
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         restored.append(_with_head(name, header.encode(), offsets, end))
     return None if wanted else tuple(restored)

@@ -23,21 +23,23 @@ from convert.planning.targets import Target
 from layouts.errors import InputError
 from layouts.files import RECORD
 from layouts.names import key
-from layouts.orbax.tree import ARRAYS, BOX, METADATA, OWN, PROCESS, STRINGS, Leaf
+from layouts.orbax.tree import ARRAYS, BOX, COMPLETE, METADATA, OWN, PROCESS, STRINGS, Leaf
 
 _DICT = 2
 _RICH = "value_metadata_tree"
 """The tree a second time, with the types of its nodes; Orbax goes without it when it is not there."""
 
 
-def render(plan: Plan, origin: Origin, chunks: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The files by their path in the item. `chunks` are the shapes of stored chunks, by the names of targets.
+def render(plan: Plan, origin: Origin, chunks: Mapping[str, tuple[int, ...]], *, kept: bool = False) -> dict[str, str]:
+    """The files by their path in the item.
+
+    `chunks` are the shapes of stored chunks, by the names of targets; with `kept`, the chunks are the input's own.
 
     Raises:
         InputError: metadata of the input is damaged.
     """
     first = {target.spec.name: _first_source(target) for target in plan.targets}
-    files = {METADATA: json.dumps(_tree(plan, origin, first))}
+    files = {METADATA: json.dumps(_tree(plan, origin, first, kept))}
     if origin.texts is not None:
         files[STRINGS] = origin.texts
     if shardings := _shardings(plan, origin, first):
@@ -106,7 +108,7 @@ def _first_source(target: Target) -> str:
     return piece.source if piece else target.spec.name
 
 
-def _tree(plan: Plan, origin: Origin, first: Mapping[str, str]) -> dict[str, Any]:
+def _tree(plan: Plan, origin: Origin, first: Mapping[str, str], chunks_kept: bool) -> dict[str, Any]:
     made: dict[str, list[Any]] = {}
     for target in plan.targets:
         leaf = origin.leaves.get(first[target.spec.name])
@@ -118,7 +120,9 @@ def _tree(plan: Plan, origin: Origin, first: Mapping[str, str]) -> dict[str, Any
     entries += [entry for rest in made.values() for entry in rest]
     tree = {str(tuple(str(key["key"]) for key in entry["key_metadata"])): entry for entry in entries}
     kept = {key: value for key, value in origin.tree.items() if key != _RICH or not any(t.moved for t in plan.targets)}
-    flags = {"store_array_data_equal_to_fill_value": True, "custom_metadata": _custom_metadata(plan, origin)}
+    # We store chunks of zeros, too; of chunks that are kept it is as the input says, or those it left out would be missed.
+    complete = not chunks_kept or bool(origin.tree.get(COMPLETE))
+    flags = {COMPLETE: complete, "custom_metadata": _custom_metadata(plan, origin)}
     return {"tree_metadata": tree, **{key: value for key, value in kept.items() if key != "tree_metadata"}, **flags}
 
 

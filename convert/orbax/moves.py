@@ -28,6 +28,7 @@ from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import METADATA, key_at
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import DATABASE, PROCESS
+from layouts.places import names_of
 
 _ONLY = ts.KvStore.KeyRange("", "\x00")
 """The key itself, not those that begin alike."""
@@ -58,7 +59,7 @@ def _database(reader: OrbaxReader) -> Iterator[tuple[Path, str, bool]]:
     """The files with values and names, without the manifests of single processes."""
     for entry in sorted(reader.item.iterdir()):
         if entry.name.startswith(PROCESS) or entry.name in DATABASE:
-            files = [entry] if entry.is_file() else sorted(file for file in entry.rglob("*") if file.is_file())
+            files = [entry] if entry.is_file() else [entry / name for name in names_of(entry)]
             for file in files:
                 if file.name != "manifest.ocdbt" or file.parent == reader.item:
                     yield file, file.relative_to(reader.item).as_posix(), file.parent == reader.item

@@ -79,7 +79,11 @@ def _arrays(item: Path) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     if isinstance(item, Path) and (item / CHUNKS).is_symlink():
         raise InputError(f"{item / CHUNKS}: a link to a directory; put what it stands for in its place")
-    for file in sorted((item / CHUNKS).glob("process_*")):
+    for file in sorted(_processes(item / CHUNKS)):
         for entry in read_json(file)["array_metadatas"]:
             found[entry["array_metadata"]["param_name"]] = entry["array_metadata"]
     return found
+
+
+def _processes(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.name.startswith("process_")] if folder.is_dir() else []

@@ -162,7 +162,7 @@ class OrbaxWriter:
     def _write_beside(
         self, stage: AnyStage, folder: Folder | StoreFolder, digests: Mapping[str, manifest.Digest], chunks: _Chunks
     ) -> None:
-        plan, texts = self.plan, render(self.plan, self.origin, chunks)
+        plan, texts = self.plan, render(self.plan, self.origin, chunks, kept=self.kept is not None)
         for name in texts.keys() - {METADATA}:
             folder.write_text(name, texts[name])
         if plan.scanned is not None:

@@ -28,6 +28,7 @@ from layouts.orbax.faults import answer, told
 from layouts.orbax.stream import ChunkStreams
 from layouts.orbax.tree import (
     ARRAYS,
+    COMPLETE,
     METADATA,
     OWN,
     PROCESS,
@@ -91,7 +92,7 @@ class OrbaxReader:
         leaves = read_leaves(item, tree)
         ocdbt, zarr3 = tree.get("use_ocdbt"), bool(tree.get("use_zarr3", False))
         use_ocdbt = (item / "manifest.ocdbt").exists() if ocdbt is None else bool(ocdbt)
-        complete = bool(tree.get("store_array_data_equal_to_fill_value", False))
+        complete = bool(tree.get(COMPLETE, False))
         specs = {
             name: spec_of(item, leaf.stored, ocdbt=use_ocdbt, zarr3=zarr3, complete=complete)
             for name, leaf in leaves.items()

@@ -27,6 +27,8 @@ ITEMS = ("items", "default", "model_params", "model", "params", "state", "pytree
 ARRAYS = ("np.ndarray", "jax.Array", "scalar")
 EMPTY = ("Dict", "List", "Tuple", "None", "NamedTuple")
 BOX = "value"
+COMPLETE = "store_array_data_equal_to_fill_value"
+"""Whether chunks of zeros were stored as well, so that one that is not there has been lost."""
 PROCESS = "ocdbt.process_"
 """Part of the names of the databases that the processes of a run wrote, below the one that joins them."""
 DATABASE = ("manifest.ocdbt", "d", "ocdbt_data", "ocdbt_meta")

@@ -11,7 +11,7 @@ import convert
 from scripts.make_checkpoint import make_checkpoint
 
 CHILD = """
-import os, signal, sys
+import os, shutil, signal, sys  # shutil asks at its import whether `os.open` is the system's
 point, left = int(sys.argv[1]), [int(sys.argv[1])]
 def wrap(real):
     def call(*arguments, **keywords):

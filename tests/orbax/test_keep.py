@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -282,3 +283,19 @@ def test_digests_of_chunks_are_for_orbax(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hashed": "stored chunks"}))
     with pytest.raises(convert.InputError, match="no Orbax checkpoint"):
         convert.verify(tmp_path / "out")
+
+
+def test_chunks_of_zeros_that_were_never_stored_are_still_zeros(tmp_path):
+    """Where the input does not store them, the output that keeps its chunks does not either, and says so."""
+    source = tmp_path / "in"
+    save(source, KEPT["rows"], ocdbt=False)
+    for name in ("wi_0", "wi_1"):
+        shutil.rmtree(source / f"{PATH}.{name}" / "c")
+    metadata = source / "_METADATA"
+    tree = json.loads(metadata.read_text()) | {"store_array_data_equal_to_fill_value": False}
+    metadata.write_text(json.dumps(tree))
+    convert.prefuse(source, tmp_path / "out")
+    assert convert.verify(tmp_path / "out").equal
+    assert convert.verify(source, tmp_path / "out", gemm=False).equal
+    moe = restore(tmp_path / "out")["params"]["params"]["decoder"]["layers"]["moe_block"]
+    assert not np.asarray(moe["wi"]).view(np.uint16).any()
