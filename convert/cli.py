@@ -92,7 +92,8 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
     from convert.run import writer_of
     from layouts.checkpoint import open_checkpoint
 
-    chosen = {name: value for name, value in given.items() if name in {each.name for each in named(Choices)}}
+    choices = {each.name for each in named(Choices)}
+    chosen = {name: value for name, value in given.items() if name in choices}
     planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, **chosen)
     processes = Processes(count=arguments.num_processes or 1)
     with closing(open_checkpoint(source)) as reader:

@@ -35,10 +35,7 @@ def positive(value: object) -> int:
     Raises:
         ValueError: it is none.
     """
-    number = _number(value)
-    if number is None or number < 1:
-        raise ValueError(f"{value!r} is not a positive number")
-    return number
+    return _from(1, value, "a positive number")
 
 
 def natural(value: object) -> int:
@@ -47,9 +44,13 @@ def natural(value: object) -> int:
     Raises:
         ValueError: it is none.
     """
+    return _from(0, value, "a number from 0")
+
+
+def _from(least: int, value: object, what: str) -> int:
     number = _number(value)
-    if number is None or number < 0:
-        raise ValueError(f"{value!r} is not a number from 0")
+    if number is None or number < least:
+        raise ValueError(f"{value!r} is not {what}")
     return number
 
 

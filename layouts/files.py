@@ -42,7 +42,6 @@ def read_bytes(path: Path) -> bytes:
         InputError: it is not there, is no regular file, or is larger than one of its kind may be.
         OSError: the system refuses, or the disk is failing.
     """
-    limit = LIMITS.get(path.name, LIMIT)
     if not isinstance(path, Path):  # in a store, where all are regular
         return bytes(path.read_bytes())
     try:
@@ -51,15 +50,17 @@ def read_bytes(path: Path) -> bytes:
         if error.errno not in _ABSENT:
             raise
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        size = os.fstat(file.descriptor).st_size
-        if size > limit:
-            raise InputError(f"{path}: it has {size:,} bytes, and {limit:,} are the most that a file of this kind may have")
+    with file:
+        size = file.size
+        _check_limit(path, size)
         data = bytearray(size)
         file.read(memoryview(data), 0)
         return bytes(data)
-    finally:
-        file.close()
+
+
+def _check_limit(path: Path, size: int) -> None:
+    if size > (limit := LIMITS.get(path.name, LIMIT)):
+        raise InputError(f"{path}: it has {size:,} bytes, and {limit:,} are the most that a file of this kind may have")
 
 
 def read_json(path: Path) -> Any:
@@ -94,7 +95,7 @@ def parsed(data: bytes) -> Any:
     Raises:
         ValueError, RecursionError: it is no such JSON.
     """
-    found = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
+    found = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
     for depth, level in enumerate(_levels(found)):
         if depth > DEPTH:
             raise ValueError(f"it is nested more than {DEPTH} deep")
@@ -123,7 +124,7 @@ def _texts(each: Any) -> Iterator[str]:
     yield from (child for child in _children(each) if isinstance(child, str))
 
 
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object none of whose keys stands twice.
 
     Raises:
@@ -142,9 +143,8 @@ def check_size(path: Path) -> None:
     Raises:
         InputError: it is.
     """
-    limit = LIMITS.get(path.name, LIMIT)
-    if path.is_file() and (size := path.stat().st_size) > limit:
-        raise InputError(f"{path}: it has {size:,} bytes, and {limit:,} are the most that a file of this kind may have")
+    if path.is_file():
+        _check_limit(path, path.stat().st_size)
 
 
 def check_regular(folder: Path) -> None:

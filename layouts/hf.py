@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from layouts.errors import InputError
 from layouts.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
 from layouts.names import part
+from layouts.places import unlisted
 from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
 from layouts.tensors import DTYPES, TensorSpec, bits
@@ -47,6 +48,7 @@ class Shard:
     start: int
     offsets: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, Any]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -70,7 +72,7 @@ def read_shard(path: Path) -> Shard:
             raise ValueError("the header is no object")
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a sound safetensors file: {error}{_common_cause(path)}") from None
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
     ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
     tensors = {n: TensorSpec(name=n, dtype=e["dtype"], shape=tuple(e["shape"])) for n, e in ordered}
     for name, spec in tensors.items():
@@ -81,7 +83,7 @@ def read_shard(path: Path) -> Shard:
         if len(spec.shape) > RANK:
             raise InputError(f"{path}: {name} has {len(spec.shape)} dimensions; {RANK} are the most")
     offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
-    return Shard(name=path.name, header=text.decode(), start=8 + size, offsets=offsets, tensors=tensors)
+    return Shard(name=path.name, header=text.decode(), start=8 + size, offsets=offsets, tensors=tensors, metadata=metadata)
 
 
 def _header(path: Path) -> bytes:
@@ -91,9 +93,8 @@ def _header(path: Path) -> bytes:
         InputError: there is none, or one that the format does not allow.
         OSError: the system refuses, or the disk is failing.
     """
-    file = InputFile.open(path)
-    try:
-        total = os.fstat(file.descriptor).st_size
+    with InputFile.open(path) as file:
+        total = file.size
         head = bytearray(min(8, total))
         file.read(memoryview(head), 0)
         size = int.from_bytes(head, "little")
@@ -103,8 +104,6 @@ def _header(path: Path) -> bytes:
         text = bytearray(size)
         file.read(memoryview(text), 8)
         return bytes(text)
-    finally:
-        file.close()
 
 
 def _common_cause(path: Path) -> str:
@@ -121,6 +120,7 @@ class HFReader:
     path: Path
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
+    records: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
     format: str = "hf"
     _home: dict[str, Shard] = field(default_factory=dict)
@@ -155,23 +155,14 @@ class HFReader:
             _compare_index(path, weight_map, home)
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
-        return cls(path=path, shards=shards, config=config, tensors=tensors, _home=home)
+        records = manifest_record(path) | _records(shards, expected=bool(config.get(RECORD)))
+        return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, _home=home)
 
     @property
     def record(self) -> Mapping[str, Any] | None:
         """What this tool wrote into `config.json` about the layout."""
         record: Mapping[str, Any] | None = self.config.get(RECORD)
         return record
-
-    @property
-    def records(self) -> Mapping[str, Any]:
-        """What the headers and the manifest say; a header without metadata says nothing."""
-        found = manifest_record(self.path)
-        for shard in self.shards:
-            metadata = json.loads(shard.header).get("__metadata__") or {}
-            if RECORD in metadata or (metadata and self.record):
-                found[shard.name] = _parsed(metadata.get(RECORD))
-        return found
 
     @property
     def side_files(self) -> list[str]:
@@ -236,7 +227,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _files(root: Path) -> Iterator[str]:
     """Every file below a directory, relative to it; links to files count as files, as in the Hugging Face cache."""
-    for directory, folders, files in os.walk(root, onerror=_refuse):
+    for directory, folders, files in os.walk(root, onerror=unlisted):
         for name in folders + files:
             path = Path(directory, name)
             if path.is_file():
@@ -255,11 +246,6 @@ def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str,
         raise InputError(f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)")
 
 
-def _refuse(error: OSError) -> None:
-    """What cannot be listed cannot be carried over."""
-    raise error
-
-
 def _check_numbers(path: Path, present: Sequence[str]) -> None:
     """See that files which are numbered `-of-N` are N, since no index names them.
 
@@ -276,6 +262,15 @@ def _check_numbers(path: Path, present: Sequence[str]) -> None:
                 f"{path}: {stem}-{lost[0]:05}-of-{count:05}.safetensors is missing, and {len(lost)} of {count} such files are: "
                 f"there is no index, but their names say how many there should be. Download the rest"
             )
+
+
+def _records(shards: Sequence[Shard], *, expected: bool) -> dict[str, Any]:
+    """What the headers say of the layout; one without metadata says nothing, even where a record is `expected`."""
+    found = {}
+    for shard in shards:
+        if RECORD in shard.metadata or (shard.metadata and expected):
+            found[shard.name] = _parsed(shard.metadata.get(RECORD))
+    return found
 
 
 def _parsed(text: object) -> Any:

@@ -49,13 +49,13 @@ def names_of(path: Path) -> Iterator[str]:
     if isinstance(path, RemotePath):
         yield from sorted(path.below())
         return
-    for directory, folders, names in os.walk(path, onerror=_refuse):
+    for directory, folders, names in os.walk(path, onerror=unlisted):
         folders.sort()
         yield from (os.path.relpath(os.path.join(directory, name), path) for name in sorted(names))
 
 
-def _refuse(error: OSError) -> None:
-    """What cannot be listed is not left out in silence."""
+def unlisted(error: OSError) -> None:
+    """`onerror` of walks: a directory that cannot be listed is neither taken for empty nor left out in silence."""
     raise error
 
 

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from layouts.errors import InputError
 Empty = Callable[[Sequence[int], np.dtype[Any]], NDArray[Any]]
 """Gives an array of a shape and element type, with anything in it."""
 GAP = 32 << 10
-"""Bytes between two runs that are read along with them: about what a call costs (measured)."""
+"""Bytes between two runs that are read along with them: a call costs about as much as to copy so many."""
 COVER = 1 << 20
 """Bytes that are read at a time where gaps are read along: they stay in the cache of a core until they are picked from."""
 
@@ -49,6 +49,11 @@ class InputFile:
             raise InputError(f"{path}: not a regular file; put a copy of the data in its place")
         return cls(path, descriptor)
 
+    @property
+    def size(self) -> int:
+        """Bytes that it has now."""
+        return os.fstat(self.descriptor).st_size
+
     def read(self, view: memoryview, offset: int) -> None:
         """Fill a view with the bytes from `offset`.
 
@@ -63,16 +68,21 @@ class InputFile:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not step:
-                size = os.fstat(self.descriptor).st_size
                 raise InputError(
-                    f"{self.path}: it ends at byte {size:,}, but there should be {len(view):,} bytes at {offset:,}; was it "
-                    f"cut while it was read? Download or copy it again"
+                    f"{self.path}: it ends at byte {self.size:,}, but there should be {len(view):,} bytes at {offset:,}; was "
+                    f"it cut while it was read? Download or copy it again"
                 )
             done += step
 
     def close(self) -> None:
         """Let go of it."""
         os.close(self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Extent(NamedTuple):

@@ -10,11 +10,12 @@ import stat
 from collections.abc import Iterator
 
 from convert.commit.files import Folder
+from layouts.places import unlisted
 
 
 def files(folder: Folder) -> Iterator[tuple[str, os.stat_result]]:
     """All below that is no directory, and what the system says of it; links to directories are among it."""
-    for place, folders, names, fd in os.fwalk(".", onerror=_refuse, dir_fd=folder.fd):
+    for place, folders, names, fd in os.fwalk(".", onerror=unlisted, dir_fd=folder.fd):
         for name in [*folders, *names]:  # a link to a directory is among the directories
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode):
@@ -23,16 +24,11 @@ def files(folder: Folder) -> Iterator[tuple[str, os.stat_result]]:
 
 def sync_all(folder: Folder, *, but: str | None = None) -> None:
     """Make all directories durable, itself last; unless `but` is None, files as well, those not whose names end with it."""
-    for _, _, names, fd in os.fwalk(".", topdown=False, onerror=_refuse, dir_fd=folder.fd):
+    for _, _, names, fd in os.fwalk(".", topdown=False, onerror=unlisted, dir_fd=folder.fd):
         for name in names:
             if but is not None and not name.endswith(but):
                 Folder(folder.path, fd).sync(name)
         os.fsync(fd)
-
-
-def _refuse(error: OSError) -> None:
-    """What cannot be listed is not taken for empty."""
-    raise error
 
 
 def free(folder: Folder) -> int:

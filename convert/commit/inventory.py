@@ -16,10 +16,9 @@ from typing import Any
 import xxhash
 
 from layouts.errors import InputError
+from layouts.orbax.tree import COMMITTED
 from layouts.places import is_remote, names_of
 
-COMMITTED = "commit_success.txt"
-"""Orbax's marker, which stores get after all else; it belongs to the place, not to what was made."""
 _STEP = 1 << 20
 
 
@@ -125,7 +124,7 @@ def _listed(path: Path, manifest: str, folders: Collection[str]) -> dict[str, Fi
     """Sizes alone."""
     found: dict[str, FileEntry] = {}
     for name in sorted(names_of(path)):
-        if name == manifest or PurePosixPath(name).name == COMMITTED:
+        if name == manifest or PurePosixPath(name).name == COMMITTED:  # stores get the marker after all else
             continue
         size = None if is_remote(path) else _size(path / name)
         folder = next((above for above in _above(name) if above in folders), None)

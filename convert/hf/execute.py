@@ -1,4 +1,4 @@
-"""Write the tensors of a plan into safetensors files: the only home of threads.
+"""Write the tensors of a plan into safetensors files, several at a time.
 
 In: targets and files. Out: finished tensors, their digests, a journal. It never publishes.
 

@@ -7,8 +7,6 @@ The result is complete by construction: each source tensor is in exactly one `Gr
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +15,14 @@ from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Placed
 from layouts.language.parts import PARTS, forms
 from layouts.language.pattern import Pattern
-from layouts.language.template import Template
 from layouts.matching.candidates import Candidates, Known, candidates, record_of
 from layouts.matching.checks import check_blocks, check_equal, check_grid
 from layouts.matching.group import Block, Group
-from layouts.matching.lookup import expert_counts, find_family, fitting
+from layouts.matching.lookup import expert_counts, find_family
+from layouts.matching.refusal import Refusal, check_beside, hint
 from layouts.matching.witness import check_layers, check_routers
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
-from layouts.tables.targets import TARGETS, target
 from layouts.tensors import TensorSpec
 
 
@@ -63,11 +60,11 @@ def describe(
     found = _family(reader, family, scan_axis)
     known = candidates(reader, found, source_layout, like)
     matched, verbatim = _match(reader, found, known.known)
-    _check_beside(reader, found, matched, verbatim)
+    check_beside(reader, found, (block for _, _, block in matched), verbatim)
     if not matched:
         raise PlanError(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
-            f"{_hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
+            f"{hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
         )
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups)
@@ -89,7 +86,7 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Fami
 
 def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Matched, list[str]]:
     placed = [(each, each.layout.place(family.experts)) for each in known]
-    refuse = _Refusal(reader, family)
+    refuse = Refusal(reader, family)
     matched: _Matched = {}
     verbatim = []
     for name in reader.tensors:
@@ -106,85 +103,6 @@ def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Mat
             raise PlanError(f"{reader.path}: {name} and {names[0]} hold the same weights in two layouts; remove one")
         names.append(name)
     return matched, verbatim
-
-
-_PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
-"""What MaxText calls the projections of a MoE block."""
-_BOXES = ("array", "qrhs")
-"""What stands below the name of a projection whose weights qwix or AQT has quantised."""
-
-
-def _check_beside(reader: Reader, family: Family, matched: _Matched, verbatim: Sequence[str]) -> None:
-    """See that nothing which belongs to a projection of a MaxText block is taken for some other tensor."""
-    if not family.by_structure:
-        return
-    places = {str(dict(block).get("path")) for _, _, block in matched}
-    others = [Template(text) for text in family.others]
-    for name in verbatim:
-        parts = name.split(".")
-        beside = any(".".join(parts[:depth]) in places and _of_projection(parts[depth]) for depth in range(1, len(parts)))
-        boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
-        if (beside or boxed) and all(other.parse(name) is None for other in others):
-            raise PlanError(
-                f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is fused "
-                f"with them. Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
-            )
-
-
-def _of_projection(part: str) -> bool:
-    return any(part == name or part.startswith(f"{name}_") for name in _PROJECTIONS)
-
-
-class _Refusal:
-    """What must not pass as "some other tensor, copied as it is"."""
-
-    def __init__(self, reader: Reader, family: Family) -> None:
-        self.reader, self.family = reader, family
-        tables = {name: target(name, family, shards=1, align=128) for name in TARGETS}
-        self.fused = [(name, layout.template(family.experts)) for name, table in tables.items() for layout in table.values()]
-        self.others = [Template(text) for text in family.others]
-        keys = {layout.key for table in family.native for layout in table.values() if "{part}" in layout.key}
-        self.stems = [Template(key.replace("{experts}", family.experts).replace("{part}", "{rest}")) for key in sorted(keys)]
-
-    def unknown_expert(self, name: str) -> None:
-        """Raise if the name is one of an expert weight that nobody has explained."""
-        if self.family.by_structure and not any(key.parse(name) for _, key in self.fused):
-            return
-        if any(other.parse(name) is not None for other in self.others):
-            return
-        for layout, key in self.fused:
-            if key.parse(name) is not None:
-                raise PlanError(
-                    f"{self.reader.path}: {name} looks like layout {layout!r}, but neither the checkpoint nor --source-layout "
-                    f"says so. Shapes cannot tell the layouts of a fused tensor apart: name it with --source-layout"
-                )
-        if _is_like_an_expert(name) or any(stem.parse(name) is not None for stem in self.stems):
-            expected = self.family.native[0]["wi"].key.replace("{experts}", self.family.experts)
-            raise PlanError(
-                f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
-                f"{self.family.name} does not know; expected names such as {expected}{_hint(self.reader, self.family)}"
-            )
-
-
-_MATRICES = re.compile(r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_projs?\b|(^|\.)(w[123]|w13|fc[123])(_weight)?\b")
-"""The words that projections of experts have."""
-
-
-def _is_like_an_expert(name: str) -> bool:
-    """Whether a name has a component that says expert, but is not a shared one, and one that says gate, up or down."""
-    parts = name.split(".")
-    if "experts" in parts:
-        return True
-    sisters = [part for part in parts if "expert" in part.lower() and not part.lower().startswith("share")]
-    return bool(sisters) and _MATRICES.search(name) is not None
-
-
-def _hint(reader: Reader, family: Family) -> str:
-    """What to try when none of the names is one of the family's."""
-    others = fitting(reader.tensors, reader.format)
-    if not others or family in others:
-        return ""
-    return f"; there are names as in {', '.join(f.name for f in others[:6])}: if it is one of these, say so with --family"
 
 
 def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group, ...]:

@@ -1,0 +1,104 @@
+"""What is refused because it may belong to the experts, though no table says how.
+
+In: names that no table of the family knows. Out: an error with what to do, or nothing. It never looks at a shape.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+from layouts.errors import PlanError
+from layouts.language.template import Template
+from layouts.matching.group import Block
+from layouts.matching.lookup import fitting
+from layouts.reader import Reader
+from layouts.tables.families import Family
+from layouts.tables.targets import TARGETS, target
+
+_PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
+"""What MaxText calls the projections of a MoE block."""
+_BOXES = ("array", "qrhs")
+"""What stands below the name of a projection whose weights qwix or AQT has quantised."""
+
+
+def check_beside(reader: Reader, family: Family, blocks: Iterable[Block], verbatim: Sequence[str]) -> None:
+    """See that nothing which belongs to a projection of a MaxText block is taken for some other tensor.
+
+    Raises:
+        PlanError: something is.
+    """
+    if not family.by_structure:
+        return
+    places = {str(dict(block).get("path")) for block in blocks}
+    others = [Template(text) for text in family.others]
+    for name in verbatim:
+        parts = name.split(".")
+        beside = any(".".join(parts[:depth]) in places and _of_projection(parts[depth]) for depth in range(1, len(parts)))
+        boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
+        if (beside or boxed) and all(other.parse(name) is None for other in others):
+            raise PlanError(
+                f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is fused "
+                f"with them. Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
+            )
+
+
+def _of_projection(part: str) -> bool:
+    return any(part == name or part.startswith(f"{name}_") for name in _PROJECTIONS)
+
+
+class Refusal:
+    """What must not pass as "some other tensor, copied as it is"."""
+
+    def __init__(self, reader: Reader, family: Family) -> None:
+        self.reader, self.family = reader, family
+        tables = {name: target(name, family, shards=1, align=128) for name in TARGETS}
+        self.fused = [(name, layout.template(family.experts)) for name, table in tables.items() for layout in table.values()]
+        self.others = [Template(text) for text in family.others]
+        keys = {layout.key for table in family.native for layout in table.values() if "{part}" in layout.key}
+        self.stems = [Template(key.replace("{experts}", family.experts).replace("{part}", "{rest}")) for key in sorted(keys)]
+
+    def unknown_expert(self, name: str) -> None:
+        """See that the name is not one of an expert weight that nobody has explained.
+
+        Raises:
+            PlanError: it is.
+        """
+        if self.family.by_structure and not any(key.parse(name) for _, key in self.fused):
+            return
+        if any(other.parse(name) is not None for other in self.others):
+            return
+        for layout, key in self.fused:
+            if key.parse(name) is not None:
+                raise PlanError(
+                    f"{self.reader.path}: {name} looks like layout {layout!r}, but neither the checkpoint nor --source-layout "
+                    f"says so. Shapes cannot tell the layouts of a fused tensor apart: name it with --source-layout"
+                )
+        if _is_like_an_expert(name) or any(stem.parse(name) is not None for stem in self.stems):
+            expected = self.family.native[0]["wi"].key.replace("{experts}", self.family.experts)
+            raise PlanError(
+                f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
+                f"{self.family.name} does not know; expected names such as {expected}{hint(self.reader, self.family)}"
+            )
+
+
+_MATRICES = re.compile(r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_projs?\b|(^|\.)(w[123]|w13|fc[123])(_weight)?\b")
+"""The words that projections of experts have."""
+
+
+def _is_like_an_expert(name: str) -> bool:
+    """Whether a name has a component that says expert, but is not a shared one, and one that says gate, up or down."""
+    parts = name.split(".")
+    if "experts" in parts:
+        return True
+    sisters = [part for part in parts if "expert" in part.lower() and not part.lower().startswith("share")]
+    return bool(sisters) and _MATRICES.search(name) is not None
+
+
+def hint(reader: Reader, family: Family) -> str:
+    """What to try when none of the names is one of the family's."""
+    others = fitting(reader.tensors, reader.format)
+    if not others or family in others:
+        return ""
+    return f"; there are names as in {', '.join(f.name for f in others[:6])}: if it is one of these, say so with --family"
