@@ -1,7 +1,12 @@
 """Settings of all tests."""
 
+import os
+
 import jax
 from hypothesis import settings
+
+# Here XLA compiles for much longer than it computes. Processes that tests start have this from them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 # Meshes are tried on simulated devices, which have to be there before JAX begins.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -46,6 +46,7 @@ if end:
 sys.exit(main([*sys.argv[5:], "--quiet", *(["--distributed"] if int(count) > 1 else [])]))
 """
 ROOT = Path(__file__).parents[2]
+SLOW = pytest.mark.slow
 
 
 def run(count, *arguments, ends=(), options=()):
@@ -87,7 +88,7 @@ def tree(source):
     return path
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
 def test_safetensors_by_several_processes(source, tmp_path, count):
     arguments = ("--max-shard-size", "60kB")
     assert main(["--prefuse", str(source), str(tmp_path / "alone"), "--quiet", *arguments]) == 0
@@ -99,7 +100,9 @@ def test_safetensors_by_several_processes(source, tmp_path, count):
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-@pytest.mark.parametrize(("count", "kind"), [(2, "source"), (4, "source"), (3, "tree")])
+@pytest.mark.parametrize(
+    ("count", "kind"), [(2, "source"), pytest.param(4, "source", marks=SLOW), pytest.param(3, "tree", marks=SLOW)]
+)
 def test_orbax_by_several_processes(source, tree, tmp_path, count, kind):
     """Arrays in portions; from a tree, the files of a database are copied and renamed."""
     arguments = ("--prefuse", {"source": source, "tree": tree}[kind])
@@ -129,7 +132,7 @@ def folders(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=SLOW), 2])
 def test_directories_of_chunks_by_several_processes(folders, tmp_path, count):
     """Each chunk is a file that is copied under its new name; a run that failed leaves what is done to the next."""
     assert run(count, "--prefuse", folders, tmp_path / "out", ends={0: "fail"})[0] == [6] * count
@@ -145,7 +148,7 @@ def test_directories_of_chunks_by_several_processes(folders, tmp_path, count):
     assert convert.verify(folders, tmp_path / "out").equal
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=SLOW)])
 def test_portions_of_arrays_that_are_directories(folders, tmp_path, count, monkeypatch):
     monkeypatch.setenv("ANEW", "1")
     assert run(count, "--prefuse", folders, tmp_path / "out", ends={0: "fail"})[0] == [6] * count
@@ -170,7 +173,7 @@ def test_a_flipped_bit_is_found_in_its_portion(tree, tmp_path):
     assert line.startswith("params.params.decoder.layers.moe_block.wi[7:8] (in ")
 
 
-HF, ORBAX, SLOW = (), ("--to", "orbax"), pytest.mark.slow
+HF, ORBAX = (), ("--to", "orbax")
 ENDS = [(0, ORBAX), (1, HF), pytest.param(0, HF, marks=SLOW), pytest.param(1, ORBAX, marks=SLOW)]
 
 

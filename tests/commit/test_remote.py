@@ -50,7 +50,7 @@ def environment(server, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(scope="module", params=["scanned", "train_state"])
+@pytest.fixture(scope="module", params=["scanned", pytest.param("train_state", marks=pytest.mark.slow)])
 def local(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("remote") / request.param
     make_checkpoint(path, family="mixtral", format="orbax", train_state=request.param == "train_state")

@@ -122,6 +122,7 @@ def test_many_devices_give_what_one_gives(folder, layout, sizes):
     np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5 * np.abs(one).max())
 
 
+@pytest.mark.slow
 def test_the_command_with_a_mesh_and_all_backends(folder, capsys):
     arguments = ["--verify", str(folder / "qwen3_moe"), str(folder / "concat"), "--quiet", "--json", "--backend", "all"]
     assert main([*arguments, "--mesh", "expert=4,model=2", "--layers", "1"]) == 0

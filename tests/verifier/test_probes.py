@@ -52,7 +52,11 @@ def read_back(one, other, weights, setting=SETTING) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:unclosed file")
 @pytest.mark.parametrize(
-    ("layout", "backend"), [(one, each) for one in LAYOUTS for each in ("ragged_dot", "moegemm")] + [("vllm", "megablox")]
+    ("layout", "backend"),
+    [
+        *((one, each) for one in LAYOUTS for each in ("ragged_dot", "moegemm")),
+        pytest.param("vllm", "megablox", marks=pytest.mark.slow),
+    ],
 )
 def test_every_layout_passes_all_probes(folder, layout, backend):
     setting = Setting(backend=BACKENDS[backend])
