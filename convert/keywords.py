@@ -70,6 +70,7 @@ class Verifying(TypedDict, total=False):
     tokens: int
     backend: str
     mesh: Mapping[str, int] | str | None
+    allow_not_run: bool
     memory: int | str
     scan_axis: int | None
     family: str | None

@@ -158,6 +158,9 @@ class Verification:
         Mapping[str, int] | None,
         Option(text="run on so many devices, too", read=values.mesh, show="expert=4,model=2", default="one device"),
     ] = None
+    allow_not_run: Annotated[
+        bool, Option(text="accept that a level cannot run (no GEMM here takes the type of the experts)", read=values.switch)
+    ] = False
     memory: _Memory = 2 << 30
     scan_axis: _ScanAxis = None
     family: _Family = None

@@ -17,6 +17,7 @@ from convert.progress import Progress, ignore
 from convert.verifier.logical import Block, Scope, blocks, pair
 from convert.verifier.manifest import verify_manifest
 from convert.verifier.order import hold_experts
+from convert.verifier.scope import check_scope, narrowed
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import record_of
@@ -37,21 +38,35 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
-        UsageError: a backend or a mesh that is not there.
+        UsageError: a backend, a mesh, a layer or an expert that is not there.
     """
     report, options = progress or ignore, options or Verification()
     with _both(a, b) as (one, other):
         make = _across if _differ(one, other) else _alike
-        return Verdict(subject=f"{a} against {b}", levels=tuple(make(one, other, options, report)))
+        about, levels = make(one, other, options, report)
+        return Verdict(subject=f"{a} against {b}", levels=tuple(levels), narrowed=about, allow_not_run=options.allow_not_run)
 
 
-def _alike(one: Reader, other: Reader, options: Verification, report: Progress) -> Iterator[Level]:
-    """The levels of two checkpoints in the same format."""
-    from convert.verifier import exact
-
+def _alike(one: Reader, other: Reader, options: Verification, report: Progress) -> tuple[str, Iterator[Level]]:
+    """What is compared of two checkpoints in the same format, if not all, and the levels."""
     how = _how(one, other, options) if options.gemm else None
     (first, second), scope = _described(one, other, options), _scope(options)
-    left, right = _held((one, first), (other, second), scope=scope, memory=options.memory)
+    held = _held((one, first), (other, second), scope=scope, memory=options.memory)
+    return narrowed(scope, blocks(one, first)), _levels(held, (one, first), (other, second), scope, how, report)
+
+
+def _levels(
+    held: list[dict[str, Block]],
+    a: tuple[Reader, Description],
+    b: tuple[Reader, Description],
+    scope: Scope,
+    how: How | None,
+    report: Progress,
+) -> Iterator[Level]:
+    """The bits, then the probes."""
+    from convert.verifier import exact
+
+    (one, first), (other, second), (left, right) = a, b, held
     experts = exact.compare_experts(left, right, report, scope)
     yield experts
     yield exact.compare_others(one, other, first, second, report)
@@ -62,18 +77,28 @@ def _alike(one: Reader, other: Reader, options: Verification, report: Progress) 
         yield from compare_outputs(left, right, scope, how, broken, report)
 
 
-def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> Iterator[Level]:
-    """The levels of a Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
+def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> tuple[str, Iterator[Level]]:
+    """The same of a Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
+    from convert.verifier.across import all_layers_of
+
+    how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
+    both = _formats(one, other, options)
+    about = ""
+    if scope.is_narrow:
+        every = all_layers_of(both)
+        check_scope(scope, every.values())
+        about = f"all bits; GEMMs: {narrowed(scope, every)}" if how else ""
+    return about, _levels_across(both, scope, how, options.memory, report)
+
+
+def _levels_across(both: Formats, scope: Scope, how: How | None, memory: int, report: Progress) -> Iterator[Level]:
     from convert.verifier.formats import compare_formats
 
-    how = _how(one, other, options) if options.gemm else None
-    both = _formats(one, other, options)
-    yield from compare_formats(both, options.memory, report)
+    yield from compare_formats(both, memory, report)
     if how:
         from convert.verifier.gemm import compare_outputs
 
-        scope = _scope(options)
-        left, right = _held_across(both, scope, options.memory)
+        left, right = _held_across(both, scope, memory)
         yield from compare_outputs(left, right, scope, replace(how, config=both.config, one_router=True), (), report)
 
 
@@ -149,15 +174,19 @@ def _scope(options: Verification) -> Scope:
 
 def _held(*sides: tuple[Reader, Description], scope: Scope, memory: int) -> list[dict[str, Block]]:
     """The MoE layers that are compared, and both checkpoints ready to be read in their order."""
-    one, other = ({key: block for key, block in blocks(*side).items() if scope.holds(block)} for side in sides)
+    every = [blocks(*side) for side in sides]
+    check_scope(scope, (block for side in every for block in side.values()))
+    one, other = ({key: block for key, block in side.items() if scope.holds(block)} for side in every)
     hold_experts(list(pair(one, other)), [(reader, described.verbatim) for reader, described in sides], memory)
     return [one, other]
 
 
 def _held_across(both: Formats, scope: Scope, memory: int) -> tuple[dict[str, Block], dict[str, Block]]:
     """The same for two formats."""
-    from convert.verifier.across import layers_of
+    from convert.verifier.across import all_layers_of, layers_of
 
+    if scope.is_narrow:
+        check_scope(scope, all_layers_of(both).values())
     left, right = layers_of(both, scope)
     hold_experts(list(pair(left, right)), [(both.tree, ())], memory)
     return left, right

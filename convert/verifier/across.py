@@ -59,17 +59,22 @@ def _lacks(tree: Reader, pair: Pair) -> bool:
     return not any(name in tree.tensors for name in names_of(pair))
 
 
+def all_layers_of(both: Formats) -> dict[str, Block]:
+    """The MoE layers of the Hugging Face side, whatever is compared of them.
+
+    Raises:
+        InputError, PlanError: it cannot be described.
+    """
+    return blocks(both.hf, describe(both.hf, family=both.sides.family.name))
+
+
 def layers_of(both: Formats, scope: Scope) -> tuple[dict[str, Block], dict[str, Block]]:
     """The MoE layers of both under the same keys, as far as they are in the scope.
 
     Raises:
         InputError, PlanError: the Hugging Face side cannot be described.
     """
-    left = {
-        key: block
-        for key, block in blocks(both.hf, describe(both.hf, family=both.sides.family.name)).items()
-        if scope.holds(block)
-    }
+    left = {key: block for key, block in all_layers_of(both).items() if scope.holds(block)}
     keys = {name: key for key, block in left.items() for group in block.groups.values() for name in group.names}
     right = {keys[name]: block for pairs in _stacks(both.pairs) for name, block in _blocks(both, pairs) if name in keys}
     return left, right

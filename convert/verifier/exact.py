@@ -8,6 +8,7 @@ Floating-point comparison would call NaN unlike itself and -0.0 like 0.0; bits d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,24 +23,32 @@ PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What was looked at on the first side so far."""
+
+    nbytes: int = 0
+
+
 def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None], scope: Scope) -> Level:
     """Compare every expert of every MoE layer; differences name layer, expert and projection."""
     differences = unlike(a, b)
-    pairs = list(pair(a, b))
+    pairs, looked = list(pair(a, b)), Tally()
     chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].experts))]
     for (one, other), e in by_place(chosen, lambda item: places_of(*item)):
-        differences.extend(_compare_expert(one, other, e, progress))
+        differences.extend(_compare_expert(one, other, e, progress, looked))
     layers, experts = len(pairs), max((len(scope.of(range(one.experts))) for one, _ in pairs), default=0)
     companions = {part for one, _ in pairs for _, part in one.groups if part}
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(
         name="exact",
         covered=f"{layers} MoE layers x {experts} experts, gate, up and down{beside}, bit for bit",
+        compared=looked.nbytes,
         differences=tuple(differences),
     )
 
 
-def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None]) -> Iterator[str]:
+def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None], looked: Tally) -> Iterator[str]:
     for kind in sorted(a.groups):
         try:
             one, other = expert(a, kind, e), expert(b, kind, e)
@@ -55,6 +64,7 @@ def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None])
                 what = f"{projection} {kind[1]}".strip()
                 yield f"{a.label}, expert {e}, {what}: {count} of {np.size(x)} elements{axes}"
         progress(other.nbytes)
+        looked.nbytes += one.nbytes
 
 
 def _words(kind: Kind) -> str:
@@ -63,17 +73,25 @@ def _words(kind: Kind) -> str:
 
 def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:
     """Compare every tensor that is no expert weight, by name."""
-    differences = []
+    differences, looked = [], Tally()
     left, right = set(ones.verbatim), set(others.verbatim)
     for name in sorted(left ^ right):
         differences.append(f"{name} is only in {(a if name in left else b).path}")
     for name in sorted(left & right):
-        differences.extend(_compare_tensor(a, b, name, progress))
+        differences.extend(_compare_tensor(a, b, name, progress, looked))
     covered = f"{len(left & right)} other tensors (attention, norms, routers, embeddings, dense and shared MLPs)"
-    return Level(name="others", covered=covered, differences=tuple(differences))
+    why = "" if left | right else "neither has a tensor that is no expert's"
+    return Level(
+        name="others",
+        covered=covered,
+        compared=len(left & right),
+        differences=tuple(differences),
+        not_run=why,
+        asked=not why,
+    )
 
 
-def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], None]) -> Iterator[str]:
+def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], None], looked: Tally) -> Iterator[str]:
     one, other = a.tensors[name], b.tensors[name]
     if one != other:
         yield f"{name}: {one.dtype} {one.shape} in one, {other.dtype} {other.shape} in the other"
@@ -83,5 +101,6 @@ def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], N
         block = b.read(name, slices)
         count += int(np.count_nonzero(a.read(name, slices) != block))
         progress(block.nbytes)
+        looked.nbytes += block.nbytes
     if count:
         yield f"{name}: {count} elements differ"

@@ -5,6 +5,7 @@ In: weights of some experts. Out: differences, errors, levels. It never reads a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from convert.verifier.whole import Routed, add_experts
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+NOT_FINITE = "no output is a finite number, as with weights of random bits; so only the bits can be compared"
+"""Why a GEMM that ran proves nothing: the checkpoint does not let it, and nobody can ask for more."""
 Loaded = tuple[Weights, Weights]
 
 
@@ -35,25 +38,44 @@ class Findings:
     errors: dict[str, list[float]] = field(default_factory=dict)
     worst: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
+    compared: Counter[str] = field(default_factory=Counter)
+    unread: int = 0
+    skipped: bool = False
+    routed: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
     def probe(self, sides: Sides, loaded: Loaded, wanted: Mapping[str, NDArray[Any]], experts: range, ends: bool) -> None:
         """Run the probes that look at some experts; the gradients only at the `ends`."""
-        one = sides[0]
+        one, unread = sides[0], set[int]()
         for block, weights in zip(sides, loaded, strict=True):
-            self._add("identity", probes.identity(wanted, weights, block, experts, self.setting))
+            self._add("identity", probes.identity(wanted, weights, block, experts, self.setting, unread))
+        self.unread += len(unread)
+        self.compared["identity"] += len(experts) - len(unread)
         found, problems = probes.random(*loaded, one, experts, self.setting)
         self._add("gemm", problems, found)
         self.errors.setdefault(one.label, []).extend(found.relative.tolist())
         if self.setting.backend.traced:
-            self._add("gradients", probes.gradients(*loaded, one, experts, self.setting) if ends and not problems else ())
+            self._gradients(one, loaded, experts, ends, wrong=bool(problems))
+        if self.mesh is not None:
             self._on_mesh(sides, loaded, experts)
 
+    def _gradients(self, one: Block, loaded: Loaded, experts: range, ends: bool, *, wrong: bool) -> None:
+        """Those of experts whose outputs differ anyway would say nothing new."""
+        self._add("gradients", ())
+        self.skipped |= ends and wrong
+        if ends and not wrong:
+            rows: list[int] = []
+            self._add("gradients", probes.gradients(*loaded, one, experts, self.setting, rows))
+            self.compared["gradients"] += sum(rows)
+
     def _on_mesh(self, sides: Sides, loaded: Loaded, experts: range) -> None:
-        if self.mesh is None:
-            return
         from convert.verifier import mesh
 
+        self._add("mesh", ())
+        if not self.setting.backend.traced:
+            self.apart.add(f"JAX does not run {self.setting.backend.name}")
+            return
+        assert self.mesh is not None
         k, n = (sides[0].groups["wi", ""].total(axis) for axis in "kn")
         if why := mesh.why_not(self.mesh, len(experts), n):
             self.apart.add(why)
@@ -75,6 +97,7 @@ class Findings:
         """Add what some experts give to the output of the whole layer, in both checkpoints."""
         for out, each, weights in zip(self.outputs[block.label], to, loaded, strict=True):
             add_experts(out, each, weights, experts, self.setting)
+        self.routed[block.label] += int(to[0].sizes[experts.start : experts.stop].sum())
 
     def end(self, block: Block) -> None:
         """Compare the outputs of a whole layer."""
@@ -82,13 +105,15 @@ class Findings:
         found = distance(*self.outputs.pop(block.label), terms=sums)
         most = found.relative.max(initial=0)
         bad = f"{block.label}: outputs of the whole MoE layer differ, by {most:.1e} of their norm"
-        self._add("layer", [bad] if found.unequal.any() else [], found)
+        sent = self.routed.pop(block.label, 0)
+        self._add("layer", [bad] if found.unequal.any() else [], found if sent else None)
 
     def _add(self, level: str, problems: Iterator[str] | Sequence[str], found: Distance | None = None) -> None:
         self.differences.setdefault(level, []).extend(problems)
         if found is not None:
             now = (float(values.max(initial=0)) for values in (found.relative, found.delta, found.ulp))
             self.worst[level] = tuple(map(max, self.worst.get(level, (0.0, 0.0, 0.0)), now))  # type: ignore[assignment]
+            self.compared[level] += int(found.finite.sum())
 
     def levels(self, covered: Mapping[str, str], suffix: str) -> Iterator[Level]:
         """The levels that this backend ran, with what each covered."""
@@ -97,7 +122,30 @@ class Findings:
             text = f"{covered[name]}{self._largest(name)}"
             if name == "mesh" and self.apart:
                 text += f"; not some experts, as {' and '.join(sorted(self.apart))}"
-            yield Level(name=name + suffix, covered=text, differences=tuple(dict.fromkeys(differences)), errors=errors)
+            if name == "identity" and self.unread:
+                text += f"; not {self.unread} experts whose weights hold infinities, or are run beside such"
+            why = self._why_not(name)
+            yield Level(
+                name=name + suffix,
+                covered=text,
+                compared=self.compared[name],
+                differences=tuple(dict.fromkeys(differences)),
+                errors=errors,
+                not_run=why,
+                asked=why != NOT_FINITE and not (name == "mesh" and suffix),
+            )
+
+    def _why_not(self, level: str) -> str:
+        """Why a level has nothing to say, or not what it is there for; empty if it has."""
+        if level == "gradients" and self.skipped:
+            return "gemm differs"
+        if self.compared[level]:
+            return ""
+        if level == "mesh" and self.apart:
+            return " and ".join(sorted(self.apart))
+        if level == "layer" and level not in self.worst:
+            return "the router sends none of the tokens to these experts; --tokens takes more"
+        return NOT_FINITE
 
     def _largest(self, level: str) -> str:
         if level not in self.worst:

@@ -34,19 +34,27 @@ def compare_formats(both: Formats, memory: int, progress: Callable[[int], None])
     hf, tree = both.hf, both.tree
     differences: dict[bool, list[str]] = {True: [], False: []}
     seen: tuple[set[str], set[str]] = (set(), set())
+    looked = {True: 0, False: 0}
     for pair in both.pairs:
         seen[1].update(names_of(pair))
         for index, name in _in_order(both, pair, memory):
             seen[0].add(name)
             differences[pair.role in ROLES] += _compare(hf, tree, pair, index, name, progress)
+            looked[pair.role in ROLES] += hf.tensors[name].nbytes if name in hf.tensors else 0
     differences[False] += [f"{name} is only in {hf.path}" for name in hf.tensors if name not in seen[0]]
     differences[False] += [f"{n} is only in {tree.path}" for n in tree.tensors if n not in seen[1] and n.startswith(ROOT)]
     rest = sum(not name.startswith(ROOT) for name in tree.tensors)
     return (
-        Level(name="exact", covered="every expert weight, in both formats, bit for bit", differences=tuple(differences[True])),
+        Level(
+            name="exact",
+            covered="every expert weight, in both formats, bit for bit",
+            compared=looked[True],
+            differences=tuple(differences[True]),
+        ),
         Level(
             name="others",
             covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart",
+            compared=looked[False],
             differences=tuple(differences[False]),
         ),
     )

@@ -67,16 +67,39 @@ def compare_outputs(
     pairs = list(pair(a, b))
     runnable = [sides for sides in pairs if all(map(can_run, sides)) and sides[0].label not in broken]
     routers = _probe_all(runnable, scope, how, found, progress)
-    left = len(pairs) - len(runnable)
     if not runnable:
-        return (Level(name="gemm", covered=f"no grouped GEMM: {left} layers were compared by their bits only"),)
+        return tuple(_none_ran(pairs, how, broken))
+    left = len(pairs) - len(runnable)
     levels: list[Level] = []
     for number, each in enumerate(found):
         texts = _covered(runnable, how, routers, each.setting)
-        texts["gemm"] += f"; {left} layers of a type that no GEMM here takes were compared by their bits only" if left else ""
-        texts["gemm"] += "".join(f"; {why}" for why in how.missing) if number == 0 else ""
+        texts["gemm"] += f"; not {left} other layers: {_why(pairs, broken)}" if left else ""
+        texts["layer"] += "; only through the experts that are run with those asked for" if scope.experts else ""
         levels += each.levels(texts, f"/{each.setting.backend.name}" if number else "")
-    return tuple(levels)
+    return (*levels, *_missing(how))
+
+
+def _missing(how: How) -> Iterator[Level]:
+    """The backends of `all` that cannot run here: nobody asked for them by name."""
+    names = [name for name in BACKENDS if name not in {backend.name for backend in how.backends}]
+    for name, why in zip(names, how.missing, strict=False):
+        yield Level(name=f"gemm/{name}", covered="", compared=0, not_run=why, asked=False)
+
+
+def _none_ran(pairs: Sequence[Sides], how: How, broken: Collection[str]) -> Iterator[Level]:
+    """The levels that the probes would have been."""
+    names = ["identity", "gemm", *(["gradients"] if how.backends[0].traced else []), *(["mesh"] if how.mesh else []), "layer"]
+    yield from (Level(name=name, covered="", compared=0, not_run=_why(pairs, broken)) for name in names)
+
+
+def _why(pairs: Sequence[Sides], broken: Collection[str]) -> str:
+    """Why layers go through no GEMM."""
+    reasons = []
+    if any(sides[0].label in broken for sides in pairs):
+        reasons.append("there is more than zeros in the padding")
+    if any(not all(map(can_run, sides)) for sides in pairs):
+        reasons.append("no GEMM here takes the type of these experts, whose bits alone were compared")
+    return " and ".join(reasons) or "no MoE layer is there on both sides with the same sizes"
 
 
 def _routed(sides: Sides, scope: Scope, how: How) -> list[Routed]:

@@ -35,9 +35,12 @@ class Scope:
 
     def holds(self, block: Block) -> bool:
         """Whether a MoE layer is compared; those of a stack count by their place in it."""
-        index = next(iter(block.groups.values())).index
-        number = index["l"] if "l" in index else next(iter(block.scan.values()), 0)
-        return self.layers is None or number in self.layers
+        return self.layers is None or block.number in self.layers
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it leaves out anything."""
+        return self.layers is not None or self.experts is not None
 
     def of(self, experts: range) -> list[int]:
         """The experts of these that are compared."""
@@ -61,6 +64,12 @@ class Block:
     def experts(self) -> int:
         """E."""
         return next(iter(self.groups.values())).sizes["e"]
+
+    @property
+    def number(self) -> int:
+        """By which a layer is chosen; in a stack of layers its place in it."""
+        index = next(iter(self.groups.values())).index
+        return int(index["l"]) if "l" in index else next(iter(self.scan.values()), 0)
 
     def weight(self, role: str) -> Group | None:
         """The weight of a role, if it is stored as numbers that a GEMM takes."""

@@ -39,6 +39,7 @@ def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 
     hashed = sum(entry.digest is not None for entry in found.files.values())
     files = Level(
         name="files",
+        compared=count,
         covered=f"{count} files by name and size, {hashed} of them, without tensors, by xxh3-128",
         differences=tuple(differences(path, manifest.NAME, found.files)),
     )
@@ -47,7 +48,8 @@ def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 
     with closing(opened) as reader:
         _hold(reader, found.tensors, memory)
         changed = tuple(_changed(reader, found, progress or ignore))
-    digests = Level(name="digests", covered=f"{len(found.tensors)} tensors, xxh3-128", differences=changed)
+        both = found.tensors.keys() & reader.tensors.keys()
+    digests = Level(name="digests", covered=f"{len(found.tensors)} tensors, xxh3-128", compared=len(both), differences=changed)
     return Verdict(subject=str(path), levels=(files, digests))
 
 

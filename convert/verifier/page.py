@@ -15,34 +15,47 @@ from convert.verifier.verdict import Level, Verdict
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } code { overflow-wrap: anywhere }
-.equal { color: #0a6b2d } .different { color: #b00020 }
+.equal { color: #0a6b2d } .different { color: #b00020 } .incomplete { color: #7a4b00 }
 table { border-collapse: collapse } td, th { text-align: left; padding: .3rem .8rem .3rem 0; vertical-align: top }
 .map { display: grid; gap: 1px; overflow-x: auto } .map div { height: 14px; min-width: 6px }
 .row { display: flex; gap: .6rem; align-items: center } .row span { width: 9rem; font-size: 12px; flex: none }
 .row .map { flex: 1 } .scale { font-size: 12px; color: #555 }
 """
+_CLASSES = {
+    "equal": "equal",
+    "EQUAL": "equal",
+    "DIFFERENT": "different",
+    "not run": "incomplete",
+    "INCOMPLETE": "incomplete",
+}
+"""State of a level, or outcome of all -> its class in the style."""
 _PACKAGES = ("jax", "numpy", "safetensors", "tensorstore", "ml_dtypes")
 
 
 def page(verdict: Verdict) -> str:
     """The page; it loads nothing."""
-    state = "equal" if verdict.equal else "different"
+    state, summary = _CLASSES[verdict.outcome], html.escape(verdict.summary)
     rows = "".join(f"<tr>{''.join(_cells(level))}</tr>" for level in verdict.levels)
     maps = "".join(map(_map, (level for level in verdict.levels if level.errors)))
     differences = "".join(_differences(level) for level in verdict.levels if level.differences)
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{state}: {html.escape(verdict.subject)}</title>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{summary}: {html.escape(verdict.subject)}</title>"
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
-        f"<h1><span class={state}>{state.upper()}</span> <code>{html.escape(verdict.subject)}</code></h1>"
+        f"<h1><span class={state}>{verdict.outcome}</span>{_beside(verdict)} <code>{html.escape(verdict.subject)}</code></h1>"
         f"<table><tr><th>level<th>result<th>what it covered</tr>{rows}</table>{maps}{differences}"
         f"<h2>Environment</h2><p>Python {platform.python_version()}, {html.escape(platform.platform())}; {packages}</p></html>"
     )
 
 
 def _cells(level: Level) -> Iterator[str]:
-    state = "different" if level.differences else "equal"
-    yield f"<td>{level.name}</td><td class={state}>{state}</td><td>{html.escape(level.covered)}</td>"
+    told = level.covered if not level.why else f"({level.why})"
+    yield f"<td>{level.name}</td><td class={_CLASSES[level.state]}>{level.state}</td><td>{html.escape(told)}</td>"
+
+
+def _beside(verdict: Verdict) -> str:
+    """What the verdict is about, if not about all, and what is missing from it."""
+    return html.escape(verdict.summary.removeprefix(verdict.outcome))
 
 
 def _map(level: Level) -> str:

@@ -46,13 +46,15 @@ class Setting:
 
 class Distance(NamedTuple):
     """How far two outputs (M, K) are apart, row by row: relative to the row's norm, as they are, and in units in the last place
-    (float32) of the row's largest; and whether it is more than rounding explains.
+    (float32) of the row's largest; whether it is more than rounding explains; and whether there is a finite number in the row,
+    since of others nothing can be told but that they are alike.
     """  # noqa: D205
 
     relative: NDArray[Any]
     delta: NDArray[Any]
     ulp: NDArray[Any]
     unequal: NDArray[np.bool_]
+    finite: NDArray[np.bool_]
 
 
 def stored(block: Block, experts: range, rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -76,15 +78,24 @@ def rows_of(block: Block, tokens: int = 1) -> dict[str, NDArray[Any]]:
 
 
 def identity(
-    wanted: Mapping[str, NDArray[Any]], weights: Weights, block: Block, experts: range, setting: Setting
+    wanted: Mapping[str, NDArray[Any]],
+    weights: Weights,
+    block: Block,
+    experts: range,
+    setting: Setting,
+    unread: set[int] | None = None,
 ) -> Iterator[str]:
-    """Rows of the weights that do not come back through the GEMM as they are `stored` in the first checkpoint."""
+    """Rows of the weights that do not come back through the GEMM as they are `stored` in the first checkpoint.
+
+    Experts of which that cannot be told, as infinities among the weights spoil the sums, are added to `unread`.
+    """
     rows, form = rows_of(block, setting.tokens), weights.form(setting.backend)
     for role in ("wi", "wo"):
         each = _read_back(weights, role, rows[role], len(experts), block, form)
         values = wanted[role]
         unequal = (each != values).any(axis=(2, 3))
         if unequal.any() and not _finite(weights):
+            (set() if unread is None else unread).update(experts)
             continue  # zero times infinity is no zero, and the masked product of a CPU lets it reach other experts
         for at, g in np.argwhere(unequal):
             where = f"{block.label}, expert {experts[at]}, {PROJECTIONS[role][g]}"
@@ -117,7 +128,7 @@ def tokens(experts: range, k: int, times: int, sizes: Sequence[int] = GROUP_SIZE
 def random(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> tuple[Distance, list[str]]:
     """The largest differences of each expert's outputs, and what is more than rounding explains."""
     k = block.groups["wi", ""].total("k")
-    worst = Distance._make(np.zeros(len(experts), kind) for kind in (float, float, float, bool))
+    worst = Distance._make(np.zeros(len(experts), kind) for kind in (float, float, float, bool, bool))
     for sizes in GROUP_SIZES:
         x, groups = tokens(experts, k, setting.tokens, sizes)
         if not len(x):
@@ -131,14 +142,20 @@ def random(a: Weights, b: Weights, block: Block, experts: range, setting: Settin
     return worst, problems
 
 
-def gradients(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> Iterator[str]:
-    """Gradients that differ by more than rounding: of gate, up and down in logical axes, and of the input."""
+def gradients(
+    a: Weights, b: Weights, block: Block, experts: range, setting: Setting, rows: list[int] | None = None
+) -> Iterator[str]:
+    """Gradients that differ by more than rounding: of gate, up and down in logical axes, and of the input.
+
+    The number of input rows whose gradients are finite is added to `rows`.
+    """
     k, n = (block.groups["wi", ""].total(axis) for axis in "kn")
     rng = np.random.default_rng([experts.start, k, n])
     groups = np.full(len(experts), 3, np.int32)
     x, along = rng.standard_normal((2, groups.sum(), k)).astype(np.float32)
     ones, others = (_gradients(weights, x, along, groups, setting) for weights in (a, b))
     found = distance(ones["x"], others["x"], terms=k + n)
+    ([] if rows is None else rows).append(int(found.finite.sum()))
     if found.unequal.any():
         which = f"{block.label}, experts {experts.start} to {experts.stop - 1}"
         yield f"{which}: gradients of the input differ by {found.relative.max():.1e}"
@@ -181,4 +198,4 @@ def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
     relative = delta / (np.linalg.norm(values, axis=-1) + np.finfo(np.float32).tiny)
     ulp = delta / np.spacing(np.abs(values).max(axis=-1, initial=np.finfo(np.float32).tiny).astype(np.float32))
     unequal = (relative > _MARGIN * np.finfo(np.float32).eps * np.sqrt(terms)) | ~same.all(axis=-1)
-    return Distance(relative, delta, ulp, unequal)
+    return Distance(relative, delta, ulp, unequal, finite.any(axis=-1))
