@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from convert.commit.processes import share
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
+from convert.values import in_units as size
 from layouts.language.layout import ROLES, Layouts
 from layouts.language.parts import CHUNKS, PACKED_TYPES
 from layouts.language.template import Template
@@ -140,15 +141,6 @@ def _fold_names(targets: Iterable[Target]) -> list[tuple[str, int, int]]:
         count, nbytes = counts.get(folded, (0, 0))
         counts[folded] = (count + 1, nbytes + target.spec.nbytes)
     return [(name, count, nbytes) for name, (count, nbytes) in counts.items()]
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: decimal units, as disks and `ls --si` use them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def families_table() -> str:

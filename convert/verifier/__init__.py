@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
+from convert.verifier.counts import Counts, counts_of
 from convert.verifier.logical import Block, Scope, blocks, pair
 from convert.verifier.manifest import verify_manifest
 from convert.verifier.order import hold_experts
@@ -43,16 +44,30 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
     report, options = progress or ignore, options or Verification()
     with _both(a, b) as (one, other):
         make = _across if _differ(one, other) else _alike
-        about, levels = make(one, other, options, report)
-        return Verdict(subject=f"{a} against {b}", levels=tuple(levels), narrowed=about, allow_not_run=options.allow_not_run)
+        about, counts, found = make(one, other, options, report)
+        levels = tuple(found)
+        looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
+        return Verdict(
+            subject=f"{a} against {b}",
+            levels=levels,
+            narrowed=about,
+            counts=counts.words(looked),
+            allow_not_run=options.allow_not_run,
+        )
 
 
-def _alike(one: Reader, other: Reader, options: Verification, report: Progress) -> tuple[str, Iterator[Level]]:
-    """What is compared of two checkpoints in the same format, if not all, and the levels."""
+_Found = tuple[str, Counts, Iterator[Level]]
+"""What is compared, if not all; how much that is; the levels."""
+
+
+def _alike(one: Reader, other: Reader, options: Verification, report: Progress) -> _Found:
+    """Two checkpoints in the same format."""
     how = _how(one, other, options) if options.gemm else None
     (first, second), scope = _described(one, other, options), _scope(options)
     held = _held((one, first), (other, second), scope=scope, memory=options.memory)
-    return narrowed(scope, blocks(one, first)), _levels(held, (one, first), (other, second), scope, how, report)
+    sides = (one, first), (other, second)
+    every = [blocks(*side) for side in sides]
+    return narrowed(scope, every[0]), counts_of(*sides, every, scope), _levels(held, *sides, scope, how, report)
 
 
 def _levels(
@@ -77,18 +92,18 @@ def _levels(
         yield from compare_outputs(left, right, scope, how, broken, report)
 
 
-def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> tuple[str, Iterator[Level]]:
-    """The same of a Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
-    from convert.verifier.across import all_layers_of
+def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> _Found:
+    """A Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
+    from convert.verifier import across
 
     how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
     both = _formats(one, other, options)
     about = ""
     if scope.is_narrow:
-        every = all_layers_of(both)
+        every = across.all_layers_of(both)
         check_scope(scope, every.values())
         about = f"all bits; GEMMs: {narrowed(scope, every)}" if how else ""
-    return about, _levels_across(both, scope, how, options.memory, report)
+    return about, across.counts_of(both), _levels_across(both, scope, how, options.memory, report)
 
 
 def _levels_across(both: Formats, scope: Scope, how: How | None, memory: int, report: Progress) -> Iterator[Level]:

@@ -16,6 +16,7 @@ from typing import Any
 from convert.errors import PlanError
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, sides_of, trees_of
 from convert.planning.cross_plan import config_of, is_fused, stacked_along, tree_in
+from convert.verifier.counts import Counts, expert_words, layer_words, skipped_words
 from convert.verifier.logical import Block, Scope, blocks
 from layouts.language.layout import ROLES
 from layouts.matching.describe import describe
@@ -59,6 +60,35 @@ def _lacks(tree: Reader, pair: Pair) -> bool:
     return not any(name in tree.tensors for name in names_of(pair))
 
 
+def counts_of(both: Formats) -> Counts:
+    """How much of both is compared by its bits, which is all that the tables know a place for."""
+    hf, tree = both.hf, both.tree
+    stacks = [stack[0] for stack in _stacks(both.pairs)]
+    layers = [name for first in stacks for name in _first_names(first) if name in hf.tensors]
+    known = {name for pair in both.pairs for name in names_of(pair)}
+    lonely = sum(name not in known for name in tree.tensors)
+    experts = [first.counts["e"] for first in stacks if "e" in first.counts]
+    return Counts(
+        layers=layer_words(None, len(layers), both.config),
+        experts=expert_words(experts, both.config),
+        nbytes=sum(spec.nbytes for spec in hf.tensors.values()),
+        skipped=skipped_words(0, lonely),
+    )
+
+
+def _first_names(first: Pair) -> Iterator[str]:
+    """One tensor of each layer of a stack, in Hugging Face."""
+    for at in _points(first):
+        yield first.target.key.render({**at, "e": 0, "g": 0})
+
+
+def _points(first: Pair) -> Iterator[dict[str, int]]:
+    """The layers of a stack."""
+    axes = [axis for axis in LAYERS if axis in first.counts]
+    for point in itertools.product(*(range(first.counts[axis]) for axis in axes)):
+        yield dict(zip(axes, point, strict=True))
+
+
 def all_layers_of(both: Formats) -> dict[str, Block]:
     """The MoE layers of the Hugging Face side, whatever is compared of them.
 
@@ -92,9 +122,7 @@ def _stacks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 def _blocks(both: Formats, pairs: list[Pair]) -> Iterator[tuple[str, Block]]:
     """Each layer of a stack, with the name of one of its tensors in Hugging Face."""
     first = pairs[0]
-    axes = [axis for axis in LAYERS if axis in first.counts]
-    for point in itertools.product(*(range(first.counts[axis]) for axis in axes)):
-        at = dict(zip(axes, point, strict=True))
+    for at in _points(first):
         scan = {axis: i for axis, i in at.items() if axis in first.source.pattern.axes}
         index = {axis: i for axis, i in at.items() if axis not in scan}
         groups = {(pair.role, pair.part): _group(both, pair, index) for pair in pairs}

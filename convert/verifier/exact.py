@@ -80,11 +80,12 @@ def compare_others(a: Reader, b: Reader, ones: Description, others: Description,
     for name in sorted(left & right):
         differences.extend(_compare_tensor(a, b, name, progress, looked))
     covered = f"{len(left & right)} other tensors (attention, norms, routers, embeddings, dense and shared MLPs)"
-    why = "" if left | right else "neither has a tensor that is no expert's"
+    sizes = (reader.tensors[name].nbytes for reader, names in ((a, left), (b, right)) for name in names)
+    why = "" if any(sizes) else "neither has a tensor that is no expert's"
     return Level(
         name="others",
         covered=covered,
-        compared=len(left & right),
+        compared=looked.nbytes,
         differences=tuple(differences),
         not_run=why,
         asked=not why,

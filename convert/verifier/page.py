@@ -43,6 +43,7 @@ def page(verdict: Verdict) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{summary}: {html.escape(verdict.subject)}</title>"
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
         f"<h1><span class={state}>{verdict.outcome}</span>{_beside(verdict)} <code>{html.escape(verdict.subject)}</code></h1>"
+        f"<p>{html.escape(verdict.counts)}</p>"
         f"<table><tr><th>level<th>result<th>what it covered</tr>{rows}</table>{maps}{differences}"
         f"<h2>Environment</h2><p>Python {platform.python_version()}, {html.escape(platform.platform())}; {packages}</p></html>"
     )

@@ -62,6 +62,8 @@ class Verdict:
     subject: str
     levels: tuple[Level, ...]
     narrowed: str = ""
+    counts: str = ""
+    """How much was compared, against what config.json says there is (`convert.verifier.counts`)."""
     allow_not_run: bool = False
 
     @property
@@ -93,7 +95,8 @@ class Verdict:
         return f"{self.outcome} ({beside})" if beside else self.outcome
 
     def __str__(self) -> str:
-        return "\n".join([f"verify   {self.subject}", *map(str, self.levels), self.summary])
+        counts = [f"covered   {self.counts}"] if self.counts else []
+        return "\n".join([f"verify   {self.subject}", *map(str, self.levels), *counts, self.summary])
 
     def json(self) -> str:
         """For programs: every level with all its differences, and the errors of each expert where rounding is allowed."""
@@ -109,5 +112,5 @@ class Verdict:
             }
             for level in self.levels
         ]
-        found = {"subject": self.subject, "equal": self.equal, "verdict": self.summary, "levels": levels}
-        return json.dumps(found, indent=1)
+        head = {"subject": self.subject, "equal": self.equal, "verdict": self.summary, "counts": self.counts}
+        return json.dumps({**head, "levels": levels}, indent=1)

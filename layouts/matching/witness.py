@@ -92,6 +92,20 @@ def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
     return ()
 
 
+def layers_with_experts(config: Mapping[str, Any]) -> frozenset[int] | None:
+    """The numbers of the layers that have experts by `config.json`; None where it does not say it in words that we know."""
+    text, count = _text(config), decoder_layers(config)
+    wanted = None if text is None or count is None else _wanted(text, count)
+    return None if wanted is None else frozenset(wanted)
+
+
+def decoder_layers(config: Mapping[str, Any]) -> int | None:
+    """How many layers the model has by `config.json`, with and without experts; None where it does not say."""
+    text = _text(config)
+    count = text["num_hidden_layers"] if text else 0
+    return count if 0 < count <= _MOST else None
+
+
 def _absent(reader: Reader, groups: Sequence[Group], count: int) -> list[int]:
     """The layers of which there is no tensor at all, where all experts are in one place."""
     places = {group.index.get("path") for group in groups}
