@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
+from convert.verifier.beside import compare_files
 from convert.verifier.counts import Counts, counts_of
 from convert.verifier.logical import Block, Scope, blocks, pair
 from convert.verifier.manifest import verify_manifest
@@ -45,7 +46,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
     with _both(a, b) as (one, other):
         make = _across if _differ(one, other) else _alike
         about, counts, found = make(one, other, options, report)
-        levels = tuple(found)
+        levels = *found, compare_files(one, other, counts.stacked)
         looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
         return Verdict(
             subject=f"{a} against {b}",

@@ -73,6 +73,7 @@ def counts_of(both: Formats) -> Counts:
         experts=expert_words(experts, both.config),
         nbytes=sum(spec.nbytes for spec in hf.tensors.values()),
         skipped=skipped_words(0, lonely),
+        stacked=any(set(LAYERS) & set(first.source.pattern.axes) for first in stacks),
     )
 
 

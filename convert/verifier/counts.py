@@ -28,6 +28,8 @@ class Counts:
     experts: str
     nbytes: int
     skipped: str
+    stacked: bool | None = None
+    """Of a MaxText tree that is compared with another format: whether its layers are in one tensor."""
 
     def words(self, compared: int) -> str:
         """All of it, with the bytes that were compared in the end."""

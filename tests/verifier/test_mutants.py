@@ -156,7 +156,7 @@ def test_nan_made_zero_is_caught_and_nan_equals_itself(root, damaged, tmp_path):
 def test_a_dropped_layer_is_caught(root, tmp_path):
     make_checkpoint(tmp_path / "short", family="qwen3_moe", experts=E, embed=K, mlp=N, layers=1, values="normal")
     differences = found(root / FUSED, tmp_path / "short")
-    assert set(differences) == {EXACT, "others"}
+    assert set(differences) == {EXACT, "others", "files"}
     assert differences[EXACT] == ("layer 1: only one of the two has this MoE layer",)
 
 

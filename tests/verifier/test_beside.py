@@ -1,0 +1,137 @@
+"""What stands beside the tensors is compared, too: an edited config, tokenizer, header or record is a difference, by name."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import convert
+from convert.verifier.verdict import Level
+from scripts.make_checkpoint import make_checkpoint
+
+CONFIG = "config.json"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("beside")
+    make_checkpoint(root / "in", family="qwen3_moe", experts=4, embed=8, mlp=4, layers=2, values="normal")
+    config = json.loads((root / "in" / CONFIG).read_text())
+    config |= {"rope_theta": 1e6, "norm_topk_prob": True, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    (root / "in" / CONFIG).write_text(json.dumps(config))
+    (root / "in" / "tokenizer.json").write_text('{"a": 1}')
+    (root / "in" / "assets").mkdir()
+    (root / "in" / "assets" / "chat.jinja").write_text("{{ messages }}")
+    convert.prefuse(root / "in", root / "out")
+    convert.split(root / "out", root / "again")
+    convert.reformat(root / "in", root / "tree", to="orbax")
+    convert.prefuse(root / "tree", root / "fused-tree")
+    return root
+
+
+def files(a: Path, b: Path) -> Level:
+    return next(level for level in convert.verify(a, b, gemm=False).levels if level.name == "files")
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+PAIRS = [("in", "out"), ("out", "in"), ("in", "again"), ("in", "tree"), ("tree", "fused-tree"), ("in", "fused-tree")]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_what_we_make_has_no_differences(root, a, b):
+    level = files(root / a, root / b)
+    assert level.state == "equal", level
+    assert re.match(r"\d+ keys of config.json, [2-9] side files by their digests", level.covered)
+
+
+EDITS = {
+    "hidden_act": "gelu",
+    "num_experts_per_tok": 1,
+    "norm_topk_prob": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "yarn", "factor": 8.0},
+    "eos_token_id": 5,
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+@pytest.mark.parametrize("pair", [("in", "out"), ("in", "tree"), ("tree", "fused-tree")])
+def test_an_edited_key_is_named_with_both_values(root, tmp_path, key, pair):
+    a, b = root / pair[0], shutil.copytree(root / pair[1], tmp_path / "b")
+    before = json.loads((a / CONFIG).read_text()).get(key)
+    edited(b / CONFIG, lambda config: config.update({key: EDITS[key]}))
+    old, new, name = before, EDITS[key], key
+    if key == "rope_scaling":
+        old, new, name = 4.0, 8.0, "rope_scaling.factor"
+    told = "absent" if old is None else json.dumps(old)
+    assert files(a, b).differences == (f"config.json: {name} is {told} in one, {json.dumps(new)} in the other",)
+
+
+def test_side_files_are_compared_by_their_digests_and_missing_ones_named(root, tmp_path):
+    b = shutil.copytree(root / "out", tmp_path / "b")
+    (b / "tokenizer.json").write_text('{"a": 2}')
+    (b / "assets" / "chat.jinja").unlink()
+    (b / "pytorch_model.bin").write_bytes(b"other weights")
+    (b / "metal").mkdir()
+    (b / "metal" / "model.json").write_text("{}")
+    assert files(root / "in", b).differences == ("tokenizer.json differs", f"assets/chat.jinja is only in {root / 'in'}")
+
+
+def test_a_format_that_lacks_files_is_not_another_model(root, tmp_path):
+    tree = shutil.copytree(root / "tree", tmp_path / "tree")
+    (tree / "assets" / "chat.jinja").unlink()
+    (tree / CONFIG).unlink()
+    level = files(root / "in", tree)
+    assert level.state == "equal"
+    assert f"; not compared: assets/chat.jinja is only in {root / 'in'}" in level.covered
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A shard with another header."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+@pytest.mark.parametrize("side", ["out", "again"])
+def test_metadata_of_shards(root, tmp_path, side):
+    b = shutil.copytree(root / side, tmp_path / "b")
+    rewritten(sorted(b.glob("*.safetensors"))[0], lambda header: header.setdefault("__metadata__", {}).update(source="x"))
+    (line,) = files(root / "in", b).differences
+    assert line.startswith("__metadata__")
+    assert line.endswith('source is absent in one, "x" in the other')
+
+
+def test_the_word_for_the_layout_is_that_of_what_it_describes(root, tmp_path):
+    b = shutil.copytree(root / "out", tmp_path / "b")
+    edited(b / CONFIG, lambda config: config["moe_layout"].update(layout="vllm"))
+    record = json.loads((b / CONFIG).read_text())["moe_layout"]
+    for shard in b.glob("*.safetensors"):
+        rewritten(shard, lambda header: header["__metadata__"].update(moe_layout=json.dumps(record)))
+    edited(b / "convert_manifest.json", lambda manifest: manifest.update(record=record))
+    lines = files(root / "in", b).differences
+    assert f"{b}: the record calls its layout 'vllm', but wi is stored as 'e ... k (g n)'" in lines
+
+
+def test_scan_layers(root, tmp_path):
+    b = shutil.copytree(root / "tree", tmp_path / "b")
+    edited(b / "0" / "_CHECKPOINT_METADATA", lambda step: step["custom_metadata"].update(scan_layers=False))
+    assert files(root / "tree", b).differences == (
+        "_CHECKPOINT_METADATA: custom_metadata.scan_layers is true in one, false in the other",
+    )
+    assert files(root / "in", b).differences == (
+        "_CHECKPOINT_METADATA: scan_layers is false, but the tree's layers are stacked",
+    )
