@@ -17,8 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from layouts.errors import InputError
+from layouts.faults import answer, told, writing
 
 DRIVERS: Mapping[str, str] = {"gs": "gcs", "s3": "s3"}
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+"""Who sets these is known by them. Told so, TensorStore looks for no others, and does not log in which files it found none."""
 _TELLING = ("_METADATA", "manifest.ocdbt", ".zarray", "zarr.json", "config.json")
 """Files that are written anew whenever a checkpoint is."""
 
@@ -33,6 +36,7 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Path:
 
     Raises:
         InputError: a store of a kind that this tool does not know, or one that cannot be listed.
+        OSError: the store is failing, or does not answer.
     """
     if isinstance(path, RemotePath):
         return cast(Path, path)
@@ -96,19 +100,19 @@ class _Root:
             words = {"endpoint": ("AWS_ENDPOINT_URL",), "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
             found = {word: next((os.environ[n] for n in names if os.environ.get(n)), "") for word, names in words.items()}
             spec |= {word: value for word, value in found.items() if value}
+            spec |= {"aws_credentials": {"type": "environment"}} if all(map(os.environ.get, _KEYS)) else {}
         text = f"{scheme}://{rest}"
-        try:
-            store = ts.KvStore.open(spec).result()
-            files = {key.decode() for key in store.list().result()}
-        except ValueError as error:
-            raise InputError(f"{text}: cannot be listed: {error}") from None
+        with told(text, "the list of its objects"):
+            store = answer(ts.KvStore.open(spec))
+            files = {key.decode() for key in answer(store.list())}
         return cls(text=text, spec=spec, store=store, files=files)
 
     def state(self, name: str) -> str:
         """What changes when an object that speaks for others is written again."""
         if PurePosixPath(name).name not in _TELLING:
             return ""
-        return str(self.store.read(name, byte_range=slice(0, 1)).result().stamp.generation)
+        with told(self.text, name):
+            return str(answer(self.store.read(name, byte_range=slice(0, 1))).stamp.generation)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -176,10 +180,8 @@ class RemotePath:
         Raises:
             OSError: it is not there, or cannot be read.
         """
-        try:
-            found = self.root.store.read(self.key).result()
-        except ValueError as error:
-            raise OSError(5, str(error), str(self)) from None
+        with writing(str(self)):
+            found = answer(self.root.store.read(self.key))
         if found.state != "value":
             raise FileNotFoundError(2, "no such object", str(self))
         return bytes(found.value)
@@ -194,10 +196,8 @@ class RemotePath:
         Raises:
             OSError: it cannot be written.
         """
-        try:
-            self.root.store.write(self.key, data).result()
-        except ValueError as error:
-            raise OSError(5, str(error), str(self)) from None
+        with writing(str(self)):
+            answer(self.root.store.write(self.key, data))
         self.root.files.add(self.key)
 
     def remove(self) -> None:
@@ -209,11 +209,9 @@ class RemotePath:
         import tensorstore as ts
 
         gone = [name for name in self.root.files if name == self.key or name.startswith(self._prefix)]
-        try:
-            self.root.store.write(self.key, None).result() if self.key in self.root.files else None
-            self.root.store.delete_range(ts.KvStore.KeyRange(self._prefix, _behind(self._prefix))).result()
-        except ValueError as error:
-            raise OSError(5, str(error), str(self)) from None
+        with writing(str(self)):
+            answer(self.root.store.write(self.key, None)) if self.key in self.root.files else None
+            answer(self.root.store.delete_range(ts.KvStore.KeyRange(self._prefix, _behind(self._prefix))))
         self.root.files.difference_update(gone)
 
     def listed_anew(self) -> RemotePath:

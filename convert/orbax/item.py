@@ -20,6 +20,7 @@ from convert.orbax.chunks import Chunking
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
 from convert.orbax.portions import Portion
+from layouts.faults import answer
 from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import LOCK
 from layouts.orbax.tree import PROCESS
@@ -75,14 +76,15 @@ class Item:
             pass  # TensorStore would make it as well, but follow a link on the way
         kvstore = self._database(self._base) | {"path": f"{name}/"} if self.origin.ocdbt else self.folder.spec(name)
         spec = {"driver": "zarr3" if self.origin.zarr3 else "zarr", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
-        return ts.open(
+        opening = ts.open(
             spec | {"metadata": _metadata(chunking, self._compressed(chunking), zarr3=self.origin.zarr3)},
             dtype=DTYPES[chunking.target.spec.dtype],
             shape=chunking.target.spec.shape,
             create=True,
             open=True,  # it is there where another portion of it has been written
             context=self._context,
-        ).result()
+        )
+        return answer(opening)
 
     def _compressed(self, chunking: Chunking) -> bool:
         """As its first source is."""
@@ -112,17 +114,17 @@ class Item:
         for name in ("manifest.ocdbt", "d"):
             self.folder.remove(name)
         context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}, "file_io_sync": True})
-        whole = ts.KvStore.open(self._database(), context=context).result()
+        whole = answer(ts.KvStore.open(self._database(), context=context))
         transaction, copied = ts.Transaction(atomic=True), 0
         for number in range(batches):
-            one = ts.KvStore.open(self._database(f"{PROCESS}{number}"), context=context).result()
-            for keys, count in _spans(sorted(one.list().result())):
-                one.experimental_copy_range_to(whole.with_transaction(transaction), keys).result()
+            one = answer(ts.KvStore.open(self._database(f"{PROCESS}{number}"), context=context))
+            for keys, count in _spans(sorted(answer(one.list()))):
+                answer(one.experimental_copy_range_to(whole.with_transaction(transaction), keys))
                 copied += count
                 if copied >= _JOINED:
-                    transaction.commit_async().result()
+                    answer(transaction.commit_async())
                     transaction, copied = ts.Transaction(atomic=True), 0
-        transaction.commit_async().result()
+        answer(transaction.commit_async())
 
     def _database(self, name: str = "") -> dict[str, Any]:
         return {

@@ -24,6 +24,7 @@ from convert.orbax.origin import Origin
 from convert.orbax.portions import Portion
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
+from layouts.faults import answer
 from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import METADATA, key_at
 from layouts.orbax.reader import OrbaxReader
@@ -86,25 +87,25 @@ def rename(item: Folder, plan: Plan, kept: Kept, origin: Origin, files: Sequence
     for left in [name for name, _ in files_below(item) if name not in copied]:
         item.remove(left)
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": NODES}})
-    stored = ts.KvStore.open(
-        {"driver": "ocdbt", "base": item.spec(), "cache_pool": "cache_pool#ocdbt"}, context=context
-    ).result()
+    stored = answer(
+        ts.KvStore.open({"driver": "ocdbt", "base": item.spec(), "cache_pool": "cache_pool#ocdbt"}, context=context)
+    )
     renamed = _renamed(kept, origin, portions)
     while some := list(itertools.islice(renamed, RENAMED)):
         transaction = ts.Transaction(atomic=True)
         new = stored.with_transaction(transaction)
         copying = [(stored + old).experimental_copy_range_to(new + key, _ONLY) for old, key in some]
         for done in copying:
-            done.result()
-        transaction.commit_async().result()
+            answer(done)
+        answer(transaction.commit_async())
     transaction = ts.Transaction(atomic=True)
     new = stored.with_transaction(transaction)
     for name in {part.source for parts in kept.parts.values() for part in parts}:
-        (new + f"{origin.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()).result()
+        answer((new + f"{origin.leaves[name].stored}/").delete_range(ts.KvStore.KeyRange()))
     for target in (target for target in plan.targets if target.spec.name in kept.parts):
         place = f"{stored_name(target, origin)}/"
-        (new + place).write(_metadata_key(origin), _metadata(target, kept, origin)).result()
-    transaction.commit_async().result()
+        answer((new + place).write(_metadata_key(origin), _metadata(target, kept, origin)))
+    answer(transaction.commit_async())
 
 
 def _renamed(kept: Kept, origin: Origin, portions: Sequence[Portion]) -> Iterator[tuple[str, str]]:
@@ -124,5 +125,5 @@ def _metadata(target: Target, kept: Kept, origin: Origin) -> str:
     """What an array says of itself: as its first source does, but for the shape."""
     parts = kept.parts.get(target.spec.name)
     values = kept.reader.values(parts[0].source if parts else target.spec.name)
-    stored = json.loads(values.read(_metadata_key(origin)).result().value)
+    stored = json.loads(answer(values.read(_metadata_key(origin))).value)
     return json.dumps({**stored, "shape": list(target.spec.shape)})

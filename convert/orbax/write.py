@@ -40,7 +40,7 @@ from convert.orbax.portions import Portion, batches, by_array, cut, total
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.orbax.faults import writing
+from layouts.faults import writing
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.places import is_remote

@@ -5,6 +5,7 @@ In: `config.json` and names. Out: a family, or an error that names the nearest. 
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -15,6 +16,8 @@ from layouts.errors import PlanError
 from layouts.tables.families import NOT_GATED, Family, families_of
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_KINDS = 1_000
+"""Kinds of names that a hint looks at: a model has dozens, and a header of 50,000 odd names must not cost seconds."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
@@ -55,9 +58,10 @@ def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
     """The families whose table knows some of these names as experts, for hints in messages; never to choose one."""
     found = []
     kinds = {_NUMBER.sub("0", name) for name in names}  # one name of each kind is enough
+    likely = heapq.nsmallest(_KINDS, kinds, key=lambda name: ("expert" not in name, name))
     for family in families_of(format):
         keys = [layout.template(family.experts) for table in family.native for layout in table.values()]
-        if any(key.parse(name) is not None for name in kinds for key in keys):
+        if any(key.parse(name) is not None for name in likely for key in keys):
             found.append(family)
     return found
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from layouts.errors import InputError
-from layouts.orbax.faults import answer, told
+from layouts.faults import answer, told
 from layouts.places import kvstore_of
 from layouts.tensors import DTYPES, TensorSpec
 

@@ -21,10 +21,10 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from layouts.faults import answer, told
 from layouts.files import CONFIG, RECORD, check_regular, check_size, manifest_record, read_object
 from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
-from layouts.orbax.faults import answer, told
 from layouts.orbax.stream import ChunkStreams
 from layouts.orbax.tree import (
     ARRAYS,

@@ -10,7 +10,8 @@ import pytest
 from convert.errors import ConvertError, InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import _check_names, make_plan
-from layouts.matching.lookup import find_family
+from layouts.language.template import Template
+from layouts.matching.lookup import find_family, fitting
 from layouts.tables.families import FAMILIES, Family
 from layouts.tables.natives import PER_EXPERT
 from layouts.tables.targets import TARGETS
@@ -286,3 +287,11 @@ def test_a_plan_that_would_lose_or_overwrite_something_is_refused():
         _check_names(reader, [*targets, targets[0]])
     with pytest.raises(PlanError, match="this is a bug"):
         _check_names(reader, targets[1:])
+
+
+def test_a_hint_for_many_odd_names_looks_at_few(monkeypatch):
+    looked, parse = [], Template.parse
+    monkeypatch.setattr(Template, "parse", lambda key, name: looked.append(name) or parse(key, name))
+    names = [f"t{i}" for i in range(20_000)] + ["model.layers.0.mlp.experts.0.gate_proj.weight"]
+    assert "olmoe" in [family.name for family in fitting(names, "hf")]
+    assert len(set(looked)) <= 1_000

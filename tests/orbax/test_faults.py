@@ -4,14 +4,17 @@ import errno
 import json
 import os
 import shutil
+import socket
+from pathlib import Path
 
 import pytest
 import tensorstore as ts
 
+import convert
 from convert import cli
+from layouts import faults
 from layouts.errors import InputError
-from layouts.orbax import faults
-from layouts.orbax.faults import answer, told, writing
+from layouts.faults import answer, told, writing
 
 SPEC = " [tensorstore_spec='{\"context\":{\"cache_pool\":{}}}' [source locations='tensorstore/x.cc:1\n']]"
 
@@ -97,3 +100,30 @@ def test_metadata_of_another_shape_is_the_inputs_fault(tmp_path, capsys):
         code = cli.main(["--prefuse", "--quiet", str(source), str(tmp_path / "out")])
         assert code in (3, 4), (tree, capsys.readouterr().err)
         shutil.rmtree(source)
+
+
+def test_nobody_waits_for_tensorstore_without_a_limit():
+    root = Path(convert.__file__).parents[1]
+    modules = [*(root / "convert").rglob("*.py"), *(root / "layouts").rglob("*.py")]
+    using = {str(path.relative_to(root)): text for path in modules if "import tensorstore" in (text := path.read_text())}
+    assert len(using) > 4
+    assert not [name for name, text in using.items() if ".result(" in text and name != "layouts/faults.py"]
+
+
+@pytest.fixture(scope="module")
+def silent():
+    """A store that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_place_in_a_store_that_does_not_answer_is_exit_6(monkeypatch, tmp_path, capfd, silent):
+    monkeypatch.setattr(faults, "PATIENCE", 0.2)
+    stated = {"AWS_ENDPOINT_URL": silent, "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for name, value in stated.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--prefuse", "--quiet", "s3://bucket/in", str(tmp_path / "out")]) == 6
+    text = capfd.readouterr().err
+    assert "no answer within" in text
+    assert "s3://bucket/in" in text
+    assert text.count("\n") == 1, "only our own line"
