@@ -62,13 +62,15 @@ def verify(
 ) -> Verdict:
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
-    With one path, re-check the digests in its manifest instead. `backend` is a grouped GEMM of `convert.verifier.backends`, and
-    `mesh` says how many devices there are along `expert` and `model`. `Verdict.equal` holds if something was compared, nothing
-    differs, and each level that was asked for ran (or `allow_not_run` was given); `Level.state` has the three states.
+    With one path, re-check the digests in its manifest instead; where these are of stored chunks, `decode` decodes them, too.
+    `backend` is a grouped GEMM of `convert.verifier.backends`, and `mesh` says how many devices there are along `expert` and
+    `model`. `Verdict.equal` holds if something was compared, nothing differs, and each level that was asked for ran (or
+    `allow_not_run` was given); `Level.state` has the three states.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
-        UsageError: a backend, a mesh, a layer or an expert that cannot be had here, or one of these for digests alone.
+        UsageError: a backend, a mesh, a layer or an expert that cannot be had here, one of these for digests alone, or
+            `decode` of two.
     """
     from convert.verifier import verify_checkpoints, verify_manifest
     from layouts.places import place
@@ -77,7 +79,7 @@ def verify(
     if b is None:
         if given := [name for name in ("layers", "experts", "tokens", "backend", "mesh") if options.get(name) is not None]:
             raise UsageError(f"{given[0]}: the digests of one checkpoint are compared as a whole; name a second one for this")
-        return verify_manifest(place(a), progress, chosen.memory)
+        return verify_manifest(place(a), progress, chosen.memory, decode=chosen.decode)
     return verify_checkpoints(place(a), place(b), progress, chosen)
 
 

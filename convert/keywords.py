@@ -75,6 +75,7 @@ class Verifying(TypedDict, total=False):
     scan_axis: int | None
     family: str | None
     source_layout: str | None
+    decode: bool
 
 
 def options_of(keywords: type) -> Iterator[Named]:

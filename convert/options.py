@@ -165,6 +165,10 @@ class Verification:
     scan_axis: _ScanAxis = None
     family: _Family = None
     source_layout: _SourceLayout = None
+    decode: Annotated[
+        bool,
+        Option(text="of one checkpoint: decode chunks that are kept as they were stored, too", read=values.switch),
+    ] = False
 
 
 def named(kind: type[Any]) -> Iterator[Named]:

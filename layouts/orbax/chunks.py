@@ -154,7 +154,10 @@ def _looked_at(reader: OrbaxReader, chunk: Chunk, pieces: Iterator[bytes]) -> It
         yield piece
     if not length and wanted:
         problem = "it is empty"
-    elif codec is None or codec.shard:
+    elif codec is None or not wanted:
+        return
+    elif codec.shard:
+        _check_index(reader, chunk)
         return
     elif not codec.compressed and length != wanted:
         problem = f"it has {length:,} bytes instead of {wanted:,}"
@@ -165,6 +168,19 @@ def _looked_at(reader: OrbaxReader, chunk: Chunk, pieces: Iterator[bytes]) -> It
     else:
         return
     raise InputError(f"{reader.item}: {chunk.name} is damaged: chunk {chunk.key}: {problem}")
+
+
+def _check_index(reader: OrbaxReader, chunk: Chunk) -> None:
+    """Let TensorStore read the index of a shard, which ends in a crc32c of itself.
+
+    Raises:
+        InputError: it is damaged, or cut off.
+    """
+    metadata = reader.grids[chunk.name]
+    inner = metadata["codecs"][0]["configuration"]
+    grid = [whole // part for whole, part in zip(grid_shape(metadata), inner["chunk_shape"], strict=True)]
+    with told(reader.item, f"{chunk.name}: the index of shard {chunk.key}"):
+        answer(reader.shard(chunk.name, chunk.key, {"grid_shape": grid, "index_codecs": inner["index_codecs"]}).list())
 
 
 def _frame_size(begin: bytes) -> int:

@@ -16,15 +16,16 @@ from layouts.orbax.reader import OrbaxReader
 from layouts.reader import Reader
 
 
-def array_digest(reader: Reader, name: str, rows: range | None, told: Callable[[int], None]) -> str:
-    """The digest of an array, or of the chunks that begin in `rows` of its first dimension.
+def array_digest(reader: Reader, name: str, rows: range | None, told: Callable[[int], None]) -> tuple[str, int]:
+    """The digest of an array, or of the chunks that begin in `rows` of its first dimension, and how many chunks these are.
 
     Raises:
         InputError: a chunk cannot be read, or this is no Orbax checkpoint.
     """
     if not isinstance(reader, OrbaxReader):
         raise InputError(f"{reader.path}: the manifest has digests of stored chunks, but this is no Orbax checkpoint")
-    return stored_digest(reader, chunks_of(reader, name, rows), told)
+    chunks = chunks_of(reader, name, rows)
+    return stored_digest(reader, chunks, told), len(chunks)
 
 
 def stored_digest(reader: OrbaxReader, chunks: Sequence[Chunk], told: Callable[[int], None]) -> str:

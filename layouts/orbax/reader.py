@@ -210,6 +210,11 @@ class OrbaxReader:
                 self._values[name] = answer(ts.KvStore.open(self._specs[name]["kvstore"], context=self._context))
             return self._values[name]
 
+    def shard(self, name: str, key: str, form: Mapping[str, Any]) -> Any:
+        """The chunks in a stored shard, by key: nothing is decoded but its index, of this `form` (TensorStore's words)."""
+        base = (self.values(name) + key).spec().to_json()
+        return answer(ts.KvStore.open({"driver": "zarr3_sharding_indexed", "base": base, **form}, context=self._context))
+
     def _store(self, name: str) -> Any:
         with self._lock:
             store = self._stores.pop(name, None)
