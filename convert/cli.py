@@ -101,7 +101,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
         pieces = writer.pieces()
     print(printable(describe_plan(planned, writer.budget.peak + processes.held, writer.budget.jobs)))
     if arguments.num_processes:
-        print(describe_division(pieces, arguments.num_processes))
+        print(printable(describe_division(pieces, arguments.num_processes)))
     return 0
 
 
@@ -114,7 +114,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         from layouts.places import place
 
         one, other = map(place, _two_paths(arguments.paths))
-        print(estimate_cost(one, other, complete(Verification, given)))
+        print(printable(str(estimate_cost(one, other, complete(Verification, given)))))
         return 0
     passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
     total = None if arguments.quiet else passes * _input_bytes(arguments.paths[-1])

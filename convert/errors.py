@@ -24,6 +24,7 @@ __all__ = [
     "PlanError",
     "StorageError",
     "UsageError",
+    "one_line",
     "printable",
     "readable",
 ]
@@ -70,3 +71,8 @@ def readable(source: str | Path) -> Iterator[None]:
 def printable(text: str) -> str:
     """A text whose control characters, and half letters, stand as escapes: names of an input must not steer a terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else f"{letter!r}"[1:-1] for letter in text)
+
+
+def one_line(text: str) -> str:
+    """The same with its line breaks, for what becomes a line of a plan or a report: a name must not add one of its own."""
+    return printable(text).replace("\n", "\\n")

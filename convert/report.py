@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from convert.commit.processes import share
+from convert.errors import one_line
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
 from convert.values import in_units as size
@@ -45,7 +46,7 @@ class Report:
     def __str__(self) -> str:
         plan = self.plan
         if self.proof:
-            return f"{_headline(plan)}\n{self.proof}"
+            return _joined([_headline(plan), self.proof])
         index, count = self.process
         if index:
             return f"process {index} of {count} has written its share of {plan.out}"
@@ -57,7 +58,11 @@ class Report:
         ]
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return _joined([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return "\n".join(map(one_line, lines))
 
 
 def _headline(plan: Plan) -> str:
@@ -100,7 +105,7 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines.append("")
     lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes + plan.side_bytes)}; nothing was written")
     lines.append(f"memory: at most {size(peak)} with {jobs} workers")
-    return "\n".join(lines)
+    return _joined(lines)
 
 
 def describe_division(pieces: Sequence[tuple[str, int]], count: int) -> str:
@@ -110,7 +115,7 @@ def describe_division(pieces: Sequence[tuple[str, int]], count: int) -> str:
     for index, own in enumerate(share(sizes, count)):
         first = f", from {pieces[own[0]][0]}" if own else ""
         lines.append(f"  process {index}: {size(sum(sizes[number] for number in own))} in {len(own)} pieces{first}")
-    return "\n".join(lines)
+    return _joined(lines)
 
 
 def _fold(targets: Iterable[Target]) -> dict[tuple[str, str, str, str], list[Target]]:

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 
+from convert.errors import one_line
 from convert.verifier.verdict import Level, Verdict
 
 _STYLE = """
@@ -40,23 +41,28 @@ def page(verdict: Verdict) -> str:
     differences = "".join(_differences(level) for level in verdict.levels if level.differences)
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{summary}: {html.escape(verdict.subject)}</title>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{summary}: {_text(verdict.subject)}</title>"
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
-        f"<h1><span class={state}>{verdict.outcome}</span>{_beside(verdict)} <code>{html.escape(verdict.subject)}</code></h1>"
-        f"<p>{html.escape(verdict.counts)}</p>"
+        f"<h1><span class={state}>{verdict.outcome}</span>{_beside(verdict)} <code>{_text(verdict.subject)}</code></h1>"
+        f"<p>{_text(verdict.counts)}</p>"
         f"<table><tr><th>level<th>result<th>what it covered</tr>{rows}</table>{maps}{differences}"
         f"<h2>Environment</h2><p>Python {platform.python_version()}, {html.escape(platform.platform())}; {packages}</p></html>"
     )
 
 
+def _text(text: str) -> str:
+    """Names of an input as they are shown: without a control character, or half a letter, which no page can hold."""
+    return html.escape(one_line(text))
+
+
 def _cells(level: Level) -> Iterator[str]:
     told = level.covered if not level.why else f"({level.why})"
-    yield f"<td>{level.name}</td><td class={_CLASSES[level.state]}>{level.state}</td><td>{html.escape(told)}</td>"
+    yield f"<td>{level.name}</td><td class={_CLASSES[level.state]}>{level.state}</td><td>{_text(told)}</td>"
 
 
 def _beside(verdict: Verdict) -> str:
     """What the verdict is about, if not about all, and what is missing from it."""
-    return html.escape(verdict.summary.removeprefix(verdict.outcome))
+    return _text(verdict.summary.removeprefix(verdict.outcome))
 
 
 def _map(level: Level) -> str:
@@ -65,11 +71,11 @@ def _map(level: Level) -> str:
     rows = []
     for layer, worst in level.errors.items():
         cells = "".join(
-            f"<div title='{html.escape(layer)}, expert {e}: {error:.1e}' style='background:{_colour(error, largest)}'></div>"
+            f"<div title='{_text(layer)}, expert {e}: {error:.1e}' style='background:{_colour(error, largest)}'></div>"
             for e, error in enumerate(worst)
         )
         grid = f"grid-template-columns:repeat({max(1, len(worst))},1fr)"
-        rows.append(f"<div class=row><span>{html.escape(layer)}</span><div class=map style='{grid}'>{cells}</div></div>")
+        rows.append(f"<div class=row><span>{_text(layer)}</span><div class=map style='{grid}'>{cells}</div></div>")
     scale = f"<p class=scale>largest difference of an expert's outputs relative to their norm; darkest is {largest:.1e}</p>"
     return f"<h2>Layers and experts: {level.name}</h2>{''.join(rows)}{scale}"
 
@@ -81,5 +87,5 @@ def _colour(error: float, largest: float) -> str:
 
 
 def _differences(level: Level) -> str:
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in level.differences)
+    lines = "".join(f"<li>{_text(line)}</li>" for line in level.differences)
     return f"<h2 class=different>{level.name}: {len(level.differences)} differences</h2><ul>{lines}</ul>"

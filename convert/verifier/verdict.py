@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from convert.errors import one_line
+
 SHOWN = 20
 WIDTH = 9
 """Of a level's name, where it has no backend's behind it."""
@@ -48,11 +50,12 @@ class Level:
     def __str__(self) -> str:
         if self.state != DIFFERENT:
             told = self.covered if self.state == EQUAL else f"({self.why})"
-            return f"{self.name:<{WIDTH}} {self.state:<{WIDTH}}  {told}"
+            return one_line(f"{self.name:<{WIDTH}} {self.state:<{WIDTH}}  {told}")
         shown = [f"  {line}" for line in self.differences[:SHOWN]]
         if len(self.differences) > SHOWN:
             shown.append(f"  and {len(self.differences) - SHOWN} more")
-        return "\n".join([f"{self.name:<{WIDTH}} DIFFERENT  {self.covered}; {len(self.differences)} differences:", *shown])
+        head = f"{self.name:<{WIDTH}} DIFFERENT  {self.covered}; {len(self.differences)} differences:"
+        return "\n".join(map(one_line, [head, *shown]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +99,7 @@ class Verdict:
 
     def __str__(self) -> str:
         counts = [f"covered   {self.counts}"] if self.counts else []
-        return "\n".join([f"verify   {self.subject}", *map(str, self.levels), *counts, self.summary])
+        return "\n".join([one_line(f"verify   {self.subject}"), *map(str, self.levels), *counts, self.summary])
 
     def json(self) -> str:
         """For programs: every level with all its differences, and the errors of each expert where rounding is allowed."""
