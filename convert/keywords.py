@@ -30,6 +30,7 @@ class _Tree(TypedDict, total=False):
     scan_axis: int | None
     params_only: bool
     drop_optimizer: bool
+    copy_all: bool
 
 
 class _Moved(_Tree, total=False):

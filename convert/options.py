@@ -122,6 +122,14 @@ class Choices:
         bool,
         Option(text="Orbax: do not cut arrays that are one large chunk (fast; restores read them whole)", read=values.switch),
     ] = False
+    copy_all: Annotated[
+        bool,
+        Option(
+            text="copy what else lies beside the model, too: weights in other formats, adapters, foreign indexes "
+            "(left out, and listed by --dry-run)",
+            read=values.switch,
+        ),
+    ] = False
     dequantize: Annotated[
         Literal["bf16"] | None,
         Option(text="compute FP8 block and MXFP4 weights as bfloat16 (not lossless)", choices=("bf16",)),

@@ -56,6 +56,8 @@ class Report:
             f"{_headline(plan)}",
             f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s ({size(rate)}/s){by}",
         ]
+        if plan.left_out_files:
+            lines.append(f"{_left_out(plan)}: {', '.join(plan.left_out_files)}")
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
         return _joined([*lines, *(f"note: {note}" for note in self.notes)])
@@ -100,12 +102,28 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
         lines.append(f"computed, not only moved: {plan.computed}")
     if plan.left_out:
         lines += ["left out, as --params-only says:", *(f"  {name}" for name in plan.left_out)]
-    count = f" ({len(plan.side_files)} files, {size(plan.side_bytes)})" if plan.side_bytes else ""
-    lines.append(f"side files: {', '.join(plan.side_files) or 'none'}{count}")
+    lines += _files(plan)
     lines.append("")
     lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes + plan.side_bytes)}; nothing was written")
     lines.append(f"memory: at most {size(peak)} with {jobs} workers")
     return _joined(lines)
+
+
+def _files(plan: Plan) -> Iterator[str]:
+    """What is carried over of the files beside the tensors, and what is not."""
+    count = f" ({len(plan.side_files)} files, {size(plan.side_bytes)})" if plan.side_bytes else ""
+    yield f"side files: {', '.join(plan.side_files) or 'none'}{count}"
+    if plan.left_out_files:
+        yield f"{_left_out(plan)}:"
+        yield from (f"  {name}  {size(nbytes)}" if nbytes else f"  {name}" for name, nbytes in plan.left_out_files.items())
+    if plan.never_copied:
+        yield f"never copied: {', '.join(plan.never_copied)}"
+
+
+def _left_out(plan: Plan) -> str:
+    total = sum(plan.left_out_files.values())
+    how_much = f"{len(plan.left_out_files)} files{f', {size(total)}' if total else ''}"  # a store does not tell sizes
+    return f"left out, other weights and indexes ({how_much}; --copy-all takes them)"
 
 
 def describe_division(pieces: Sequence[tuple[str, int]], count: int) -> str:

@@ -5,7 +5,6 @@ In: two paths and options. Out: a report, and the output on the disk. Formats ar
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -60,7 +59,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         else:
             plan = make_plan(reader, place(out), action, choices)
         computed = RULE if choices.dequantize else None
-        return reader, replace(plan, computed=computed, side_bytes=_side_bytes(plan))
+        return reader, replace(plan, computed=computed)
     except BaseException:
         reader.close()
         raise
@@ -98,18 +97,16 @@ def _write(
 ) -> tuple[int, tuple[str, ...]]:
     """Execute a plan into a staging directory and publish it; how many tensors were there, and what the user should know."""
     writer = writer_of(plan, reader, running, processes)
-    state = state_of(plan.source)
+    state = state_of(plan.source, plan.never_copied)
     mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)
     with staging(plan.out, mark, resume=running.resume, overwrite=running.overwrite, processes=processes) as stage:
         resumed = len(stage.done)
         notes = writer.write(stage, progress, processes)
-        if state_of(plan.source).content != state.content:  # a new hard link changes ctime, and nothing that was read
+        if (
+            state_of(plan.source, plan.never_copied).content != state.content
+        ):  # a new hard link changes ctime, and nothing that was read
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     return resumed, notes
-
-
-def _side_bytes(plan: Plan) -> int:
-    return 0 if is_remote(plan.source) else sum(os.stat(plan.source / name).st_size for name in plan.side_files)
 
 
 def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes) -> Writer:

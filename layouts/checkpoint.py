@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from layouts.errors import InputError
+from layouts.orbax.tree import find_item
 from layouts.places import is_remote, place
 from layouts.reader import Reader
+from layouts.shards import is_named
 
 
 def open_checkpoint(path: str | Path) -> Reader:
@@ -23,12 +25,13 @@ def open_checkpoint(path: str | Path) -> Reader:
     path = place(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
+    # One that is called as no model is, such as an adapter's, may lie beside an Orbax item.
+    if not is_named(path) and (item := find_item(path)) is not None:
+        from layouts.orbax.reader import OrbaxReader
+
+        return OrbaxReader.open(path, item)
     if is_checkpoint(path):
         if is_remote(path):
             raise InputError(f"{path}: safetensors are read from a disk only; copy them there first")
         return HFReader.open(path)
-    from layouts.orbax.reader import OrbaxReader, find_item
-
-    if (item := find_item(path)) is not None:
-        return OrbaxReader.open(path, item)
     raise InputError(f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here")

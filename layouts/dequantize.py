@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from layouts.errors import InputError, PlanError
 from layouts.pread import Empty
 from layouts.reader import Reader, ReadLimits, ReadUnit
+from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits, numpy_dtype
 from layouts.windows import Windows
 
@@ -73,7 +74,7 @@ class DequantizingReader:
         return {}
 
     @property
-    def side_files(self) -> Sequence[str]:
+    def side_files(self) -> SideFiles:
         """As they are."""
         return self.inner.side_files
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +25,15 @@ from safetensors import SafetensorError, safe_open
 
 from layouts.errors import InputError
 from layouts.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
-from layouts.names import part
-from layouts.places import unlisted
 from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
+from layouts.shards import all_files, compare_index, model_files, read_index
+from layouts.side_files import SideFiles, files_below, sort_files
 from layouts.tensors import DTYPES, TensorSpec, bits
 from layouts.windows import Windows
 
 RANK = 64
 """Dimensions of a tensor at most: NumPy has no more."""
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +50,7 @@ class Shard:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether the directory holds safetensors files or their index."""
-    return (path / INDEX).exists() or any(file.name.endswith(".safetensors") for file in path.iterdir())
+    return (path / INDEX).exists() or bool(all_files(path))
 
 
 def read_shard(path: Path) -> Shard:
@@ -134,16 +131,8 @@ class HFReader:
         Raises:
             InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
         """
-        weight_map = _read_index(path / INDEX) if (path / INDEX).exists() else None
-        present = sorted(file.name for file in path.iterdir() if file.name.endswith(".safetensors"))
-        if weight_map is None:
-            _check_numbers(path, present)
-        names = present if weight_map is None else sorted(set(weight_map.values()))
-        for name in names:
-            if not (path / part(name, path / INDEX)).is_file():
-                raise InputError(f"{path / INDEX}: it names the shard {name!r}, but there is no such file beside it")
-        if stale := [name for name in present if name not in names and _SHARD.fullmatch(name)]:
-            raise InputError(f"{path / stale[0]}: called like a shard, but the index does not name it; remove one or the other")
+        weight_map = read_index(path)
+        names = model_files(path, weight_map)
         shards = tuple(read_shard(path / name) for name in names)
         home: dict[str, Shard] = {}
         for shard in shards:
@@ -152,7 +141,7 @@ class HFReader:
                     raise InputError(f"{path}: {name} stands in both {home[name].name} and {shard.name}")
                 home[name] = shard
         if weight_map is not None:
-            _compare_index(path, weight_map, home)
+            compare_index(path, weight_map, {name: shard.name for name, shard in home.items()})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
         records = manifest_record(path) | _records(shards, expected=bool(config.get(RECORD)))
@@ -165,10 +154,11 @@ class HFReader:
         return record
 
     @property
-    def side_files(self) -> list[str]:
+    def side_files(self) -> SideFiles:
         """Every file but the shards and their index."""
-        weights = {shard.name for shard in self.shards} | {INDEX}
-        return sorted(file for file in _files(self.path) if file not in weights)
+        own = {shard.name for shard in self.shards} | {INDEX}
+        names = (name for name in files_below(self.path) if name not in own)
+        return sort_files(names, lambda name: os.stat(self.path / name).st_size)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -216,52 +206,6 @@ class HFReader:
         """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise InputError(f"{path}: expected an object 'weight_map' that says for each tensor in which file it is")
-    return weight_map
-
-
-def _files(root: Path) -> Iterator[str]:
-    """Every file below a directory, relative to it; links to files count as files, as in the Hugging Face cache."""
-    for directory, folders, files in os.walk(root, onerror=unlisted):
-        for name in folders + files:
-            path = Path(directory, name)
-            if path.is_file():
-                yield path.relative_to(root).as_posix()
-            elif path.is_symlink():
-                raise InputError(f"{path}: a link to a directory or to nothing; put what it stands for in its place")
-
-
-def _compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str, Shard]) -> None:
-    for name, shard in weight_map.items():
-        if name not in home:
-            raise InputError(f"{path}: the index puts {name} into {shard}, but it is not there")
-        if home[name].name != shard:
-            raise InputError(f"{path}: the index puts {name} into {shard}, but it is in {home[name].name}")
-    if extra := sorted(set(home) - set(weight_map)):
-        raise InputError(f"{path}: {extra[0]} is in {home[extra[0]].name}, but not in the index ({len(extra)} such tensors)")
-
-
-def _check_numbers(path: Path, present: Sequence[str]) -> None:
-    """See that files which are numbered `-of-N` are N, since no index names them.
-
-    Raises:
-        InputError: some are missing.
-    """
-    found: dict[tuple[str, int], set[int]] = {}
-    for match in filter(None, map(_NUMBERED.fullmatch, present)):
-        found.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    for (stem, count), numbers in found.items():
-        first = min(min(numbers), 1)  # a few count from 0
-        if lost := [number for number in range(first, first + count) if number not in numbers]:
-            raise InputError(
-                f"{path}: {stem}-{lost[0]:05}-of-{count:05}.safetensors is missing, and {len(lost)} of {count} such files are: "
-                f"there is no index, but their names say how many there should be. Download the rest"
-            )
 
 
 def _records(shards: Sequence[Shard], *, expected: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -63,9 +63,15 @@ def unlisted(error: OSError) -> None:
     raise error
 
 
-def files_of(path: Path) -> Iterator[tuple[str, int, str]]:
-    """The same with the size of each in bytes (0 in a store), and a mark of its state."""
+def files_of(path: Path, but: Collection[str] = ()) -> Iterator[tuple[str, int, str]]:
+    """The same with the size of each in bytes (0 in a store), and a mark of its state.
+
+    Nothing is asked of those that are named in `but`, or lie in a folder that is (its name ends in `/`).
+    """
+    folders = tuple(name for name in but if name.endswith("/"))
     for name in names_of(path):
+        if name in but or name.startswith(folders):
+            continue
         if isinstance(path, RemotePath):
             yield name, 0, path.root.state((path / name).key)
         else:

@@ -7,7 +7,7 @@ In: nothing; `layouts.checkpoint` opens readers. Out: the words in which every r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.pread import Empty, Extent
+from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec
 from layouts.windows import Windows
 
@@ -83,8 +84,8 @@ class Reader(Protocol):
         """The same from each other place where it stands, by that place; they have to agree."""
 
     @property
-    def side_files(self) -> Sequence[str]:
-        """Paths, relative to `path`, of all files that hold no tensors."""
+    def side_files(self) -> SideFiles:
+        """All files that hold none of the tensors, by their names from `path`."""
 
     @property
     def headers(self) -> Mapping[str, str]:

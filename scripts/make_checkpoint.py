@@ -267,7 +267,7 @@ def _write_side_files(out: Path, family: str, dims: Size, fill: _Values) -> None
     _write_json(out / "tokenizer.json", {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
     _write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     _write_json(out / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
-    _write_json(out / "original" / "params.json", {"dim": dims.embed})
+    _write_json(out / "docs" / "params.json", {"dim": dims.embed})
     (out / "README.md").write_text(f"A random {family} checkpoint made by scripts/make_checkpoint.py\n")
 
 

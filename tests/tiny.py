@@ -22,6 +22,7 @@ from convert.planning.planner import Plan, Target, make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.language.layout import Layouts
 from layouts.reader import Reader
+from layouts.side_files import SideFiles
 from layouts.tables.families import FAMILIES, Family
 from layouts.tensors import TensorSpec, bits
 
@@ -64,7 +65,7 @@ class MemoryReader:
         self.arrays = dict(tensors)
         self.tensors = {name: TensorSpec(name=name, dtype=code, shape=a.shape) for name, a in tensors.items()}
         self.records: dict[str, object] = {}
-        self.side_files: tuple[str, ...] = ()
+        self.side_files = SideFiles()
 
     def where(self, name: str) -> str:
         return f"home of {name}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -38,14 +38,14 @@ class State(NamedTuple):
     system: str
 
 
-def state_of(path: Path) -> State:
-    """The state of all files of an input: names, sizes, times, a sample of their bytes.
+def state_of(path: Path, but: Collection[str] = ()) -> State:
+    """The state of all files of an input `but` some (see `files_of`): names, sizes, times, a sample of their bytes.
 
     Inodes and devices are not among it: machines that share a file system need not agree on them, and neither does a machine
     with itself after a restart.
     """
     content, system = hashlib.sha256(), hashlib.sha256()
-    files = list(files_of(path))
+    files = list(files_of(path, but))
     step = max(1, len(files) // _SAMPLED)
     for number, (name, size, state) in enumerate(files):
         content.update(repr((name, size, state)).encode())
@@ -68,11 +68,12 @@ def _sample(path: Path, size: int) -> Iterator[bytes]:
 
 
 def fingerprint(plan: Plan, options: Mapping[str, Any], state: State) -> str:
-    """Sixteen hex digits that tell one conversion from another: the plan, the options and the state of the input."""
+    """Sixteen hex digits that tell one conversion from another: the plan, its side files, the options, the input's state."""
     digest = hashlib.sha256(
         repr((TOOL, plan.action, plan.layout, plan.record, plan.computed, sorted(options.items()), *state)).encode()
     )
     digest.update("\n".join(f"{t.spec.name} {t.source.key.text}" for t in plan.targets).encode())
+    digest.update(_line(*plan.side_files))
     return digest.hexdigest()[:16]
 
 
@@ -87,7 +88,7 @@ def input_digest(reader: Reader) -> str:
     for name, spec in sorted(reader.tensors.items()):
         unit = reader.unit(name)
         digest.update(_line(name, spec.dtype, spec.shape, unit.shape if unit else None))
-    for name, _, _ in sorted(files_of(reader.path)):
+    for name, _, _ in sorted(files_of(reader.path, reader.side_files.never)):
         path = PurePosixPath(name)
         if path.name in _SPEAKING or path.parent.name in _FOLDERS:
             digest.update(_line(name))

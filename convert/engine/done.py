@@ -20,6 +20,7 @@ from convert.errors import InputError, OutputError
 from convert.planning.planner import Plan
 from convert.progress import Progress
 from layouts.files import CONFIG, INDEX
+from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader
 
 _REWRITTEN = (CONFIG, INDEX, manifest.NAME)
@@ -75,8 +76,19 @@ def _unlike(plan: Plan, reader: Reader, writer: Writer, found: Manifest) -> Iter
         yield f"was not made by this plan: {name} is {_spec(have.get(name))} there, and {_spec(wanted.get(name))} in the plan"
     if why := writer.unlike(found):
         yield why
+    yield from _other_files(plan, found)
     if found.input != input_digest(reader):
         yield "was made from another input: headers, config or metadata differ"
+
+
+def _other_files(plan: Plan, found: Manifest) -> Iterator[str]:
+    """Side files that are there and would be left out, or the other way round; those in the place of tensors have no digest."""
+    for name in plan.left_out_files:
+        if (entry := found.files.get(name)) and entry.digest:
+            yield f"was made with other options (--copy-all): {name} is there, and would be left out"
+    for name in plan.side_files:
+        if name not in found.files and name not in _REWRITTEN and name.rpartition("/")[2] != COMMITTED:
+            yield f"was made with other options (--copy-all) or from another input: {name} is not there, and would be copied"
 
 
 def _made(plan: Plan) -> Mapping[str, Any]:

@@ -99,10 +99,8 @@ def _with_head(name: str, header: bytes, offsets: Mapping[str, int], data: int) 
     return File(name=name, head=head, offsets=shifted, size=len(head) + data)
 
 
-def index_text(targets: Iterable[Target], files: Sequence[File]) -> str | None:
-    """`model.safetensors.index.json` as transformers writes it (sorted, indented); None for a single file."""
-    if len(files) == 1:
-        return None
+def index_text(targets: Iterable[Target], files: Sequence[File]) -> str:
+    """`model.safetensors.index.json` as transformers writes it (sorted, indented)."""
     total = sum(target.spec.nbytes for target in targets)
     weight_map = {name: file.name for file in files for name in file.offsets}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"

@@ -29,6 +29,7 @@ from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.files import CONFIG, INDEX, RECORD
 from layouts.reader import Reader
+from layouts.shards import unindexed
 
 REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
@@ -147,18 +148,27 @@ def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:
         texts[CONFIG] = old[CONFIG]
     elif config:
         texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    index = index_text(plan.targets, files)
-    if original and {file.name for file in files} == set(original.headers) and _agree(old.get(INDEX), index):
-        index = old.get(INDEX)
-    if index:
+    if index := _index(plan, files, original):
         texts[INDEX] = index
     return texts
 
 
-def _agree(old: str | None, new: str | None) -> bool:
-    """Whether a remembered index says what the new one would; having none is as good, and so is one for a single file."""
-    if old is None or new is None:
-        return True
+def _index(plan: Plan, files: Sequence[File], original: manifest.Original | None) -> str | None:
+    """The index: of several files, and of one where other safetensors files lie beside it.
+
+    Original files have the index that they had, or none as before, unless that would say something else here.
+    """
+    own, text = {file.name for file in files}, index_text(plan.targets, files)
+    others = {name for name in plan.side_files if "/" not in name and name.endswith(".safetensors")}
+    if original is None or own != set(original.headers):
+        return text if len(own) > 1 or others else None
+    if (old := original.texts.get(INDEX)) is None:
+        return None if set(unindexed(own | others)) == own else text
+    return old if _agree(old, text) else text
+
+
+def _agree(old: str, new: str) -> bool:
+    """Whether a remembered index says what the new one would."""
     parsed = _parsed(old)
     return isinstance(parsed, dict) and parsed.get("weight_map") == json.loads(new)["weight_map"]
 

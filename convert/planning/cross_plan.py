@@ -51,7 +51,9 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         where, taken_apart = stacked_along(reader, choices.scan_axis), is_fused(reader, choices.source_layout)
     sides = sides_of(found, where, fused, scan=scan, to_maxtext=to_maxtext, is_fused=taken_apart)
     # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
-    side_files = tuple(name for name in reader.side_files if name.rpartition("/")[2] not in (STEP, COMMITTED))
+    beside = reader.side_files
+    copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
+    side_files = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
     left_out = tuple(name for name in reader.tensors if choices.params_only and not to_maxtext and not name.startswith(ROOT))
     targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
     return Plan(
@@ -64,6 +66,8 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         record=_record(layout, sides, targets) if fused else family_record(where) if to_maxtext else None,
         targets=tuple(targets),
         side_files=side_files,
+        left_out_files=left_out_files,
+        never_copied=beside.never,
         left_out=left_out,
         scanned=scan if to_maxtext else None,
     )

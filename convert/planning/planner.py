@@ -6,7 +6,7 @@ In: an open checkpoint and choices. Out: a plan. It never reads data.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,12 @@ class Plan:
     layout: str
     record: Mapping[str, Any] | None
     targets: tuple[Target, ...]
-    side_files: tuple[str, ...]
+    side_files: Mapping[str, int]
+    """The files that are copied as they are: name -> bytes (unknown, and 0, in a store)."""
+    left_out_files: Mapping[str, int] = field(default_factory=dict)
+    """Other weights and their indexes, which are copied only if that is asked for: name -> bytes."""
+    never_copied: tuple[str, ...] = ()
+    """Files of the input, and folders (with `/`), that no output has."""
     left_out: tuple[str, ...] = ()
     """Tensors of the input that the user asked to leave out."""
     scanned: bool | None = None
@@ -57,13 +62,16 @@ class Plan:
     """What could not be told of the input."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
-    side_bytes: int = 0
-    """Bytes of the side files; unknown, and 0, for those in a store."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data in the output."""
         return sum(target.spec.nbytes for target in self.targets)
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of the side files."""
+        return sum(self.side_files.values())
 
 
 def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS) -> Plan:
@@ -85,6 +93,8 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
     found += [_verbatim(reader.tensors[name]) for name in described.verbatim]
     _check_names(reader, found)
+    beside = reader.side_files
+    copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     return Plan(
         source=reader.path,
         out=out,
@@ -96,7 +106,9 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         if action == "split"
         else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
         targets=_in_reading_order(reader, found),
-        side_files=tuple(reader.side_files),
+        side_files=copied,
+        left_out_files=left_out_files,
+        never_copied=beside.never,
         remarks=described.remarks,
         keep_chunks=choices.keep_chunks,
     )

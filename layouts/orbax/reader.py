@@ -11,6 +11,7 @@ Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), h
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from layouts.orbax.tree import (
 from layouts.places import is_remote, names_of
 from layouts.pread import Empty
 from layouts.reader import ReadLimits, ReadUnit
+from layouts.side_files import WEIGHT_FOLDERS, SideFiles, sort_files
 from layouts.tensors import TensorSpec, bits, itemsize
 from layouts.windows import Windows
 
@@ -138,9 +140,13 @@ class OrbaxReader:
         return manifest_record(self.path) if self.record is not None else {}  # a run that goes on saves none
 
     @property
-    def side_files(self) -> list[str]:
+    def side_files(self) -> SideFiles:
         """Every file but those that Orbax makes for the arrays of the item and those of saves that never finished."""
-        return sorted(self._other_files())
+        folders = WEIGHT_FOLDERS.difference(self.item.relative_to(self.path).parts)
+        return sort_files(self._other_files(), self._size, folders)
+
+    def _size(self, name: str) -> int:
+        return 0 if is_remote(self.path) else os.stat(self.path / name).st_size
 
     def _other_files(self) -> Iterator[str]:
         own = {*OWN, *(leaf.stored.split("/")[0] for leaf in self.leaves.values() if not self.use_ocdbt)}

@@ -211,7 +211,7 @@ def test_what_another_input_left_is_not_gone_on_with(one, tmp_path, monkeypatch,
     if forged:
         real = identity.state_of
         for module in (identity, convert.run):
-            monkeypatch.setattr(module, "state_of", lambda path: real(path)._replace(system=""))
+            monkeypatch.setattr(module, "state_of", lambda path, but: real(path, but)._replace(system=""))
     source = shutil.copytree(one, tmp_path / "in")
     with monkeypatch.context() as patch:
         stop_half_way(patch)

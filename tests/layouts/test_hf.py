@@ -94,8 +94,9 @@ def test_a_git_lfs_pointer_is_called_by_its_name(source, refused):
 
 def test_a_directory_in_place_of_a_file_is_refused(source, refused):
     (source / INDEX).unlink()
-    (source / "x.safetensors").mkdir()
-    assert "x.safetensors" in refused()
+    (source / FIRST).unlink()
+    (source / FIRST).mkdir()
+    assert f"{FIRST}: no file, but called like one of the model" in refused()
 
 
 def edit_index(source: Path, **changes: str | None) -> None:
@@ -158,8 +159,10 @@ def test_a_left_over_shard_is_refused(source, refused):
 
 def test_a_tensor_in_two_shards_is_refused(source, refused):
     (source / INDEX).unlink()
-    (source / "more.safetensors").write_bytes((source / SECOND).read_bytes())
-    assert f"stands in both {SECOND} and more.safetensors" in refused()
+    for number, file in enumerate(sorted(source.glob("*.safetensors"))):
+        file.rename(source / f"part{number}.safetensors")  # none is called as a model's file is, so that all are the model
+    (source / "part9.safetensors").write_bytes((source / "part1.safetensors").read_bytes())
+    assert "stands in both part1.safetensors and part9.safetensors" in refused()
 
 
 def test_config_json_may_lack_but_then_the_family_must_be_named(source, refused):
