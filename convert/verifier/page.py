@@ -35,7 +35,7 @@ _PACKAGES = ("jax", "numpy", "safetensors", "tensorstore", "ml_dtypes")
 
 def page(verdict: Verdict) -> str:
     """The page; it loads nothing."""
-    state, summary = _CLASSES[verdict.outcome], html.escape(verdict.summary)
+    state, summary = _CLASSES[verdict.outcome], _text(verdict.summary)
     rows = "".join(f"<tr>{''.join(_cells(level))}</tr>" for level in verdict.levels)
     maps = "".join(map(_map, (level for level in verdict.levels if level.errors)))
     differences = "".join(_differences(level) for level in verdict.levels if level.differences)
