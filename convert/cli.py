@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import convert
 from convert.arguments import options, parser
-from convert.errors import ConvertError, UsageError, printable
+from convert.errors import ConvertError, UsageError, printable, readable
 from convert.options import Choices, Running, Verification, complete, named
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
     chosen = {name: value for name, value in given.items() if name in choices}
     planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, **chosen)
     processes = Processes(count=arguments.num_processes or 1)
-    with closing(open_checkpoint(source)) as reader:
+    with readable(source), closing(open_checkpoint(source)) as reader:
         writer = writer_of(planned, reader, complete(Running, given), processes)
         pieces = writer.pieces()
     print(printable(describe_plan(planned, writer.budget.peak + processes.held, writer.budget.jobs)))

@@ -115,7 +115,12 @@ def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes
     Raises:
         UsageError: it cannot be done within `running.memory`, or not in this place.
     """
-    memory, jobs = running.memory - processes.held, running.jobs
+    with readable(plan.source):
+        return _writer_of(plan, reader, running.memory - processes.held, running)
+
+
+def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running) -> Writer:
+    jobs = running.jobs
     if plan.format == "orbax":
         from convert.orbax.write import OrbaxWriter
 

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "convert_manifest.json"
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
-LIMITS: Mapping[str, int] = {CONFIG: 64 << 20, "zarr.json": 16 << 20, ".zarray": 16 << 20}
+LIMITS: Mapping[str, int] = {CONFIG: 64 << 20, "zarr.json": 16 << 20, ".zarray": 16 << 20, "manifest.ocdbt": 64 << 20}
 """Bytes that a file of this name may have."""
 LIMIT = 1 << 30
 """Bytes that others may have: an index, a manifest or a tree names each tensor, in some 200 bytes (5 million tensors)."""

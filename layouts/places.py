@@ -49,12 +49,19 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Path:
 
 
 def names_of(path: Path) -> Iterator[str]:
-    """Every file below a place, in order, by its name from there; nothing is asked of the files themselves."""
+    """Every file below a place, in order, by its name from there; nothing is asked of the files themselves.
+
+    Raises:
+        InputError: there is a link to a directory, which is neither followed nor left out in silence.
+        OSError: a directory cannot be listed.
+    """
     if isinstance(path, RemotePath):
         yield from sorted(path.below())
         return
     for directory, folders, names in os.walk(path, onerror=unlisted):
         folders.sort()
+        if link := next((name for name in folders if os.path.islink(os.path.join(directory, name))), None):
+            raise InputError(f"{os.path.join(directory, link)}: a link to a directory; put what it stands for in its place")
         yield from (os.path.relpath(os.path.join(directory, name), path) for name in sorted(names))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.errors import readable
 from convert.planning.targets import Piece, Target
 from layouts.errors import InputError
 from layouts.language.pattern import Box, Pattern
@@ -93,7 +94,9 @@ def _cut(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[
     pattern, sizes = target.source.pattern, target.source_sizes
     box = _with_padding(target, piece)
     window = pattern.window(sizes, box)
-    block = reader.read(piece.source, window.slices, empty).reshape(window.shape)[window.inside]
+    with readable(reader.path):
+        read = reader.read(piece.source, window.slices, empty)
+    block = read.reshape(window.shape)[window.inside]
     if not pattern.padding:
         return block
     for at, axis in enumerate(pattern.axes):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from convert.commit.manifest import SOURCE
 from convert.engine.blocks import SLAB, assembled, first_of, lies_alike
 from convert.engine.direct import Output, Scratch
+from convert.errors import readable
 from convert.planning.targets import Target
 from layouts.language.pattern import Box, strips
 from layouts.reader import Reader
@@ -134,5 +135,7 @@ def _digest(worker: Worker, name: str) -> str:
     spec = worker.reader.tensors[name]
     digest = xxhash.xxh3_128()
     for slices in strips(spec.shape, SLAB // itemsize(spec.dtype)):
-        digest.update(worker.reader.read(name, slices, worker.source).reshape(-1).view(np.uint8).data)
+        with readable(worker.reader.path):
+            block = worker.reader.read(name, slices, worker.source)
+        digest.update(block.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

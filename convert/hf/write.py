@@ -20,7 +20,7 @@ from convert.commit.stage import AnyStage, Stage
 from convert.engine.again import Remade, remade
 from convert.engine.budget import Budget
 from convert.engine.reading import in_order
-from convert.errors import PlanError
+from convert.errors import PlanError, readable
 from convert.hf.execute import write_tensors
 from convert.hf.look import look
 from convert.hf.shards import File, index_text, pack, restore
@@ -36,7 +36,17 @@ REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 
 
 def plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
-    """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed."""
+    """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed.
+
+    Raises:
+        InputError: what the input remembers cannot be read.
+        PlanError: a side file has the name of one of them.
+    """
+    with readable(plan.source):
+        return _plan_files(plan, reader, limit)
+
+
+def _plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
     original = _remembered(plan)
     files = restore(original.headers, plan.targets) if original else None
     if files is None:

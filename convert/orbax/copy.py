@@ -25,6 +25,7 @@ from convert.commit.processes import Processes
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC
 from convert.engine.direct import Output, Scratch
+from convert.errors import readable
 from convert.orbax.budget import OrbaxBudget
 from convert.orbax.keep import Kept, kept_chunks
 from convert.orbax.moves import Move
@@ -91,7 +92,8 @@ def _hashed(portions: Sequence[Portion], kept: Kept, jobs: int, stop: threading.
             raise InterruptedError("stopped")
 
     def work(portion: Portion) -> tuple[Portion, str]:
-        return portion, stored_digest(kept.reader, kept_chunks(portion.target, kept, portion.rows), told)
+        with readable(kept.reader.path):
+            return portion, stored_digest(kept.reader, kept_chunks(portion.target, kept, portion.rows), told)
 
     return _each(work, sorted(portions, key=lambda portion: -portion.nbytes), jobs, stop)
 

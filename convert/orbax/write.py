@@ -124,7 +124,8 @@ class OrbaxWriter:
         processes: Processes,
     ) -> tuple[dict[str, str], _Chunks]:
         """Copy chunks as they are stored, and give them their new names; new digests by `key`, and shapes of chunks."""
-        files = moves(self.plan, kept, self.origin)
+        with readable(self.reader.path):
+            files = moves(self.plan, kept, self.origin)
         digests = copy_and_hash(
             folder, files, stage, copied, portions, kept, self.budget, progress, processes, self.plan.side_bytes
         )

@@ -43,7 +43,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
         UsageError: a backend, a mesh, a layer or an expert that is not there, or an option for one checkpoint.
     """
     report, options = progress or ignore, _of_two(options)
-    with _both(a, b) as (one, other):
+    with readable(f"{a} against {b}"), _both(a, b) as (one, other):
         make = _across if _differ(one, other) else _alike
         about, counts, found = make(one, other, options, report)
         levels = *found, compare_files(one, other, counts.stacked)
@@ -140,7 +140,7 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
     from convert.verifier.cost import measure
 
     options = _of_two(options)
-    with _both(a, b) as (one, other):
+    with readable(f"{a} against {b}"), _both(a, b) as (one, other):
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
         if _differ(one, other):
             left, right = _held_across(_formats(one, other, options), scope, options.memory)

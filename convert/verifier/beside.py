@@ -12,39 +12,22 @@ from typing import Any
 
 from convert.commit.inventory import entry_of, read_in_pieces
 from convert.verifier.verdict import Level
-from layouts.files import CONFIG, INDEX, MANIFEST, RECORD, parsed, read_object
+from layouts.files import CONFIG, MANIFEST, RECORD, parsed, read_object
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.tables.families import families_of
 from layouts.tables.targets import TARGETS, target
 
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ckpt",
-    ".index.json",
-    ".incomplete",
-    ".lock",
-)
-"""Endings of weights in other formats, their indexes, and of what a download leaves behind."""
-_FOLDERS = (".git", ".cache", "original", "metal")
 _TIMES = ("init_timestamp_nsecs", "commit_timestamp_nsecs", "performance_metrics")
 """What Orbax says of how a step was saved, not of what was."""
 _LONG = 80
 
 
-def belongs(name: str) -> bool:
-    """Whether a side file is compared by its digest: not what a conversion makes anew, other weights, or caches."""
-    path = PurePosixPath(name)
-    if name in (CONFIG, INDEX, MANIFEST) or path.name in (STEP, COMMITTED):
-        return False
-    return not name.endswith(_WEIGHTS) and not set(path.parts[:-1]) & set(_FOLDERS)
+def _names(reader: Reader) -> tuple[set[str], set[str]]:
+    """The files that are compared by digests, and those that are only where both sides have them: other weights."""
+    files = reader.side_files
+    made = {name for name in files.plain if name in (CONFIG, MANIFEST) or PurePosixPath(name).name in (STEP, COMMITTED)}
+    return files.plain.keys() - made, set(files.weights)
 
 
 def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Level:
@@ -57,19 +40,20 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
         InputError: a file is damaged.
     """
     alike = one.format == other.format
-    left, right = ({name for name in reader.side_files if belongs(name)} for reader in (one, other))
+    (left, first), (right, second) = _names(one), _names(other)
+    files = (left & right) | (first & second)
     lonely = [f"{name} is only in {(one if name in left else other).path}" for name in sorted(left ^ right)]
-    differences = [*_configs(one, other, alike), *_changed(one, other, sorted(left & right)), *(lonely if alike else ())]
+    differences = [*_configs(one, other, alike), *_changed(one, other, sorted(files)), *(lonely if alike else ())]
     differences += [*_metadata(one, other), *_orbax(one, other, alike, stacked), *_words(one), *_words(other)]
     keys = len(_plain(one.config).keys() | _plain(other.config).keys())
     shards = len(one.headers) + len(other.headers)
     beside = "" if alike or not lonely else f"; not compared: {', '.join(lonely)}"
-    covered = f"{keys} keys of config.json, {len(left & right)} side files by their digests, __metadata__ of {shards} shards"
+    covered = f"{keys} keys of config.json, {len(files)} side files by their digests, __metadata__ of {shards} shards"
     none = not (left or right or keys or shards)
     return Level(
         name="files",
         covered=f"{covered}, records{beside}",
-        compared=len(left & right) + keys + shards,
+        compared=len(files) + keys + shards,
         differences=tuple(differences),
         not_run="there are none" if none else "",
         asked=not none,
@@ -145,11 +129,8 @@ def _orbax(one: Reader, other: Reader, alike: bool, stacked: bool | None) -> Ite
 
 def _step(reader: Reader) -> dict[str, Any]:
     """What Orbax keeps of a step."""
-    name = (
-        next((name for name in reader.side_files if PurePosixPath(name).name == STEP), None)
-        if reader.format == "orbax"
-        else None
-    )
+    files = reader.side_files.plain if reader.format == "orbax" else ()
+    name = next((name for name in files if PurePosixPath(name).name == STEP), None)
     found = read_object(reader.path / name) if name else {}
     return {key: value for key, value in found.items() if key not in _TIMES}
 

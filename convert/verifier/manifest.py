@@ -46,6 +46,11 @@ def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 
     Raises:
         InputError: the checkpoint or its manifest is missing or corrupt.
     """
+    with readable(path):
+        return _verdict(path, progress or ignore, memory, decode=decode)
+
+
+def _verdict(path: Path, progress: Progress, memory: int, *, decode: bool) -> Verdict:
     found = load(path) if path.is_dir() else None
     if found is None:
         raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
@@ -57,13 +62,11 @@ def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 
         covered=f"{count} files by name and size, {hashed} of them, without tensors, by xxh3-128",
         differences=tuple(differences(path, manifest.NAME, found.files)),
     )
-    with readable(path):
-        opened = open_checkpoint(path)
-    with closing(opened) as reader:
+    with closing(open_checkpoint(path)) as reader:
         _hold(reader, found.tensors, memory)
         stored = _Stored()
-        changed = tuple(_changed(reader, found, stored, progress or ignore))
-        decoded = [_decoded(reader, stored, progress or ignore)] if decode else []
+        changed = tuple(_changed(reader, found, stored, progress))
+        decoded = [_decoded(reader, stored, progress)] if decode else []
         both = found.tensors.keys() & reader.tensors.keys()
     covered = f"{len(found.tensors)} tensors, xxh3-128"
     if stored.chunks and not decode:

@@ -55,7 +55,8 @@ def chunks_of(reader: OrbaxReader, name: str, rows: range | None = None) -> list
     """All stored chunks of an array, in the order of the grid; with `rows`, those that begin in them along the first dimension.
 
     Raises:
-        InputError: one has been lost: where every chunk was stored, one that is not there does not stand for zeros.
+        InputError: one lies beyond the grid, or has been lost: where every chunk was stored, one that is not there does not
+            stand for zeros.
     """
     spec, metadata = reader.tensors[name], reader.grids[name]
     grid = grid_shape(metadata)
@@ -63,6 +64,8 @@ def chunks_of(reader: OrbaxReader, name: str, rows: range | None = None) -> list
     if rows is not None:
         counts[0] = range(-(-rows.start // grid[0]), -(-rows.stop // grid[0]))
     found = sorted(_listed(reader, name, counts[0] if rows is not None else None))
+    if beyond := next((each for each in found if any(i not in of for i, of in zip(each.at, counts, strict=True))), None):
+        raise InputError(f"{reader.item}: {name} holds {beyond.key!r}, which is beyond its grid of {tuple(map(len, counts))}")
     if len(found) != math.prod(map(len, counts)) and reader.complete:
         have = {chunk.at for chunk in found}
         lost = next(at for at in itertools.product(*counts) if at not in have)
@@ -96,7 +99,7 @@ def _place(reader: OrbaxReader, name: str, key: str, separator: str, begin: int,
         found = tuple(map(int, key.split(separator)[begin:][:rank]))
     except ValueError:
         found = ()
-    if len(found) != rank:
+    if len(found) != rank or key_at(reader.grids[name], found) != key:
         raise InputError(f"{reader.item}: {name} holds {key!r}, which is no chunk of an array of {rank} dimensions")
     return found
 

@@ -2,8 +2,8 @@
 
 In: a directory and its item. Out: a reader. It never writes, and imports neither JAX nor Orbax.
 
-The tree comes from `_METADATA`, shapes and element types from the arrays' own zarr metadata; no data is loaded and neither JAX
-nor Orbax is imported. OCDBT (of one process or merged of many) or one directory per array, zarr 2 or 3: whatever is there.
+The tree comes from `_METADATA`, shapes and element types from the arrays' own zarr metadata; no data is loaded. OCDBT (of one
+process or merged of many) or one directory per array, zarr 2 or 3: whatever is there.
 
 Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), https://google.github.io/tensorstore.
 """
@@ -23,9 +23,10 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from layouts.faults import answer, told
-from layouts.files import CONFIG, RECORD, check_regular, check_size, manifest_record, read_object
+from layouts.files import CONFIG, RECORD, check_regular, manifest_record, read_object
 from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
+from layouts.orbax.lengths import check_chunks, check_metadata
 from layouts.orbax.stream import ChunkStreams
 from layouts.orbax.tree import (
     ARRAYS,
@@ -100,16 +101,17 @@ class OrbaxReader:
             for name, leaf in leaves.items()
             if leaf.kind in ARRAYS
         }
-        if not use_ocdbt and not is_remote(item):
-            for leaf in (leaf for leaf in leaves.values() if leaf.kind in ARRAYS):
-                check_size(item / leaf.stored / ("zarr.json" if zarr3 else ".zarray"))
+        check_metadata(item, [leaves[name] for name in specs], ocdbt=use_ocdbt, zarr3=zarr3)
         stores = open_all(item, specs)
+        tensors = {name: describe(item, name, store) for name, store in stores.items()}
         metadata = {name: store.spec().to_json()["metadata"] for name, store in stores.items()}
+        if not use_ocdbt:
+            check_chunks(item, {name: leaves[name].stored for name in specs}, metadata, tensors)
         return cls(
             path=path,
             item=item,
             leaves=leaves,
-            tensors={name: describe(item, name, store) for name, store in stores.items()},
+            tensors=tensors,
             chunks={name: chunk_of(store) for name, store in stores.items()},
             grids=metadata,
             streamable={name: streamable(found) for name, found in metadata.items()},
@@ -217,7 +219,7 @@ class OrbaxReader:
             return self._values[name]
 
     def shard(self, name: str, key: str, form: Mapping[str, Any]) -> Any:
-        """The chunks in a stored shard, by key: nothing is decoded but its index, of this `form` (TensorStore's words)."""
+        """The chunks in a stored shard, by key: nothing is decoded but its index, of this `form` (in TensorStore's words)."""
         base = (self.values(name) + key).spec().to_json()
         return answer(ts.KvStore.open({"driver": "zarr3_sharding_indexed", "base": base, **form}, context=self._context))
 

@@ -15,6 +15,7 @@ from convert import cli
 from layouts import faults
 from layouts.errors import InputError
 from layouts.faults import answer, told, writing
+from tests.orbax.test_keep import PATH, save
 
 SPEC = " [tensorstore_spec='{\"context\":{\"cache_pool\":{}}}' [source locations='tensorstore/x.cc:1\n']]"
 
@@ -127,3 +128,39 @@ def test_a_place_in_a_store_that_does_not_answer_is_exit_6(monkeypatch, tmp_path
     assert "no answer within" in text
     assert "s3://bucket/in" in text
     assert text.count("\n") == 1, "only our own line"
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A checkpoint whose chunks, a file each, are kept."""
+    save(tmp_path / "in", (1, 4, 20, 24), ocdbt=False)
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("key", ["c/7/0/0/0", "c/-1/0/0/0", "c/00/0/0/0", "c/0/1/0/0"])
+def test_a_chunk_beyond_the_grid_is_refused(kept, capsys, key):
+    chunk = kept / f"{PATH}.wi_0" / key
+    chunk.parent.mkdir(parents=True, exist_ok=True)
+    chunk.write_bytes((kept / f"{PATH}.wi_0" / "c/0/0/0/0").read_bytes())
+    refused(capsys, kept, key)
+
+
+@pytest.mark.parametrize("name", [f"{PATH}.wi_0/c/0/0/0/0", f"{PATH}.gate.kernel/c/0/0/0"])
+def test_a_hole_of_8_gib_is_no_chunk(kept, capsys, name):
+    os.truncate(kept / name, 8 << 30)
+    refused(capsys, kept, "8,589,934,592 bytes, and")
+    assert cli.main(["--verify", "--quiet", "--no-gemm", str(kept), str(kept)]) == 3
+
+
+def test_a_manifest_of_8_gib_is_refused(tmp_path, capsys):
+    source = item(tmp_path / "in")
+    tree = json.loads((source / "_METADATA").read_text())
+    (source / "_METADATA").write_text(json.dumps(tree | {"use_ocdbt": True}))
+    (source / "manifest.ocdbt").touch()
+    os.truncate(source / "manifest.ocdbt", 8 << 30)
+    refused(capsys, source, "are the most that a file of this kind may have")
+
+
+def test_a_side_file_that_is_a_link_to_a_directory_is_not_left_out(kept, capsys):
+    (kept / "assets").symlink_to("/usr")
+    refused(capsys, kept, "a link to a directory")
