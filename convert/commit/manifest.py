@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from convert.commit.inventory import FileEntry
 from convert.planning.planner import Plan
 from layouts.errors import InputError
@@ -23,6 +25,8 @@ from layouts.reader import Reader
 
 NAME = MANIFEST
 VERSION = 2
+SEAL = "xxh3_128"
+"""Under which the digest of the manifest itself stands in it."""
 SOURCE = "source:"
 """What stands before the name of a source tensor where digests of sources and targets are kept together."""
 TOOL = "1.0.0.dev0"
@@ -54,6 +58,8 @@ class Beside:
     input: str
     files: Mapping[str, FileEntry]
     options: Mapping[str, int] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """The header of each shard; its digest goes into the manifest."""
 
 
 def render(
@@ -83,10 +89,21 @@ def render(
         "tensors": tensors,
         "sources": _sources(plan, digests),
         "files": {name: entry.json() for name, entry in beside.files.items()},
+        "headers": {name: hashed_text(header) for name, header in beside.headers.items()},
     }
     if original:
         content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps({**content, SEAL: seal_of(content)}, indent=1) + "\n"
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """The digest of all that a manifest says, but for this digest, in the order in which it stands there."""
+    return hashed_text(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+
+
+def hashed_text(text: str) -> str:
+    """xxh3-128, hex."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def _sources(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Digest]:

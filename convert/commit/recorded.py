@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.commit.inventory import FileEntry
-from convert.commit.manifest import MADE, NAME, Digest, read
+from convert.commit.manifest import MADE, NAME, SEAL, Digest, read, seal_of
 from layouts.errors import InputError
 
 
@@ -37,6 +37,10 @@ class Manifest:
     files: Mapping[str, FileEntry]
     input: str
     hashed: str | None
+    headers: Mapping[str, str]
+    """The digest of each shard's header."""
+    intact: bool | None
+    """Whether its digest of itself is right; None if it has none."""
 
 
 def load(path: Path) -> Manifest | None:
@@ -59,6 +63,8 @@ def load(path: Path) -> Manifest | None:
             files={name: FileEntry.parse(entry) for name, entry in found["files"].items()},
             input=found["input"],
             hashed=found.get("hashed"),
+            headers={str(name): str(digest) for name, digest in found.get("headers", {}).items()},
+            intact=found[SEAL] == seal_of(found) if SEAL in found else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: {error!r}; convert again to have one") from None

@@ -120,6 +120,7 @@ class HFWriter:
             input=input_digest(reader),
             files=inventory(stage.path, manifest.NAME, shards.__contains__),
             options={"max_shard_size": self.max_shard_size},
+            headers={file.name: file.head[8:].decode() for file in files},
         )
         stage.folder.write_text(manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
 

@@ -1,7 +1,7 @@
 """Prove that an output is still what was written: all of its files, and the digest of every tensor.
 
-In: a checkpoint with its manifest. Out: a verdict of the levels `files` and `digests`. It never believes the manifest more than
-that somebody has written it: names in it are not opened, and digests cover all of a tensor.
+In: a checkpoint with its manifest. Out: a verdict of the levels `files`, `digests` and `manifest`. It never believes the
+manifest more than that somebody has written it: names in it are not opened, and digests cover all of a tensor.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from convert.commit.recorded import Manifest, load, spans_of
 from convert.errors import InputError, readable
 from convert.progress import Progress, ignore
 from convert.verifier.order import STRIP, hold
+from convert.verifier.sealed import compare_manifest
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.language.pattern import strips
@@ -64,6 +65,7 @@ def _verdict(path: Path, progress: Progress, memory: int, *, decode: bool) -> Ve
     )
     with closing(open_checkpoint(path)) as reader:
         _hold(reader, found.tensors, memory)
+        itself = compare_manifest(reader, found)
         stored = _Stored()
         changed = tuple(_changed(reader, found, stored, progress))
         decoded = [_decoded(reader, stored, progress)] if decode else []
@@ -72,7 +74,7 @@ def _verdict(path: Path, progress: Progress, memory: int, *, decode: bool) -> Ve
     if stored.chunks and not decode:
         covered += f"; {stored} were not decoded; --decode reads them"
     digests = Level(name="digests", covered=covered, compared=len(both), differences=changed)
-    return Verdict(subject=str(path), levels=(files, digests, *decoded))
+    return Verdict(subject=str(path), levels=(files, digests, itself, *decoded))
 
 
 def _decoded(reader: Reader, stored: _Stored, progress: Progress) -> Level:

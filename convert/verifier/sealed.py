@@ -1,0 +1,52 @@
+"""The manifest itself, and what it says of headers and of our record: level `manifest`.
+
+In: an open checkpoint and its manifest. Out: a level. It never looks at data.
+
+The manifest holds the digest of the rest of itself. It cannot stand in the record: that is in the headers of shards and in
+`config.json`, whose digests are in the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from convert.commit.manifest import NAME, hashed_text
+from convert.commit.recorded import Manifest
+from convert.verifier.verdict import Level
+from layouts.files import CONFIG
+from layouts.reader import Reader
+
+
+def compare_manifest(reader: Reader, found: Manifest) -> Level:
+    """Whether the manifest, the headers of shards and the records of the layout are what was written together."""
+    return Level(
+        name="manifest",
+        covered=f"{NAME} by its own digest, {len(found.headers)} headers by theirs, the record of the layout everywhere",
+        compared=1 + len(found.headers),
+        differences=(*_itself(found), *_headers(reader, found), *_records(reader, found)),
+    )
+
+
+def _itself(found: Manifest) -> Iterator[str]:
+    if found.intact is None:
+        yield f"{NAME} has no digest of itself: an earlier version wrote it, or somebody changed it; convert again to have one"
+    elif not found.intact:
+        yield f"{NAME} is not what was written"
+
+
+def _headers(reader: Reader, found: Manifest) -> Iterator[str]:
+    for name in sorted(found.headers.keys() ^ reader.headers.keys()):
+        yield f"the header of {name} is only in {NAME if name in found.headers else 'the checkpoint'}"
+    for name in sorted(found.headers.keys() & reader.headers.keys()):
+        if hashed_text(reader.headers[name]) != found.headers[name]:
+            yield f"the header of {name} is not what was written"
+
+
+def _records(reader: Reader, found: Manifest) -> Iterator[str]:
+    wanted = found.made.get("record") or {}
+    beside = CONFIG if reader.format == "hf" else "the tree"
+    for place, record in {beside: reader.record, **reader.records}.items():
+        if (record or {}) != wanted:
+            yield f"the record of the layout in {place} is {'not that of ' + NAME if record else 'missing'}"
+    if "layout" in wanted and wanted["layout"] != found.made.get("layout"):
+        yield f"{NAME} calls the layout {found.made.get('layout')!r}, and its record {wanted['layout']!r}"
