@@ -55,6 +55,7 @@ def test_what_we_make_has_no_differences(root, a, b):
 
 EDITS = {
     "hidden_act": "gelu",
+    "model_type": "olmoe",
     "num_experts_per_tok": 1,
     "norm_topk_prob": False,
     "rope_theta": 10000.0,
