@@ -26,6 +26,7 @@ class _Running(TypedDict, total=False):
 
 class _Tree(TypedDict, total=False):
     family: str | None
+    source_layout: str | None
     scan: bool
     scan_axis: int | None
     params_only: bool
@@ -34,7 +35,6 @@ class _Tree(TypedDict, total=False):
 
 
 class _Moved(_Tree, total=False):
-    source_layout: str | None
     to: Format | None
     keep_chunks: bool
 

@@ -39,7 +39,7 @@ def test_a_verdict_its_page_and_a_division_have_none():
     level = Level(
         name="exact", covered=f"all of {NAME}", compared=1, differences=(f"{NAME} differs",), errors={f"{NAME}\ud800": (0.5,)}
     )
-    verdict = Verdict(subject=f"in\ud800{NAME}", levels=(level, Level(name="others", covered=NAME)))
+    verdict = Verdict(subject=f"in\ud800{NAME}", levels=(level, Level(name="others", covered=NAME, compared=1)))
     for text in (str(verdict), page(verdict), describe_division([(NAME, 3)], 2)):
         assert "FORGED" in text
         assert not lines(text)

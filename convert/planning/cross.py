@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of
-from convert.planning.targets import Target
+from convert.planning.targets import OTHER, Target, cut
 from layouts.errors import InputError, PlanError
 from layouts.reader import Reader
 from layouts.tables.maxtext import Tree
@@ -56,8 +56,8 @@ def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Targe
                 f"{reader.path}: {name} is {spec.dtype} {spec.shape}, but {first.name} {first.dtype} {first.shape}"
             )
     try:
-        stored = pair.source.pattern.sizes(first.shape, pair.counts)
-        sizes = {**pair.counts, **stored}
+        stored = {**pair.counts, **pair.source.pattern.sizes(first.shape, {**pair.counts, **pair.real})}
+        sizes = stored if pair.role == OTHER else cut(stored, pair.target.pattern)
         shape = pair.target.pattern.shape(sizes)
     except (KeyError, ValueError) as error:
         raise PlanError(f"{reader.path}: {first.name} (in {reader.where(first.name)}): {error}") from None
@@ -71,7 +71,7 @@ def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Targe
             dims="out" if pair.part else "out in",
             index=index,
             sizes=sizes,
-            source_sizes=sizes,
+            source_sizes=stored,
             source=pair.source,
             target=pair.target,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.planning.targets import OTHER
@@ -19,20 +19,23 @@ from layouts.language.template import Template
 from layouts.tables.families import Family
 from layouts.tables.maxtext import HEADS, LAYERS, ROOT, Row, Stack, Tree, numbered
 from layouts.tables.maxtext_trees import COMPUTED, TREES
-from layouts.tables.targets import target
 
 _BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads."""
+    """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads.
+
+    `real` are those of the source's axes that are stored with padding.
+    """
 
     role: str
     part: str = ""
     source: Placed
     target: Placed
     counts: Mapping[str, int]
+    real: Mapping[str, int] = field(default_factory=dict)
     optional: bool
 
 
@@ -40,7 +43,8 @@ class Pair:
 class Sides:
     """What a cross conversion is between: the family, and how its experts are stored on both sides.
 
-    `tree` is MaxText's family, which knows along which axis layers are stacked, if they are (`scan`).
+    `tree` is MaxText's family, which knows along which axis layers are stacked, if they are (`scan`). `real` are for each role
+    the sizes of the axes that the tree stores with padding, if it is what is read.
     """
 
     family: Family
@@ -49,6 +53,7 @@ class Sides:
     maxtext: Layouts
     scan: bool
     to_maxtext: bool
+    real: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
@@ -62,14 +67,6 @@ def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
     if family.name not in TREES:
         raise PlanError(f"{where}: no MaxText tree is known for family {family.name}; known: {', '.join(sorted(TREES))}")
     return TREES[family.name]
-
-
-def sides_of(family: Family, tree: Family, fused: str | None, *, scan: bool, to_maxtext: bool, is_fused: bool = False) -> Sides:
-    """The sides; `fused` names the layout of the experts in the output, if they are to be; `is_fused` is said of the input."""
-    hf = target(fused, family, shards=1, align=128) if fused and not to_maxtext else family.native[0]
-    concat = fused if to_maxtext else is_fused
-    stored = target("concat", tree, shards=1, align=128) if concat else tree.native[0]
-    return Sides(family=family, tree=tree, hf=hf, maxtext=stored, scan=scan, to_maxtext=to_maxtext)
 
 
 def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pair]:
@@ -157,7 +154,8 @@ def _pair(
     if scan:
         maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, sides.tree.scan_axis))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
-    return Pair(role=role, part=part, source=one, target=other, counts=counts, optional=optional)
+    real = {} if part else sides.real.get(role, {})
+    return Pair(role=role, part=part, source=one, target=other, counts=counts, real=real, optional=optional)
 
 
 def _scanned(pattern: Pattern, layers: tuple[str, ...], at: int) -> Pattern:

@@ -11,22 +11,24 @@ from typing import Any
 
 from convert.options import Choices
 from convert.planning.cross import cross_targets
-from convert.planning.cross_pairs import Sides, sides_of, trees_of
+from convert.planning.cross_pairs import Sides, trees_of
 from convert.planning.planner import Action, Plan
-from convert.planning.record import family_record, make_record
+from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Target
 from layouts.errors import InputError, PlanError
 from layouts.files import CONFIG, RECORD
-from layouts.language.layout import ROLES
-from layouts.matching.candidates import record_of
+from layouts.language.layout import ROLES, Layout, Layouts
+from layouts.language.pattern import Pattern
+from layouts.matching.candidates import candidates, record_of
+from layouts.matching.describe import Description, describe
 from layouts.matching.lookup import find_family
+from layouts.matching.origin import Origin, name_of, origin_of
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
 from layouts.tables.maxtext import ROOT, Tree
-
-_FUSED = ("concat",)
-"""The layouts in which MaxText has a place for `wi`, for experts that are not cut into shards."""
+from layouts.tables.natives import SOURCES
+from layouts.tables.targets import IN_MAXTEXT, TARGETS, target
 
 
 def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices) -> Plan:
@@ -36,20 +38,12 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         PlanError: no lossless plan exists.
         InputError: tensors or `config.json` are missing.
     """
-    layout, to_maxtext = choices.layout, reader.format == "hf"
+    to_maxtext, fused = reader.format == "hf", action == "prefuse"
     config = config_of(reader)
-    found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=choices.family)
-    trees = trees_of(found, reader.path)
-    fused = layout if action == "prefuse" else None
-    if to_maxtext and fused and fused not in _FUSED:
-        raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {fused!r}; it can take {', '.join(_FUSED)}")
-    tree, scan = (trees[0], choices.scan) if to_maxtext else tree_in(reader, trees)
-    if to_maxtext:
-        check_separate(reader)
-        where, taken_apart = maxtext(choices.scan_axis), False
-    else:
-        where, taken_apart = stacked_along(reader, choices.scan_axis), is_fused(reader, choices.source_layout)
-    sides = sides_of(found, where, fused, scan=scan, to_maxtext=to_maxtext, is_fused=taken_apart)
+    origin = origin_of(reader, choices.family)
+    named = choices.family or origin.family
+    found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=named)
+    tree, sides, came = (_into_maxtext if to_maxtext else _out_of_maxtext)(reader, found, origin, choices, fused)
     # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
@@ -62,15 +56,58 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         action=action,
         format="orbax" if to_maxtext else "hf",
         family=found.name,
-        layout=layout if fused else ("maxtext" if to_maxtext else "native"),
-        record=_record(layout, sides, targets) if fused else family_record(where) if to_maxtext else None,
+        layout=choices.layout if fused else ("maxtext" if to_maxtext else "native"),
+        record=_record(choices.layout if fused else None, sides, targets, came),
         targets=tuple(targets),
         side_files=side_files,
         left_out_files=left_out_files,
         never_copied=beside.never,
         left_out=left_out,
-        scanned=scan if to_maxtext else None,
+        scanned=sides.scan if to_maxtext else None,
     )
+
+
+_Made = tuple[Tree, Sides, Layouts]
+"""A tree, the sides, and the layouts that the experts have in the Hugging Face checkpoint when nobody has fused them."""
+
+
+def _into_maxtext(reader: Reader, family: Family, _: Origin, choices: Choices, fused: bool) -> _Made:
+    tree, where = trees_of(family, reader.path)[0], maxtext(choices.scan_axis)
+    if fused and choices.layout not in IN_MAXTEXT:
+        known = ", ".join(name for name in TARGETS if name in IN_MAXTEXT)
+        raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {choices.layout!r}; it can take {known}")
+    if record_of(reader).get("layout"):
+        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
+    described = describe(reader, family=family.name, source_layout=choices.source_layout)
+    hf, came = stored_in(reader, described)
+    stored = target(choices.layout, where, shards=choices.shards, align=choices.align) if fused else where.native[0]
+    return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=choices.scan, to_maxtext=True), came
+
+
+def _out_of_maxtext(reader: Reader, family: Family, origin: Origin, choices: Choices, fused: bool) -> _Made:
+    tree, scan = tree_in(reader, trees_of(family, reader.path))
+    where = stacked_along(reader, choices.scan_axis)
+    stored, real = fused_in(reader, where, choices.source_layout)
+    came = SOURCES[origin.layout] if origin.layout else family.native[0]
+    hf = target(choices.layout, family, shards=choices.shards, align=choices.align) if fused else came
+    return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=scan, to_maxtext=False, real=real), came
+
+
+def stored_in(reader: Reader, described: Description) -> tuple[Layouts, Layouts]:
+    """The layouts of a Hugging Face checkpoint's experts: as they are stored, and as they were before anybody fused them.
+
+    Raises:
+        PlanError: they are in several.
+    """
+    found: dict[str, dict[tuple[Layout, Layout], str]] = {role: {} for role in ROLES}
+    for group in described.groups:
+        found[group.role].setdefault((group.layout, group.native), group.names[0])
+    for several in found.values():
+        if len(several) > 1:
+            one, other, *_ = several.values()
+            raise PlanError(f"{reader.path}: {one} and {other} are in two layouts, and layers that are stacked have only one")
+    pairs = {role: next(iter(each)) for role, each in found.items()}
+    return {role: layout for role, (layout, _) in pairs.items()}, {role: native for role, (_, native) in pairs.items()}
 
 
 def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
@@ -101,33 +138,40 @@ def config_of(reader: Reader) -> Mapping[str, Any]:
     return {key: value for key, value in reader.config.items() if key != RECORD}
 
 
-def is_fused(reader: Reader, stated: str | None = None) -> bool:
-    """Whether an Orbax tree that is read has its experts fused: as our record says, or as is `stated` where there is none."""
-    record = record_of(reader)
-    if record.get("layout") in _FUSED:
-        return True
-    if any(name.endswith(".wi") for name in reader.tensors):
-        if not record.get("layout") and stated in _FUSED:
-            return True
-        raise PlanError(
-            f"{reader.path}: it has a fused wi, and nothing says in which layout; if it is gate and up side by side, as "
-            f"MaxText has it, say so with --source-layout {_FUSED[0]}, else split it first"
-        )
-    return False
+def fused_in(reader: Reader, tree: Family, stated: str | None = None) -> tuple[Layouts, dict[str, dict[str, int]]]:
+    """The layouts of the experts in a tree that is read, and for each role how much of its padded axes is real.
 
-
-def check_separate(reader: Reader) -> None:
-    """See that the experts of a Hugging Face checkpoint are not fused.
+    They are as our record says, or as is `stated` where there is none.
 
     Raises:
-        PlanError: they are.
+        PlanError: experts are fused, and nothing says in which layout.
     """
-    if record_of(reader).get("layout"):
-        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
+    if not record_of(reader).get("layout"):
+        if not any(name.endswith(".wi") for name in reader.tensors):
+            return tree.native[0], {}
+        if stated is None:
+            raise PlanError(
+                f"{reader.path}: it has a fused wi, and nothing says in which layout; if it is gate and up side by side, as "
+                f"MaxText has it, say so with --source-layout concat, else name its layout ({', '.join(sorted(IN_MAXTEXT))})"
+            )
+    known = candidates(reader, tree, stated).known
+    layouts = {role: next(each.layout for each in known if each.role == role) for role in ROLES}
+    if not any(Pattern(layout.pattern).padding for layout in layouts.values()):
+        return layouts, {}
+    real: dict[str, dict[str, int]] = {}
+    for group in describe(reader, family=tree.name, source_layout=stated).groups:
+        sizes = {axis: group.sizes[axis] for axis in group.placed.pattern.padding}
+        if not group.part and str(group.index.get("path", "")).startswith(ROOT) and real.setdefault(group.role, sizes) != sizes:
+            raise PlanError(f"{reader.path}: {group.names[0]} has {sizes} behind its padding, others {real[group.role]}")
+    return layouts, real
 
 
-def _record(layout: str, sides: Sides, targets: Iterable[Target]) -> dict[str, Any]:
-    """The record of the fused experts, in the words of the format that has them."""
-    owner = sides.tree if sides.to_maxtext else sides.family
-    wanted = sides.maxtext if sides.to_maxtext else sides.hf
-    return make_record(layout, owner, wanted, [(owner.native[0][t.role], t) for t in targets if t.role in ROLES])
+def _record(layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts) -> dict[str, Any] | None:
+    """The record of the experts, in the words of the format that has them; a tree's says of what it was made, too."""
+    origin = Origin(family=sides.family.name, layout=name_of(came)) if sides.to_maxtext else Origin()
+    if layout is None:
+        return family_record(sides.tree, origin) if sides.to_maxtext else None
+    owner, wanted = (sides.tree, sides.maxtext) if sides.to_maxtext else (sides.family, sides.hf)
+    natives = sides.tree.native[0] if sides.to_maxtext else came
+    made = [(natives[each.role], each) for each in targets if each.role in ROLES]
+    return with_origin(make_record(layout, owner, wanted, made), origin)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from convert.options import Choices
 from convert.planning import relay
-from convert.planning.record import family_record, make_record
+from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Piece, Target
 from layouts.errors import PlanError
 from layouts.language.layout import Layouts, Placed
@@ -20,6 +20,7 @@ from layouts.language.pattern import identity
 from layouts.language.template import Template
 from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
+from layouts.matching.origin import origin_of
 from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
 from layouts.tensors import TensorSpec
@@ -84,6 +85,7 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
     layout = choices.layout
     described = describe(reader, family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis)
     wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
+    origin = origin_of(reader, choices.family)
     experts = list(_experts(reader, described, None if action == "split" else wanted))
     found = [made for _, made in experts]
     if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
@@ -102,9 +104,9 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         format=reader.format,
         family=described.family.name,
         layout="native" if action == "split" else layout,
-        record=family_record(described.family)
+        record=family_record(described.family, origin)
         if action == "split"
-        else make_record(layout, described.family, wanted, [(group.native, made) for group, made in experts]),
+        else with_origin(make_record(layout, described.family, wanted, [(g.native, made) for g, made in experts]), origin),
         targets=_in_reading_order(reader, found),
         side_files=copied,
         left_out_files=left_out_files,

@@ -14,13 +14,15 @@ from typing import Any
 from convert.planning.targets import Target
 from layouts.language.layout import Layout, Layouts
 from layouts.language.pattern import Pattern
+from layouts.matching.candidates import ORIGIN
+from layouts.matching.origin import Origin
 from layouts.tables.families import Family, maxtext
 from layouts.tables.targets import VERSION
 
 _Made = Sequence[tuple[Layout, Target]]
 """Each target with the layout that its sources had before anybody re-laid them."""
-_SCAN = re.compile(r"\bl\d*\b")
-"""An axis of stacked layers, in a pattern."""
+_SCAN = re.compile(r"\b(?:l\d*|p)\b")
+"""An axis of stacked layers, in a pattern: `l0`, `l1` within a format, `l` and `p` between formats."""
 
 
 def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> dict[str, Any]:
@@ -33,10 +35,15 @@ def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> di
     return record
 
 
-def family_record(family: Family) -> dict[str, Any] | None:
-    """The record of experts that are not fused: the family, where nothing else in the checkpoint tells it."""
+def family_record(family: Family, origin: Origin) -> dict[str, Any] | None:
+    """The record of experts that are not fused: what nothing else in the checkpoint tells."""
     usual = not family.by_structure or family.name == maxtext().name
-    return None if usual else {"version": VERSION, "family": family.name}
+    return None if usual and not origin.words else with_origin({"version": VERSION, "family": family.name}, origin)
+
+
+def with_origin(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """The record of a MaxText tree, with what is known of the checkpoint that it was made of."""
+    return {**record, ORIGIN: origin.words} if origin.words else record
 
 
 def _words(layout: Layout, family: Family) -> dict[str, Any]:
@@ -66,8 +73,11 @@ def _stored(targets: Iterable[Target], wanted: Layouts) -> dict[str, Any]:
 def _entry(target: Target, wanted: Layouts) -> Mapping[str, Any] | None:
     pattern = target.target.pattern
     unpadded = {axis: target.sizes[axis] for axis in pattern.padding}
-    if not target.part and not unpadded:
-        usual = Pattern(wanted[target.role].pattern).expand(len(pattern.groups))
-        if _SCAN.sub("l", pattern.text) == _SCAN.sub("l", usual.text):
-            return None
-    return {"pattern": pattern.text, "dims": target.dims, "unpadded": unpadded}
+    text = pattern.text
+    if not target.part:
+        usual = Pattern(wanted[target.role].pattern).expand(len(pattern.groups)).text
+        if _SCAN.sub("l", text) == _SCAN.sub("l", usual):
+            if not unpadded:
+                return None
+            text = usual  # one name for each axis of layers, whichever way the tree came about
+    return {"pattern": text, "dims": target.dims, "unpadded": unpadded}

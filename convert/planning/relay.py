@@ -6,9 +6,9 @@ In: a group of tensors and a wanted layout. Out: targets, or a reason. It never 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from convert.planning.targets import Target
+from convert.planning.targets import Target, cut
 from layouts.errors import PlanError
 from layouts.language.layout import Layout, Placed
 from layouts.language.parts import AXES, CHUNKS, PARTS, companion, is_in_first, takes
@@ -34,7 +34,7 @@ def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layou
         raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
     try:
         pattern = _pattern(reader, group, beside, placed.pattern)
-        sizes = _sizes(group, pattern)
+        sizes = cut(group.sizes, pattern)
         shape = pattern.shape(sizes)
     except ValueError as error:
         raise PlanError(f"{reader.path}: {group.names[0]} does not fit into '{layout.pattern}': {error}") from None
@@ -128,23 +128,3 @@ def _coarser(pattern: Pattern, text: str, axis: str, unit: int, whole: int) -> s
     if size % unit:
         raise ValueError(f"a block of {unit} would lie across the end of {size} ({axis})")
     return text.replace(word, f"{axis}{word[len(axis)]}{size // unit}")
-
-
-def _sizes(group: Group, pattern: Pattern) -> dict[str, int]:
-    """The logical sizes in the wanted pattern: those of the group, with its `n` cut as the pattern wants it."""
-    sizes = {axis: size for axis, size in group.sizes.items() if axis not in CHUNKS}
-    if "n" not in group.sizes:
-        return sizes
-    rest = group.total("n")
-    fixed: Mapping[str, int] = pattern.fixed
-    for axis in CHUNKS:
-        if axis in fixed:
-            if rest % fixed[axis]:
-                raise ValueError(f"n = {rest} does not divide into {axis} = {fixed[axis]}")
-            rest //= fixed[axis]
-            sizes[axis] = fixed[axis]
-    if "c" in pattern.axes and "c" not in fixed:
-        sizes["c"] = rest
-    else:
-        sizes["n"] = rest
-    return sizes

@@ -9,6 +9,7 @@ is copied into the other. A `Target` therefore only holds both layouts and their
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -112,6 +113,30 @@ class Target:
                 source = _place(self.source.pattern, self.source_sizes, number)
                 yield run.chunk | {"n": target_n}, source | {"n": range(at, at + end - start)}
                 start = end
+
+
+def cut(sizes: Mapping[str, int], pattern: Pattern) -> dict[str, int]:
+    """Logical sizes with their `n`, all shards and chunks of it, cut as a pattern wants it.
+
+    Raises:
+        ValueError: it does not divide.
+    """
+    found = {axis: size for axis, size in sizes.items() if axis not in CHUNKS}
+    if "n" not in sizes:
+        return found
+    rest = math.prod(sizes.get(axis, 1) for axis in CHUNKS)
+    fixed: Mapping[str, int] = pattern.fixed
+    for axis in CHUNKS:
+        if axis in fixed:
+            if rest % fixed[axis]:
+                raise ValueError(f"n = {rest} does not divide into {axis} = {fixed[axis]}")
+            rest //= fixed[axis]
+            found[axis] = fixed[axis]
+    if "c" in pattern.axes and "c" not in fixed:
+        found["c"] = rest
+    else:
+        found["n"] = rest
+    return found
 
 
 def _chunks(pattern: Pattern, sizes: Mapping[str, int], box: Box) -> Iterator[_Run]:

@@ -6,7 +6,7 @@ In: one or two paths. Out: a verdict. It never writes, and shares no code with w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
+from layouts.matching.origin import hf_name, origin_of
 from layouts.reader import Reader
 from layouts.tables.families import maxtext
 
@@ -169,7 +170,12 @@ def _opened(path: Path) -> Reader:
 def _described(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:
     """Both; what one does not say of itself, the record of what was made from it says, or its maker's."""
     records = [record_of(reader) for reader in (one, other)]
-    stated = [options.family or record.get("family") for record in records]
+    family = options.family
+    if one.format == "orbax" and hf_name(family):  # the model's, which both have to be made of; their trees are their own
+        for reader in (one, other):
+            origin_of(reader, family)
+        family = None
+    stated = [family or record.get("family") for record in records]
     usual = None
     if one.format == "orbax":
         usual = next(filter(None, stated), None) if options.scan_axis is None else maxtext(options.scan_axis).name
@@ -177,16 +183,19 @@ def _described(one: Reader, other: Reader, options: Verification) -> tuple[Descr
 
 
 def _describe(reader: Reader, family: str | None, options: Verification, beside: Mapping[str, Any]) -> Description:
-    """As it stands, or in the layout that was named, or as the record of the other one says it was."""
-    try:
-        with readable(reader.path):
-            return describe(reader, family=family)
-    except PlanError:
-        if options.source_layout is not None:
-            return describe(reader, family=family, source_layout=options.source_layout)
-        if "layout" not in beside:
-            raise
-        return describe(reader, family=family or str(beside["family"]), like=beside)
+    """By its record, else in the layout that was named, else in what the other's record says it was, else by the table.
+
+    What was said comes before the table: layouts may have names and shapes in common.
+    """
+    with readable(reader.path):
+        if "layout" not in record_of(reader):
+            if options.source_layout is not None:
+                with suppress(PlanError):
+                    return describe(reader, family=family, source_layout=options.source_layout)
+            if "layout" in beside:
+                with suppress(PlanError):
+                    return describe(reader, family=family or str(beside["family"]), like=beside)
+        return describe(reader, family=family)
 
 
 def _scope(options: Verification) -> Scope:

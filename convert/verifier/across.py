@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from convert.errors import PlanError
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, sides_of, trees_of
-from convert.planning.cross_plan import config_of, is_fused, stacked_along, tree_in
+from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, trees_of
+from convert.planning.cross_plan import config_of, fused_in, stacked_along, stored_in, tree_in
 from convert.verifier.counts import Counts, expert_words, layer_words, skipped_words
 from convert.verifier.logical import Block, Scope, blocks
 from layouts.language.layout import ROLES
-from layouts.matching.describe import describe
+from layouts.matching.candidates import record_of
+from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
 from layouts.matching.lookup import find_family
+from layouts.matching.origin import origin_of
 from layouts.reader import Reader
 from layouts.tables.maxtext import LAYERS
 
@@ -35,25 +38,38 @@ class Formats:
     config: Mapping[str, Any]
     sides: Sides
     pairs: tuple[Pair, ...]
+    described: Description
 
 
 def formats_of(
     hf: Reader, tree: Reader, scan_axis: int | None = None, source_layout: str | None = None, family: str | None = None
 ) -> Formats:
-    """What the tables say of both, and of the tree `scan_axis` and `source_layout`, if it does not say that itself.
+    """What the tables say of both, the record of the tree, and of what these leave open `scan_axis` and `source_layout`.
 
     Raises:
         PlanError: no MaxText tree is known for the family, or the experts of the Hugging Face side are fused.
     """
     if hf.record:
         raise PlanError(f"{hf.path}: its experts are fused; compare a split checkpoint with the MaxText tree")
-    config = config_of(hf)
-    found = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf", override=family)
+    config, origin = config_of(hf), origin_of(tree, family)
+    named = family or origin.family
+    found = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf", override=named)
     rows, scan = tree_in(tree, trees_of(found, hf.path))
-    fused = is_fused(tree, source_layout)
-    sides = sides_of(found, stacked_along(tree, scan_axis), None, scan=scan, to_maxtext=False, is_fused=fused)
+    where = stacked_along(tree, scan_axis)
+    stored, real = fused_in(tree, where, None if record_of(tree).get("layout") else source_layout)
+    described = _described(hf, found.name, source_layout, origin.layout)
+    native, _ = stored_in(hf, described)
+    sides = Sides(family=found, tree=where, hf=native, maxtext=stored, scan=scan, to_maxtext=False, real=real)
     pairs = tuple(pair for pair in pairs_of(rows, sides, config) if not (pair.optional and _lacks(tree, pair)))
-    return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs)
+    return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs, described=described)
+
+
+def _described(hf: Reader, family: str, *said: str | None) -> Description:
+    """The Hugging Face side in the first of these layouts that it can be in, else in what its family's table has."""
+    for layout in filter(None, said):
+        with suppress(PlanError):
+            return describe(hf, family=family, source_layout=layout)
+    return describe(hf, family=family)
 
 
 def _lacks(tree: Reader, pair: Pair) -> bool:
@@ -91,20 +107,12 @@ def _points(first: Pair) -> Iterator[dict[str, int]]:
 
 
 def all_layers_of(both: Formats) -> dict[str, Block]:
-    """The MoE layers of the Hugging Face side, whatever is compared of them.
-
-    Raises:
-        InputError, PlanError: it cannot be described.
-    """
-    return blocks(both.hf, describe(both.hf, family=both.sides.family.name))
+    """The MoE layers of the Hugging Face side, whatever is compared of them."""
+    return blocks(both.hf, both.described)
 
 
 def layers_of(both: Formats, scope: Scope) -> tuple[dict[str, Block], dict[str, Block]]:
-    """The MoE layers of both under the same keys, as far as they are in the scope.
-
-    Raises:
-        InputError, PlanError: the Hugging Face side cannot be described.
-    """
+    """The MoE layers of both under the same keys, as far as they are in the scope."""
     left = {key: block for key, block in all_layers_of(both).items() if scope.holds(block)}
     keys = {name: key for key, block in left.items() for group in block.groups.values() for name in group.names}
     right = {keys[name]: block for pairs in _stacks(both.pairs) for name, block in _blocks(both, pairs) if name in keys}
@@ -141,9 +149,10 @@ def _group(both: Formats, pair: Pair, index: Mapping[str, int]) -> Group:
         dims="out" if pair.part else "out in",
         placed=pair.source,
         index=index,
-        sizes={**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)},
+        sizes={**pair.counts, **pair.source.pattern.sizes(spec.shape, {**pair.counts, **pair.real})},
         dtype=spec.dtype,
         names=names,
+        layout=both.sides.maxtext[pair.role],
         native=both.sides.maxtext[pair.role],
         relaid=False,
     )

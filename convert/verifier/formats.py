@@ -18,6 +18,7 @@ from einops import rearrange
 from convert.planning.cross_pairs import Pair, names_of
 from convert.verifier.across import Formats
 from convert.verifier.order import by_place, hold, place_of
+from convert.verifier.stored import arranged, dimensions
 from convert.verifier.verdict import Level
 from layouts.language.layout import ROLES
 from layouts.reader import Reader
@@ -25,6 +26,8 @@ from layouts.tables.maxtext import ROOT
 from layouts.tensors import TensorSpec
 from layouts.windows import lengths
 
+_WOVEN = ("g", "s", "c")
+"""Axes that lie within a dimension of a fused `wi`, and are one with `n` or none in Hugging Face."""
 _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
 
@@ -85,7 +88,8 @@ def _in_order(both: Formats, pair: Pair, memory: int) -> list[tuple[dict[str, in
 def _strips(pair: Pair, spec: TensorSpec) -> list[dict[str, range]]:
     """The parts along the first axis of a tensor of Hugging Face; one that is small, or has other axes within, is not cut."""
     first, rows = pair.target.pattern.tokens[0], spec.shape[0] if spec.shape else 1
-    if spec.nbytes <= _LARGE or not first.isalpha() or first in ("e", "d"):
+    whole = _is_woven(pair) and (first == "n" or first in pair.source.pattern.padding)
+    if spec.nbytes <= _LARGE or not first.isalpha() or first in ("e", "d") or whole:
         return [{}]
     step = max(1, rows * _LARGE // spec.nbytes)
     return [{first: range(start, min(start + step, rows))} for start in range(0, rows, step)]
@@ -109,7 +113,11 @@ def _compare(
         slices = (*rows, *[slice(None)] * (len(spec.shape) - len(rows)))
         block = hf.read(name, slices)
         for g, part in _projections(pair, index, block):
-            other = _other(tree, pair, {**index, **g}, strip)
+            try:
+                other = _other(tree, pair, {**index, **g}, strip)
+            except ValueError as error:
+                yield f"{name}: {pair.source.key.render({'l': 0, **index, **g})}: {error}"
+                return
             if other is None or part.dtype != other.dtype or not np.array_equal(part, other):
                 yield f"{name} differs from {pair.source.key.render({'l': 0, **index, **g})}"
                 return
@@ -119,13 +127,28 @@ def _compare(
 def _projections(pair: Pair, index: Mapping[str, int], block: Any) -> Iterator[tuple[dict[str, int], Any]]:
     """The block in MaxText's axes without those that are cut off; gate and up of a fused tensor one after the other."""
     axes = pair.target.pattern.text
-    kept = [axis for axis in pair.source.pattern.axes if axis not in index and axis != "g"]
+    kept = _kept(pair, index)
     known = {axis: size for axis, size in {**pair.counts, "g": 2}.items() if axis in pair.target.pattern.axes}
     if "g" not in pair.target.pattern.axes:
         yield {}, rearrange(block, f"{axes} -> {' '.join(kept)}", **known)
         return
-    both = rearrange(block, f"{axes} -> g {' '.join(kept)}", **known)
+    both = rearrange(block, f"{axes.replace('-', '')} -> g {' '.join(kept)}", **known)
+    both = both[::-1] if pair.target.pattern.reversed else both
     yield from (({"g": g}, both[g]) for g in (0, 1))
+
+
+def _kept(pair: Pair, index: Mapping[str, int]) -> list[str]:
+    """The axes of MaxText's side that are not cut off; `n` with all of its shards and chunks is one."""
+    cut = _WOVEN if pair.role in ROLES else ("g",)
+    return [axis for axis in pair.source.pattern.axes if axis not in {*index, *cut}]
+
+
+def _is_woven(pair: Pair) -> bool:
+    """Whether the array holds gate and up otherwise than side by side, or padding."""
+    pattern = pair.source.pattern
+    return pair.role in ROLES and (
+        bool(pattern.padding or pattern.reversed) or any("g" in axes and axes != ("g", "n") for axes in pattern.groups)
+    )
 
 
 class _Part(NamedTuple):
@@ -137,15 +160,18 @@ class _Part(NamedTuple):
 
 
 def _located(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[str, range]) -> _Part | None:
-    """The part of MaxText's array at this index; halves of a fused `wi` are cut as its model cuts them."""
+    """The part of MaxText's array at this index; halves of a fused `wi` that lie side by side are cut as its model does."""
     name = pair.source.key.render(index)
     if name not in tree.tensors:
         return None
-    slices, dropped = [], []
+    slices, dropped, woven = [], [], _is_woven(pair)
     for at, (axes, size) in enumerate(zip(pair.source.pattern.groups, tree.tensors[name].shape, strict=True)):
-        if axes == ("g", "n"):
+        if woven and ("g" in axes or "n" in axes):
+            slices.append(slice(0, size))
+        elif axes == ("g", "n"):
             n = size // 2
-            slices.append(slice(index["g"] * n, (index["g"] + 1) * n))
+            span = strips.get("n", range(n))
+            slices.append(slice(index["g"] * n + span.start, index["g"] * n + span.stop))
         elif axes[0] in index:
             slices.append(slice(index[axes[0]], index[axes[0]] + 1))
             dropped.append(at)
@@ -156,7 +182,20 @@ def _located(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping
 
 
 def _other(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[str, range]) -> Any:
+    """What is at this index in the array, or None.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
     part = _located(tree, pair, index, strips)
     if part is None:
         return None
-    return tree.read(part.name, part.slices).squeeze(part.dropped)
+    data = tree.read(part.name, part.slices)
+    if not _is_woven(pair):
+        return data.squeeze(part.dropped)
+    sizes = pair.source.pattern.sizes(tree.tensors[part.name].shape, {**pair.counts, **pair.real})
+    stored = dimensions(pair.source.pattern.text, sizes | {axis: len(span) for axis, span in strips.items()})
+    dims = [dimension for at, dimension in enumerate(stored) if at not in part.dropped]
+    order = ["g", *itertools.chain.from_iterable(("s", "c", "n") if axis == "n" else (axis,) for axis in _kept(pair, index))]
+    found = arranged(data.squeeze(part.dropped), dims, order)
+    return found[index["g"]] if "g" in pair.source.pattern.axes else found

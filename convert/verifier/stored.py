@@ -74,6 +74,15 @@ def logical(block: NDArray[Any], dims: Sequence[Sequence[Axis]], role: str) -> N
     Raises:
         ValueError: there is something in the padding.
     """
+    return arranged(block, dims, ORDER[role])
+
+
+def arranged(block: NDArray[Any], dims: Sequence[Sequence[Axis]], wanted: Sequence[str]) -> NDArray[Any]:
+    """A stored block with the axes in this order, `s c n` as one dimension, without those that it lacks.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
     axes = [axis for dimension in dims for axis in dimension]
     split = block.reshape([axis.stored for axis in axes])
     for at, axis in enumerate(axes):
@@ -83,7 +92,7 @@ def logical(block: NDArray[Any], dims: Sequence[Sequence[Axis]], role: str) -> N
         split = split[(*here, slice(axis.size))]
         split = np.flip(split, at) if axis.reverse else split
     names = [axis.name for axis in axes]
-    order = [name for name in ORDER[role] if name in names]
+    order = [name for name in wanted if name in names]
     cut = [name for name in order if name in ("s", "c", "n")]
     right = [f"({' '.join(cut)})" if cut and name == cut[-1] else name for name in order if name not in cut[:-1]]
     return np.asarray(rearrange(split, f"{' '.join(names)} -> {' '.join(right)}"))

@@ -17,6 +17,9 @@ from layouts.tables.families import Family
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import TARGETS, VERSION, target
 
+ORIGIN = "hf"
+"""Where the record of a MaxText tree says of which Hugging Face checkpoint it was made; see `layouts.matching.origin`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
@@ -75,13 +78,14 @@ def candidates(reader: Reader, family: Family, source_layout: str | None, like: 
     """What the checkpoint may be in; without a record of its own, also what the record `like` says its experts were in.
 
     Raises:
-        PlanError: an unknown layout, or two that share their keys and nothing that tells which.
+        PlanError: an unknown layout, another than the record says, or two that share their keys and nothing tells which.
         InputError: the record is damaged.
     """
     record = record_of(reader)
-    if source_layout:
+    separate = "layout" not in record and set(record) <= {"version", "family", ORIGIN}
+    if source_layout and separate and not _is_origin(source_layout, record):
         return Candidates(known=_apart(_stated(source_layout, family), family.native))
-    if "layout" not in record and set(record) <= {"version", "family"}:
+    if separate:
         if like and "layout" in like:
             return Candidates(known=_apart(_natives_of(reader, like, family), family.native))
         return Candidates(known=_apart([], _by_writer(reader, family)))
@@ -92,7 +96,25 @@ def candidates(reader: Reader, family: Family, source_layout: str | None, like: 
         stored = {name: _stored(entry) for name, entry in record.get("stored", {}).items()}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{reader.path}: the record of the layout is damaged: {error!r}") from None
+    if source_layout and not _is_origin(source_layout, record):
+        _check_said(reader, source_layout, family, relaid)
     return Candidates(known=_apart(relaid, family.native), stored=stored)
+
+
+def _is_origin(text: str, record: Mapping[str, Any]) -> bool:
+    """Whether this is what a tree's record says of the checkpoint that it was made of: said once more, it changes nothing."""
+    found = record.get(ORIGIN)
+    return isinstance(found, Mapping) and found.get("layout") == text
+
+
+def _check_said(reader: Reader, text: str, family: Family, recorded: Iterable[Known]) -> None:
+    """See that what the user says is what the record says, of what is here or of what it was made of."""
+    table = named(text, family)
+    if any(table[known.role] not in (known.layout, *known.natives) for known in recorded):
+        raise PlanError(
+            f"{reader.path}: its record says that its experts are in layout {record_of(reader)['layout']!r}, and neither that "
+            f"nor what it was made of is {text!r}; do without --source-layout"
+        )
 
 
 def _stated(text: str, family: Family) -> list[Known]:

@@ -19,6 +19,7 @@ from layouts.matching.candidates import Candidates, Known, candidates, record_of
 from layouts.matching.checks import check_blocks, check_equal, check_grid
 from layouts.matching.group import Block, Group
 from layouts.matching.lookup import expert_counts, find_family
+from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.refusal import Refusal, check_beside, hint
 from layouts.matching.witness import check_layers, check_routers
 from layouts.reader import Reader
@@ -75,6 +76,9 @@ def describe(
 def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Family:
     stated = record_of(reader).get("family")
     if reader.format == "orbax":
+        if hf_name(override):  # the family of the model; that of the tree is its own
+            origin_of(reader, override)
+            override = None
         asked = None if scan_axis is None else maxtext(scan_axis).name
         wanted = override or asked or stated or maxtext().name
     else:
@@ -132,6 +136,7 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
             sizes=grid | all_sizes,
             dtype=reader.tensors[names[0]].dtype,
             names=tuple(names),
+            layout=each.layout,
             native=each.natives[each.native_of.get(names[0], 0)] if each.natives else each.layout,
             relaid=bool(each.natives),
         )

@@ -23,7 +23,7 @@ class Group:
     `part` is empty for the weight and names a companion (see `layouts.language.parts`); `dims` are the dimensions that it has.
     `sizes` are logical: without padding, and `n` is what a chunk has where the pattern cuts it into shards (`s`) and chunks
     (`c`).
-    `native` is the layout that it was in before it was `relaid`, or is in.
+    `layout` is the one that it is in, `native` the one before it was `relaid`, or the same.
     """
 
     role: str
@@ -34,6 +34,7 @@ class Group:
     sizes: Mapping[str, int]
     dtype: str
     names: tuple[str, ...]
+    layout: Layout
     native: Layout
     relaid: bool
 

@@ -52,6 +52,10 @@ TAKE_SCALARS = frozenset(TARGETS) - {"transformers"}
 """Targets whose consumer takes one scale for gate and one for up, (E, 2)."""
 
 
+IN_MAXTEXT = frozenset(name for name, table in TARGETS.items() if table["wi"].key == "{experts}.wi{part}")
+"""Targets that a MaxText tree has a place for: it calls its fused leaf `wi`, (E, ..., K, columns), whatever the columns are."""
+
+
 def target(name: str, family: Family, *, shards: int, align: int | str) -> Layouts:
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]

@@ -243,6 +243,7 @@ def convert_block(arrays, code, logical, source, wanted, limit):
             sizes=sizes | dict(zip(extra, scan, strict=True)),
             dtype=code,
             names=names,
+            layout=source[role],
             native=source[role],
             relaid=False,
         )

@@ -1,14 +1,19 @@
 """Hugging Face to MaxText and back, against MaxText's own rule for each tensor: transpose, then reshape; layers on axis 1."""
 
+from pathlib import Path
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
 from convert.errors import InputError, PlanError
+from convert.options import Choices
 from convert.planning.cross import cross_targets
-from convert.planning.cross_pairs import sides_of, trees_of
-from convert.planning.cross_plan import tree_in
+from convert.planning.cross_pairs import Sides, trees_of
+from convert.planning.cross_plan import make_cross_plan, tree_in
 from layouts.tables.families import FAMILIES, maxtext
-from tests.tiny import MemoryReader, fill, same
+from layouts.tables.targets import IN_MAXTEXT, target
+from tests.tiny import MemoryReader, fill, run, same
 
 K, H, J, D, V, N, E, F = 8, 4, 2, 3, 11, 5, 12, 7
 RNG = np.random.default_rng(0)
@@ -160,11 +165,14 @@ def across(
     is_fused: bool = False,
     version: int = 0,
     axis: int = 1,
+    real=MappingProxyType({}),
 ) -> MemoryReader:
     family = next(f for f in FAMILIES if source.config["model_type"] in f.model_types)
     trees = trees_of(family, "memory")
     tree, scan = (trees[version], scan) if to_maxtext else tree_in(source, trees)
-    sides = sides_of(family, maxtext(axis), fused, scan=scan, to_maxtext=to_maxtext, is_fused=is_fused)
+    where = maxtext(axis)
+    stored = target(fused or "concat", where, shards=2, align=64) if fused or is_fused else where.native[0]
+    sides = Sides(family=family, tree=where, hf=family.native[0], maxtext=stored, scan=scan, to_maxtext=to_maxtext, real=real)
     targets = cross_targets(source, tree, sides, source.config)
     arrays = {target.spec.name: fill(target, source) for target in targets}
     return MemoryReader(arrays, config=source.config, format="orbax" if to_maxtext else "hf")
@@ -180,6 +188,22 @@ def test_there_and_back(name, scan, axis, fused):
     assert any(key.endswith(".wi") for key in tree.arrays) == bool(fused)
     again = across(tree, to_maxtext=False, is_fused=bool(fused), axis=axis)
     assert same(again.arrays, original.arrays)
+
+
+@pytest.mark.parametrize("layout", sorted(IN_MAXTEXT))
+def test_every_layout_that_maxtext_has_a_place_for(layout, monkeypatch):
+    """Two shards of 256 columns are two chunks of 128 each for `lane`; for `per-shard` and `gmm-ep` nothing is padded."""
+    monkeypatch.setattr("tests.planning.test_cross.N", 512)
+    original = reader("qwen3_moe")
+    tree = across(original, to_maxtext=True, fused=layout)
+    wi = tree.arrays[P + "decoder.layers.moe_block.wi"]
+    one, two = (original.arrays[f"model.layers.2.mlp.experts.11.{word}_proj.weight"].T for word in ("gate", "up"))
+    parts = {"interleaved": (1, 512), "glu32": (16, 32), "lane": (4, 128), "per-shard": (2, 256)}.get(layout, (1, 512))
+    axes = (0, 1, 3, 2) if layout == "interleaved" else (0, 1, 2, 3)
+    wanted = np.stack([half.reshape(K, *parts) for half in (one, two)], axis=2).transpose(axes)
+    assert np.array_equal(wi[11, 2], wanted.reshape(K, -1))
+    real = {"wi": {"n": {"per-shard": 256, "gmm-ep": 512}[layout]}} if layout in ("per-shard", "gmm-ep") else {}
+    assert same(across(tree, to_maxtext=False, fused=layout, real=real).arrays, original.arrays)
 
 
 def stacked(arrays, names, rule) -> np.ndarray:
@@ -391,3 +415,16 @@ def test_a_missing_tensor_is_named(name):
 def test_what_would_compute_or_is_unknown_is_refused(name, words):
     with pytest.raises(PlanError, match=words):
         trees_of(next(f for f in FAMILIES if f.name == name), "memory")
+
+
+@pytest.mark.parametrize("layout", ["concat", "per-shard"])
+@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss"])
+def test_what_was_fused_on_the_way_is_split_within_its_format(name, layout):
+    """Axes of layers are called `l` and `p` on the way, `l0` and `l1` in the record, as all that read it call them."""
+    plan = make_cross_plan(reader(name), Path("out"), "prefuse", Choices(to="orbax", layout=layout, shards=5, align=2))
+    arrays = {target.spec.name: fill(target, reader(name)) for target in plan.targets}
+    tree = MemoryReader(arrays, config={}, record=plan.record, format="orbax")
+    again = run(tree, "split").arrays
+    wanted = across(reader(name), to_maxtext=True).arrays
+    assert again.keys() == wanted.keys()
+    assert {key: array.shape for key, array in again.items()} == {key: array.shape for key, array in wanted.items()}

@@ -1,0 +1,67 @@
+"""Of which Hugging Face checkpoint a MaxText tree was made: the family, and the layout that its experts had.
+
+In: the record of a tree, the user's word. Out: `Origin`, or an error where the two disagree. It never goes by names or shapes.
+
+A tree tells neither by itself: `config.json` may name no family that the table knows, and a family may be stored in several
+layouts. Layouts are rows of `SOURCES`, by name, so that nothing that a record says becomes a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layouts.errors import InputError, PlanError
+from layouts.language.layout import Layouts
+from layouts.matching.candidates import ORIGIN, record_of
+from layouts.reader import Reader
+from layouts.tables.families import families_of
+from layouts.tables.natives import SOURCES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What is known of it: the names of a family and of a row of `SOURCES`."""
+
+    family: str | None = None
+    layout: str | None = None
+
+    @property
+    def words(self) -> dict[str, str]:
+        """As it stands in a record; nothing if nothing is known."""
+        return {word: value for word, value in (("family", self.family), ("layout", self.layout)) if value}
+
+
+def origin_of(reader: Reader, family: str | None = None) -> Origin:
+    """What the record says, and the user's family where the record is silent; nothing of what is no tree.
+
+    Raises:
+        InputError: the record is damaged.
+        PlanError: it says another family than the user does.
+    """
+    if reader.format != "orbax":
+        return Origin()
+    found = record_of(reader).get(ORIGIN, {})
+    said = hf_name(family)
+    if not isinstance(found, Mapping) or not _is_known(found):
+        raise InputError(f"{reader.path}: the record of the layout is damaged: {ORIGIN} is {found!r}")
+    stated = found.get("family")
+    if stated and said and hf_name(stated) != said:
+        raise PlanError(f"{reader.path}: it was made of a checkpoint of family {stated}; do without --family {family}")
+    return Origin(family=stated or said, layout=found.get("layout"))
+
+
+def _is_known(found: Mapping[str, Any]) -> bool:
+    family, layout = found.get("family"), found.get("layout")
+    return (family is None or hf_name(family) is not None) and (layout is None or layout in list(SOURCES))
+
+
+def hf_name(family: object) -> str | None:
+    """The name of a family of Hugging Face by any of its names; None for what is none."""
+    return next((f.name for f in families_of("hf") if family == f.name or family in f.model_types), None)
+
+
+def name_of(layouts: Layouts) -> str | None:
+    """What `SOURCES` calls these layouts."""
+    return next((name for name, table in SOURCES.items() if table == layouts), None)
