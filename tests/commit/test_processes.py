@@ -64,6 +64,10 @@ def run(count, *arguments, ends=(), options=()):
     return [child.returncode for child in children], texts
 
 
+NAMED = ("files", "xxh3_128")
+"""What a manifest says of files, some of which have random names, and its digest of itself."""
+
+
 def contents(folder):
     """Every file with its bytes; databases have random names, so of Orbax only what is above them."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -71,7 +75,9 @@ def contents(folder):
     found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     if "convert_manifest.json" in found and list(folder.rglob("manifest.ocdbt")):  # it names these files, too
         manifest = json.loads(found["convert_manifest.json"])
-        found["convert_manifest.json"] = json.dumps({key: value for key, value in manifest.items() if key != "files"}).encode()
+        found["convert_manifest.json"] = json.dumps(
+            {key: value for key, value in manifest.items() if key not in NAMED}
+        ).encode()
     return found
 
 

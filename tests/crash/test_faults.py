@@ -96,7 +96,8 @@ def contents(path: Path) -> dict[str, bytes]:
         store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{path / item}/"}).result()
         found |= {f"{item}{key.decode()}": store.read(key).result().value for key in store.list().result()}
         manifest = json.loads(found.get("convert_manifest.json", b"{}"))  # it names the files of the database, too
-        found["convert_manifest.json"] = json.dumps({key: value for key, value in manifest.items() if key != "files"}).encode()
+        kept = {key: value for key, value in manifest.items() if key not in ("files", "xxh3_128")}
+        found["convert_manifest.json"] = json.dumps(kept).encode()
     return found
 
 
