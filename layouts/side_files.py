@@ -25,10 +25,13 @@ OTHER_MODELS = ("adapter_*", "consolidated*", "mmproj*")
 """What is called so belongs to an adapter, to the publisher's own form of the model, or to another model."""
 WEIGHTS = (
     *OTHER_MODELS,
-    *("*.safetensors", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.npz", "*.tflite"),
-    *("*model*.bin", "tf_model*", "flax_model*", "*.index.json"),
+    *("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite", "*.distcp", "*.index.json"),
+    *(f"*{word}*.{ending}" for word in ("model", "weights") for ending in ("bin", "pt", "pth", "ckpt", "npz")),
 )
-"""Weights in other forms, other weights, and indexes of their files: as large as the model, and not what was converted."""
+"""Weights in other forms, other weights, and indexes of their files: as large as the model, and not what was converted.
+
+Endings that smaller things have as well (voices, states of dice, reference values) count only where the name says model.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

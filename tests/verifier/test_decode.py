@@ -83,7 +83,7 @@ def test_the_verdict_says_what_was_not_decoded(source, tmp_path):
     assert f"{len(files)} chunks of {nbytes:,} bytes were not decoded; --decode reads them" in str(verdict)
     whole = convert.verify(tmp_path / "out", decode=True)
     assert whole.equal
-    assert [level.name for level in whole.levels] == ["files", "digests", "decoded"]
+    assert [level.name for level in whole.levels] == ["files", "digests", "manifest", "decoded"]
     assert "not decoded" not in str(whole)
 
 
