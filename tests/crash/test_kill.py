@@ -67,7 +67,7 @@ def check(points: range, case, tmp_path: Path) -> None:
 
 
 def test_killed_at_some_steps(case, tmp_path):
-    check(range(1, 90, 8), case, tmp_path)
+    check(range(1, 90, 12), case, tmp_path)
 
 
 @pytest.mark.slow

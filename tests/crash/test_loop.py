@@ -33,7 +33,7 @@ def test_killed_between_the_two_renames_where_names_cannot_be_exchanged(cases, t
 
 def test_killed_at_random_moments(cases, tmp_path):
     dice = random.Random(7)
-    for number in range(12):
+    for number in range(6):
         moments = [Point(delay=dice.uniform(0.001, 0.15)) for _ in range(dice.choice((1, 2)))]
         check(dice.choice(cases), tmp_path / str(number), moments)
 

@@ -62,7 +62,9 @@ def check(tmp_path, memory, *, split=True, anew=False, **sizes):
     return max(peaks)
 
 
-@pytest.mark.parametrize("anew", [False, True], ids=["kept", "written anew"])
+@pytest.mark.parametrize(
+    "anew", [pytest.param(False, id="kept"), pytest.param(True, id="written anew", marks=pytest.mark.slow)]
+)
 def test_many_small_chunks(tmp_path, anew):
     sizes = {"embed": 512, "mlp": 1024, "chunk": 1 << 20, "anew": anew}
     peaks = [check(tmp_path / str(layers), 320, layers=layers, **sizes) for layers in (2, 8)]
@@ -80,7 +82,8 @@ def test_a_leaf_of_one_gigabyte_chunk(tmp_path):
     check(tmp_path, 256, layers=8, embed=2048, mlp=4096)
 
 
-@pytest.mark.parametrize("axis", [pytest.param(0, id="experts", marks=pytest.mark.slow), pytest.param(2, id="rows")])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [pytest.param(0, id="experts"), pytest.param(2, id="rows")])
 def test_stacks_that_were_saved_on_many_devices_become_hugging_face(axis, tmp_path):
     make_checkpoint(tmp_path / "hf", family="qwen3_moe", experts=16, layers=16, embed=512, mlp=512, values="normal")
     convert.reformat(tmp_path / "hf", tmp_path / "tree", to="orbax")

@@ -155,7 +155,7 @@ SMALL = 1 << 15
 """For windows of 64 KB in all, which a stack of these does not fit into."""
 
 
-@pytest.mark.parametrize("part", [8, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("part", [pytest.param(8, id="large", marks=pytest.mark.slow), pytest.param(SMALL, id="small")])
 @pytest.mark.parametrize("name", CHUNKS)
 def test_stacks_are_verified_with_each_window_loaded_once_for_bits_and_once_for_probes(
     name, part, tmp_path, monkeypatch, loaded
