@@ -63,8 +63,8 @@ def verify(
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
     With one path, re-check the digests in its manifest instead; where these are of stored chunks, `decode` decodes them, too.
-    `backend` is a grouped GEMM of `convert.verifier.backends`, and `mesh` says how many devices there are along `expert` and
-    `model`. `Verdict.equal` holds if something was compared, nothing differs, and each level that was asked for ran (or
+    `backend` is a grouped GEMM of `convert.verifier.gemms.backends`, and `mesh` says how many devices there are along `expert`
+    and `model`. `Verdict.equal` holds if something was compared, nothing differs, and each level that was asked for ran (or
     `allow_not_run` was given); `Level.state` has the three states.
 
     Raises:

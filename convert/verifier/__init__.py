@@ -1,6 +1,9 @@
 """Prove that two checkpoints hold the same model, or that one is still what was written.
 
 In: one or two paths. Out: a verdict. It never writes, and shares no code with what fuses.
+
+`bits` compares every weight, `gemms` runs the experts (JAX), `files` looks at what stands beside the tensors; `scope` says what
+is compared, `cost` what that will take, `verdict` and `page` tell the outcome.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import PlanError, UsageError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
-from convert.verifier.beside import compare_files
-from convert.verifier.counts import Counts, counts_of
-from convert.verifier.logical import Block, Scope, blocks, pair
-from convert.verifier.manifest import verify_manifest
-from convert.verifier.order import hold_experts
+from convert.verifier.bits.counts import Counts, counts_of
+from convert.verifier.bits.logical import Block, Scope, blocks, pair
+from convert.verifier.bits.order import hold_experts
+from convert.verifier.files.beside import compare_files
+from convert.verifier.files.manifest import verify_manifest
 from convert.verifier.scope import check_scope, narrowed
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
@@ -29,9 +32,9 @@ from layouts.reader import Reader
 from layouts.tables.families import maxtext
 
 if TYPE_CHECKING:
-    from convert.verifier.across import Formats
+    from convert.verifier.bits.across import Formats
     from convert.verifier.cost import Cost
-    from convert.verifier.gemm import How
+    from convert.verifier.gemms.gemm import How
 
 __all__ = ["Level", "Verdict", "estimate_cost", "verify_checkpoints", "verify_manifest"]
 
@@ -87,14 +90,14 @@ def _levels(
     report: Progress,
 ) -> Iterator[Level]:
     """The bits, then the probes."""
-    from convert.verifier import exact
+    from convert.verifier.bits import exact
 
     (one, first), (other, second), (left, right) = a, b, held
     experts = exact.compare_experts(left, right, report, scope)
     yield experts
     yield exact.compare_others(one, other, first, second, report)
     if how:
-        from convert.verifier.gemm import compare_outputs
+        from convert.verifier.gemms.gemm import compare_outputs
 
         broken = {line.partition(", expert ")[0] for line in experts.differences if exact.PADDING in line}
         yield from compare_outputs(left, right, scope, how, broken, report)
@@ -102,7 +105,7 @@ def _levels(
 
 def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> _Found:
     """A Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
-    from convert.verifier import across
+    from convert.verifier.bits import across
 
     how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
     both = _formats(one, other, options)
@@ -115,18 +118,18 @@ def _across(one: Reader, other: Reader, options: Verification, report: Progress)
 
 
 def _levels_across(both: Formats, scope: Scope, how: How | None, memory: int, report: Progress) -> Iterator[Level]:
-    from convert.verifier.formats import compare_formats
+    from convert.verifier.bits.formats import compare_formats
 
     yield from compare_formats(both, memory, report)
     if how:
-        from convert.verifier.gemm import compare_outputs
+        from convert.verifier.gemms.gemm import compare_outputs
 
         left, right = _held_across(both, scope, memory)
         yield from compare_outputs(left, right, scope, replace(how, config=both.config, one_router=True), (), report)
 
 
 def _formats(one: Reader, other: Reader, options: Verification) -> Formats:
-    from convert.verifier.across import formats_of
+    from convert.verifier.bits.across import formats_of
 
     hf, tree = sorted((one, other), key=lambda reader: reader.format)
     return formats_of(hf, tree, options.scan_axis, options.source_layout, options.family)
@@ -214,7 +217,7 @@ def _held(*sides: tuple[Reader, Description], scope: Scope, memory: int) -> list
 
 def _held_across(both: Formats, scope: Scope, memory: int) -> tuple[dict[str, Block], dict[str, Block]]:
     """The same for two formats."""
-    from convert.verifier.across import all_layers_of, layers_of
+    from convert.verifier.bits.across import all_layers_of, layers_of
 
     if scope.is_narrow:
         check_scope(scope, all_layers_of(both).values())
@@ -224,12 +227,12 @@ def _held_across(both: Formats, scope: Scope, memory: int) -> tuple[dict[str, Bl
 
 
 def _how(one: Reader, other: Reader, options: Verification) -> How:
-    from convert.verifier.backends import choose
-    from convert.verifier.gemm import How
+    from convert.verifier.gemms.backends import choose
+    from convert.verifier.gemms.gemm import How
 
     mesh = None
     if options.mesh:
-        from convert.verifier.mesh import make_mesh
+        from convert.verifier.gemms.mesh import make_mesh
 
         mesh = make_mesh(options.mesh)  # before JAX has begun with the devices that it finds
     backends, missing = choose(options.backend)

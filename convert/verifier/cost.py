@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convert.progress import ignore
-from convert.verifier import exact
-from convert.verifier.logical import Block, Scope, pair
-from convert.verifier.order import experts_held, places_of
+from convert.verifier.bits import exact
+from convert.verifier.bits.logical import Block, Scope, pair
+from convert.verifier.bits.order import experts_held, places_of
 from layouts.tensors import itemsize
 
 if TYPE_CHECKING:
-    from convert.verifier.gemm import How
+    from convert.verifier.gemms.gemm import How
 
 CALLS = 3
 """Calls of the probes that are tried; the first compile, so the last is timed."""
@@ -68,7 +68,7 @@ def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Bl
 
 def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> tuple[float, int]:
     """Seconds for an expert, and how many were tried: of all these layers by their bits, of some through the probes."""
-    from convert.verifier.gemm import compare_outputs, experts_per_call
+    from convert.verifier.gemms.gemm import compare_outputs, experts_per_call
 
     pairs = list(pair(a, b))
     count = experts_per_call(pairs[0], how) if how else 8
@@ -93,7 +93,7 @@ def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How 
 
 def _nbytes(block: Block) -> int:
     """Bytes of one expert."""
-    from convert.verifier.gemm import values
+    from convert.verifier.gemms.gemm import values
 
     group = block.groups["wi", ""]
     return values(block) * itemsize(group.dtype)
@@ -101,8 +101,8 @@ def _nbytes(block: Block) -> int:
 
 def _flop(block: Block, scope: Scope, how: How | None) -> float:
     """Of one expert, in both checkpoints and all backends: two for each weight and row."""
-    from convert.verifier.gemm import values
-    from convert.verifier.probes import GROUP_SIZES, ONE_HOT
+    from convert.verifier.gemms.gemm import values
+    from convert.verifier.gemms.probes import GROUP_SIZES, ONE_HOT
 
     rows = (ONE_HOT + sum(map(sum, GROUP_SIZES)) / len(GROUP_SIZES[0])) * scope.tokens
     return 2 * 2 * rows * values(block) * len(how.backends) if how else 0.0

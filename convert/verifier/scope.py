@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 
 from convert.errors import UsageError
-from convert.verifier.logical import Block, Scope
+from convert.verifier.bits.logical import Block, Scope
 
 
 def check_scope(scope: Scope, blocks: Iterable[Block]) -> None:

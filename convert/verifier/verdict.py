@@ -66,7 +66,7 @@ class Verdict:
     levels: tuple[Level, ...]
     narrowed: str = ""
     counts: str = ""
-    """How much was compared, against what config.json says there is (`convert.verifier.counts`)."""
+    """How much was compared, against what config.json says there is (`convert.verifier.bits.counts`)."""
     allow_not_run: bool = False
 
     @property

@@ -10,12 +10,12 @@ import contextlib
 import numpy as np
 import pytest
 
-from convert.verifier.backends import BACKENDS
-from convert.verifier.logical import blocks
-from convert.verifier.operands import load
-from convert.verifier.probes import Setting
-from convert.verifier.routing import OTHERS, activation_of, routing_of
-from convert.verifier.whole import add_experts, routed
+from convert.verifier.bits.logical import blocks
+from convert.verifier.gemms.backends import BACKENDS
+from convert.verifier.gemms.operands import load
+from convert.verifier.gemms.probes import Setting
+from convert.verifier.gemms.routing import OTHERS, activation_of, routing_of
+from convert.verifier.gemms.whole import add_experts, routed
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from layouts.tables.families import FAMILIES

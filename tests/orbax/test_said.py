@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 import convert
 from convert.cli import main
 from convert.errors import InputError, PlanError
-from convert.verifier import formats
-from convert.verifier.across import formats_of, layers_of
-from convert.verifier.exact import compare_experts
-from convert.verifier.logical import Scope
+from convert.verifier.bits import formats
+from convert.verifier.bits.across import formats_of, layers_of
+from convert.verifier.bits.exact import compare_experts
+from convert.verifier.bits.logical import Scope
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.origin import name_of
 from layouts.orbax.reader import OrbaxReader

@@ -160,7 +160,7 @@ SMALL = 1 << 15
 def test_stacks_are_verified_with_each_window_loaded_once_for_bits_and_once_for_probes(
     name, part, tmp_path, monkeypatch, loaded
 ):
-    monkeypatch.setattr("convert.verifier.order.PART", part)
+    monkeypatch.setattr("convert.verifier.bits.order.PART", part)
     make_checkpoint(tmp_path / "hf", family="qwen3_moe", experts=8, layers=6)
     convert.reformat(tmp_path / "hf", tmp_path / "tree", to="orbax")
     store_again(tmp_path / "tree" / "0" / "items", CHUNKS[name])
@@ -176,7 +176,7 @@ def test_stacks_are_verified_with_each_window_loaded_once_for_bits_and_once_for_
 
 @pytest.mark.parametrize("name", CHUNKS)
 def test_what_is_read_through_windows_is_compared(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.verifier.order.PART", SMALL)
+    monkeypatch.setattr("convert.verifier.bits.order.PART", SMALL)
     make_checkpoint(tmp_path / "hf", family="qwen3_moe", experts=8, layers=6, values="normal")
     for tree in ("tree", "damaged"):
         convert.reformat(tmp_path / "hf", tmp_path / tree, to="orbax")

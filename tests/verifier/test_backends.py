@@ -11,12 +11,12 @@ from safetensors.numpy import save_file
 import convert
 from convert.cli import main
 from convert.errors import UsageError
-from convert.verifier import backends, mesh
-from convert.verifier.backends import BACKENDS, choose
-from convert.verifier.logical import blocks
-from convert.verifier.operands import load
-from convert.verifier.probes import tokens
-from convert.verifier.routing import SILU
+from convert.verifier.bits.logical import blocks
+from convert.verifier.gemms import backends, mesh
+from convert.verifier.gemms.backends import BACKENDS, choose
+from convert.verifier.gemms.operands import load
+from convert.verifier.gemms.probes import tokens
+from convert.verifier.gemms.routing import SILU
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from scripts.make_checkpoint import make_checkpoint
@@ -163,7 +163,7 @@ def test_the_cost_is_told_before(folder, capsys):
 
 def test_less_memory_takes_fewer_experts_at_a_time(folder):
     """And finds the same."""
-    from convert.verifier.gemm import How, experts_per_call
+    from convert.verifier.gemms.gemm import How, experts_per_call
 
     one, other = (
         next(iter(blocks(r, describe(r)).values())) for r in map(open_checkpoint, (folder / "concat", folder / "vllm"))

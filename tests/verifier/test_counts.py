@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import convert
-from convert.verifier.counts import expert_words, layer_words
+from convert.verifier.bits.counts import expert_words, layer_words
 from scripts.make_checkpoint import make_checkpoint
 
 SAID = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 8}

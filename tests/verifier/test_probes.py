@@ -10,11 +10,11 @@ import pytest
 
 import convert
 from convert.cli import main
-from convert.verifier.backends import BACKENDS
-from convert.verifier.layer import Arrays, Form, jitted
-from convert.verifier.logical import blocks
-from convert.verifier.operands import Weights, load
-from convert.verifier.probes import Setting, gradients, identity, random, rows_of, stored
+from convert.verifier.bits.logical import blocks
+from convert.verifier.gemms.backends import BACKENDS
+from convert.verifier.gemms.layer import Arrays, Form, jitted
+from convert.verifier.gemms.operands import Weights, load
+from convert.verifier.gemms.probes import Setting, gradients, identity, random, rows_of, stored
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from scripts.make_checkpoint import make_checkpoint

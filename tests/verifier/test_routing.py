@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from convert.verifier.probes import Setting
-from convert.verifier.routing import Activation, Routing, activation_of, route, routing_of
-from convert.verifier.whole import Routed, add_experts
+from convert.verifier.gemms.probes import Setting
+from convert.verifier.gemms.routing import Activation, Routing, activation_of, route, routing_of
+from convert.verifier.gemms.whole import Routed, add_experts
 
 T, E = 7, 12
 RNG = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from convert.verifier.backends import Gmm, ragged_dot
-from convert.verifier.routing import SILU, Activation
+from convert.verifier.gemms.backends import Gmm, ragged_dot
+from convert.verifier.gemms.routing import SILU, Activation
 
 Columns = tuple[tuple[str, int, int, bool], ...]
 """How the columns of a GEMM's result are composed: name, real size, stored size and direction of each axis, outermost first."""

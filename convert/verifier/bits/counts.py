@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.values import in_units
-from convert.verifier.logical import Block, Scope, pair
+from convert.verifier.bits.logical import Block, Scope, pair
 from layouts.matching.describe import Description
 from layouts.matching.lookup import expert_counts
 from layouts.matching.witness import decoder_layers, layers_with_experts

@@ -17,8 +17,8 @@ from typing import Any
 from convert.errors import PlanError
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, trees_of
 from convert.planning.cross_plan import config_of, fused_in, stacked_along, stored_in, tree_in
-from convert.verifier.counts import Counts, expert_words, layer_words, skipped_words
-from convert.verifier.logical import Block, Scope, blocks
+from convert.verifier.bits.counts import Counts, expert_words, layer_words, skipped_words
+from convert.verifier.bits.logical import Block, Scope, blocks
 from layouts.language.layout import ROLES
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from convert.verifier.logical import Block, Sides, Slab, located
+from convert.verifier.bits.logical import Block, Sides, Slab, located
 from layouts.language.pattern import strips
 from layouts.reader import Reader, ReadLimits, is_chunked
 from layouts.tensors import itemsize

@@ -19,8 +19,8 @@ from convert.commit.inventory import differences
 from convert.commit.recorded import Manifest, load, spans_of
 from convert.errors import InputError, readable
 from convert.progress import Progress, ignore
-from convert.verifier.order import STRIP, hold
-from convert.verifier.sealed import compare_manifest
+from convert.verifier.bits.order import STRIP, hold
+from convert.verifier.files.sealed import compare_manifest
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.language.pattern import strips

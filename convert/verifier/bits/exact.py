@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.verifier.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
-from convert.verifier.order import STRIP, by_place, places_of
+from convert.verifier.bits.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
+from convert.verifier.bits.order import STRIP, by_place, places_of
 from convert.verifier.verdict import Level
 from layouts.language.pattern import strips
 from layouts.matching.describe import Description

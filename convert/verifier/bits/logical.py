@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.stored import Axis, dimensions, logical
+from convert.verifier.bits.stored import Axis, dimensions, logical
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
 from layouts.reader import Reader, is_chunked

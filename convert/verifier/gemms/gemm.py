@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from convert.progress import Progress, ignore
-from convert.verifier.backends import BACKENDS, DEFAULT, Backend
-from convert.verifier.findings import Findings
-from convert.verifier.logical import Block, Scope, Sides, pair
-from convert.verifier.operands import can_run, form_of, load
-from convert.verifier.order import by_place, experts_held, places_of
-from convert.verifier.probes import ONE_HOT, Setting, rows_of, stored
-from convert.verifier.routing import activation_of, routing_of
+from convert.verifier.bits.logical import Block, Scope, Sides, pair
+from convert.verifier.bits.order import by_place, experts_held, places_of
+from convert.verifier.gemms.backends import BACKENDS, DEFAULT, Backend
+from convert.verifier.gemms.findings import Findings
+from convert.verifier.gemms.operands import can_run, form_of, load
+from convert.verifier.gemms.probes import ONE_HOT, Setting, rows_of, stored
+from convert.verifier.gemms.routing import activation_of, routing_of
+from convert.verifier.gemms.whole import TOKENS, Routed, routed, tokens_for
 from convert.verifier.verdict import Level
-from convert.verifier.whole import TOKENS, Routed, routed, tokens_for
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

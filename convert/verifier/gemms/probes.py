@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.backends import Backend
-from convert.verifier.layer import Arrays, Form, ffn, gmm_down, gmm_up
-from convert.verifier.logical import PROJECTIONS, Block, expert
-from convert.verifier.operands import Weights
-from convert.verifier.routing import SILU, Activation
+from convert.verifier.bits.logical import PROJECTIONS, Block, expert
+from convert.verifier.gemms.backends import Backend
+from convert.verifier.gemms.layer import Arrays, Form, ffn, gmm_down, gmm_up
+from convert.verifier.gemms.operands import Weights
+from convert.verifier.gemms.routing import SILU, Activation
 from layouts.tensors import numpy_dtype
 
 GROUP_SIZES = ((1, 0, 5, 2, 0, 3, 1, 0), (0, 4, 0, 0, 1, 0, 0, 2))

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier import probes
-from convert.verifier.logical import Block, Sides
-from convert.verifier.operands import Weights
-from convert.verifier.probes import Distance, Setting, distance
+from convert.verifier.bits.logical import Block, Sides
+from convert.verifier.gemms import probes
+from convert.verifier.gemms.operands import Weights
+from convert.verifier.gemms.probes import Distance, Setting, distance
+from convert.verifier.gemms.whole import Routed, add_experts
 from convert.verifier.verdict import Level
-from convert.verifier.whole import Routed, add_experts
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -69,7 +69,7 @@ class Findings:
             self.compared["gradients"] += sum(rows)
 
     def _on_mesh(self, sides: Sides, loaded: Loaded, experts: range) -> None:
-        from convert.verifier import mesh
+        from convert.verifier.gemms import mesh
 
         self._add("mesh", ())
         if not self.setting.backend.traced:

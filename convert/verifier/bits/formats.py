@@ -16,9 +16,9 @@ import numpy as np
 from einops import rearrange
 
 from convert.planning.cross_pairs import Pair, names_of
-from convert.verifier.across import Formats
-from convert.verifier.order import by_place, hold, place_of
-from convert.verifier.stored import arranged, dimensions
+from convert.verifier.bits.across import Formats
+from convert.verifier.bits.order import by_place, hold, place_of
+from convert.verifier.bits.stored import arranged, dimensions
 from convert.verifier.verdict import Level
 from layouts.language.layout import ROLES
 from layouts.reader import Reader

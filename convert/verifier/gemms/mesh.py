@@ -24,10 +24,10 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from convert.errors import UsageError
-from convert.verifier.backends import Backend
-from convert.verifier.layer import Arrays, Form, cut, ffn
-from convert.verifier.operands import Weights
-from convert.verifier.routing import Activation
+from convert.verifier.gemms.backends import Backend
+from convert.verifier.gemms.layer import Arrays, Form, cut, ffn
+from convert.verifier.gemms.operands import Weights
+from convert.verifier.gemms.routing import Activation
 
 EXPERT, MODEL = "expert", "model"
 

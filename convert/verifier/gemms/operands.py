@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.backends import Backend
-from convert.verifier.layer import Arrays, Columns, Form, ffn, jitted
-from convert.verifier.logical import Block, expert, slab
-from convert.verifier.routing import SILU, Activation
-from convert.verifier.stored import Axis, logical
+from convert.verifier.bits.logical import Block, expert, slab
+from convert.verifier.bits.stored import Axis, logical
+from convert.verifier.gemms.backends import Backend
+from convert.verifier.gemms.layer import Arrays, Columns, Form, ffn, jitted
+from convert.verifier.gemms.routing import SILU, Activation
 from layouts.tensors import numpy_dtype
 
 FLOATS = ("F16", "BF16", "F32", "F8_E4M3", "F8_E5M2")

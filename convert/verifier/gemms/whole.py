@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.logical import Block
-from convert.verifier.operands import Weights
-from convert.verifier.probes import Setting
-from convert.verifier.routing import Routing, route
+from convert.verifier.bits.logical import Block
+from convert.verifier.gemms.operands import Weights
+from convert.verifier.gemms.probes import Setting
+from convert.verifier.gemms.routing import Routing, route
 from layouts.reader import Reader
 from layouts.tensors import numpy_dtype
 
