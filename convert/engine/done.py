@@ -42,6 +42,8 @@ def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, prog
         if digest != wanted:
             where = f"{name}[{rows.start}:{rows.stop}]" if rows else name
             raise _refused(plan, f"was made from another input: {where} differs")
+    if not found.intact:  # last, as the least: what a split needs may be gone, where digests and files are as they were
+        raise _refused(plan, f"is not what was written: {manifest.NAME} has been changed since, or an earlier version wrote it")
     processes.agree("compared")
     files = sum(entry.count or 1 for entry in found.files.values())
     return (

@@ -108,7 +108,9 @@ def test_the_same_input_is_told_from_one_that_differs_in_a_bit(one, tmp_path, ca
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-@pytest.mark.parametrize("spoil", ["a shard", "a cut shard", "a header", "the index", "the config", "a side file", "one more"])
+@pytest.mark.parametrize(
+    "spoil", ["a shard", "a cut shard", "a header", "the index", "the config", "a side file", "one more", "the manifest"]
+)
 def test_an_output_that_is_not_whole_any_more(one, tmp_path, capsys, spoil):
     source = shutil.copytree(one, tmp_path / "in")
     (source / "README.md").write_text("a model")
@@ -123,6 +125,7 @@ def test_an_output_that_is_not_whole_any_more(one, tmp_path, capsys, spoil):
         "the config": lambda: (out / "config.json").write_text("{}"),
         "a side file": lambda: (out / "README.md").write_text("A MODEL"),
         "one more": lambda: (out / "more").touch(),
+        "the manifest": lambda: (out / MANIFEST).write_text((out / MANIFEST).read_text().replace('"original"', '"lanigiro"')),
     }[spoil]()
     before = contents(out)
     assert prefuse(source, out) == 5
