@@ -72,7 +72,7 @@ def test_a_checkpoint_in_a_store_is_prefused_and_verified(local, remote, tmp_pat
     assert main(["--prefuse", remote, str(tmp_path / "out"), "--quiet"]) == 0
     convert.prefuse(local, tmp_path / "same")
     assert convert.verify(tmp_path / "out").equal
-    assert convert.verify(remote, tmp_path / "out").equal
+    assert convert.verify(remote, tmp_path / "out", gemm=False).equal
     assert convert.verify(tmp_path / "same", tmp_path / "out", gemm=False).equal
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     names = [[name for name, _, _ in places.files_of(tmp_path / each) if "/d/" not in name] for each in ("out", "same")]
@@ -193,7 +193,7 @@ def test_from_hugging_face_to_a_store_and_back(server, fresh, tmp_path, monkeypa
     steps = ("/0/items/_METADATA", "/0/items/commit_success.txt", "/0/commit_success.txt", "/commit_success.txt")
     assert order[-4:] == [f"{out}{name}" for name in steps]
     assert not convert.prefuse(tmp_path / "in", out, to="orbax").written, "the same again finds its work done"
-    assert convert.verify(tmp_path / "in", out).equal
+    assert convert.verify(tmp_path / "in", out, gemm=False).equal
     convert.split(out, tmp_path / "again", to="hf")
     for file in (tmp_path / "in").glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
@@ -222,7 +222,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_is_taken_up_again(server, fresh, 
     again = run("", *command)
     assert again.returncode == 0, again.stderr
     assert "finished by an earlier run" in again.stdout
-    assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}").equal
+    assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}", gemm=False).equal
     assert convert.verify(f"s3://{BUCKET}/{fresh}").equal
     assert f"{fresh}/commit_success.txt" in objects(f"{fresh}/")
     assert not objects(f"{fresh}.partial")
@@ -281,10 +281,11 @@ def test_of_two_runs_the_later_one_goes_on(server, fresh, tmp_path, monkeypatch)
     monkeypatch.setattr(store.StoreStage, "record", meanwhile)
     with pytest.raises(convert.OutputError, match="another run has begun to write it"):
         convert.prefuse(tmp_path / "in", out, to="orbax")
-    assert convert.verify(tmp_path / "in", out).equal
+    assert convert.verify(tmp_path / "in", out, gemm=False).equal
     assert convert.verify(out).equal
 
 
+@pytest.mark.slow
 def test_several_processes_write_to_a_store(server, fresh, tmp_path):
     from tests.commit.test_processes import run as together
 
@@ -292,6 +293,6 @@ def test_several_processes_write_to_a_store(server, fresh, tmp_path):
     arguments = ("--prefuse", "--to", "orbax", tmp_path / "in", f"s3://{BUCKET}/{fresh}")
     assert together(2, *arguments)[0] == [0, 0]
     assert convert.verify(f"s3://{BUCKET}/{fresh}").equal
-    assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}").equal
+    assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}", gemm=False).equal
     manifest = json.loads(client().get_object(Bucket=BUCKET, Key=f"{fresh}/convert_manifest.json")["Body"].read())
     assert len(manifest["tensors"]["params.params.decoder.layers.moe_block.wi"]["xxh3_128"]) == 12

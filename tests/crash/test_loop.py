@@ -24,6 +24,7 @@ def test_killed_at_a_named_step_of_an_overwriting_prefuse(cases, tmp_path, step)
     assert all(struck), "the step is not one that a run goes through"
 
 
+@pytest.mark.slow
 def test_killed_between_the_two_renames_where_names_cannot_be_exchanged(cases, tmp_path):
     for overwriting in cases[2:]:
         points = [Point(step="os.rename", when=when, number=n, exchange=False) for n in (1, 2) for when in ("before", "after")]

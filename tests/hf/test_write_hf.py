@@ -36,7 +36,7 @@ def test_a_split_without_the_manifest_gives_the_same_tensors(source, tmp_path):
     convert.prefuse(source, tmp_path / "fused")
     (tmp_path / "fused" / "convert_manifest.json").unlink()
     convert.split(tmp_path / "fused", tmp_path / "again")
-    assert convert.verify(source, tmp_path / "again").equal
+    assert convert.verify(source, tmp_path / "again", gemm=False).equal
 
 
 @pytest.mark.parametrize("original", [3, {"headers": 3, "texts": {}}, {}])

@@ -66,8 +66,8 @@ def test_a_tree_with_its_layers_first_says_so_itself(source, tmp_path):
     convert.prefuse(tmp_path / "tree", tmp_path / "fused")
     convert.split(tmp_path / "fused", tmp_path / "split")
     for one, other in (("tree", "fused"), ("split", "fused"), ("tree", "split")):
-        assert convert.verify(tmp_path / one, tmp_path / other).equal
-        assert convert.verify(source, tmp_path / one).equal
+        assert convert.verify(tmp_path / one, tmp_path / other, gemm=False).equal
+        assert convert.verify(source, tmp_path / one, gemm=False).equal
     for name in ("tree", "fused", "split"):
         (convert.reformat if name == "tree" else convert.split)(tmp_path / name, tmp_path / f"{name}-hf", to="hf")
         assert tree(source).items() <= tree(tmp_path / f"{name}-hf").items()

@@ -60,7 +60,7 @@ def test_train_states_are_fused_and_split_with_their_moments(family, scanned, tm
     convert.split(tmp_path / "fused", tmp_path / "again")
     assert_same_trees(restore(tmp_path / "again" / "0" / "items"), old)
     assert type(restore(tmp_path / "again" / "0" / "items")["step"]) is type(old["step"])
-    assert convert.verify(source, tmp_path / "fused").equal
+    assert convert.verify(source, tmp_path / "fused", gemm=False).equal
     assert convert.verify(tmp_path / "fused").equal
 
 
