@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import convert
 from convert.arguments import options, parser
-from convert.errors import ConvertError, UsageError, printable, readable
+from convert.errors import ConvertError, UsageError, one_line, printable, readable
 from convert.options import Choices, Running, Verification, complete, named
 
 if TYPE_CHECKING:
@@ -184,5 +184,5 @@ def _reader_left() -> int:
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"convert: {printable(message)}".replace("\n", "\\n"), file=sys.stderr)
+    print(f"convert: {one_line(message)}", file=sys.stderr)
     return code

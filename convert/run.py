@@ -102,9 +102,8 @@ def _write(
     with staging(plan.out, mark, resume=running.resume, overwrite=running.overwrite, processes=processes) as stage:
         resumed = len(stage.done)
         notes = writer.write(stage, progress, processes)
-        if (
-            state_of(plan.source, plan.never_copied).content != state.content
-        ):  # a new hard link changes ctime, and nothing that was read
+        now = state_of(plan.source, plan.never_copied)
+        if now.content != state.content:  # a new hard link changes ctime, and nothing that was read
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     return resumed, notes
 

@@ -8,7 +8,7 @@ is compared, `cost` what that will take, `verdict` and `page` tell the outcome.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +75,9 @@ def _alike(one: Reader, other: Reader, options: Verification, report: Progress) 
     """Two checkpoints in the same format."""
     how = _how(one, other, options) if options.gemm else None
     (first, second), scope = _described(one, other, options), _scope(options)
-    held = _held((one, first), (other, second), scope=scope, memory=options.memory)
     sides = (one, first), (other, second)
     every = [blocks(*side) for side in sides]
+    held = _held(sides, every, scope, options.memory)
     return narrowed(scope, every[0]), counts_of(*sides, every, scope), _levels(held, *sides, scope, how, report)
 
 
@@ -150,7 +150,8 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
             left, right = _held_across(_formats(one, other, options), scope, options.memory)
         else:
             first, second = _described(one, other, options)
-            left, right = _held((one, first), (other, second), scope=scope, memory=options.memory)
+            sides = (one, first), (other, second)
+            left, right = _held(sides, [blocks(*side) for side in sides], scope, options.memory)
         return measure(left, right, scope, how)
 
 
@@ -206,9 +207,10 @@ def _scope(options: Verification) -> Scope:
     return Scope(layers=layers, experts=experts, tokens=options.tokens)
 
 
-def _held(*sides: tuple[Reader, Description], scope: Scope, memory: int) -> list[dict[str, Block]]:
-    """The MoE layers that are compared, and both checkpoints ready to be read in their order."""
-    every = [blocks(*side) for side in sides]
+def _held(
+    sides: Iterable[tuple[Reader, Description]], every: Sequence[Mapping[str, Block]], scope: Scope, memory: int
+) -> list[dict[str, Block]]:
+    """Of `every` MoE layer of both sides those that are compared, and both checkpoints ready to be read in their order."""
     check_scope(scope, (block for side in every for block in side.values()))
     one, other = ({key: block for key, block in side.items() if scope.holds(block)} for side in every)
     hold_experts(list(pair(one, other)), [(reader, described.verbatim) for reader, described in sides], memory)
