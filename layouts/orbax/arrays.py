@@ -30,6 +30,9 @@ NODES = 16 << 20
 CHUNKS = 1 << 22
 """Chunks that an array may have; more is what damaged metadata says. Lists of them are held in memory."""
 
+BEYOND = 64 << 20
+"""Bytes by which a chunk may be larger than its array: the writer of a small array may have a usual size of chunks."""
+
 
 def spec_of(item: Path, name: str, *, ocdbt: bool, zarr3: bool, complete: bool) -> dict[str, Any]:
     """TensorStore's spec of an array of an item."""
@@ -75,6 +78,7 @@ def open_all(item: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
         with told(item, name):
             stores[name] = answer(future)
             _check_grid(item, name, stores[name])
+            _check_chunk(item, name, stores[name])
     return stores
 
 
@@ -85,6 +89,23 @@ def _check_grid(item: Path, name: str, store: Any) -> None:
         raise InputError(
             f"{item}: {name} {shape} would have {count:,} chunks of {chunk}; {CHUNKS:,} are the most that are read"
         )
+
+
+def _check_chunk(item: Path, name: str, store: Any) -> None:
+    """TensorStore decodes a chunk with what lies beyond the array; where memory cannot hold that, the process is gone."""
+    whole, most = decoded_size(store), store.dtype.numpy_dtype.itemsize * math.prod(store.shape) + BEYOND
+    if whole > most:
+        chunk = tuple(store.chunk_layout.read_chunk.shape)
+        raise InputError(
+            f"{item}: {name} {store.shape} is stored in chunks of {chunk}, {whole:,} bytes each; no "
+            f"chunk is that much larger than its array, so the metadata is damaged"
+        )
+
+
+def decoded_size(store: Any) -> int:
+    """Bytes of what has to be decoded to read any element, with what of it lies beyond the array."""
+    shape = store.chunk_layout.read_chunk.shape or store.shape
+    return int(store.dtype.numpy_dtype.itemsize) * math.prod(map(int, shape))
 
 
 def describe(item: Path, name: str, store: Any) -> TensorSpec:

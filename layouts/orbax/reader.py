@@ -10,7 +10,6 @@ Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), h
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from layouts.faults import answer, told
 from layouts.files import CONFIG, RECORD, check_regular, manifest_record, read_object
-from layouts.orbax.arrays import chunk_of, describe, make_context, open_all, read_by_chunks, spec_of
+from layouts.orbax.arrays import chunk_of, decoded_size, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.codec import streamable
 from layouts.orbax.lengths import check_chunks, check_metadata
 from layouts.orbax.stream import ChunkStreams
@@ -55,6 +54,7 @@ __all__ = ["Leaf", "OrbaxReader", "find_item"]
 class OrbaxReader:
     """An open Orbax checkpoint; see `layouts.reader.Reader`. `chunks` is what one read has to decode: name -> shape.
 
+    These end where the array does; `decoded` are the bytes of whole ones, as TensorStore decodes them.
     `grids` are the arrays' own zarr metadata; in a `complete` checkpoint every chunk was stored, also those of zeros alone.
     """
 
@@ -63,6 +63,7 @@ class OrbaxReader:
     leaves: Mapping[str, Leaf]
     tensors: Mapping[str, TensorSpec]
     chunks: Mapping[str, tuple[int, ...]]
+    decoded: Mapping[str, int]
     grids: Mapping[str, Mapping[str, Any]]
     streamable: Mapping[str, bool]
     compressed: Mapping[str, bool]
@@ -113,6 +114,7 @@ class OrbaxReader:
             leaves=leaves,
             tensors=tensors,
             chunks={name: chunk_of(store) for name, store in stores.items()},
+            decoded={name: decoded_size(store) for name, store in stores.items()},
             grids=metadata,
             streamable={name: streamable(found) for name, found in metadata.items()},
             compressed={name: "zstd" in str(found) for name, found in metadata.items()},
@@ -170,8 +172,7 @@ class OrbaxReader:
 
     def unit(self, name: str) -> ReadUnit:
         """A chunk of its array."""
-        nbytes = math.prod(self.chunks[name]) * itemsize(self.tensors[name].dtype)
-        return ReadUnit(shape=self.chunks[name], nbytes=nbytes, streamable=self.streamable[name])
+        return ReadUnit(shape=self.chunks[name], nbytes=self.decoded[name], streamable=self.streamable[name])
 
     def extent(self, name: str) -> None:  # noqa: ARG002
         """None: chunks are decoded."""
