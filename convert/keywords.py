@@ -72,6 +72,7 @@ class Verifying(TypedDict, total=False):
     backend: str
     mesh: Mapping[str, int] | str | None
     allow_not_run: bool
+    jobs: int | None
     memory: int | str
     scan_axis: int | None
     family: str | None

@@ -7,6 +7,7 @@ The command line (`convert.arguments`), the signatures and their help (`convert.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -76,6 +77,7 @@ class Named:
 _Memory = Annotated[
     int, Option(text="bound on resident memory, in bytes or as 2GiB", read=values.size, show="SIZE", default="2GiB")
 ]
+_Jobs = Annotated[int | None, Option(text="workers", read=values.positive, show="N", default="one per CPU, at most 8")]
 _Family = Annotated[str | None, Option(text="take this family instead of what config.json says", show="NAME")]
 _ScanAxis = Annotated[
     int | None,
@@ -140,7 +142,7 @@ class Choices:
 class Running:
     """How an output is written. Sizes are in bytes, or words such as `2GiB`."""
 
-    jobs: Annotated[int | None, Option(text="workers", read=values.positive, show="N", default="one per CPU, at most 8")] = None
+    jobs: _Jobs = None
     memory: _Memory = 2 << 30
     max_shard_size: Annotated[
         int, Option(text="data in one safetensors file, in bytes or as 5GB", read=values.size, show="SIZE", default="5GB")
@@ -169,6 +171,7 @@ class Verification:
     allow_not_run: Annotated[
         bool, Option(text="accept that a level cannot run (no GEMM here takes the type of the experts)", read=values.switch)
     ] = False
+    jobs: _Jobs = None
     memory: _Memory = 2 << 30
     scan_axis: _ScanAxis = None
     family: _Family = None
@@ -177,6 +180,11 @@ class Verification:
         bool,
         Option(text="of one checkpoint: decode chunks that are kept as they were stored, too", read=values.switch),
     ] = False
+
+
+def workers(jobs: int | None) -> int:
+    """How many workers that is: as many as asked for, else one per CPU that we may use, at most 8."""
+    return jobs or min(8, len(os.sched_getaffinity(0)))
 
 
 def named(kind: type[Any]) -> Iterator[Named]:

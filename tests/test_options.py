@@ -128,7 +128,7 @@ def test_numbers_of_numpy_are_numbers():
             "--num-processes is for --prefuse, --split and --to, not for --verify",
         ),
         (["--to", "hf", "a", "b", "--shards", "2"], "--shards is for --prefuse, not for --to"),
-        (["--families", "--jobs", "2"], "--jobs is for --prefuse, --split and --to, not for --families"),
+        (["--families", "--jobs", "2"], "--jobs is for --prefuse, --split, --to and --verify, not for --families"),
     ],
 )
 def test_an_option_of_another_action_is_refused(words, said, capsys):

@@ -5,11 +5,11 @@ In: the budget in bytes. Out: `Budget`. It never looks at a checkpoint.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from convert.engine.blocks import SLAB
 from convert.errors import UsageError
+from convert.options import workers
 
 STRIP = 8 << 20
 """Bytes of a strip: large enough to hide the cost of a call, small enough that many workers fit a small budget."""
@@ -51,4 +51,4 @@ def make_budget(memory: int, jobs: int | None, tensors: int = USUAL) -> Budget:
     if fit < 1:
         least = (base + SLAB + STRIP >> 20) + 1
         raise UsageError(f"--memory of {memory >> 20} MiB is too little: one worker and the plan need {least} MiB")
-    return Budget(jobs=min(jobs or min(8, len(os.sched_getaffinity(0))), fit), strip=STRIP, base=base)
+    return Budget(jobs=min(workers(jobs), fit), strip=STRIP, base=base)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from convert.engine.blocks import SLAB
 from convert.engine.budget import Budget
 from convert.engine.reading import one_for_each_source, plan_windows
 from convert.errors import UsageError
+from convert.options import workers
 from convert.orbax.chunks import Chunking, plan_chunks, touched
 from convert.orbax.keep import Kept
 from convert.orbax.origin import Origin, origin_of
@@ -99,7 +99,7 @@ def orbax_budget(
     Raises:
         UsageError: none does; the message says how much the leanest need, and for which tensor.
     """
-    wanted = jobs or min(8, len(os.sched_getaffinity(0)))
+    wanted = workers(jobs)
     base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
     largest = ""
     least = None
@@ -150,9 +150,9 @@ def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
 
 
 def _settings(jobs: int, use_ocdbt: bool) -> Iterator[OrbaxBudget]:
-    for workers, part in [(jobs, 1), (jobs, 2), (jobs, 4), *((few, 4) for few in range(jobs - 1, 0, -1)), (1, 8)]:
+    for count, part in [(jobs, 1), (jobs, 2), (jobs, 4), *((few, 4) for few in range(jobs - 1, 0, -1)), (1, 8)]:
         yield OrbaxBudget(
-            jobs=workers,
+            jobs=count,
             box=max(BOX // part, 2 << 20),
             cache=CACHE // part,
             stream=STREAM // part,

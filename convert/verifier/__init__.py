@@ -78,7 +78,7 @@ def _alike(one: Reader, other: Reader, options: Verification, report: Progress) 
     sides = (one, first), (other, second)
     every = [blocks(*side) for side in sides]
     held = _held(sides, every, scope, options.memory)
-    return narrowed(scope, every[0]), counts_of(*sides, every, scope), _levels(held, *sides, scope, how, report)
+    return narrowed(scope, every[0]), counts_of(*sides, every, scope), _levels(held, *sides, scope, how, options, report)
 
 
 def _levels(
@@ -87,15 +87,16 @@ def _levels(
     b: tuple[Reader, Description],
     scope: Scope,
     how: How | None,
+    options: Verification,
     report: Progress,
 ) -> Iterator[Level]:
     """The bits, then the probes."""
     from convert.verifier.bits import exact
 
     (one, first), (other, second), (left, right) = a, b, held
-    experts = exact.compare_experts(left, right, report, scope)
+    experts = exact.compare_experts(left, right, report, scope, options.memory, options.jobs)
     yield experts
-    yield exact.compare_others(one, other, first, second, report)
+    yield exact.compare_others(one, other, first, second, report, options.memory, options.jobs)
     if how:
         from convert.verifier.gemms.gemm import compare_outputs
 

@@ -7,101 +7,167 @@ Floating-point comparison would call NaN unlike itself and -0.0 like 0.0; bits d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
-import numpy as np
-
-from convert.verifier.bits.logical import PROJECTIONS, Block, Kind, Scope, expert, pair, unlike
+from convert.verifier.bits.alike import Difference, differing
+from convert.verifier.bits.logical import PROJECTIONS, Block, Cut, Kind, Scope, Sides, cuttable, pair, projections, unlike
 from convert.verifier.bits.order import STRIP, by_place, places_of
+from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.verdict import Level
 from layouts.language.pattern import strips
 from layouts.matching.describe import Description
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""
+AXES: Mapping[str, str] = {"wi": "kn", "wo": "nk"}
+"""The logical axes of a projection."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Tally:
-    """What was looked at on the first side so far."""
+class Looked(NamedTuple):
+    """What was looked at on the first side, in bytes, and the differences in words."""
 
-    nbytes: int = 0
+    nbytes: int
+    differences: Sequence[str]
 
 
-def compare_experts(a: Mapping[str, Block], b: Mapping[str, Block], progress: Callable[[int], None], scope: Scope) -> Level:
+def compare_experts(
+    a: Mapping[str, Block],
+    b: Mapping[str, Block],
+    progress: Callable[[int], None],
+    scope: Scope,
+    memory: int = 2 << 30,
+    jobs: int | None = 1,
+) -> Level:
     """Compare every expert of every MoE layer; differences name layer, expert and projection."""
-    differences = unlike(a, b)
-    pairs, looked = list(pair(a, b)), Tally()
+    differences, nbytes = unlike(a, b), 0
+    pairs = list(pair(a, b))
     chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].experts))]
-    for (one, other), e in by_place(chosen, lambda item: places_of(*item)):
-        differences.extend(_compare_expert(one, other, e, progress, looked))
+    work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
+    call = partial(_compare_expert, most=work.each, scratch=Scratch())
+    for _, together in itertools.groupby(by_place(chosen, _places), _places):  # one window after the other
+        for found in in_order(call, together, work.jobs):
+            differences.extend(found.differences)
+            nbytes += found.nbytes
+            progress(found.nbytes)
     layers, experts = len(pairs), max((len(scope.of(range(one.experts))) for one, _ in pairs), default=0)
     companions = {part for one, _ in pairs for _, part in one.groups if part}
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(
         name="exact",
         covered=f"{layers} MoE layers x {experts} experts, gate, up and down{beside}, bit for bit",
-        compared=looked.nbytes,
+        compared=nbytes,
         differences=tuple(differences),
     )
 
 
-def _compare_expert(a: Block, b: Block, e: int, progress: Callable[[int], None], looked: Tally) -> Iterator[str]:
-    for kind in sorted(a.groups):
+def _places(item: tuple[Sides, int]) -> list[tuple[str, tuple[int, ...]]]:
+    return places_of(*item)
+
+
+def _held(sides: Sides, kind: Kind) -> int:
+    """Bytes in memory while an expert is compared: both sides with their padding, and one turned into logical axes."""
+    return sum(_nbytes(block, kind) for block in (*sides, sides[0]))
+
+
+def _nbytes(block: Block, kind: Kind) -> int:
+    group = block.groups[kind]
+    whole = sum(block.reader.tensors[name].nbytes for name in group.names)
+    return whole // max(1, math.prod([group.sizes["e"], *(group.sizes[axis] for axis in block.scan)]))
+
+
+def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
+    """The parts in which an expert is compared: the whole if it is within so many bytes, or can be cut nowhere."""
+    axis = min(cuttable(sides[0], kind) & cuttable(sides[1], kind), default=None)
+    count = -(-_held(sides, kind) // most)
+    if count == 1 or axis is None:
+        yield None
+        return
+    size = sides[0].groups[kind].total(axis)
+    step = -(-size // count)
+    for start in range(0, size, step):
+        yield Cut(axis, start, start + step if start + step < size else None)
+
+
+def _compare_expert(item: tuple[Sides, int], most: int, scratch: Scratch) -> Looked:
+    (a, b), e = item
+    looked = [_compare_kind((a, b), kind, e, most, scratch) for kind in sorted(a.groups)]
+    return Looked(sum(each.nbytes for each in looked), [line for each in looked for line in each.differences])
+
+
+def _compare_kind(sides: Sides, kind: Kind, e: int, most: int, scratch: Scratch) -> Looked:
+    role, part = kind
+    where, nbytes, sizes = f"{sides[0].label}, expert {e}", 0, dict.fromkeys(PROJECTIONS[role], 0)
+    found: dict[str, list[Difference]] = {}
+    for cut in _cuts(sides, kind, most):
+        scratch.rewind()
         try:
-            one, other = expert(a, kind, e), expert(b, kind, e)
+            one, other = (projections(block, kind, e, scratch.empty, cut) for block in sides)
+            for projection, x, y in zip(PROJECTIONS[role], one, other, strict=True):
+                nbytes, sizes[projection] = nbytes + x.nbytes, sizes[projection] + x.size
+                if difference := differing(x, y):
+                    found.setdefault(projection, []).append(_moved(difference, role, cut))
         except ValueError as error:
-            yield f"{a.label}, expert {e}, {_words(kind)}: {error}"
-            continue
-        parts = zip(one, other, strict=True) if kind[0] == "wi" else [(one, other)]
-        for projection, (x, y) in zip(PROJECTIONS[kind[0]], parts, strict=True):
-            unequal = np.not_equal(x, y)
-            if count := int(np.count_nonzero(unequal)):
-                first = tuple(int(i) for i in np.argwhere(unequal)[0]) if np.ndim(unequal) else ()
-                axes = "" if kind[1] else f", first at {'(k, n)' if kind[0] == 'wi' else '(n, k)'} = {first}"
-                what = f"{projection} {kind[1]}".strip()
-                yield f"{a.label}, expert {e}, {what}: {count} of {np.size(x)} elements{axes}"
-        progress(other.nbytes)
-        looked.nbytes += one.nbytes
+            return Looked(nbytes, [f"{where}, {_words(kind)}: {error}"])
+    return Looked(
+        nbytes, [f"{where}, {f'{name} {part}'.strip()}: {_said(each, sizes[name], kind)}" for name, each in found.items()]
+    )
+
+
+def _moved(difference: Difference, role: str, cut: Cut | None) -> Difference:
+    """With its place in the whole expert."""
+    starts = [cut.start if cut and cut.axis == axis else 0 for axis in AXES[role]]
+    return Difference(difference.count, tuple(map(sum, zip(difference.first, starts, strict=False))))
+
+
+def _said(found: Sequence[Difference], size: int, kind: Kind) -> str:
+    role, part = kind
+    axes = "" if part else f", first at ({', '.join(AXES[role])}) = {min(each.first for each in found)}"
+    return f"{sum(each.count for each in found)} of {size} elements{axes}"
 
 
 def _words(kind: Kind) -> str:
     return f"{' and '.join(PROJECTIONS[kind[0]])} {kind[1]}".strip()
 
 
-def compare_others(a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None]) -> Level:
+def compare_others(
+    a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None], memory: int, jobs: int | None
+) -> Level:
     """Compare every tensor that is no expert weight, by name."""
-    differences, looked = [], Tally()
     left, right = set(ones.verbatim), set(others.verbatim)
-    for name in sorted(left ^ right):
-        differences.append(f"{name} is only in {(a if name in left else b).path}")
+    differences = [f"{name} is only in {(a if name in left else b).path}" for name in sorted(left ^ right)]
+    alike, nbytes, counts = [], 0, dict[str, int]()
     for name in sorted(left & right):
-        differences.extend(_compare_tensor(a, b, name, progress, looked))
-    covered = f"{len(left & right)} other tensors (attention, norms, routers, embeddings, dense and shared MLPs)"
+        one, other = a.tensors[name], b.tensors[name]
+        if one == other:
+            alike += [(name, part) for part in strips(one.shape, STRIP)]
+        else:
+            differences.append(f"{name}: {one.dtype} {one.shape} in one, {other.dtype} {other.shape} in the other")
+    work = Work.within(memory, 1 if is_chunked(a) or is_chunked(b) else jobs, 2 * 8 * STRIP)
+    scratch = Scratch()
+
+    def compare(item: tuple[str, tuple[slice, ...]]) -> tuple[str, int, int]:
+        scratch.rewind()
+        one, other = (reader.read(*item, scratch.empty) for reader in (a, b))
+        found = differing(one, other)
+        return item[0], found.count if found else 0, other.nbytes
+
+    for name, count, size in in_order(compare, alike, work.jobs):
+        counts[name] = counts.get(name, 0) + count
+        nbytes += size
+        progress(size)
+    differences += [f"{name}: {count} elements differ" for name, count in counts.items() if count]
     sizes = (reader.tensors[name].nbytes for reader, names in ((a, left), (b, right)) for name in names)
     why = "" if any(sizes) else "neither has a tensor that is no expert's"
     return Level(
         name="others",
-        covered=covered,
-        compared=looked.nbytes,
+        covered=f"{len(left & right)} other tensors (attention, norms, routers, embeddings, dense and shared MLPs)",
+        compared=nbytes,
         differences=tuple(differences),
         not_run=why,
         asked=not why,
     )
-
-
-def _compare_tensor(a: Reader, b: Reader, name: str, progress: Callable[[int], None], looked: Tally) -> Iterator[str]:
-    one, other = a.tensors[name], b.tensors[name]
-    if one != other:
-        yield f"{name}: {one.dtype} {one.shape} in one, {other.dtype} {other.shape} in the other"
-        return
-    count = 0
-    for slices in strips(one.shape, STRIP):
-        block = b.read(name, slices)
-        count += int(np.count_nonzero(a.read(name, slices) != block))
-        progress(block.nbytes)
-        looked.nbytes += block.nbytes
-    if count:
-        yield f"{name}: {count} elements differ"

@@ -9,9 +9,9 @@ apart. There are two implementations of the same table, so that a mistake in one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from convert.verifier.bits.stored import Axis, dimensions, logical
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
+from layouts.pread import Empty
 from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
@@ -138,10 +139,27 @@ def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
     Raises:
         ValueError: there is something in the padding.
     """
-    group = block.groups[kind]
+    found = projections(block, kind, e)
+    return np.stack(found) if kind[0] == "wi" else found[0]
+
+
+class Cut(NamedTuple):
+    """A part of an expert along one logical axis: from `start` to `stop`, or to the end with its padding if that is None."""
+
+    axis: str
+    start: int
+    stop: int | None
+
+
+def projections(block: Block, kind: Kind, e: int, empty: Empty = np.empty, cut: Cut | None = None) -> Sequence[NDArray[Any]]:
+    """The same as views of what was read into memory that `empty` gives: gate and up (K, N), or down (N, K); or a part of it.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
 
     def read(g: int) -> NDArray[Any]:
-        data, dims = slab(block, kind, {"e": e, "g": g}, range(e, e + 1))
+        data, dims = slab(block, kind, {"e": e, "g": g}, range(e, e + 1), empty, cut)
         if flat := [at for at, dimension in enumerate(dims) if dimension[0].name == "e"]:
             (at,) = flat
             rest = dims[at][1:]
@@ -149,7 +167,9 @@ def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
             dims = [*dims[:at], *([rest] if rest else []), *dims[at + 1 :]]
         return logical(data, dims, kind[0])
 
-    return np.stack([read(0), read(1)]) if "g" in group.placed.key.slots else read(0)
+    if "g" in block.groups[kind].placed.key.slots:
+        return read(0), read(1)
+    return list(read(0)) if kind[0] == "wi" else [read(0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +188,15 @@ class Slab:
         return lengths(self.slices)
 
 
-def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> Slab:
-    """The part of a stored tensor that holds some experts and one layer of the stack."""
+def cuttable(block: Block, kind: Kind) -> frozenset[str]:
+    """The axes along which a part of an expert can be read: those that are a dimension of their own, forwards."""
+    group = block.groups[kind]
+    stored = dimensions(group.placed.pattern.text, group.sizes)
+    return frozenset(axes[0].name for axes in stored if len(axes) == 1 and not axes[0].reverse) & {"k", "n"}
+
+
+def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range, cut: Cut | None = None) -> Slab:
+    """The part of a stored tensor that holds some experts, or a part of one, and one layer of the stack."""
     group = block.groups[kind]
     name = group.placed.key.render({**group.index, **at})
     slices, dropped, kept, axes = [], [], [], []
@@ -185,15 +212,23 @@ def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> 
             rows = int(np.prod([axis.stored for axis in inner])) if inner else 1
             slices.append(slice(experts.start * rows, experts.stop * rows))
             dimension = [Axis(name="e", size=len(experts), stored=len(experts), reverse=False), *inner]
+        elif cut and cut.axis == first.name and not inner:
+            stop = length if cut.stop is None else cut.stop
+            slices.append(slice(cut.start, stop))
+            dimension = [replace(first, size=min(first.size, stop) - cut.start, stored=stop - cut.start)]
         else:
             slices.append(slice(0, length))
         kept.append(dimension)
     return Slab(name=name, slices=tuple(slices), dropped=tuple(dropped), dims=kept, axes=tuple(axes))
 
 
-def slab(block: Block, kind: Kind, at: Mapping[str, int], experts: range) -> tuple[NDArray[Any], list[list[Axis]]]:
+def slab(
+    block: Block, kind: Kind, at: Mapping[str, int], experts: range, empty: Empty = np.empty, cut: Cut | None = None
+) -> tuple[NDArray[Any], list[list[Axis]]]:
     """The stored tensor for some experts and one layer of the stack: its bits, and the axes of each of its dimensions."""
-    found = located(block, kind, at, experts)
-    data = block.reader.read(found.name, found.slices)
-    data = data.copy(order="C") if is_chunked(block.reader) else data  # or one expert would hold the window that it is read in
+    found = located(block, kind, at, experts, cut)
+    data = block.reader.read(found.name, found.slices, empty)
+    if is_chunked(block.reader):  # or one expert would hold the window that it is read in
+        window, data = data, empty(data.shape, data.dtype)
+        data[...] = window
     return data.squeeze(found.dropped), found.dims

@@ -1,0 +1,72 @@
+"""Several comparisons at a time, within a bound of memory.
+
+In: a function and what it is called with, one after another. Out: its results, in that order. It never compares.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.options import workers
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """How many comparisons run at a time, and the bytes that each may hold."""
+
+    jobs: int = 1
+    each: int = 256 << 20
+
+    @classmethod
+    def within(cls, memory: int, jobs: int | None, largest: int) -> Work:
+        """As many as asked for, but no more than half of the memory holds where each takes `largest` bytes.
+
+        The other half is for windows, decoded chunks and the program itself.
+        """
+        fit = max(1, min(workers(jobs), memory // 2 // max(1, largest)))
+        return cls(jobs=fit, each=memory // 2 // fit)
+
+
+class Scratch(threading.local):  # no dataclass: threads would share its slots
+    """Memory that a thread reads into again and again: new memory costs about as much as what is done with it."""
+
+    def __init__(self) -> None:
+        self._held: list[NDArray[np.uint8]] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """All that was given may be given again."""
+        self._next = 0
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array with anything in it, good until `rewind`."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if self._next == len(self._held):
+            self._held.append(np.empty(nbytes, np.uint8))
+        elif self._held[self._next].nbytes < nbytes:
+            self._held[self._next] = np.empty(nbytes, np.uint8)
+        self._next += 1
+        return self._held[self._next - 1][:nbytes].view(dtype).reshape(shape)
+
+
+def in_order(call: Callable[[_Item], _Result], items: Iterable[_Item], jobs: int) -> Iterator[_Result]:
+    """What the function returns for each, so many at a time; what it raises is raised, and nothing new is begun then."""
+    if jobs == 1:
+        yield from map(call, items)
+        return
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in [pool.submit(call, item) for item in items]:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
