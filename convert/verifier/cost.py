@@ -68,10 +68,12 @@ def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Bl
 
 def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> tuple[float, int]:
     """Seconds for an expert, and how many were tried: of all these layers by their bits, of some through the probes."""
-    from convert.verifier.gemms.gemm import compare_outputs, experts_per_call
+    from convert.verifier.gemms.calls import fit
+    from convert.verifier.gemms.gemm import compare_outputs
 
     pairs = list(pair(a, b))
-    count = experts_per_call(pairs[0], how) if how else 8
+    allowed = fit(pairs[0], how.memory, how.ways) if how else None
+    count = allowed.experts if allowed else 8
     held = min(map(experts_held, pairs[0]))
     chosen = scope.of(range(pairs[0][0].experts))[: min(CALLS * count, held)]
     narrow = Scope(experts=frozenset(chosen), tokens=scope.tokens)
@@ -83,7 +85,7 @@ def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How 
     tick(0)
     exact.compare_experts(a, b, ignore, narrow)
     seconds = (time.perf_counter() - ticks[0]) / (len(chosen) * len(pairs))
-    if how:
+    if how and allowed:
         seconds *= 2 if len(pairs) > 1 else 1  # windows are loaded once more
         some = list(a)[:CALLS]
         compare_outputs({key: a[key] for key in some}, {key: b[key] for key in some}, narrow, how, progress=tick)
@@ -93,7 +95,7 @@ def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How 
 
 def _nbytes(block: Block) -> int:
     """Bytes of one expert."""
-    from convert.verifier.gemms.gemm import values
+    from convert.verifier.gemms.calls import values
 
     group = block.groups["wi", ""]
     return values(block) * itemsize(group.dtype)
@@ -101,8 +103,8 @@ def _nbytes(block: Block) -> int:
 
 def _flop(block: Block, scope: Scope, how: How | None) -> float:
     """Of one expert, in both checkpoints and all backends: two for each weight and row."""
-    from convert.verifier.gemms.gemm import values
-    from convert.verifier.gemms.probes import GROUP_SIZES, ONE_HOT
+    from convert.verifier.gemms.calls import values
+    from convert.verifier.gemms.rows import ONE_HOT, RANDOM
 
-    rows = (ONE_HOT + sum(map(sum, GROUP_SIZES)) / len(GROUP_SIZES[0])) * scope.tokens
+    rows = (ONE_HOT + RANDOM) * scope.tokens
     return 2 * 2 * rows * values(block) * len(how.backends) if how else 0.0

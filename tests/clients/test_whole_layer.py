@@ -15,7 +15,7 @@ from convert.verifier.gemms.backends import BACKENDS
 from convert.verifier.gemms.operands import load
 from convert.verifier.gemms.probes import Setting
 from convert.verifier.gemms.routing import OTHERS, activation_of, routing_of
-from convert.verifier.gemms.whole import add_experts, routed
+from convert.verifier.gemms.whole import add_experts, pieces, routed
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from layouts.tables.families import FAMILIES
@@ -96,7 +96,8 @@ def test_the_layer_is_transformers(case, build, tmp_path):
                 continue
             assert to.router == "the checkpoint's routers"
             ours = np.zeros_like(x)
-            add_experts(ours, to, load(block, range(block.experts)), range(block.experts), setting)
+            every = range(block.experts)
+            add_experts(ours, pieces(to, every, 32), load(block, every), setting, 32)
             np.testing.assert_allclose(ours, wanted, rtol=2e-4, atol=2e-5 * np.abs(wanted).max())
 
 

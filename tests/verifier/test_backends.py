@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import convert
 from convert.cli import main
 from convert.errors import UsageError
 from convert.verifier.bits.logical import blocks
-from convert.verifier.gemms import backends, mesh
+from convert.verifier.gemms import backends, calls, gemm, mesh
 from convert.verifier.gemms.backends import BACKENDS, choose
 from convert.verifier.gemms.operands import load
 from convert.verifier.gemms.probes import tokens
@@ -161,17 +162,54 @@ def test_the_cost_is_told_before(folder, capsys):
     assert "by 16 of the first experts" in text
 
 
-def test_less_memory_takes_fewer_experts_at_a_time(folder):
-    """And finds the same."""
-    from convert.verifier.gemms.gemm import How, experts_per_call
+def sides_of(folder: Path, *layouts: str):
+    return tuple(next(iter(blocks(r, describe(r)).values())) for r in (open_checkpoint(folder / each) for each in layouts))
 
-    one, other = (
-        next(iter(blocks(r, describe(r)).values())) for r in map(open_checkpoint, (folder / "concat", folder / "vllm"))
-    )
-    assert experts_per_call((one, other), How()) == 8
-    few = 3 * 40 * 3 * 32 * 16
-    assert experts_per_call((one, other), How(memory=few)) == 3
-    assert experts_per_call((one, other), How(memory=1)) == 1
-    assert convert.verify(folder / "concat", folder / "vllm", memory=few).equal
-    one.reader.close()
-    other.reader.close()
+
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_less_memory_takes_fewer_experts_at_a_time_then_does_not_read_ahead_then_nothing(folder, monkeypatch):
+    sides = sides_of(folder, "concat", "vllm")
+    monkeypatch.setattr(calls, "values", lambda _: 1 << 20)
+    found = [calls.fit(sides, calls.BASE + (mib << 20)) for mib in (400, 100, 7, 5, 3)]
+    assert [each and (each.experts, each.ahead, each.together) for each in found] == [
+        (8, True, True),
+        (8, True, False),
+        (1, True, False),
+        (1, False, False),
+        None,
+    ]
+    among = [calls.fit(sides, calls.BASE + (mib << 20), ways=4) for mib in (60, 30, 20, 10)]
+    assert [each and (each.experts, each.ahead) for each in among] == [(8, True), (4, True), (4, False), None]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")
+@pytest.mark.parametrize(("experts", "sizes"), [(128, [8] * 16), (60, [6] * 10), (13, [7, 6]), (9, [5, 4]), (3, [3])])
+def test_calls_are_of_the_same_size_where_they_can_be(folder, experts, sizes):
+    one = SimpleNamespace(experts=experts, reader=open_checkpoint(folder / "concat"))
+    assert list(map(len, calls.calls((one, one), 8))) == sizes
+
+
+@pytest.mark.parametrize("layout", ["concat", "per-shard", "gpt_oss"])
+@pytest.mark.parametrize(("ahead", "together"), [(True, False), (False, False)])
+def test_a_verification_in_little_memory_finds_the_same(folder, tmp_path, monkeypatch, layout, ahead, together):
+    """One expert at a time, one side at a time; gradients, which need both, say that they were not run."""
+    base = folder / ("gpt_oss" if layout == "gpt_oss" else "qwen3_moe")
+    other = folder / layout
+    if layout == "gpt_oss":
+        convert.prefuse(base, other := tmp_path / "fused")
+    monkeypatch.setattr(gemm, "fit", lambda *_: calls.Fit(experts=1, ahead=ahead, together=together))
+    found = convert.verify(base, other)
+    states = {level.name: (level.state, level.not_run) for level in found.levels}
+    assert found.equal
+    assert states.pop("gradients") == ("not run", "--memory does not hold an expert of both sides for that")
+    assert {state for name, (state, _) in states.items() if name != "others"} == {"equal"}
+
+
+def test_experts_that_memory_does_not_hold_are_not_run_and_that_is_no_equal(folder, capsys):
+    arguments = ["--verify", str(folder / "qwen3_moe"), str(folder / "concat"), "--quiet", "--memory", "300MiB"]
+    assert main(arguments) == 1
+    text = capsys.readouterr().out
+    assert "an expert takes 401 MiB, and --memory is 300 MiB" in text
+    assert "INCOMPLETE" in text
+    assert main([*arguments, "--allow-not-run"]) == 0
+    assert main([*arguments, "--no-gemm"]) == 0

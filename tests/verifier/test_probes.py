@@ -14,7 +14,8 @@ from convert.verifier.bits.logical import blocks
 from convert.verifier.gemms.backends import BACKENDS
 from convert.verifier.gemms.layer import Arrays, Form, jitted
 from convert.verifier.gemms.operands import Weights, load
-from convert.verifier.gemms.probes import Setting, gradients, identity, random, rows_of, stored
+from convert.verifier.gemms.probes import Setting, answer, gradients, identity, outputs, skewed, stored
+from convert.verifier.gemms.rows import ask, rows_of
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from scripts.make_checkpoint import make_checkpoint
@@ -46,8 +47,18 @@ def block(path: Path):
 
 
 def read_back(one, other, weights, setting=SETTING) -> list[str]:
-    wanted = stored(one, EXPERTS, rows_of(one, setting.tokens))
-    return list(identity(wanted, weights, other, EXPERTS, setting))
+    wanted = stored(load(one, EXPERTS), rows_of(one, setting.tokens))
+    answers = answer(weights, ask(other, EXPERTS, setting.tokens), setting)
+    return list(identity(wanted, answers, weights, other, EXPERTS))
+
+
+def random(a, b, one, setting=SETTING):
+    """Random rows beside those that read weights, and random rows alone in skewed groups: both have to see it."""
+    rows = ask(one, EXPERTS, setting.tokens)
+    found = outputs((answer(a, rows, setting), answer(b, rows, setting)), one, EXPERTS)
+    alone = skewed(a, b, one, EXPERTS, setting)
+    assert found[1] == alone[1]
+    return found
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")
@@ -64,7 +75,7 @@ def test_every_layout_passes_all_probes(folder, layout, backend):
     weights = load(one, EXPERTS), load(other, EXPERTS)
     for side, loaded in zip((one, other), weights, strict=True):
         assert not read_back(one, side, loaded, setting)
-    found, problems = random(*weights, one, EXPERTS, setting)
+    found, problems = random(*weights, one, setting)
     assert not problems
     assert found.relative.max() < 1e-5
     if setting.backend.traced:
@@ -82,13 +93,14 @@ def test_a_kernel_that_takes_up_for_gate_is_caught(folder, layout):
     found = read_back(one, other, turned)
     assert len(found) == 2 * len(EXPERTS)
     assert all("one-hot tokens do not read" in line for line in found)
-    assert len(random(weights[0], turned, one, EXPERTS, SETTING)[1]) == len(EXPERTS)
+    assert len(random(weights[0], turned, one)[1]) == len(EXPERTS)
     assert any("gate" in line for line in gradients(weights[0], turned, one, EXPERTS, SETTING))
 
 
 def changed(weights: Weights, role: str, change) -> Weights:
     operand = getattr(weights, role)
-    return replace(weights, **{role: replace(operand, array=change(operand.array))})
+    array = change(operand.array)
+    return replace(weights, **{role: replace(operand, array=array, host=np.asarray(array))})
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")
@@ -96,7 +108,7 @@ def test_one_wrong_weight_of_one_expert_is_caught_and_named(folder):
     one, other = block(folder / "in"), block(folder / "concat")
     weights = load(one, EXPERTS), load(other, EXPERTS)
     broken = changed(weights[1], "wo", lambda wo: wo.at[3, 5, 7].add(1))
-    assert random(weights[0], broken, one, EXPERTS, SETTING)[1] == ["layer 1, expert 7: outputs of the two differ"]
+    assert random(weights[0], broken, one)[1] == ["layer 1, expert 7: outputs of the two differ"]
     found = [line for line in gradients(weights[0], broken, one, EXPERTS, SETTING) if "expert " in line]
     assert {line.split(",")[1] for line in found} >= {" expert 7"}
 

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from convert.verifier.gemms.probes import Setting
 from convert.verifier.gemms.routing import Activation, Routing, activation_of, route, routing_of
-from convert.verifier.gemms.whole import Routed, add_experts
+from convert.verifier.gemms.whole import Routed, add_experts, pieces
 
 T, E = 7, 12
 RNG = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_weights_on_outputs_or_inputs(on_inputs):
         x=x, token=np.array([1, 0, 1]), weight=np.array([0.5, 3, 2]), sizes=np.array([3]), router="", on_inputs=on_inputs
     )
     out = np.zeros_like(x)
-    add_experts(out, to, weights, range(1), Setting(backend=None))
+    add_experts(out, pieces(to, range(1), 2), weights, Setting(backend=None), 2)
     square = 2 if on_inputs else 1
     np.testing.assert_allclose(out, [x[0] ** 2 * 3**square, x[1] ** 2 * (0.5**square + 2**square)])
 

@@ -127,9 +127,11 @@ def _missing(name: str) -> str | None:
     """Why a backend cannot run here: it is not installed, or fails at two experts of two columns."""
     if name == "tokamax" and find_spec("tokamax") is None:
         return "backend tokamax is not installed: pip install tokamax"
-    x, w, sizes = jnp.ones((3, 4)), jnp.ones((2, 4, 2)), jnp.array([1, 2], jnp.int32)
+    backend = BACKENDS[name]
+    gmm = jax.jit(backend.gmm, static_argnums=3) if backend.traced else backend.gmm
+    x, w, sizes = np.ones((3, 4), np.float32), np.ones((2, 4, 2), np.float32), np.array([1, 2], np.int32)
     try:
-        good = bool((BACKENDS[name].gmm(x, w, sizes, False) == 4).all())
+        good = bool((np.asarray(gmm(x, w, sizes, False)) == 4).all())
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"backend {name} cannot run here: {text}"

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from convert.verifier.bits.logical import Block, Sides
 from convert.verifier.gemms import probes
 from convert.verifier.gemms.operands import Weights
-from convert.verifier.gemms.probes import Distance, Setting, distance
-from convert.verifier.gemms.whole import Routed, add_experts
+from convert.verifier.gemms.probes import Answers, Distance, Setting, distance, stored
+from convert.verifier.gemms.rows import ask, room_for, rows_of
+from convert.verifier.gemms.whole import Routed, add_experts, pieces
 from convert.verifier.verdict import Level
 
 if TYPE_CHECKING:
@@ -26,6 +27,22 @@ if TYPE_CHECKING:
 NOT_FINITE = "no output is a finite number, as with weights of random bits; so only the bits can be compared"
 """Why a GEMM that ran proves nothing: the checkpoint does not let it, and nobody can ask for more."""
 Loaded = tuple[Weights, Weights]
+
+
+TOO_LARGE = "--memory does not hold an expert of both sides for that"
+"""Why a level that needs both sides in memory is left out, without having been asked for by name."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """What one call has found so far: the rows that should be read back, and those that were; whether outputs differ."""
+
+    label: str = ""
+    experts: range = range(0)
+    wanted: Mapping[str, NDArray[Any]] | None = None
+    answers: list[Answers] = field(default_factory=list)
+    unread: set[int] = field(default_factory=set)
+    differ: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,49 +58,80 @@ class Findings:
     compared: Counter[str] = field(default_factory=Counter)
     unread: int = 0
     skipped: bool = False
+    large: bool = False
+    call: Call = field(default_factory=Call)
     routed: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
-    def probe(self, sides: Sides, loaded: Loaded, wanted: Mapping[str, NDArray[Any]], experts: range, ends: bool) -> None:
-        """Run the probes that look at some experts; the gradients only at the `ends`."""
-        one, unread = sides[0], set[int]()
-        for block, weights in zip(sides, loaded, strict=True):
-            self._add("identity", probes.identity(wanted, weights, block, experts, self.setting, unread))
-        self.unread += len(unread)
-        self.compared["identity"] += len(experts) - len(unread)
-        found, problems = probes.random(*loaded, one, experts, self.setting)
-        self._add("gemm", problems, found)
-        self.errors.setdefault(one.label, []).extend(found.relative.tolist())
-        if self.setting.backend.traced:
-            self._gradients(one, loaded, experts, ends, wrong=bool(problems))
-        if self.mesh is not None:
-            self._on_mesh(sides, loaded, experts)
+    def enter(self, one: Block, experts: range) -> None:
+        """A call begins: these experts of this layer, by its name on the first side."""
+        self.call = Call(label=one.label, experts=experts)
 
-    def _gradients(self, one: Block, loaded: Loaded, experts: range, ends: bool, *, wrong: bool) -> None:
+    def ask(self, block: Block, side: int, weights: Weights, to: Routed) -> None:
+        """Run all rows through one side's weights: those that read them back, random ones, and routed ones."""
+        call, tokens = self.call, self.setting.tokens
+        most, out = room_for(len(call.experts), tokens), self.outputs[call.label][side]
+        call.wanted = call.wanted or stored(weights, rows_of(block, tokens))
+        first, *rest = pieces(to, call.experts, most)
+        answers = probes.answer(weights, ask(block, call.experts, tokens, (first.x, first.sizes)), self.setting)
+        self._add("identity", probes.identity(call.wanted, answers, weights, block, call.experts, call.unread))
+        first.add(out, answers.routed)
+        add_experts(out, rest, weights, self.setting, most)
+        call.answers.append(answers)
+
+    def compare(self, one: Block, to: Sequence[Routed]) -> None:
+        """Compare what both sides gave."""
+        call = self.call
+        self.unread += len(call.unread)
+        self.compared["identity"] += len(call.experts) - len(call.unread)
+        self.routed[one.label] += int(to[0].sizes[call.experts.start : call.experts.stop].sum())
+        worst, problems = probes.outputs((call.answers[0], call.answers[1]), one, call.experts)
+        self._add("gemm", problems, worst)
+        self.errors.setdefault(one.label, []).extend(worst.relative.tolist())
+        call.differ = bool(problems)
+
+    def compare_together(self, sides: Sides, loaded: Sequence[Weights], end: bool) -> None:
+        """What is only done at the `end`s, or on a mesh, with both sides in memory, if they are `loaded`."""
+        if self.setting.backend.traced:
+            self._add("gradients", ())
+        if self.mesh is not None:
+            self._add("mesh", ())
+        if not loaded:
+            self.large |= end or self.mesh is not None
+            return
+        both = loaded[0], loaded[1]
+        if end and not self.call.differ:
+            worst, problems = probes.skewed(*both, sides[0], self.call.experts, self.setting)
+            self._add("gemm", problems, worst)
+            self.call.differ = bool(problems)
+        if end and self.setting.backend.traced:
+            self._gradients(sides[0], both)
+        if self.mesh is not None:
+            self._on_mesh(self.mesh, sides, both)
+
+    def _gradients(self, one: Block, loaded: Loaded) -> None:
         """Those of experts whose outputs differ anyway would say nothing new."""
-        self._add("gradients", ())
-        self.skipped |= ends and wrong
-        if ends and not wrong:
+        self.skipped |= self.call.differ
+        if not self.call.differ:
             rows: list[int] = []
-            self._add("gradients", probes.gradients(*loaded, one, experts, self.setting, rows))
+            self._add("gradients", probes.gradients(*loaded, one, self.call.experts, self.setting, rows))
             self.compared["gradients"] += sum(rows)
 
-    def _on_mesh(self, sides: Sides, loaded: Loaded, experts: range) -> None:
+    def _on_mesh(self, devices: Mesh, sides: Sides, loaded: Loaded) -> None:
         from convert.verifier.gemms import mesh
 
-        self._add("mesh", ())
+        experts = self.call.experts
         if not self.setting.backend.traced:
             self.apart.add(f"JAX does not run {self.setting.backend.name}")
             return
-        assert self.mesh is not None
         k, n = (sides[0].groups["wi", ""].total(axis) for axis in "kn")
-        if why := mesh.why_not(self.mesh, len(experts), n):
+        if why := mesh.why_not(devices, len(experts), n):
             self.apart.add(why)
             return
         x, groups = probes.tokens(experts, k, self.setting.tokens)
         alone = loaded[0].run(x, groups, self.setting.backend, self.setting.activation)
         for block, weights in zip(sides, loaded, strict=True):
-            out = mesh.run(x, weights, groups, self.mesh, self.setting.backend, self.setting.activation)
+            out = mesh.run(x, weights, groups, devices, self.setting.backend, self.setting.activation)
             found = distance(alone, out, terms=k + n)
             bad = np.unique(np.repeat(experts, groups)[found.unequal])
             which = f"{block.label}, experts {', '.join(map(str, bad))}"
@@ -92,12 +140,6 @@ class Findings:
     def begin(self, block: Block, to: Sequence[Routed]) -> None:
         """The outputs of a whole layer are summed up from here on."""
         self.outputs[block.label] = [np.zeros_like(each.x) for each in to]
-
-    def add(self, block: Block, to: Sequence[Routed], loaded: Loaded, experts: range) -> None:
-        """Add what some experts give to the output of the whole layer, in both checkpoints."""
-        for out, each, weights in zip(self.outputs[block.label], to, loaded, strict=True):
-            add_experts(out, each, weights, experts, self.setting)
-        self.routed[block.label] += int(to[0].sizes[experts.start : experts.stop].sum())
 
     def end(self, block: Block) -> None:
         """Compare the outputs of a whole layer."""
@@ -132,7 +174,7 @@ class Findings:
                 differences=tuple(dict.fromkeys(differences)),
                 errors=errors,
                 not_run=why,
-                asked=why != NOT_FINITE and not (name == "mesh" and suffix),
+                asked=why not in (NOT_FINITE, TOO_LARGE) and not (name == "mesh" and suffix),
             )
 
     def _why_not(self, level: str) -> str:
@@ -141,6 +183,8 @@ class Findings:
             return "gemm differs"
         if self.compared[level]:
             return ""
+        if self.large and level in ("gradients", "mesh"):
+            return TOO_LARGE if level == "gradients" else TOO_LARGE.replace("that", "a mesh")
         if level == "mesh" and self.apart:
             return " and ".join(sorted(self.apart))
         if level == "layer" and level not in self.worst:

@@ -2,8 +2,7 @@
 
 In: the layers of two checkpoints. Out: the levels of the probes. It never holds more than a few experts.
 
-On a CPU `jax.lax.ragged_dot` lowers to a masked dense product, which is E times the work. So a call takes few experts. Calls
-follow one another until all experts were taken.
+Where memory allows, weights of the next call are read while those of this one are run.
 """
 
 from __future__ import annotations
@@ -15,21 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import Block, Scope, Sides, pair
-from convert.verifier.bits.order import by_place, experts_held, places_of
+from convert.verifier.bits.order import by_place, places_of
 from convert.verifier.gemms.backends import BACKENDS, DEFAULT, Backend
+from convert.verifier.gemms.calls import Fit, calls, fit, needed, values, weights_of
 from convert.verifier.gemms.findings import Findings
-from convert.verifier.gemms.operands import can_run, form_of, load
-from convert.verifier.gemms.probes import ONE_HOT, Setting, rows_of, stored
+from convert.verifier.gemms.operands import Weights, can_run, form_of
+from convert.verifier.gemms.probes import Setting
 from convert.verifier.gemms.routing import activation_of, routing_of
+from convert.verifier.gemms.rows import ONE_HOT
 from convert.verifier.gemms.whole import TOKENS, Routed, routed, tokens_for
 from convert.verifier.verdict import Level
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-EXPERTS_PER_CALL = 8
-COPIES = 5
-"""How often a call has the float32 values of one checkpoint's experts in memory, at most: as read, as JAX's, as XLA's."""
+GRADIENTS = 8
+"""Experts of the first and of the last layer that go through the gradients, which cost most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,11 @@ class How:
     config: Mapping[str, Any] = field(default_factory=dict)
     memory: int = 2 << 30
     one_router: bool = False
+
+    @property
+    def ways(self) -> int:
+        """Devices among which the experts of a call divide."""
+        return int(self.mesh.shape["expert"]) if self.mesh else 1
 
 
 def compare_outputs(
@@ -65,15 +70,16 @@ def compare_outputs(
         for backend in how.backends
     ]
     pairs = list(pair(a, b))
-    runnable = [sides for sides in pairs if all(map(can_run, sides)) and sides[0].label not in broken]
-    routers = _probe_all(runnable, scope, how, found, progress)
+    sound = [sides for sides in pairs if all(map(can_run, sides)) and sides[0].label not in broken]
+    runnable = [(sides, allowed) for sides in sound if (allowed := fit(sides, how.memory, how.ways))]
     if not runnable:
         return tuple(_none_ran(pairs, how, broken))
+    routers = _probe_all(runnable, scope, how, found, progress)
     left = len(pairs) - len(runnable)
     levels: list[Level] = []
     for number, each in enumerate(found):
-        texts = _covered(runnable, how, routers, each.setting)
-        texts["gemm"] += f"; not {left} other layers: {_why(pairs, broken)}" if left else ""
+        texts = _covered([sides for sides, _ in runnable], how, routers, each.setting)
+        texts["gemm"] += f"; not {left} other layers: {_why(pairs, how, broken)}" if left else ""
         texts["layer"] += "; only through the experts that are run with those asked for" if scope.experts else ""
         levels += each.levels(texts, f"/{each.setting.backend.name}" if number else "")
     return (*levels, *_missing(how))
@@ -89,16 +95,19 @@ def _missing(how: How) -> Iterator[Level]:
 def _none_ran(pairs: Sequence[Sides], how: How, broken: Collection[str]) -> Iterator[Level]:
     """The levels that the probes would have been."""
     names = ["identity", "gemm", *(["gradients"] if how.backends[0].traced else []), *(["mesh"] if how.mesh else []), "layer"]
-    yield from (Level(name=name, covered="", compared=0, not_run=_why(pairs, broken)) for name in names)
+    yield from (Level(name=name, covered="", compared=0, not_run=_why(pairs, how, broken)) for name in names)
 
 
-def _why(pairs: Sequence[Sides], broken: Collection[str]) -> str:
+def _why(pairs: Sequence[Sides], how: How, broken: Collection[str]) -> str:
     """Why layers go through no GEMM."""
     reasons = []
     if any(sides[0].label in broken for sides in pairs):
         reasons.append("there is more than zeros in the padding")
     if any(not all(map(can_run, sides)) for sides in pairs):
         reasons.append("no GEMM here takes the type of these experts, whose bits alone were compared")
+    large = [needed(sides, how.ways) for sides in pairs if all(map(can_run, sides)) and not fit(sides, how.memory, how.ways)]
+    if large:
+        reasons.append(f"an expert takes {-(-max(large) >> 20):,} MiB, and --memory is {how.memory >> 20:,} MiB")
     return " and ".join(reasons) or "no MoE layer is there on both sides with the same sizes"
 
 
@@ -109,24 +118,31 @@ def _routed(sides: Sides, scope: Scope, how: How) -> list[Routed]:
 
 
 def _probe_all(
-    runnable: Sequence[Sides], scope: Scope, how: How, found: Sequence[Findings], progress: Progress
+    runnable: Sequence[tuple[Sides, Fit]], scope: Scope, how: How, found: Sequence[Findings], progress: Progress
 ) -> frozenset[str]:
     """Run the probes, and give what routers there were. A layer is begun and ended as its experts come up."""
-    every = [(sides, experts) for sides in runnable for experts in _calls(sides, how) if scope.of(experts)]
-    calls = by_place(every, lambda call: places_of(call[0], call[1].start))
-    left = Counter(sides[0].label for sides, _ in calls)
-    ends = {sides[0].label for sides in (*runnable[:1], *runnable[-1:])}
+    every = [
+        (sides, experts, allowed)
+        for sides, allowed in runnable
+        for experts in calls(sides, allowed.experts, how.ways)
+        if scope.of(experts)
+    ]
+    every = by_place(every, lambda call: places_of(call[0], call[1].start))
+    left = Counter(sides[0].label for sides, *_ in every)
+    ends = {sides[0].label: GRADIENTS for sides, _ in (*runnable[:1], *runnable[-1:])}
     routers: set[str] = set()
     begun: dict[str, list[Routed]] = {}
-    for sides, experts in calls:
+    weights = weights_of((call[:2] for call in every), ahead=all(allowed.ahead for _, allowed in runnable))
+    for sides, experts, allowed in every:
         one, label = sides[0], sides[0].label
         if label not in begun:
             begun[label] = _routed(sides, scope, how)
             routers |= {to.router for to in begun[label]}
             for each in found:
                 each.begin(one, begun[label])
-        _probe(sides, begun[label], experts, scope, found, label in ends)
-        ends.discard(label)  # gradients of the first experts are enough, and cost most
+        end = ends.get(label, 0) > 0
+        _probe(sides, begun[label], experts, weights, found, allowed, end)
+        ends[label] = ends.get(label, 0) - len(experts)
         progress(len(experts) * values(one) * 2)
         left[label] -= 1
         if not left[label]:
@@ -136,13 +152,28 @@ def _probe_all(
     return frozenset(routers)
 
 
-def _probe(sides: Sides, to: Sequence[Routed], experts: range, scope: Scope, found: Sequence[Findings], ends: bool) -> None:
-    one, other = sides
-    loaded = load(one, experts), load(other, experts)
-    wanted = stored(one, experts, rows_of(one, scope.tokens))
+def _probe(
+    sides: Sides,
+    to: Sequence[Routed],
+    experts: range,
+    weights: Iterator[Weights],
+    found: Sequence[Findings],
+    allowed: Fit,
+    end: bool,
+) -> None:
+    """One call: each side in its turn, and what needs both only where memory holds them."""
+    together: list[Weights] = []
     for each in found:
-        each.probe(sides, loaded, wanted, experts, ends)
-        each.add(one, to, loaded, experts)
+        each.enter(sides[0], experts)
+    for side, block in enumerate(sides):
+        loaded = next(weights)
+        for each in found:
+            each.ask(block, side, loaded, to[side])
+        together += [loaded] if allowed.together and (end or found[0].mesh) else []
+        del loaded
+    for each in found:
+        each.compare(sides[0], to)
+        each.compare_together(sides, together, end)
 
 
 def _covered(runnable: Sequence[Sides], how: How, routers: Collection[str], setting: Setting) -> dict[str, str]:
@@ -154,31 +185,8 @@ def _covered(runnable: Sequence[Sides], how: How, routers: Collection[str], sett
     return {
         "identity": f"{ONE_HOT * setting.tokens} one-hot tokens for each expert and projection read its weights back exactly",
         "gemm": f"grouped GEMM ({setting.backend.name}): {' and '.join(forms)}",
-        "gradients": f"of gate, up, down and the input, in {EXPERTS_PER_CALL} experts of the first and the last MoE layer",
+        "gradients": f"of gate, up, down and the input, in {GRADIENTS} experts of the first and the last MoE layer",
         "layer": f"{TOKENS * setting.tokens} tokens through route ({' and '.join(routings)}; {drawn}), gate and up, "
         f"{setting.activation}, down, unpermute",
         "mesh": "the experts on a mesh of " + " x ".join(f"{size} ({axis})" for axis, size in shape.items()) + " devices",
     }
-
-
-def experts_per_call(sides: Sides, how: How) -> int:
-    """As many as fit in the memory, and as divide among the devices of a mesh; at least one for each of those."""
-    fit = how.memory // (COPIES * 4 * sum(map(values, sides)))
-    ways = how.mesh.shape["expert"] if how.mesh else 1
-    return max(ways, min(max(EXPERTS_PER_CALL, ways), fit) // ways * ways)
-
-
-def values(block: Block) -> int:
-    """Numbers in one expert's weights."""
-    k, n = (block.groups["wi", ""].total(axis) for axis in "kn")
-    return 3 * k * n
-
-
-def _calls(sides: Sides, how: How) -> Iterator[range]:
-    """The experts of each call: no more than a window holds, in calls of about the same size."""
-    ways = how.mesh.shape["expert"] if how.mesh else 1
-    step, held = experts_per_call(sides, how), max(ways, min(map(experts_held, sides)))
-    each = -(-held // -(-held // step)) if held < sides[0].experts else step
-    for start in range(0, sides[0].experts, held):
-        stop = min(start + held, sides[0].experts)
-        yield from (range(first, min(first + each, stop)) for first in range(start, stop, each))

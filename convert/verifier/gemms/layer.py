@@ -37,20 +37,27 @@ class Form:
 class Arrays(NamedTuple):
     """The weights of some experts, in a form.
 
-    `wi` is (E, K, C) or, rows first, (E, C, K), whose C columns hold gate and up as the form says; or, if its columns say
-    nothing of `g`, two tensors (2, E, K, C). `wo` is (E, N, K) or (E, K, N). A bias of `wi` is (E, C), or (E, 2, N) in
-    logical axes; that of `wo` is (E, K).
+    `wi` is (E, K, C) or, rows first, (E, C, K), whose C columns hold gate and up as the form says; or two of these, if its
+    columns say nothing of `g` (in one array, XLA would turn them four times as slowly). `wo` is (E, N, K) or (E, K, N). A bias
+    of `wi` is (E, C), or (E, 2, N) in logical axes; that of `wo` is (E, K).
     """
 
-    wi: jax.Array
+    wi: jax.Array | tuple[jax.Array, ...]
     wo: jax.Array
     wi_bias: jax.Array | None = None
     wo_bias: jax.Array | None = None
 
+    @property
+    def fused(self) -> jax.Array:
+        """`wi`, where it is one array."""
+        assert not isinstance(self.wi, tuple)
+        return self.wi
+
 
 def ffn(x: jax.Array, arrays: Arrays, sizes: jax.Array, form: Form) -> jax.Array:
     """`activation(x @ gate, x @ up) @ down` of rows (M, K) in groups, one for each expert; (M, K), float32."""
-    parts = [_one(x, part, sizes, how) for part, how in shards(arrays, form)]
+    rows = x.astype(arrays.wo.dtype)
+    parts = [_one(rows, part, sizes, how) for part, how in shards(arrays, form)]
     return functools.reduce(jnp.add, parts)[:, : x.shape[1]]
 
 
@@ -64,13 +71,45 @@ def _one(x: jax.Array, arrays: Arrays, sizes: jax.Array, form: Form) -> jax.Arra
     return gmm_down(hidden, arrays.wo, sizes, form, arrays.wo_bias)
 
 
+class Read(NamedTuple):
+    """What rows read: gate and up (M, N), and what the layer returns (M, K); float32."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
+def read(x: jax.Array, hot: tuple[jax.Array, jax.Array], arrays: Arrays, sizes: jax.Array, form: Form) -> Read:
+    """The expert layer for rows (M, K) in groups, some of which only read weights.
+
+    Where `hot[0]` (M,) is no -1, the row is one-hot there, and so is its hidden row at `hot[1]`: its gate, up and output are
+    rows of the weights. Biases are not added to these.
+    """
+    plain = hot[0] < 0
+    x = jnp.where(plain[:, None], x, jax.nn.one_hot(hot[0], x.shape[1])).astype(arrays.wo.dtype)
+    gates: list[jax.Array] = []
+    ups: list[jax.Array] = []
+    out, start = jnp.float32(0), 0
+    for part, how in shards(arrays, form):
+        gate, up = gmm_up(x, part.wi, sizes, how, part.wi_bias, plain)
+        reading = jax.nn.one_hot(hot[1] - start, gate.shape[1])
+        hidden = jnp.where(plain[:, None], form.activation(gate, up), reading).astype(x.dtype)
+        out = out + gmm_down(hidden, part.wo, sizes, how, part.wo_bias, plain)
+        gates, ups, start = [*gates, gate], [*ups, up], start + gate.shape[1]
+    return Read(jnp.concatenate(gates, 1), jnp.concatenate(ups, 1), out[:, : x.shape[1]])
+
+
+jitted_read = functools.partial(jax.jit, static_argnames=("form",))(read)
+"""`read`, compiled for each form and shape."""
+
+
 def shards(arrays: Arrays, form: Form) -> Iterator[tuple[Arrays, Form]]:
     """Each tensor-parallel shard's slice, as a device of its own would hold it; their results add up to the layer's."""
     name, count, *_ = form.columns[0]
     if name != "s":
         yield arrays, form
         return
-    wi = jnp.split(arrays.wi, count, axis=1 if form.rows_first[0] else 2)
+    wi = jnp.split(arrays.fused, count, axis=1 if form.rows_first[0] else 2)
     wo = jnp.split(arrays.wo, count, axis=2 if form.rows_first[1] else 1)
     biases = jnp.split(arrays.wi_bias, count, axis=-1) if arrays.wi_bias is not None else [None] * count
     for at in range(count):
@@ -79,27 +118,49 @@ def shards(arrays: Arrays, form: Form) -> Iterator[tuple[Arrays, Form]]:
 
 
 def gmm_up(
-    x: jax.Array, wi: jax.Array, sizes: jax.Array, form: Form, bias: jax.Array | None = None
+    x: jax.Array,
+    wi: jax.Array | tuple[jax.Array, ...],
+    sizes: jax.Array,
+    form: Form,
+    bias: jax.Array | None = None,
+    plain: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gate and up (M, N) of rows (M, K): one grouped GEMM over a fused `wi`, two over separate ones."""
+    """Gate and up (M, N) of rows (M, K): one GEMM over a fused `wi`, two over separate ones; biases for `plain` rows."""
     first = form.rows_first[0]
-    wide = _pad(x, wi.shape[-1] if first else wi.shape[-2])
-    own = None if bias is None else bias[owners(sizes, len(x))]
-    if any(name == "g" for name, *_ in form.columns):
+    each = wi if isinstance(wi, tuple) else (wi,)
+    wide = _pad(x, each[0].shape[2 if first else 1])
+    own = _own(bias, sizes, len(x), plain)
+    if not isinstance(wi, tuple):
         both = form.gmm(wide, wi, sizes, first)
         gate, up = cut(both + own if own is not None and own.ndim == both.ndim else both, form.columns)
     else:
-        gate, up = (cut(form.gmm(wide, one, sizes, first), form.columns)[0] for one in wi)
+        gate, up = (cut(form.gmm(wide, one, sizes, first), form.columns)[0] for one in each)
     if own is not None and own.ndim > gate.ndim:
         gate, up = gate + own[:, 0], up + own[:, 1]
     return gate, up
 
 
-def gmm_down(hidden: jax.Array, wo: jax.Array, sizes: jax.Array, form: Form, bias: jax.Array | None = None) -> jax.Array:
-    """The down projection (M, K) of rows (M, N)."""
+def gmm_down(
+    hidden: jax.Array,
+    wo: jax.Array,
+    sizes: jax.Array,
+    form: Form,
+    bias: jax.Array | None = None,
+    plain: jax.Array | None = None,
+) -> jax.Array:
+    """The down projection (M, K) of rows (M, N); biases for `plain` rows."""
     first = form.rows_first[1]
     out = form.gmm(_pad(hidden, wo.shape[-1] if first else wo.shape[-2]), wo, sizes, first)
-    return out if bias is None else out + bias[owners(sizes, len(hidden))]
+    own = _own(bias, sizes, len(hidden), plain)
+    return out if own is None else out + own
+
+
+def _own(bias: jax.Array | None, sizes: jax.Array, rows: int, plain: jax.Array | None) -> jax.Array | None:
+    """The bias of each row's expert, none for rows that are not `plain`."""
+    if bias is None:
+        return None
+    own = bias[owners(sizes, rows)]
+    return own if plain is None else jnp.where(plain.reshape(-1, *[1] * (own.ndim - 1)), own, 0)
 
 
 def owners(sizes: jax.Array, rows: int) -> jax.Array:

@@ -65,8 +65,8 @@ def run(x: Any, weights: Weights, sizes: Any, mesh: Mesh, backend: Backend, acti
     """The expert layer's output (M, K) for rows (M, K) in groups, on a mesh."""
     arrays, form = _divisible(weights, mesh, weights.form(backend, activation))
     specs = _specs(arrays, form)
-    placed = Arrays._make(map(functools.partial(_place, mesh), arrays, specs))
-    rows, groups = jnp.asarray(x, arrays.wi.dtype), jnp.asarray(sizes, jnp.int32)
+    placed = jax.tree.map(lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)), arrays, specs)
+    rows, groups = jnp.asarray(x, arrays.wo.dtype), jnp.asarray(sizes, jnp.int32)
     across = form.columns[0][2] // mesh.shape[MODEL] if form.columns[0][0] == "s" else 0
     local = replace(form, columns=(("s", across, across, False), *form.columns[1:])) if across else _narrow(form, mesh)
 
@@ -105,10 +105,10 @@ def _divisible(weights: Weights, mesh: Mesh, form: Form) -> tuple[Arrays, Form]:
     arrays = weights.arrays
     n = math.prod(size for axis, size, *_ in form.columns if axis != "g")
     if not (name == "s" and count % mesh.shape[MODEL] == 0) and any(axis == "g" for axis, *_ in form.columns):
-        matrix = jnp.swapaxes(arrays.wi, 1, 2) if form.rows_first[0] else arrays.wi
+        matrix = jnp.swapaxes(arrays.fused, 1, 2) if form.rows_first[0] else arrays.fused
         flat = matrix.reshape(-1, matrix.shape[-1])
         parts = [part.reshape(*matrix.shape[:2], -1) for part in cut(flat, form.columns)]
-        arrays = arrays._replace(wi=jnp.stack(parts))
+        arrays = arrays._replace(wi=tuple(parts))
         if arrays.wi_bias is not None and arrays.wi_bias.ndim == 2:
             arrays = arrays._replace(wi_bias=jnp.stack(cut(arrays.wi_bias, form.columns), axis=1))
         form = replace(form, columns=(("n", n, n, False),), rows_first=(False, form.rows_first[1]))
@@ -125,16 +125,12 @@ def _narrow(form: Form, mesh: Mesh) -> Form:
 
 def _specs(arrays: Arrays, form: Form) -> Arrays:
     """How each array lies on the mesh."""
-    wi = (EXPERT, MODEL, None) if form.rows_first[0] else (EXPERT, None, MODEL)
-    wi = wi if arrays.wi.ndim == 3 else (None, *wi)
+    wi = _spec(*((EXPERT, MODEL, None) if form.rows_first[0] else (EXPERT, None, MODEL)))
     wo = (EXPERT, None, MODEL) if form.rows_first[1] else (EXPERT, MODEL, None)
     bias = None if arrays.wi_bias is None else _spec(EXPERT, *[None] * (arrays.wi_bias.ndim - 2), MODEL)
-    return Arrays(_spec(*wi), _spec(*wo), bias, None if arrays.wo_bias is None else _spec(EXPERT, None))
+    both = (wi, wi) if isinstance(arrays.wi, tuple) else wi
+    return Arrays(both, _spec(*wo), bias, None if arrays.wo_bias is None else _spec(EXPERT, None))
 
 
 def _spec(*axes: str | None) -> Any:
     return P(*axes)  # type: ignore[no-untyped-call]
-
-
-def _place(mesh: Mesh, array: jax.Array | None, spec: Any) -> jax.Array | None:
-    return None if array is None else jax.device_put(array, NamedSharding(mesh, spec))

@@ -5,6 +5,9 @@ In: a layer and some experts. Out: operands on the device. It never compares the
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +16,38 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.bits.logical import Block, expert, slab
+from convert.verifier.bits.logical import Block, expert, located, slab
 from convert.verifier.bits.stored import Axis, logical
 from convert.verifier.gemms.backends import Backend
 from convert.verifier.gemms.layer import Arrays, Columns, Form, ffn, jitted
 from convert.verifier.gemms.routing import SILU, Activation
-from layouts.tensors import numpy_dtype
+from layouts.tensors import bits, numpy_dtype
 
+_ALIGNED = 64
+"""Bytes: what XLA wants the address of an array to be a multiple of."""
 FLOATS = ("F16", "BF16", "F32", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
-    """One role's weights: stored as they are if `dims` says how, else one matrix for each expert (and projection)."""
+    """One role's weights, on the device and as they were read: a matrix for each expert, whose axes `dims` says.
 
-    array: jax.Array
+    `paired` are two of these, gate and up in tensors of their own, (2, E, ...) as they were read.
+    """
+
+    array: jax.Array | tuple[jax.Array, ...]
+    host: NDArray[Any]
     columns: Columns
     rows_first: bool
-    dims: tuple[tuple[Axis, ...], ...] | None
+    dims: tuple[tuple[Axis, ...], ...]
+    paired: bool = False
 
-    def logical(self, array: Any, role: str, e: int) -> NDArray[Any]:
-        """Expert `e` of an array like this one, in logical axes: `wi` (2, K, N), `wo` (N, K)."""
-        if self.dims is None:
-            return np.asarray(array[:, e] if role == "wi" else array[e])
-        return logical(np.asarray(array[e]), self.dims[1:], role)
+    def projections(self, array: Any, role: str, e: int) -> Sequence[NDArray[Any]]:
+        """Expert `e` of an array like this one, in logical axes: gate and up (K, N), or down (N, K)."""
+        if self.paired:
+            return [logical(np.asarray(array[g][e]), self.dims, role) for g in (0, 1)]
+        found = logical(np.asarray(array[e]), self.dims, role)
+        return list(found) if role == "wi" else [found]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +61,13 @@ class Weights:
     @property
     def arrays(self) -> Arrays:
         """What the layer computes with."""
+        assert not isinstance(self.wo.array, tuple)
         return Arrays(self.wi.array, self.wo.array, *self.biases)
+
+    @property
+    def experts(self) -> int:
+        """How many they are."""
+        return len(self.wo.host)
 
     def form(self, backend: Backend, activation: Activation | None = None) -> Form:
         """How they are run."""
@@ -64,8 +81,8 @@ class Weights:
     def run(self, x: Any, groups: Any, backend: Backend, activation: Activation | None = None) -> NDArray[Any]:
         """The expert layer's output (M, K) for rows (M, K) in groups."""
         call = jitted if backend.traced else ffn
-        rows = jnp.asarray(x, self.wi.array.dtype)
-        return np.asarray(call(rows, self.arrays, jnp.asarray(groups, jnp.int32), form=self.form(backend, activation)))
+        form = self.form(backend, activation)
+        return np.asarray(call(jnp.asarray(x), self.arrays, jnp.asarray(groups, jnp.int32), form=form))
 
 
 def can_run(block: Block) -> bool:
@@ -88,19 +105,58 @@ def load(block: Block, experts: range) -> Weights:
 
 def _operand(block: Block, role: str, experts: range) -> Operand:
     group = block.groups[role, ""]
-    if not _stacked(block, role, ""):
-        each = np.stack([expert(block, (role, ""), e) for e in experts])
-        each = np.moveaxis(each, 1, 0) if role == "wi" else each
-        columns: Columns = (("n", each.shape[-1], each.shape[-1], False),)
-        return Operand(array=_array(each, group.dtype), columns=columns, rows_first=False, dims=None)
-    data, dims = slab(block, (role, ""), {}, experts)
-    rows_first = dims[2][0].name == ("k" if role == "wi" else "n")
+    paired = "g" in group.placed.key.slots
+    if _stacked(block, role, ""):
+        data, dims = slab(block, (role, ""), {}, experts, _aligned)
+        dims = dims[1:]
+    elif _is_matrix(block, role):
+        data, dims = _side_by_side(block, role, experts)
+    else:
+        data = np.stack([expert(block, (role, ""), e) for e in experts])
+        data, paired = (np.moveaxis(data, 1, 0), True) if role == "wi" else (data, False)
+        axes = zip("kn" if role == "wi" else "nk", data.shape[-2:], strict=True)
+        dims = [[Axis(name=axis, size=size, stored=size, reverse=False)] for axis, size in axes]
+    values = _values(data, group.dtype)
+    rows_first = dims[1][0].name == ("k" if role == "wi" else "n")
     return Operand(
-        array=_array(data, group.dtype),
-        columns=_columns(dims[1] if rows_first else dims[2]),
+        array=tuple(map(jax.device_put, values)) if paired else jax.device_put(values),
+        host=values,
+        columns=_columns(dims[0 if rows_first else 1]),
         rows_first=rows_first,
         dims=tuple(map(tuple, dims)),
+        paired=paired,
     )
+
+
+def _side_by_side(block: Block, role: str, experts: range) -> tuple[NDArray[Any], list[list[Axis]]]:
+    """Matrices of tensors of their own, read to where they are wanted: (E, rows, columns), or (2, E, rows, columns)."""
+    kind = role, ""
+    halves = range(2) if "g" in block.groups[kind].placed.key.slots else range(1)
+    first = located(block, kind, {"e": experts.start, "g": 0}, range(1))
+    shape = [length for at, length in enumerate(first.lengths) if at not in first.dropped]
+    out = _aligned((len(halves), len(experts), *shape), bits(block.groups[kind].dtype))
+    for g, e in itertools.product(halves, experts):
+        place = out[g, e - experts.start]
+        data, _ = slab(block, kind, {"e": e, "g": g}, range(1), lambda shape, _, place=place: place.reshape(shape))  # type: ignore[misc]
+        if not np.may_share_memory(data, place):  # it was decoded or computed elsewhere
+            place[...] = data
+    return (out if len(halves) == 2 else out[0]), first.dims
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Memory that JAX takes as it is on a CPU; other is copied."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _is_matrix(block: Block, role: str) -> bool:
+    """Whether each expert has a tensor of its own, with `k` as one of two dimensions."""
+    if "e" not in block.groups[role, ""].placed.key.slots:
+        return False
+    dims = located(block, (role, ""), {"e": 0, "g": 0}, range(1)).dims
+    return len(dims) == 2 and any([axis.name for axis in axes] == ["k"] for axes in dims)
 
 
 def _stacked(block: Block, role: str, part: str) -> bool:
@@ -124,11 +180,12 @@ def _bias(block: Block, role: str, experts: range, weight: Operand) -> jax.Array
     if role == "wi" and _stacked(block, role, "bias"):
         data, dims = slab(block, (role, "bias"), {}, experts)
         if _columns(dims[1]) == weight.columns:
-            return _array(data, group.dtype)
+            return jnp.asarray(_values(data, group.dtype))
     each = np.stack([expert(block, (role, "bias"), e) for e in experts])
-    return _array(each.reshape(len(experts), 2, -1) if role == "wi" else each, group.dtype)
+    return jnp.asarray(_values(each.reshape(len(experts), 2, -1) if role == "wi" else each, group.dtype))
 
 
-def _array(bits: Any, code: str) -> jax.Array:
-    values = np.ascontiguousarray(bits).view(numpy_dtype(code))
-    return jnp.asarray(values.astype(np.float32) if values.dtype.itemsize == 1 else values)
+def _values(stored: NDArray[Any], code: str) -> NDArray[Any]:
+    """Bits as the numbers that they are; in float32 where they have one byte."""
+    values = np.ascontiguousarray(stored).view(numpy_dtype(code))
+    return values.astype(np.float32) if values.dtype.itemsize == 1 else values

@@ -11,6 +11,7 @@ In: the weights of some experts in both checkpoints. Out: differences and errors
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,17 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.bits.logical import PROJECTIONS, Block, expert
+from convert.verifier.bits.logical import PROJECTIONS, Block
 from convert.verifier.gemms.backends import Backend
-from convert.verifier.gemms.layer import Arrays, Form, ffn, gmm_down, gmm_up
+from convert.verifier.gemms.layer import Arrays, Form, ffn, jitted_read, read
 from convert.verifier.gemms.operands import Weights
 from convert.verifier.gemms.routing import SILU, Activation
-from layouts.tensors import numpy_dtype
+from convert.verifier.gemms.rows import Rows
 
 GROUP_SIZES = ((1, 0, 5, 2, 0, 3, 1, 0), (0, 4, 0, 0, 1, 0, 0, 2))
 """Rows per expert, in two rounds: every expert has tokens in one of them, some have none in the other, some have one."""
-ONE_HOT = 16
-"""Rows of a weight that the identity probe reads back, evenly spread; all of them where there are no more."""
 _MARGIN = 16
 """Errors of a sum of n rounded terms grow as sqrt(n) eps; a bound has this factor on top."""
 
@@ -57,43 +56,56 @@ class Distance(NamedTuple):
     finite: NDArray[np.bool_]
 
 
-def stored(block: Block, experts: range, rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+class Answers(NamedTuple):
+    """What came out: rows of `wi` (E, 2, rows, N) and `wo` (E, 1, rows, K) that were read back, and outputs (M, K)."""
+
+    wi: NDArray[Any]
+    wo: NDArray[Any]
+    random: NDArray[Any]
+    routed: NDArray[Any]
+
+
+def answer(weights: Weights, rows: Rows, setting: Setting) -> Answers:
+    """Run all rows of a call."""
+    call = jitted_read if setting.backend.traced else read
+    x, hot_up, hot_down, sizes = map(jnp.asarray, (rows.x, *rows.hot, rows.sizes))
+    found = call(x, (hot_up, hot_down), weights.arrays, sizes, form=weights.form(setting.backend, setting.activation))
+    gate, up, down = map(np.asarray, found)
+    hot, experts = rows.hot[0] >= 0, len(rows.sizes)
+    wi = np.stack([each[hot].reshape(experts, -1, each.shape[1]) for each in (gate, up)], 1)
+    return Answers(wi, down[hot].reshape(experts, 1, -1, down.shape[1]), down[rows.random], down[rows.routed])
+
+
+def stored(weights: Weights, rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Those rows of the logical weights as XLA sees them: float32, and zero where they are too small for it.
 
     `wi` is (E, 2, rows, N), `wo` (E, 1, rows, K).
     """
     found = {}
     for role, wanted in rows.items():
-        bits = np.stack([expert(block, (role, ""), e)[..., wanted, :] for e in experts])
-        values = np.ascontiguousarray(bits).view(numpy_dtype(block.groups[role, ""].dtype)).astype(np.float32)
+        operand = weights.wi if role == "wi" else weights.wo
+        each = [[part[wanted] for part in operand.projections(operand.host, role, e)] for e in range(weights.experts)]
+        values = np.asarray(each, np.float32)
         values[np.abs(values) < np.finfo(np.float32).tiny] = 0
-        found[role] = values.reshape(len(experts), -1, *bits.shape[-2:])
+        found[role] = values
     return found
-
-
-def rows_of(block: Block, tokens: int = 1) -> dict[str, NDArray[Any]]:
-    """Which rows of each weight the one-hot tokens read."""
-    lengths = {"wi": block.groups["wi", ""].total("k"), "wo": block.groups["wo", ""].total("n")}
-    return {role: np.unique(np.linspace(0, n - 1, min(ONE_HOT * tokens, n)).astype(int)) for role, n in lengths.items()}
 
 
 def identity(
     wanted: Mapping[str, NDArray[Any]],
+    answers: Answers,
     weights: Weights,
     block: Block,
     experts: range,
-    setting: Setting,
     unread: set[int] | None = None,
 ) -> Iterator[str]:
     """Rows of the weights that do not come back through the GEMM as they are `stored` in the first checkpoint.
 
     Experts of which that cannot be told, as infinities among the weights spoil the sums, are added to `unread`.
     """
-    rows, form = rows_of(block, setting.tokens), weights.form(setting.backend)
-    for role in ("wi", "wo"):
-        each = _read_back(weights, role, rows[role], len(experts), block, form)
+    for role, each in (("wi", answers.wi), ("wo", answers.wo)):
         values = wanted[role]
-        unequal = (each != values).any(axis=(2, 3))
+        unequal = (each[:, :, : values.shape[2]] != values).any(axis=(2, 3))
         if unequal.any() and not _finite(weights):
             (set() if unread is None else unread).update(experts)
             continue  # zero times infinity is no zero, and the masked product of a CPU lets it reach other experts
@@ -103,20 +115,18 @@ def identity(
 
 
 def _finite(weights: Weights) -> bool:
-    return all(bool(jnp.isfinite(operand.array).all()) for operand in (weights.wi, weights.wo))
+    return all(bool(jnp.isfinite(array).all()) for array in jax.tree.leaves((weights.wi.array, weights.wo.array)))
 
 
-def _read_back(weights: Weights, role: str, rows: NDArray[Any], experts: int, block: Block, form: Form) -> NDArray[Any]:
-    """(E, projections, rows, N or K), through the GEMM."""
-    length = block.groups[role, ""].total("k" if role == "wi" else "n")
-    operand = weights.wi if role == "wi" else weights.wo
-    tokens = jnp.asarray(np.tile(np.eye(length, dtype=np.float32)[rows], (experts, 1)), operand.array.dtype)
-    sizes = jnp.full(experts, len(rows), jnp.int32)
-    if role == "wi":
-        found = np.stack([np.asarray(part) for part in gmm_up(tokens, operand.array, sizes, form)])
-    else:
-        found = np.asarray(gmm_down(tokens, operand.array, sizes, form))[None, :, : block.groups[role, ""].total("k")]
-    return found.reshape(len(found), experts, len(rows), -1).swapaxes(0, 1)
+def outputs(both: tuple[Answers, Answers], block: Block, experts: range) -> tuple[Distance, list[str]]:
+    """The largest differences of each expert's outputs, and what is more than rounding explains."""
+    found = distance(both[0].random, both[1].random, terms=block.groups["wi", ""].total("k"))
+    worst = Distance._make(each.reshape(len(experts), -1).max(axis=1, initial=0) for each in found)
+    return worst, _differing(worst, block, experts)
+
+
+def _differing(worst: Distance, block: Block, experts: range) -> list[str]:
+    return [f"{block.label}, expert {experts[at]}: outputs of the two differ" for at in np.flatnonzero(worst.unequal)]
 
 
 def tokens(experts: range, k: int, times: int, sizes: Sequence[int] = GROUP_SIZES[0]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -125,21 +135,19 @@ def tokens(experts: range, k: int, times: int, sizes: Sequence[int] = GROUP_SIZE
     return np.random.default_rng([experts.start, k]).standard_normal((groups.sum(), k)).astype(np.float32), groups
 
 
-def random(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> tuple[Distance, list[str]]:
-    """The largest differences of each expert's outputs, and what is more than rounding explains."""
+def skewed(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> tuple[Distance, list[str]]:
+    """The same for random tokens in skewed groups, of which some are empty and some have one."""
     k = block.groups["wi", ""].total("k")
     worst = Distance._make(np.zeros(len(experts), kind) for kind in (float, float, float, bool, bool))
+    most = max(tokens(experts, k, setting.tokens, sizes)[1].sum() for sizes in GROUP_SIZES)
     for sizes in GROUP_SIZES:
         x, groups = tokens(experts, k, setting.tokens, sizes)
-        if not len(x):
-            continue
-        outputs = (weights.run(x, groups, setting.backend, setting.activation) for weights in (a, b))
-        found = distance(*outputs, terms=k)
+        padded = np.pad(x, ((0, most - len(x)), (0, 0)))  # of one shape, so that they are compiled once
+        found = distance(*(w.run(padded, groups, setting.backend, setting.activation)[: len(x)] for w in (a, b)), terms=k)
         for at, rows in enumerate(np.split(np.arange(len(x)), np.cumsum(groups)[:-1])):
-            for most, values in zip(worst, found, strict=True):
-                most[at] = max(most[at], values[rows].max(initial=0))
-    problems = [f"{block.label}, expert {experts[at]}: outputs of the two differ" for at in np.flatnonzero(worst.unequal)]
-    return worst, problems
+            for worse, values in zip(worst, found, strict=True):
+                worse[at] = max(worse[at], values[rows].max(initial=0))
+    return worst, _differing(worst, block, experts)
 
 
 def gradients(
@@ -154,35 +162,36 @@ def gradients(
     groups = np.full(len(experts), 3, np.int32)
     x, along = rng.standard_normal((2, groups.sum(), k)).astype(np.float32)
     ones, others = (_gradients(weights, x, along, groups, setting) for weights in (a, b))
-    found = distance(ones["x"], others["x"], terms=k + n)
+    found = distance(*(np.asarray(each["x"]) for each in (ones, others)), terms=k + n)
     ([] if rows is None else rows).append(int(found.finite.sum()))
     if found.unequal.any():
         which = f"{block.label}, experts {experts.start} to {experts.stop - 1}"
         yield f"{which}: gradients of the input differ by {found.relative.max():.1e}"
     for at, e in enumerate(experts):
         for role, (mine, yours) in {"wi": (a.wi, b.wi), "wo": (a.wo, b.wo)}.items():
-            pair = [side.logical(grads[role], role, at) for side, grads in ((mine, ones), (yours, others))]
-            found = distance(*(each.reshape(len(PROJECTIONS[role]), -1) for each in pair), terms=k + n)
-            for projection, relative, bad in zip(PROJECTIONS[role], found.relative, found.unequal, strict=True):
-                if bad:
-                    yield f"{block.label}, expert {e}, {projection}: gradients differ by {relative:.1e}"
+            pair = [side.projections(grads[role], role, at) for side, grads in ((mine, ones), (yours, others))]
+            for projection, *each in zip(PROJECTIONS[role], *pair, strict=True):
+                found = distance(*(part.reshape(1, -1) for part in each), terms=k + n)
+                if found.unequal.any():
+                    yield f"{block.label}, expert {e}, {projection}: gradients differ by {found.relative[0]:.1e}"
 
 
-def _gradients(weights: Weights, x: Any, along: Any, groups: Any, setting: Setting) -> Mapping[str, NDArray[Any]]:
-    arrays = weights.arrays
-    wide = arrays._replace(wi=arrays.wi.astype(jnp.float32), wo=arrays.wo.astype(jnp.float32))
+def _gradients(weights: Weights, x: Any, along: Any, groups: Any, setting: Setting) -> Mapping[str, Any]:
     form = weights.form(setting.backend, setting.activation)
-    found = _gradient(jnp.asarray(x), wide.wi, wide.wo, wide, jnp.asarray(groups), jnp.asarray(along), form=form)
-    return dict(zip(("x", "wi", "wo"), map(np.asarray, found), strict=True))
+    found = _gradient(jnp.asarray(x), weights.arrays, jnp.asarray(groups), jnp.asarray(along), form=form)
+    return dict(zip(("x", "wi", "wo"), found, strict=True))
 
 
-def _loss(
-    x: jax.Array, wi: jax.Array, wo: jax.Array, arrays: Arrays, groups: jax.Array, along: jax.Array, form: Form
-) -> jax.Array:
-    return jnp.sum(ffn(x, arrays._replace(wi=wi, wo=wo), groups, form) * along)
+@functools.partial(jax.jit, static_argnames=("form",))
+def _gradient(x: jax.Array, arrays: Arrays, groups: jax.Array, along: jax.Array, form: Form) -> tuple[Any, ...]:
+    """Of x, `wi` and `wo`, in float32."""
 
+    def loss(x: jax.Array, wi: Any, wo: jax.Array) -> jax.Array:
+        return jnp.sum(ffn(x, arrays._replace(wi=wi, wo=wo), groups, form) * along)
 
-_gradient = jax.jit(jax.grad(_loss, argnums=(0, 1, 2)), static_argnames=("form",))
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), (arrays.wi, arrays.wo))
+    found: tuple[Any, ...] = jax.grad(loss, argnums=(0, 1, 2))(x, *wide)
+    return found
 
 
 def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:

@@ -9,10 +9,11 @@ which tokens, and is compared with the other tensors.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,8 +26,6 @@ from layouts.tensors import numpy_dtype
 
 TOKENS = 16
 """Tokens of a probe."""
-ROWS = 32
-"""Routed rows that go through the layer at a time: tokens come in pieces, so that memory does not grow with them."""
 WEIGHTS = tuple(f"{name}.weight" for name in ("gate", "router", "router.gate", "gate.wg", "router.layer", "router.classifier"))
 KERNEL = "gate.kernel"
 """MaxText's router, (K, E); in a stack of layers (K, L, E), or (L, K, E) where the layers come first."""
@@ -69,15 +68,23 @@ def _tokens(experts: int, k: int, count: int) -> NDArray[Any]:
     return np.random.default_rng([experts, k]).standard_normal((count, k), np.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("routing",))
+def _choose(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, correction: jax.Array | None, routing: Routing
+) -> tuple[jax.Array, jax.Array]:
+    """The experts of tokens (T, K) and their weights, by a router's weight (E, K) and bias (E,)."""
+    logits = x @ weight.T
+    return route(logits if bias is None else logits + bias, routing, correction)
+
+
 def routed(block: Block, routing: Routing, x: NDArray[Any]) -> Routed:
     """Tokens (T, K), sent to experts by the layer's router."""
     experts, k = block.experts, x.shape[1]
     weight, bias, correction = (None, None, None) if routing.other else _router(block, experts, k)
     own = weight is not None
     drawn = np.random.default_rng(experts).standard_normal((experts, k), np.float32) / np.sqrt(k)
-    logits = jnp.asarray(x) @ jnp.asarray(weight if own else drawn).T
-    logits = logits if bias is None else logits + bias
-    chosen, weights = map(np.asarray, route(logits, routing, None if correction is None else jnp.asarray(correction)))
+    found = _choose(x, weight if own else drawn, bias, correction, routing=routing)
+    chosen, weights = map(np.asarray, found)
     flat = chosen.reshape(-1)
     order = np.argsort(flat, kind="stable")
     return Routed(
@@ -122,16 +129,33 @@ def _values(reader: Reader, name: str, slices: tuple[slice, ...]) -> NDArray[Any
     return bits.view(numpy_dtype(reader.tensors[name].dtype)).astype(np.float32)
 
 
-def add_experts(out: NDArray[Any], to: Routed, weights: Weights, experts: range, setting: Setting) -> None:
-    """Add to `out` (T, K) what these experts give, weighed, for the tokens that were sent to them."""
+class Piece(NamedTuple):
+    """Some of the rows (R, K) that are routed to some experts, how many each has, whose they are, and their weights."""
+
+    x: NDArray[Any]
+    sizes: NDArray[Any]
+    token: NDArray[Any]
+    after: Any
+
+    def add(self, out: NDArray[Any], y: NDArray[Any]) -> None:
+        """Add what the experts gave for them, weighed, to the outputs (T, K)."""
+        np.add.at(out, self.token, y * self.after)
+
+
+def pieces(to: Routed, experts: range, most: int) -> Iterator[Piece]:
+    """All rows of these experts, at most so many at a time, and at least one piece."""
     begin = int(to.sizes[: experts.start].sum())
     owner = np.repeat(np.arange(len(experts)), to.sizes[experts.start : experts.stop])
-    for start in range(0, len(owner), ROWS):
-        here = owner[start : start + ROWS]
+    for start in range(0, max(1, len(owner)), most):
+        here = owner[start : start + most]
         rows = slice(begin + start, begin + start + len(here))
-        x = np.zeros((ROWS, to.x.shape[1]), np.float32)
-        before, after = (to.weight[rows, None], 1) if to.on_inputs else (1, to.weight[rows, None])
-        x[: len(here)] = to.x[to.token[rows]] * before
-        sizes = np.bincount(here, minlength=len(experts))
-        y = weights.run(x, sizes, setting.backend, setting.activation)[: len(here)]
-        np.add.at(out, to.token[rows], y * after)
+        weight = to.weight[rows, None]
+        x = to.x[to.token[rows]] * (weight if to.on_inputs else 1)
+        yield Piece(x, np.bincount(here, minlength=len(experts)), to.token[rows], 1 if to.on_inputs else weight)
+
+
+def add_experts(out: NDArray[Any], rest: Iterable[Piece], weights: Weights, setting: Setting, most: int) -> None:
+    """Run pieces of at most so many rows, and add what the experts give to the outputs (T, K)."""
+    for piece in rest:
+        x = np.pad(piece.x, ((0, most - len(piece.x)), (0, 0)))  # of one shape, so that they are compiled once
+        piece.add(out, weights.run(x, piece.sizes, setting.backend, setting.activation)[: len(piece.x)])
