@@ -9,10 +9,12 @@ Sharded arrays stay sharded: the last axis is left as it is sharded, and the wor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from convert.errors import PlanError
@@ -109,33 +111,49 @@ def _is_expert(leaf: Any) -> bool:
 def _concatenate(gate: Any, up: Any) -> Any:
     if isinstance(gate, np.ndarray) and isinstance(up, np.ndarray):
         return np.concatenate((gate, up), axis=-1)
-    return jax.jit(_concatenate_bits, out_shardings=_sharding(gate))(gate, up)
+    return _moved(_joined, (gate, up))[0]
 
 
 def _halves(fused: Any) -> tuple[Any, Any]:
-    n = fused.shape[-1] // 2
     if isinstance(fused, np.ndarray):
+        n = fused.shape[-1] // 2
         return fused[..., :n], fused[..., n:]
-    halves: tuple[Any, Any] = jax.jit(_halve_bits, out_shardings=_sharding(fused))(fused)
-    return halves
-
-
-def _sharding(array: Any) -> Any:
-    """The sharding to give the result: the input's own, so that nothing is gathered to one device."""
-    sharding = getattr(array, "sharding", None)
-    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-def _concatenate_bits(gate: jax.Array, up: jax.Array) -> jax.Array:
-    parts = [jax.lax.bitcast_convert_type(part, _uint(part)) for part in (gate, up)]
-    return jax.lax.bitcast_convert_type(jnp.concatenate(parts, axis=-1), gate.dtype)
-
-
-def _halve_bits(fused: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits, n = jax.lax.bitcast_convert_type(fused, _uint(fused)), fused.shape[-1] // 2
-    gate, up = (jax.lax.bitcast_convert_type(part, fused.dtype) for part in (bits[..., :n], bits[..., n:]))
+    gate, up = _moved(_halved_columns, (fused,))
     return gate, up
 
 
-def _uint(array: jax.Array) -> Any:
-    return jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+def _moved(how: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Move arrays in one compiled step; the results are sharded as the first array is, so that nothing is gathered."""
+    sharding = None if isinstance(arrays[0], jax.core.Tracer) else getattr(arrays[0], "sharding", None)
+    kept = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    moved: tuple[Any, ...] = jax.jit(_as_bits, static_argnums=0, out_shardings=kept)(how, arrays)
+    return moved
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _as_bits(how: Any, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Move arrays as unsigned integers. A bitcast has no derivative: JAX would take it for zero, and say nothing."""
+    dtype = arrays[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return tuple(how(arrays))
+    word = jnp.dtype(f"uint{ml_dtypes.finfo(dtype).bits}")
+    parts = how(tuple(jax.lax.bitcast_convert_type(array, word) for array in arrays))
+    return tuple(jax.lax.bitcast_convert_type(part, dtype) for part in parts)
+
+
+@_as_bits.defjvp
+def _tangents(how: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Tangents are moved as numbers, which is linear: JAX transposes it for reverse mode, and derives it again."""
+    out = _as_bits(how, *primals)
+    if tangents[0][0].dtype == jax.dtypes.float0:
+        return out, tuple(np.zeros(part.shape, jax.dtypes.float0) for part in out)
+    return out, tuple(how(*tangents))
+
+
+def _joined(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array]:
+    return (jnp.concatenate(arrays, axis=-1),)
+
+
+def _halved_columns(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    (fused,), n = arrays, arrays[0].shape[-1] // 2
+    return fused[..., :n], fused[..., n:]

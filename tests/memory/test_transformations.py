@@ -1,0 +1,157 @@
+"""Under every transformation of JAX the calls are what `jnp.concatenate` and slices are, and the bits are moved exactly."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import convert
+
+E, K, N = 2, 3, 4
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+
+
+def fuse(gate, up):
+    return convert.prefuse_params({"wi_0": gate, "wi_1": up})["wi"]
+
+
+def split(wi):
+    params = convert.split_params({"wi": wi})
+    return params["wi_0"], params["wi_1"]
+
+
+def concatenate(gate, up):
+    return jnp.concatenate((gate, up), -1)
+
+
+def halves(wi):
+    return wi[..., : wi.shape[-1] // 2], wi[..., wi.shape[-1] // 2 :]
+
+
+def numbers(*shape, dtype="float32", seed=0):
+    """Halves between -2 and 2, which every type has."""
+    return (jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape)) / 2).astype(dtype)
+
+
+def pair(dtype="float32", *lead):
+    return tuple(numbers(*lead, E, K, N, dtype=dtype, seed=seed) for seed in (1, 2))
+
+
+def cubed(fused, weight):
+    return (weight * fused.astype("float32") ** 3).sum()
+
+
+PAIRS = [
+    pytest.param(fuse, concatenate, id="fuse"),
+    pytest.param(
+        lambda g, u: concatenate(*split(concatenate(g, u)))[..., ::-1], lambda g, u: concatenate(g, u)[..., ::-1], id="split"
+    ),
+]
+WAYS = {
+    "grad": lambda f, args, w: jax.grad(lambda a: cubed(f(*a), w))(args),
+    "jit of grad": lambda f, args, w: jax.jit(jax.grad(lambda a: cubed(f(*a), w)))(args),
+    "grad of jit": lambda f, args, w: jax.grad(lambda a: cubed(jax.jit(f)(*a), w))(args),
+    "vjp": lambda f, args, w: jax.vjp(f, *args)[1](w.astype(args[0].dtype)),
+    "jvp": lambda f, args, w: jax.jvp(f, args, args[::-1]),
+    "linearize": lambda f, args, w: jax.linearize(f, *args)[1](*args[::-1]),
+    "second derivatives": lambda f, args, w: jax.jvp(jax.grad(lambda a: cubed(f(*a), w)), (args,), (args[::-1],)),
+    "remat": lambda f, args, w: jax.grad(lambda a: cubed(jax.checkpoint(f)(*a), w))(args),
+    "vmap": lambda f, args, w: jax.vmap(f)(*(jnp.stack((a, -a)) for a in args)),
+    "grad of vmap": lambda f, args, w: jax.grad(
+        lambda a: cubed(jax.vmap(f, (1, 1), 1)(*(jnp.stack((x, x * 2), 1) for x in a)), w[:, None])
+    )(args),
+    "scan": lambda f, args, w: jax.grad(
+        lambda a: jax.lax.scan(lambda c, x: (c + cubed(f(*x), w), None), 0.0, tuple(jnp.stack((x, x * 2, x)) for x in a))[0]
+    )(args),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_values_and_derivatives_are_those_of_concatenate(ours, theirs, way):
+    args, weight = pair(), numbers(E, K, 2 * N, seed=3)
+    mine, wanted = (jax.tree.leaves(WAYS[way](f, args, weight)) for f in (ours, theirs))
+    assert any(np.any(leaf) for leaf in wanted)
+    for a, b in zip(mine, wanted, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["vjp", "jvp"])
+def test_derivatives_in_every_float_type(dtype, way):
+    args, weight = pair(dtype), numbers(E, K, 2 * N, seed=3)
+    for ours, theirs in ((fuse, concatenate), (lambda g, u: split(concatenate(g, u))[1], lambda g, u: u)):
+        cotangent = weight if ours is fuse else weight[..., :N]
+        mine, wanted = (jax.tree.leaves(WAYS[way](f, args, cotangent)) for f in (ours, theirs))
+        for a, b in zip(mine, wanted, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a.astype("float32"), b.astype("float32"))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int32", "uint8", "bool", "int4", "float4_e2m1fn"])
+def test_all_bits_pass_and_only_the_floats_have_a_derivative(dtype):
+    width = {"bool": 1, "int4": 4, "float4_e2m1fn": 4}.get(dtype, 8 * jnp.dtype(dtype).itemsize)
+    store = np.dtype(f"u{max(1, width // 8)}")
+    words = np.random.default_rng(0).integers(0, 1 << width, (2, E, K, N), dtype=store)
+    gate, up = (jnp.asarray(word.view(jnp.dtype(dtype)) if width >= 8 else word.astype(jnp.dtype(dtype))) for word in words)
+    for run in (fuse, jax.jit(fuse)):
+        fused = run(gate, up)
+        assert np.asarray(fused).tobytes() == np.concatenate([np.asarray(x) for x in (gate, up)], -1).tobytes()
+        again = split(fused)
+        assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(again, (gate, up), strict=True))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        tangents = tuple(np.zeros(gate.shape, jax.dtypes.float0) for _ in "ab")
+        assert jax.jvp(fuse, (gate, up), tangents)[1].dtype == jax.dtypes.float0
+
+
+def test_abstract_values_and_a_mesh():
+    spec = jax.ShapeDtypeStruct((E, K, N), "bfloat16")
+    assert jax.eval_shape(fuse, spec, spec).shape == (E, K, 2 * N)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("expert",))
+    args, weight = pair(), numbers(E, K, 2 * N)
+    shard = partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    found = jax.grad(lambda a: cubed(shard(fuse)(*a), weight))(args)
+    wanted = jax.grad(lambda a: cubed(concatenate(*a), weight))(args)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fuse in the loss", "split in the loss"])
+def test_a_training_loop_through_the_call_is_the_one_without_it(fused):
+    """The issue's loop: twenty steps of Adam moved `wo` and nothing else."""
+    gate, up = pair()
+    start = {"wi_0": gate, "wi_1": up} if fused else {"wi": concatenate(gate, up)}
+    start["wo"] = numbers(E, N, K, seed=4)
+    x, wanted = numbers(5, K, seed=5), numbers(E, 5, K, seed=6)
+
+    def train(view):
+        def loss(params):
+            found = view(params)
+            wi = found["wi"] if fused else concatenate(found["wi_0"], found["wi_1"])
+            g, u = halves(jnp.einsum("tk,ekn->etn", x, wi))
+            return ((jnp.einsum("etn,enk->etk", jax.nn.silu(g) * u, params["wo"]) - wanted) ** 2).mean()
+
+        optimizer = optax.adam(1e-2)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return optax.apply_updates(params, updates), state
+
+        params, state = start, optimizer.init(start)
+        for _ in range(20):
+            params, state = step(params, state)
+        return params
+
+    if fused:
+        trained, plain = train(convert.prefuse_params), train(lambda p: {"wi": concatenate(p["wi_0"], p["wi_1"])})
+    else:
+        trained, plain = train(convert.split_params), train(lambda p: dict(zip(("wi_0", "wi_1"), halves(p["wi"]), strict=True)))
+    for name, array in trained.items():
+        assert np.abs(array - start[name]).max() > 0.01, name
+        np.testing.assert_allclose(array, plain[name], rtol=1e-5, atol=1e-6)
