@@ -69,16 +69,14 @@ def verify(
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
-        UsageError: a backend, a mesh, a layer or an expert that cannot be had here, one of these for digests alone, or
-            `decode` of two.
+        UsageError: a backend, a mesh, a layer or an expert that cannot be had here, or an option for another number of
+            checkpoints.
     """
     from convert.verifier import verify_checkpoints, verify_manifest
     from layouts.places import place
 
-    chosen = complete(Verification, options)
+    chosen = complete(Verification, options, of=1 if b is None else 2)
     if b is None:
-        if given := [name for name in ("layers", "experts", "tokens", "backend", "mesh") if options.get(name) is not None]:
-            raise UsageError(f"{given[0]}: the digests of one checkpoint are compared as a whole; name a second one for this")
         return verify_manifest(place(a), progress, chosen.memory, decode=chosen.decode)
     return verify_checkpoints(place(a), place(b), progress, chosen)
 

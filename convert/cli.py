@@ -114,7 +114,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         from layouts.places import place
 
         one, other = map(place, _two_paths(arguments.paths))
-        print(printable(str(estimate_cost(one, other, complete(Verification, given)))))
+        print(printable(str(estimate_cost(one, other, complete(Verification, given, of=2)))))
         return 0
     passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
     total = None if arguments.quiet else passes * _input_bytes(arguments.paths[-1])

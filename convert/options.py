@@ -25,7 +25,7 @@ class Option:
 
     `text` is its sentence, `read` takes a word or a value and raises `ValueError` if it is none. `choices` are all there are.
     `show` stands for the value in the help, and `default` for the default where that reads better. `instead` is what may have
-    been meant where an action does not take it.
+    been meant where an action does not take it. `of` is for how many checkpoints it is, where it is not for any number.
     """
 
     text: str
@@ -34,6 +34,14 @@ class Option:
     show: str = ""
     default: str = ""
     instead: str = ""
+    of: int | None = None
+
+
+_OF = {
+    1: "{flag} is for one checkpoint: where two are compared, every chunk is decoded",
+    2: "{name}: the digests of one checkpoint are compared as a whole; name a second one for this",
+}
+"""Why an option is for so many checkpoints: what is said to who gives it for another number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +67,8 @@ class Named:
         """What the option is, and its default where there is something to say."""
         usual = None if self.is_switch else self.default
         shown = self.option.default or ("" if usual is None else str(usual))
-        return f"{self.option.text}{f' (default: {shown})' if shown else ''}"
+        whose = {1: "of one checkpoint: ", 2: "of two: "}.get(self.option.of or 0, "")
+        return f"{whose}{self.option.text}{f' (default: {shown})' if shown else ''}"
 
     def value(self, given: object) -> Any:
         """What a caller gives, as the tool takes it.
@@ -157,16 +166,16 @@ class Verification:
 
     gemm: Annotated[bool, Option(text="run grouped GEMMs, too; else compare the weights only", read=values.switch)] = True
     layers: Annotated[
-        Collection[int] | None, Option(text="only these layers", read=values.numbers, show="0,3-5", default="all")
+        Collection[int] | None, Option(text="only these layers", read=values.numbers, show="0,3-5", default="all", of=2)
     ] = None
     experts: Annotated[
-        Collection[int] | None, Option(text="only these experts", read=values.numbers, show="0,3-5", default="all")
+        Collection[int] | None, Option(text="only these experts", read=values.numbers, show="0,3-5", default="all", of=2)
     ] = None
-    tokens: Annotated[int, Option(text="T times the tokens of each probe", read=values.positive, show="T")] = 1
-    backend: Annotated[str, Option(text="which grouped GEMM; all for all that run here", show="NAME")] = "ragged_dot"
+    tokens: Annotated[int, Option(text="T times the tokens of each probe", read=values.positive, show="T", of=2)] = 1
+    backend: Annotated[str, Option(text="which grouped GEMM; all for all that run here", show="NAME", of=2)] = "ragged_dot"
     mesh: Annotated[
         Mapping[str, int] | None,
-        Option(text="run on so many devices, too", read=values.mesh, show="expert=4,model=2", default="one device"),
+        Option(text="run on so many devices, too", read=values.mesh, show="expert=4,model=2", default="one device", of=2),
     ] = None
     allow_not_run: Annotated[
         bool, Option(text="accept that a level cannot run (no GEMM here takes the type of the experts)", read=values.switch)
@@ -178,7 +187,7 @@ class Verification:
     source_layout: _SourceLayout = None
     decode: Annotated[
         bool,
-        Option(text="of one checkpoint: decode chunks that are kept as they were stored, too", read=values.switch),
+        Option(text="decode chunks that are kept as they were stored, too", read=values.switch, of=1),
     ] = False
 
 
@@ -194,15 +203,17 @@ def named(kind: type[Any]) -> Iterator[Named]:
         yield Named(name=field.name, default=field.default, option=hints[field.name].__metadata__[0])
 
 
-def complete(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
-    """The options of this kind that are given, checked, and the defaults of the others.
+def complete(kind: type[_Options], given: Mapping[str, Any], *, of: int | None = None) -> _Options:
+    """The options of this kind that are given, checked, and the defaults of the others, for this many checkpoints.
 
     Raises:
-        UsageError: a value is not what its option takes; the message names the argument.
+        UsageError: a value is not what its option takes, or it is for another number of checkpoints; names the argument.
     """
     found = {}
     for each in named(kind):
         if each.name in given:
+            if of and each.option.of not in (None, of) and given[each.name] not in (None, False):
+                raise UsageError(_OF[each.option.of].format(flag=each.flag, name=each.name))
             try:
                 found[each.name] = each.value(given[each.name])
             except ValueError as error:

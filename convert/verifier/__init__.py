@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import PlanError, UsageError, readable
+from convert.errors import PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.bits.counts import Counts, counts_of
@@ -44,9 +44,9 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
-        UsageError: a backend, a mesh, a layer or an expert that is not there, or an option for one checkpoint.
+        UsageError: a backend, a mesh, a layer or an expert that is not there.
     """
-    report, options = progress or ignore, _of_two(options)
+    report, options = progress or ignore, options or Verification()
     with readable(f"{a} against {b}"), _both(a, b) as (one, other):
         make = _across if _differ(one, other) else _alike
         about, counts, found = make(one, other, options, report)
@@ -59,12 +59,6 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
             counts=counts.words(looked),
             allow_not_run=options.allow_not_run,
         )
-
-
-def _of_two(options: Verification | None) -> Verification:
-    if options is not None and options.decode:
-        raise UsageError("--decode is for one checkpoint: where two are compared, every chunk is decoded")
-    return options or Verification()
 
 
 _Found = tuple[str, Counts, Iterator[Level]]
@@ -144,7 +138,7 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
     """
     from convert.verifier.cost import measure
 
-    options = _of_two(options)
+    options = options or Verification()
     with readable(f"{a} against {b}"), _both(a, b) as (one, other):
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
         if _differ(one, other):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import convert
 from convert.cli import main
 from convert.errors import UsageError
+from convert.options import Verification, named
 from convert.verifier.page import page
 from convert.verifier.verdict import Level, Verdict
 from scripts.make_checkpoint import make_checkpoint
@@ -56,6 +57,15 @@ def test_the_command_and_the_estimate_refuse_it_too(root, capsys):
     assert capsys.readouterr().err.count("there are layers 0-2") == 2
     assert main(["--verify", str(root / "out"), "--layers", "7", "--quiet"]) == 2
     assert "layers: the digests of one checkpoint are compared as a whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("each", [each for each in named(Verification) if each.option.of], ids=lambda each: each.name)
+def test_an_option_for_another_number_of_checkpoints_is_refused(root, each):
+    """The table of options says it, in one place; a value that is the default is refused like any other."""
+    value = {"layers": [0], "experts": [0], "mesh": {"expert": 1}, "tokens": 1}
+    paths = [root / "out"] * (3 - each.option.of)
+    with pytest.raises(UsageError, match=f"{each.flag} is for one checkpoint|^{each.name}: the digests of one"):
+        convert.verify(*paths, **{each.name: value.get(each.name, each.default or True)})
 
 
 def test_a_narrowed_verdict_says_so(root, capsys):
