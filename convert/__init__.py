@@ -6,6 +6,7 @@
     report = convert.prefuse("in", "out")            # wi_0, wi_1 -> wi (E, K, 2N)
     report = convert.split("out", "again")           # the exact inverse
     report = convert.verify("in", "out")             # equal weights, equal grouped GEMMs
+    content = convert.digest("out")                  # a sha256 that is the same in every layout
 
 Nothing here prints or exits; progress goes to a callback. Heavy libraries are imported when a function needs them.
 """
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from convert.conversions import plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
-from convert.keywords import Verifying, documented
+from convert.keywords import Digesting, Verifying, documented
 from convert.options import Verification, complete
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
     from convert.progress import Progress
     from convert.verifier import Verdict
+    from convert.verifier.content.hashing import Content
 
 __all__ = [
     "ConvertError",
@@ -33,6 +35,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "connect",
+    "digest",
     "plan",
     "prefuse",
     "prefuse_params",
@@ -79,6 +82,22 @@ def verify(
     if b is None:
         return verify_manifest(place(a), progress, chosen.memory, decode=chosen.decode)
     return verify_checkpoints(place(a), place(b), progress, chosen)
+
+
+@documented(Digesting)
+def digest(path: str | Path, *, progress: Progress | None = None, **options: Unpack[Digesting]) -> Content:
+    """A sha256 of what a checkpoint holds, tensor by tensor: the same in every layout, fused or not, Hugging Face or MaxText.
+
+    `Content.model.sha256` is it; `Content.state` is that of a tree's training state. README has the rule.
+
+    Raises:
+        InputError, PlanError: it cannot be read or described, or its padding is damaged.
+    """
+    from convert.progress import ignore
+    from convert.verifier.content.sides import content_of
+    from layouts.places import place
+
+    return content_of(place(path), complete(Verification, options), progress or ignore)
 
 
 def prefuse_params(params: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from convert import values
 from convert.errors import UsageError
-from convert.keywords import Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.keywords import Digesting, Prefusing, Reformatting, Splitting, Verifying, options_of
 from convert.options import Named
 
 EPILOG = """\
@@ -22,26 +22,34 @@ examples:
   convert --split ckpt-fused ckpt-again                  the exact inverse
   convert --verify ckpt ckpt-fused                       equal weights and equal grouped GEMMs
   convert --verify ckpt-fused                            the digests in its manifest
+  convert --digest ckpt ckpt-fused                       what they hold, by one sha256 each
 
 exit codes: 0 done or equal, 1 a difference, 2 usage, 3 input missing or corrupt, 4 cannot plan, 5 output exists or in use,
 6 disk full or failing (run again to go on), 70 a bug, 130 / 143 interrupted (run again to go on)
 """
-ACTIONS: Mapping[str, type] = {"--prefuse": Prefusing, "--split": Splitting, "--to": Reformatting, "--verify": Verifying}
+ACTIONS: Mapping[str, type] = {
+    "--prefuse": Prefusing,
+    "--split": Splitting,
+    "--to": Reformatting,
+    "--verify": Verifying,
+    "--digest": Digesting,
+}
 """What each action takes; `--to` alone is the one that only changes the format."""
 _NATURAL, _POSITIVE = values.natural, values.positive
 _CONVERSIONS = ("--prefuse", "--split", "--to")
-_EVERY = (*_CONVERSIONS, "--verify", "--families")
+_PLANNED = (*_CONVERSIONS, "--verify")
+_EVERY = (*_PLANNED, "--digest", "--families")
 _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("--dry-run", _EVERY[:-1], {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
+    ("--dry-run", _PLANNED, {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
     (
         "--distributed",
-        _EVERY[:-1],
+        _PLANNED,
         {"action": "store_true", "help": "one of several processes, found by JAX (SLURM, GKE, TPU)"},
     ),
-    ("--coordinator", _EVERY[:-1], {"metavar": "HOST:PORT", "help": "where process 0 of several is; implies --distributed"}),
+    ("--coordinator", _PLANNED, {"metavar": "HOST:PORT", "help": "where process 0 of several is; implies --distributed"}),
     ("--num-processes", _CONVERSIONS, {"type": _POSITIVE, "metavar": "P", "help": "how many; --dry-run: divide the work"}),
     ("--process-id", _CONVERSIONS, {"type": _NATURAL, "metavar": "I", "help": "which of them this is, from 0"}),
-    ("--json", ("--verify",), {"action": "store_true", "help": "--verify: print the verdict as JSON"}),
+    ("--json", ("--verify", "--digest"), {"action": "store_true", "help": "print the verdict, or the digests, as JSON"}),
     ("--report", ("--verify",), {"metavar": "FILE.html", "help": "--verify: write the verdict as one offline page, too"}),
     ("--quiet", _EVERY, {"action": "store_true", "help": "no progress bar"}),
     ("--debug", _EVERY, {"action": "store_true", "help": "show tracebacks"}),
@@ -61,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     action.add_argument("--prefuse", action="store_true", help="write CKPT_IN to CKPT_OUT with one fused tensor wi")
     action.add_argument("--split", action="store_true", help="write CKPT_IN to CKPT_OUT with separate gate and up")
     action.add_argument("--verify", action="store_true", help="compare two checkpoints, or re-check one's digests")
+    action.add_argument(
+        "--digest", action="store_true", help="print a sha256 of what checkpoints hold, the same in every layout"
+    )
     action.add_argument("--families", action="store_true", help="print the model families in the table")
     found.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
     for each, actions in _taken().values():

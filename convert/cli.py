@@ -6,6 +6,7 @@ In: the words of a command line. Out: text, and an exit code. It never reads or 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -57,13 +58,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(families_table())
         return 0
+    if arguments.digest:
+        return _digest(arguments)
     if arguments.verify:
         if arguments.distributed or arguments.coordinator:
             raise UsageError("--verify runs in one process; narrow it with --layers to divide it by hand")
         return _verify(arguments)
     action = next((word for word in ("prefuse", "split", "to") if getattr(arguments, word, None)), None)
     if action is None:
-        raise UsageError("say what to do: --prefuse, --split, --verify, --families, or --to the other format")
+        raise UsageError("say what to do: --prefuse, --split, --verify, --digest, --families, or --to the other format")
     given = options(arguments, f"--{action}")
     source, out = _two_paths(arguments.paths)
     if arguments.dry_run:
@@ -126,6 +129,20 @@ def _verify(arguments: argparse.Namespace) -> int:
 
         Path(arguments.report).write_text(page(verdict), encoding="utf-8")
     return 0 if verdict.equal else 1
+
+
+def _digest(arguments: argparse.Namespace) -> int:
+    if not arguments.paths:
+        raise UsageError("--digest takes one checkpoint or more")
+    given, found = options(arguments, "--digest"), {}
+    for path in arguments.paths:
+        with _progress(None if arguments.quiet else _input_bytes(path), arguments.quiet) as progress:
+            found[path] = convert.digest(path, progress=progress, **given)
+    if arguments.json:
+        print(json.dumps({path: each.json() for path, each in found.items()}, indent=1))
+    else:
+        print("\n".join(each.told(path) for path, each in found.items()))
+    return 0
 
 
 def _two_paths(paths: Sequence[str]) -> tuple[str, str]:

@@ -80,9 +80,18 @@ class Verifying(TypedDict, total=False):
     decode: bool
 
 
+class Digesting(TypedDict, total=False):
+    """What `digest` takes."""
+
+    memory: int | str
+    scan_axis: int | None
+    family: str | None
+    source_layout: str | None
+
+
 def options_of(keywords: type) -> Iterator[Named]:
     """The options that are among these keywords, in the order of their definitions."""
-    kinds = (Verification,) if keywords is Verifying else (Choices, Running)
+    kinds = (Verification,) if keywords in (Verifying, Digesting) else (Choices, Running)
     yield from (each for kind in kinds for each in named(kind) if each.name in keywords.__annotations__)
 
 

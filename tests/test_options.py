@@ -13,7 +13,7 @@ import pytest
 import convert
 from convert.arguments import ACTIONS, parser
 from convert.cli import main
-from convert.keywords import Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.keywords import Digesting, Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
 from convert.options import Choices, Running, Verification, complete, named
 from convert.run import check
 
@@ -57,11 +57,21 @@ def test_what_only_some_functions_take_is_a_part_of_it():
     everything = get_type_hints(Prefusing)
     for keywords in (Splitting, Reformatting):
         assert get_type_hints(keywords).items() <= everything.items()
+    assert get_type_hints(Digesting).items() <= get_type_hints(Verifying).items()
 
 
-@pytest.mark.parametrize("function", [convert.plan, convert.prefuse, convert.split, convert.reformat, convert.verify])
+@pytest.mark.parametrize(
+    "function", [convert.plan, convert.prefuse, convert.split, convert.reformat, convert.verify, convert.digest]
+)
 def test_help_shows_every_option_with_its_default_and_sentence(function):
-    keywords = {"plan": Planning, "prefuse": Prefusing, "split": Splitting, "reformat": Reformatting, "verify": Verifying}
+    keywords = {
+        "plan": Planning,
+        "prefuse": Prefusing,
+        "split": Splitting,
+        "reformat": Reformatting,
+        "verify": Verifying,
+        "digest": Digesting,
+    }
     parameters = inspect.signature(function).parameters
     for each in options_of(keywords[function.__name__]):
         assert parameters[each.name].default == each.default
@@ -122,7 +132,7 @@ def test_numbers_of_numpy_are_numbers():
             ["--split", "a", "b", "--layout", "concat"],
             "--layout is for --prefuse, not for --split. Did you mean --source-layout?",
         ),
-        (["--prefuse", "a", "b", "--json"], "--json is for --verify, not for --prefuse"),
+        (["--prefuse", "a", "b", "--json"], "--json is for --verify and --digest, not for --prefuse"),
         (
             ["--verify", "a", "b", "--num-processes", "4"],
             "--num-processes is for --prefuse, --split and --to, not for --verify",

@@ -157,19 +157,25 @@ def projections(block: Block, kind: Kind, e: int, empty: Empty = np.empty, cut: 
     Raises:
         ValueError: there is something in the padding.
     """
-
-    def read(g: int) -> NDArray[Any]:
-        data, dims = slab(block, kind, {"e": e, "g": g}, range(e, e + 1), empty, cut)
-        if flat := [at for at, dimension in enumerate(dims) if dimension[0].name == "e"]:
-            (at,) = flat
-            rest = dims[at][1:]
-            data = data.reshape([*data.shape[:at], *([data.shape[at]] if rest else []), *data.shape[at + 1 :]])
-            dims = [*dims[:at], *([rest] if rest else []), *dims[at + 1 :]]
-        return logical(data, dims, kind[0])
-
     if "g" in block.groups[kind].placed.key.slots:
-        return read(0), read(1)
-    return list(read(0)) if kind[0] == "wi" else [read(0)]
+        return [part(block, kind, e, g, empty, cut) for g in (0, 1)]
+    found = part(block, kind, e, 0, empty, cut)
+    return list(found) if kind[0] == "wi" else [found]
+
+
+def part(block: Block, kind: Kind, e: int, g: int = 0, empty: Empty = np.empty, cut: Cut | None = None) -> NDArray[Any]:
+    """The same of one stored tensor: what it holds of an expert, without `g` where gate and up are in tensors of their own.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
+    data, dims = slab(block, kind, {"e": e, "g": g}, range(e, e + 1), empty, cut)
+    if flat := [at for at, dimension in enumerate(dims) if dimension[0].name == "e"]:
+        (at,) = flat
+        rest = dims[at][1:]
+        data = data.reshape([*data.shape[:at], *([data.shape[at]] if rest else []), *data.shape[at + 1 :]])
+        dims = [*dims[:at], *([rest] if rest else []), *dims[at + 1 :]]
+    return logical(data, dims, kind[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

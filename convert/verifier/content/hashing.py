@@ -1,0 +1,148 @@
+"""Hash logical tensors, several at a time, and put the digests together.
+
+In: units of reading. Out: `Content`. It knows no layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.errors import one_line
+from convert.progress import Progress
+from convert.verifier.bits.order import by_place, hold, place_of
+from layouts.reader import Reader
+from layouts.windows import lengths
+
+FORM = "moe-content-1"
+"""The first line of what is hashed; another rule has another one."""
+ROWS, TILE = 1 << 20, 64
+"""Bytes that are turned at a time, where a tensor is stored along other axes, in squares of so many elements: 1.7 GB/s of
+bfloat16, where NumPy turns the whole with 0.7 GB/s."""
+JOBS = 8
+"""Workers at most, as in a conversion."""
+COPIES = 3
+"""How often a worker has what it reads in memory, at most: decoded, copied, turned."""
+HUGGING_FACE = "the names and axes of Hugging Face"
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logical:
+    """One logical tensor; `pieces` are its bits in the order of its axes."""
+
+    name: str | list[Any]
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What is read at a time: it begins in `array` at `slices`, and gives some logical tensors. `nbytes` are what it holds."""
+
+    array: str
+    slices: Slices
+    nbytes: int
+    read: Callable[[], Iterator[Logical]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """Of `tensors` logical tensors with `nbytes` of data: the sha256 in hex."""
+
+    sha256: str
+    tensors: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"sha256:{self.sha256}"
+
+    def json(self) -> dict[str, str | int]:
+        """For programs."""
+        return {"sha256": self.sha256, "tensors": self.tensors, "bytes": self.nbytes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What a checkpoint holds: the digest of the `model` and, of a MaxText tree, that of the `state` of its training.
+
+    `terms` says by which names and axes: those of Hugging Face, or the tree's own and why.
+    """
+
+    model: Digest
+    terms: str
+    state: Digest | None = None
+
+    def json(self) -> dict[str, Any]:
+        """For programs."""
+        return {"model": self.model.json(), "state": self.state.json() if self.state else None, "terms": self.terms}
+
+    def told(self, path: object) -> str:
+        """As `sha256sum` has it: digest and path; then what else there is to know."""
+        lines = [f"{self.model}  {path}"]
+        if self.state:
+            lines.append(f"{self.state}  {path}, its training state ({self.state.tensors} tensors)")
+        if self.terms != HUGGING_FACE:
+            lines.append(f"note: {path}: by {self.terms}")
+        return "\n".join(map(one_line, lines))
+
+
+def rows_of(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """An array in pieces that lie in one piece in memory; one that is stored along other axes is turned tile by tile."""
+    if array.flags.c_contiguous or array.ndim < 2:
+        yield np.ascontiguousarray(array)
+        return
+    step = max(TILE, ROWS * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), step):
+        rows = array[start : start + step]
+        turned = np.empty(rows.shape, rows.dtype)
+        for i, j in itertools.product(range(0, len(rows), TILE), range(0, rows.shape[1], TILE)):
+            turned[i : i + TILE, j : j + TILE] = rows[i : i + TILE, j : j + TILE]
+        yield turned
+
+
+def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Progress) -> Digest:
+    """Read all units and hash what they give, within `memory` bytes or one unit at a time."""
+    hold(reader, {unit.array: lengths(unit.slices) for unit in units}, 1, memory)
+    ordered = by_place(units, lambda unit: [place_of(reader, unit.array, unit.slices)])
+    jobs = 1 if reader.windows.shapes else _jobs(units, memory)
+    lines, total = list[str](), 0
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for found, nbytes in pool.map(_hashed, ordered):
+            lines += found
+            total += nbytes
+            progress(nbytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    whole = hashlib.sha256(f"{FORM}\n".encode())
+    for line in sorted(lines):
+        whole.update(f"{line}\n".encode())
+    return Digest(sha256=whole.hexdigest(), tensors=len(lines), nbytes=total)
+
+
+def _jobs(units: Sequence[Unit], memory: int) -> int:
+    largest = COPIES * max((unit.nbytes for unit in units), default=0) + ROWS
+    return max(1, min(JOBS, len(os.sched_getaffinity(0)), memory // largest))
+
+
+def _hashed(unit: Unit) -> tuple[list[str], int]:
+    """A line for each logical tensor, and their bytes."""
+    lines, total = [], 0
+    for each in unit.read():
+        digest = hashlib.sha256()
+        for piece in each.pieces:
+            digest.update(piece.data if piece.size else b"")
+            total += piece.nbytes
+        lines.append(json.dumps([each.name, each.dtype, each.shape, digest.hexdigest()], separators=(",", ":")))
+    return lines, total

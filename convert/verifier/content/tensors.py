@@ -1,0 +1,76 @@
+"""The logical tensors of a checkpoint by its own description: experts slice by slice, all others as they are.
+
+In: MoE layers, names. Out: units of reading. It never hashes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
+
+from convert.verifier.bits.logical import Block, Kind, located, part
+from convert.verifier.bits.order import STRIP
+from convert.verifier.content.hashing import Logical, Unit, rows_of
+from layouts.errors import InputError
+from layouts.language.pattern import strips
+from layouts.reader import Reader
+from layouts.tensors import itemsize
+from layouts.windows import lengths
+
+WORDS: Mapping[str, tuple[str, ...]] = {"wi": ("gate", "up"), "wo": ("down",)}
+"""Role -> its projections, as they are called in the list."""
+
+
+def place_in(block: Block) -> list[Any]:
+    """Where a MoE layer is, whatever its layout: a path, the number of the layer, its place in a stack of them."""
+    index = next(iter(block.groups.values())).index
+    return [index.get("path", ""), index.get("l"), *block.scan.values()]
+
+
+def expert_units(place: list[Any], block: Block) -> Iterator[Unit]:
+    """Every expert of a MoE layer that is called `place`, one stored tensor at a time."""
+    for kind, group in sorted(block.groups.items()):
+        halves = (0, 1) if "g" in group.placed.key.slots else (None,)
+        for e in range(group.sizes["e"]):
+            for g in halves:
+                found = located(block, kind, {"e": e, "g": g or 0}, range(e, e + 1))
+                nbytes = math.prod(found.lengths) * itemsize(group.dtype)
+                read = partial(_expert, place, block, kind, e, g)
+                yield Unit(array=found.name, slices=found.slices, nbytes=nbytes, read=read)
+
+
+def _expert(place: list[Any], block: Block, kind: Kind, e: int, g: int | None) -> Iterator[Logical]:
+    """What a stored tensor has of an expert: gate, up, both, or down."""
+    (role, name), group = kind, block.groups[kind]
+    try:
+        array = part(block, kind, e, g or 0)
+    except ValueError as error:
+        what = f"{' and '.join(WORDS[role])} {name}".strip()
+        raise InputError(f"{block.reader.path}: {block.label}, expert {e}, {what}: {error}; it is damaged") from None
+    words = WORDS[role] if g is None else WORDS[role][g : g + 1]
+    for word, each in zip(words, array if role == "wi" and g is None else [array], strict=True):
+        turned = each.swapaxes(0, 1) if {"out", "in"} <= set(group.dims.split()) else each
+        yield Logical(name=[place, e, word, name], dtype=group.dtype, shape=turned.shape, pieces=rows_of(turned))
+
+
+def other_units(reader: Reader, names: Iterable[str]) -> Iterator[Unit]:
+    """Tensors under their own names, in strips."""
+    for name in names:
+        spec = reader.tensors[name]
+        first = next(strips(spec.shape, STRIP), ()) if spec.nbytes else ()
+        nbytes = math.prod(lengths(first)) * itemsize(spec.dtype)
+        yield Unit(array=name, slices=first, nbytes=nbytes, read=partial(_other, reader, name))
+
+
+def _other(reader: Reader, name: str) -> Iterator[Logical]:
+    spec = reader.tensors[name]
+    yield Logical(name=name, dtype=spec.dtype, shape=spec.shape, pieces=_strips(reader, name, spec.shape))
+
+
+def _strips(reader: Reader, name: str, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    for slices in strips(shape, STRIP):
+        yield from rows_of(reader.read(name, slices))

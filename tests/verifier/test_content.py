@@ -1,0 +1,259 @@
+"""One digest for one model in every layout and format; another for whatever differs in a bit, a name, a type or a shape."""
+
+import hashlib
+import json
+import shutil
+from contextlib import closing, suppress
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import convert
+from convert.cli import main
+from convert.errors import InputError, PlanError
+from convert.options import Choices, Verification
+from convert.planning.planner import make_plan
+from convert.verifier.content.sides import contents
+from layouts.checkpoint import open_checkpoint
+from layouts.windows import Windows
+from scripts.make_checkpoint import make_checkpoint
+from tests.layouts.test_companions import BLOCKS, FP8, FP8_PARTS, checkpoint
+from tests.tiny import HF, cut, memory, restore, run, store_again
+
+E, K, N, LAYERS = 4, 8, 4, 3
+LAYOUTS = {"concat": 1, "flashinfer": 1, "per-shard": 4, "fused-moe": 1, "interleaved": 1, "transformers": 1}
+CODES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
+
+
+def of(path: Path, **options) -> str:
+    return convert.digest(path, **options).model.sha256
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("content")
+    sizes = {"experts": E, "embed": K, "mlp": N, "layers": LAYERS}
+    make_checkpoint(root / "in", family="qwen3_moe", values="random", **sizes)
+    return root
+
+
+def by_hand(path: Path) -> str:
+    """The rule of README once more, without any code of the tool."""
+    lines = []
+    for file in path.glob("*.safetensors"):
+        for name, array in load_file(file).items():
+            parts = name.split(".")
+            if "experts" in parts:
+                word = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}[parts[-2]]
+                name = [["model.layers", int(parts[2])], int(parts[5]), word, ""]
+            digest = hashlib.sha256(array.tobytes()).hexdigest()
+            lines.append(json.dumps([name, CODES[array.dtype.name], list(array.shape), digest], separators=(",", ":")))
+    return hashlib.sha256("".join(f"{line}\n" for line in ["moe-content-1", *sorted(lines)]).encode()).hexdigest()
+
+
+def test_it_is_what_readme_says(root, capsys):
+    wanted = by_hand(root / "in")
+    assert of(root / "in") == wanted
+    assert main(["--digest", str(root / "in"), "--quiet"]) == 0
+    assert capsys.readouterr().out == f"sha256:{wanted}  {root / 'in'}\n"
+    assert main(["--digest", str(root / "in"), "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)[str(root / "in")]
+    tensors = {name: array for file in (root / "in").glob("*.safetensors") for name, array in load_file(file).items()}
+    model = {"sha256": wanted, "tensors": len(tensors), "bytes": sum(array.nbytes for array in tensors.values())}
+    assert found == {"model": model, "state": None, "terms": "the names and axes of Hugging Face"}
+
+
+class Reader:
+    """A checkpoint in memory with all that reading asks for."""
+
+    def __init__(self, inner):
+        self.inner, self.windows = inner, Windows()
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def unit(self, name):
+        return None
+
+
+def in_memory(reader) -> str:
+    return contents(Reader(reader), options=Verification())[0].model.sha256
+
+
+@pytest.mark.parametrize("family", [f for f in HF if f.name != "hunyuan"], ids=lambda family: family.name)  # einops has no -g
+def test_every_family_has_one_digest_in_all_layouts(family):
+    versions = {"transformers_version": f"{family.changed_in - 1}.0"} if family.changed_in else {}
+    reader = memory(family, e=3, n=128, layers=(1,))
+    reader.config |= versions
+    wanted, same = in_memory(reader), []
+    for layout, shards in LAYOUTS.items():
+        with suppress(PlanError):  # that is the layout it is in
+            same.append(in_memory(run(reader, "prefuse", layout=layout, shards=shards)) == wanted)
+    assert all(same)
+    assert len(same) >= len(LAYOUTS) - 1
+
+
+@pytest.mark.parametrize("layout", ["concat", "transformers", "per-shard", "vllm", "lane"])
+def test_scales_belong_to_it(layout):
+    reader = checkpoint(FP8_PARTS, FP8, config=BLOCKS)
+    choices = {"layout": layout, **({"shards": 2} if layout == "per-shard" else {})}
+    fused = run(reader, "prefuse", **choices)
+    fused.tensors = {t.spec.name: t.spec for t in make_plan(reader, Path("out"), "prefuse", Choices(**choices)).targets}
+    assert in_memory(fused) == in_memory(reader)
+    scale = next(name for name in reader.arrays if name.endswith("scale_inv"))
+    reader.arrays[scale] = reader.arrays[scale] ^ 1
+    assert in_memory(fused) != in_memory(reader)
+
+
+TREES = {
+    "scanned": {},
+    "unscanned": {"scan": False},
+    "axis 0": {"scan_axis": 0},
+    "fused": {"layout": "concat"},
+    "per-shard": {"layout": "per-shard", "shards": 2},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_maxtext_tree_has_that_of_hugging_face(root, name):
+    out, choices = root / name, TREES[name]
+    call = convert.prefuse if "layout" in choices else convert.reformat
+    call(root / "in", out, to="orbax", **choices)
+    assert of(out) == of(root / "in")
+    (out / "config.json").unlink()
+    found = convert.digest(out)
+    assert found.model.sha256 != of(root / "in")
+    assert "the tree's own names and axes" in found.terms
+
+
+def test_chunks_across_all_layers_and_little_memory_change_nothing(root):
+    convert.reformat(root / "in", root / "chunks", to="orbax")
+    with closing(open_checkpoint(root / "chunks")) as reader:
+        item = reader.item
+    store_again(item, cut(2, 2))
+    assert of(root / "chunks", memory="100MiB") == of(root / "in")
+
+
+def test_two_trees_that_say_nothing_are_told_by_their_own_names(root, tmp_path):
+    """A tree with moments: fused and split are one model and one state."""
+    rng = np.random.default_rng(0)
+    sizes = {"wi_0": (E, LAYERS, K, N), "wi_1": (E, LAYERS, K, N), "wo": (E, LAYERS, N, K)}
+    block = {name: jax.numpy.asarray(rng.standard_normal(shape), "float32") for name, shape in sizes.items()}
+    weights = {"params": {"decoder": {"layers": {"moe_block": block}, "norm": jax.numpy.ones(K)}}}
+    tree = {"params": weights, "opt_state": {"mu": weights, "nu": weights}, "step": 5}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "tree", args=ocp.args.PyTreeSave(tree))
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    one, other = convert.digest(tmp_path / "tree"), convert.digest(tmp_path / "fused")
+    assert one.model == other.model
+    assert one.model.tensors == 3 * (3 * E * LAYERS + 1) + 1
+
+
+def test_training_state_has_a_digest_of_its_own(root, tmp_path):
+    convert.reformat(root / "in", tmp_path / "bare", to="orbax")
+    with closing(open_checkpoint(tmp_path / "bare")) as reader:
+        restored = restore(reader.item)
+    tree = {**restored, "opt_state": {"mu": jax.tree.map(np.asarray, restored["params"])}, "step": 5}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "tree", args=ocp.args.PyTreeSave(tree))
+    shutil.copy(root / "in" / "config.json", tmp_path / "tree")
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    found = [convert.digest(tmp_path / name) for name in ("tree", "fused")]
+    assert [each.model.sha256 for each in found] == [of(root / "in")] * 2
+    assert found[0].state == found[1].state
+    assert found[0].state is not None
+    assert "training state" in found[0].told(tmp_path / "tree")
+
+
+def gate_and_up(t):
+    one, other = (f"model.layers.1.mlp.experts.2.{word}_proj.weight" for word in ("gate", "up"))
+    t[one], t[other] = t[other], t[one]
+
+
+def experts(t):
+    one, other = (f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (0, 1))
+    t[one], t[other] = t[other], t[one]
+
+
+def layers(t):
+    one, other = (f"model.layers.{number}.mlp.gate.weight" for number in (0, 1))
+    t[one], t[other] = t[other], t[one]
+
+
+def a_type(t):
+    t["model.norm.weight"] = t["model.norm.weight"].view("f2")
+
+
+def a_shape(t):
+    t["lm_head.weight"] = t["lm_head.weight"].reshape(t["lm_head.weight"].shape[::-1])
+
+
+def a_name(t):
+    t["model.other.weight"] = t.pop("lm_head.weight")
+
+
+def one_more(t):
+    t["model.empty"] = np.zeros((0, 3), "f4")
+
+
+def a_look_alike(t):
+    """A tensor that is called as the list calls a slice of an expert."""
+    t['["model.layers",1],2,"gate",""'] = t["model.norm.weight"]
+
+
+@pytest.mark.parametrize("change", [gate_and_up, experts, layers, a_type, a_shape, a_name, one_more, a_look_alike])
+def test_whatever_is_changed_changes_it(root, tmp_path, change):
+    shutil.copytree(root / "in", tmp_path / "changed")
+    tensors = {name: array for file in (root / "in").glob("*.safetensors") for name, array in load_file(file).items()}
+    change(tensors)
+    for file in (tmp_path / "changed").glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, tmp_path / "changed" / "model.safetensors")
+    assert of(tmp_path / "changed") != of(root / "in")
+
+
+def test_any_bit_of_any_tensor_changes_it(root, tmp_path):
+    """Also through a fused layout, at the first and the last byte of each tensor."""
+    convert.prefuse(root / "in", tmp_path / "fused", layout="per-shard", shards=2)
+    seen = {of(tmp_path / "fused")}
+    with closing(open_checkpoint(tmp_path / "fused")) as reader:
+        places = {name: (reader.extent(name).start, spec.nbytes, reader.where(name)) for name, spec in reader.tensors.items()}
+    count = 0
+    for name, (offset, nbytes, shard) in places.items():
+        with (tmp_path / "fused" / shard).open("r+b") as file:
+            file.seek(offset)
+            first = file.read(1)
+            file.seek(offset)
+            file.write(bytes([first[0] ^ 1]))
+            file.flush()
+            seen.add(of(tmp_path / "fused"))
+            file.seek(offset)
+            file.write(first)
+        count += bool(nbytes) and bool(name)
+    assert len(seen) == 1 + count
+    assert of(tmp_path / "fused") == of(root / "in")
+
+
+def test_damaged_padding_has_none(root, tmp_path):
+    convert.prefuse(root / "in", tmp_path / "fused", layout="per-shard", shards=2)
+    file = next(f for f in (tmp_path / "fused").glob("*.safetensors") if any(n.endswith(".wi") for n in load_file(f)))
+    tensors = load_file(file)
+    wi = next(name for name in tensors if name.endswith(".wi"))
+    tensors[wi] = tensors[wi].copy()
+    tensors[wi][..., -1] = 1
+    with safe_open(file, "np") as before:
+        save_file(tensors, file, before.metadata())
+    with pytest.raises(InputError, match=r"expert 0, gate and up: there is more than zeros .*; it is damaged"):
+        convert.digest(tmp_path / "fused")
+
+
+def test_usage(capsys):
+    assert main(["--digest"]) == 2
+    assert main(["--digest", "/nowhere", "--quiet"]) == 3
+    assert main(["--digest", "a", "--report", "r.html"]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
