@@ -68,7 +68,7 @@ def verify(
     With one path, re-check the digests in its manifest instead; where these are of stored chunks, `decode` decodes them, too.
     `backend` is a grouped GEMM of `convert.verifier.gemms.backends`, and `mesh` says how many devices there are along `expert`
     and `model`. `Verdict.equal` holds if something was compared, nothing differs, and each level that was asked for ran (or
-    `allow_not_run` was given); `Level.state` has the three states.
+    `allow_not_run` was given); `Level.state` has the three states. `content` and `self_test` are what a report has besides.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
@@ -80,7 +80,7 @@ def verify(
 
     chosen = complete(Verification, options, of=1 if b is None else 2)
     if b is None:
-        return verify_manifest(place(a), progress, chosen.memory, decode=chosen.decode)
+        return verify_manifest(place(a), progress, chosen)
     return verify_checkpoints(place(a), place(b), progress, chosen)
 
 

@@ -92,8 +92,9 @@ def _taken() -> dict[str, tuple[Named, list[str]]]:
 
 def _add(parser: argparse.ArgumentParser, each: Named, before: str) -> None:
     option, text = each.option, f"{before}{each.sentence}"
-    if each.is_switch and each.default:
-        parser.add_argument(f"--{each.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    if each.is_switch and (each.default or option.either):
+        flag = f"--{each.name.replace('_', '-')}"
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     elif each.is_switch:
         parser.add_argument(each.flag, action="store_true", default=argparse.SUPPRESS, help=text)
     else:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors are one message on stderr."""
     arguments = parser().parse_args(argv)
+    arguments.command = shlex.join(["convert", *(sys.argv[1:] if argv is None else argv)])
     try:
         with _signals():
             return _run(arguments)
@@ -109,6 +112,9 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from convert.verifier.environment import run_of
+    from convert.verifier.page import page
+
     if len(arguments.paths) not in (1, 2):
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
     given = options(arguments, "--verify")
@@ -119,15 +125,17 @@ def _verify(arguments: argparse.Namespace) -> int:
         one, other = map(place, _two_paths(arguments.paths))
         print(printable(str(estimate_cost(one, other, complete(Verification, given, of=2)))))
         return 0
+    whole = bool(arguments.json or arguments.report)
+    given = {"content": whole, "self_test": whole, **given}
     passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
-    total = None if arguments.quiet else passes * _input_bytes(arguments.paths[-1])
+    total = None if arguments.quiet else (passes + len(arguments.paths) * given["content"]) * _input_bytes(arguments.paths[-1])
+    started = datetime.now(UTC)
     with _progress(total, arguments.quiet) as progress:
         verdict = convert.verify(*arguments.paths, progress=progress, **given)
-    print(verdict.json() if arguments.json else printable(str(verdict)))
+    run = run_of(arguments.command, started)
     if arguments.report:
-        from convert.verifier.page import page
-
-        Path(arguments.report).write_text(page(verdict), encoding="utf-8")
+        Path(arguments.report).write_text(page(verdict, run), encoding="utf-8")
+    print(verdict.json(run) if arguments.json else printable(str(verdict)))
     return 0 if verdict.equal else 1
 
 

@@ -78,6 +78,8 @@ class Verifying(TypedDict, total=False):
     family: str | None
     source_layout: str | None
     decode: bool
+    content: bool
+    self_test: bool
 
 
 class Digesting(TypedDict, total=False):

@@ -35,6 +35,8 @@ class Option:
     default: str = ""
     instead: str = ""
     of: int | None = None
+    either: bool = False
+    """Of a switch that is off: whether it can be said that it is off, since a command may turn it on."""
 
 
 _OF = {
@@ -188,6 +190,22 @@ class Verification:
     decode: Annotated[
         bool,
         Option(text="decode chunks that are kept as they were stored, too", read=values.switch, of=1),
+    ] = False
+    content: Annotated[
+        bool,
+        Option(
+            text="the digest of what each side holds, as --digest makes it (on with --json and --report)",
+            read=values.switch,
+            either=True,
+        ),
+    ] = False
+    self_test: Annotated[
+        bool,
+        Option(
+            text="flip one bit in memory, and see that each level sees it that must (on with --json and --report)",
+            read=values.switch,
+            either=True,
+        ),
     ] = False
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,11 @@ from convert.progress import Progress, ignore
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Block, Scope, blocks, pair
 from convert.verifier.bits.order import hold_experts
+from convert.verifier.content.sides import described
 from convert.verifier.files.beside import compare_files
 from convert.verifier.files.manifest import verify_manifest
 from convert.verifier.scope import check_scope, narrowed
+from convert.verifier.stand import stood
 from convert.verifier.verdict import Level, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import record_of
@@ -48,17 +51,35 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
     """
     report, options = progress or ignore, options or Verification()
     with readable(f"{a} against {b}"), _both(a, b) as (one, other):
-        make = _across if _differ(one, other) else _alike
-        about, counts, found = make(one, other, options, report)
-        levels = *found, compare_files(one, other, counts.stacked)
-        looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
-        return Verdict(
-            subject=f"{a} against {b}",
-            levels=levels,
-            narrowed=about,
-            counts=counts.words(looked),
-            allow_not_run=options.allow_not_run,
-        )
+        verdict = _compare(one, other, options, report)
+        if not (options.content or options.self_test):
+            return verdict
+        verdict = stood(verdict, (one, other), options, report)
+        return _tried(verdict, one, other, options) if options.self_test else verdict
+
+
+def _compare(one: Reader, other: Reader, options: Verification, report: Progress) -> Verdict:
+    make = _across if _differ(one, other) else _alike
+    about, counts, found = make(one, other, options, report)
+    levels = *found, compare_files(one, other, counts.stacked)
+    looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
+    return Verdict(
+        subject=f"{one.path} against {other.path}",
+        levels=levels,
+        narrowed=about,
+        counts=counts.words(looked),
+        allow_not_run=options.allow_not_run,
+    )
+
+
+def _tried(verdict: Verdict, one: Reader, other: Reader, options: Verification) -> Verdict:
+    """With the self-test: of two formats, the side of Hugging Face is the one that is altered."""
+    from convert.verifier.control.trials import self_test
+
+    which = 0 if _differ(one, other) and one.format == "hf" else 1
+    description = described((one, other)[which], options, [record_of((other, one)[which])])
+    trials = self_test((one, other), which, description, options, verdict, partial(_compare, report=ignore))
+    return replace(verdict, self_test=trials)
 
 
 _Found = tuple[str, Counts, Iterator[Level]]

@@ -1,19 +1,25 @@
 """What a verification found, level by level.
 
-In: levels. Out: text and JSON. It never compares, and calls nothing equal that was not looked at.
+In: levels, sides, a self-test. Out: text and JSON. It never compares, and calls nothing equal that was not looked at.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from convert.errors import one_line
+from convert.verifier.environment import Run
+from convert.verifier.questions import question_of
 
 SHOWN = 20
 WIDTH = 9
 """Of a level's name, where it has no backend's behind it."""
+VERSION = 1
+"""Of the JSON, which `verdict.schema.json` beside this file describes; another form has another one."""
 EQUAL, DIFFERENT, NOT_RUN = "equal", "DIFFERENT", "not run"
 """The states of a level, as text, JSON and page have them."""
 
@@ -34,6 +40,9 @@ class Level:
     """MoE layer -> the largest error of each of its experts, for levels that allow rounding."""
     not_run: str = ""
     asked: bool = True
+    worst: float | None = None
+    """The largest difference that was measured, and `bound` what is allowed, relative to the norm of a row of outputs."""
+    bound: float | None = None
 
     @property
     def state(self) -> str:
@@ -47,6 +56,26 @@ class Level:
         """Why it did not run; empty if it did."""
         return (self.not_run or "there was nothing to compare") if self.state == NOT_RUN else ""
 
+    def json(self) -> dict[str, Any]:
+        """With what it asks and allows, all its differences, and the errors of each expert where rounding is allowed."""
+        question = question_of(self.name)
+        return {
+            "name": self.name,
+            "state": self.state,
+            "equal": self.state == EQUAL,
+            "why": self.why,
+            "asked": self.asked,
+            "question": question.asks,
+            "method": question.method,
+            "bound": question.bound,
+            "allowed": self.bound,
+            "worst": self.worst,
+            "covered": self.covered,
+            "compared": self.compared,
+            "differences": self.differences,
+            "errors": self.errors,
+        }
+
     def __str__(self) -> str:
         if self.state != DIFFERENT:
             told = self.covered if self.state == EQUAL else f"({self.why})"
@@ -59,6 +88,46 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the checkpoints: where it is, the bytes of all its files (unknown in a store), what it is, in words.
+
+    `content` is the digest of what it holds (`convert.verifier.content`) as JSON has it; empty where there is none.
+    """
+
+    path: str
+    nbytes: int | None
+    format: str
+    family: str
+    layout: tuple[str, ...]
+    tensors: int
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """The content digest, `sha256:...`; empty where there is none."""
+        return f"sha256:{self.content['model']['sha256']}" if self.content else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A negative control: one bit was flipped in memory, and the levels that had to see it did or did not.
+
+    `untried` are levels for which it could not be told, each with the reason.
+    """
+
+    flipped: str
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
+    untried: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        seen = f"seen by {', '.join(self.seen) or 'no level'}"
+        unseen = f"; NOT SEEN by {', '.join(self.unseen)}" if self.unseen else ""
+        untried = "".join(f"; {level} not tried ({why})" for level, why in self.untried.items())
+        return f"{self.flipped}: {seen}{unseen}{untried}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The outcome of `convert --verify`. `narrowed` says which layers and experts it is about, if not about all."""
 
@@ -68,6 +137,9 @@ class Verdict:
     counts: str = ""
     """How much was compared, against what config.json says there is (`convert.verifier.bits.counts`)."""
     allow_not_run: bool = False
+    sides: tuple[Side, ...] = ()
+    """Both checkpoints, or the one, where a report was asked for."""
+    self_test: tuple[Trial, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -83,37 +155,59 @@ class Verdict:
         return tuple(level.name for level in self.levels if level.state == NOT_RUN and level.asked)
 
     @property
+    def blind(self) -> tuple[str, ...]:
+        """The levels that did not see a flipped bit: what they say proves nothing."""
+        return tuple(level for trial in self.self_test for level in trial.unseen)
+
+    @property
     def outcome(self) -> str:
-        """`EQUAL`, `DIFFERENT`, or `INCOMPLETE` where no level differs and one that was asked for did not run."""
+        """`EQUAL`, `DIFFERENT`, or `INCOMPLETE` where no level differs and one that was asked for did not run, or is blind."""
         states = {level.state for level in self.levels}
         if DIFFERENT in states:
             return "DIFFERENT"
-        return "INCOMPLETE" if EQUAL not in states or (self.missing and not self.allow_not_run) else "EQUAL"
+        lacking = EQUAL not in states or self.blind or (self.missing and not self.allow_not_run)
+        return "INCOMPLETE" if lacking else "EQUAL"
 
     @property
     def summary(self) -> str:
         """The outcome, what it is about, and the levels that are missing from it."""
         missing = f"not run: {', '.join(self.missing)}" if self.missing else ""
-        beside = "; ".join(filter(None, (self.narrowed, missing)))
+        blind = f"the self-test was not seen by: {', '.join(self.blind)}" if self.blind else ""
+        beside = "; ".join(filter(None, (self.narrowed, missing, blind)))
         return f"{self.outcome} ({beside})" if beside else self.outcome
 
     def __str__(self) -> str:
         counts = [f"covered   {self.counts}"] if self.counts else []
-        return "\n".join([one_line(f"verify   {self.subject}"), *map(str, self.levels), *counts, self.summary])
+        digests = [one_line(f"content   {side.digest}  {side.path}") for side in self.sides if side.content]
+        trials = [one_line(f"self-test {trial}") for trial in self.self_test]
+        return "\n".join(
+            [one_line(f"verify   {self.subject}"), *map(str, self.levels), *counts, *digests, *trials, self.summary]
+        )
 
-    def json(self) -> str:
-        """For programs: every level with all its differences, and the errors of each expert where rounding is allowed."""
-        levels = [
-            {
-                "name": level.name,
-                "state": level.state,
-                "equal": level.state == EQUAL,
-                "why": level.why,
-                "covered": level.covered,
-                "differences": list(level.differences),
-                "errors": {layer: list(worst) for layer, worst in level.errors.items()},
-            }
-            for level in self.levels
-        ]
-        head = {"subject": self.subject, "equal": self.equal, "verdict": self.summary, "counts": self.counts}
-        return json.dumps({**head, "levels": levels}, indent=1)
+    def json(self, run: Run | None = None) -> str:
+        """For programs, and for who signs it; `run` says where and how, if the caller knows."""
+        found = {
+            "schema": "verdict.schema.json",
+            "version": VERSION,
+            "subject": self.subject,
+            "equal": self.equal,
+            "outcome": self.outcome,
+            "verdict": self.summary,
+            "narrowed": self.narrowed,
+            "counts": self.counts,
+            "sides": [asdict(side) | {"digest": side.digest} for side in self.sides],
+            "levels": [level.json() for level in self.levels],
+            "not_run": {level.name: level.why for level in self.levels if level.why},
+            "self_test": [asdict(trial) for trial in self.self_test],
+            "run": asdict(run) if run else None,
+        }
+        return json.dumps(_finite(found), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """A document without NaN and infinities, which JSON lacks: what is no number is worse than the largest one."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else sys.float_info.max
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -119,7 +119,7 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
     lines, total = list[str](), 0
     pool = ThreadPoolExecutor(jobs)
     try:
-        for found, nbytes in pool.map(_hashed, ordered):
+        for found, nbytes in pool.map(hashed, ordered):
             lines += found
             total += nbytes
             progress(nbytes)
@@ -136,7 +136,7 @@ def _jobs(units: Sequence[Unit], memory: int) -> int:
     return max(1, min(JOBS, len(os.sched_getaffinity(0)), memory // largest))
 
 
-def _hashed(unit: Unit) -> tuple[list[str], int]:
+def hashed(unit: Unit) -> tuple[list[str], int]:
     """A line for each logical tensor, and their bytes."""
     lines, total = [], 0
     for each in unit.read():

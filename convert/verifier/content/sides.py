@@ -5,7 +5,7 @@ In: open checkpoints, what the user says of them. Out: `Content` of each. It nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from convert.errors import InputError, PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import blocks
-from convert.verifier.content.hashing import HUGGING_FACE, Content, Unit, digest_of
+from convert.verifier.content.hashing import HUGGING_FACE, Content, Unit, digest_of, hashed
 from convert.verifier.content.tensors import expert_units, other_units, place_in
 from convert.verifier.content.tree import model_units
 from layouts.checkpoint import open_checkpoint
@@ -39,6 +39,13 @@ def contents(*readers: Reader, options: Verification, progress: Progress = ignor
     alike = len({reader.format for reader in readers}) == 1
     why = next((side.why for side in sides if side.why), "") if alike else ""
     return [_content(side, why or side.why, options.memory, progress) for side in sides]
+
+
+def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], options: Verification) -> list[str]:
+    """The lines of some units of a checkpoint that is compared with another one, sorted."""
+    side = _side(reader, options, [record_of(other)])
+    units = side.own("") if side.why or reader.format != "orbax" else side.units
+    return sorted(line for unit in units if wanted(unit) for line in hashed(unit)[0])
 
 
 def described(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]) -> Description:

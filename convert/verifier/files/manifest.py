@@ -18,10 +18,14 @@ from convert.commit import manifest
 from convert.commit.inventory import differences
 from convert.commit.recorded import Manifest, load, spans_of
 from convert.errors import InputError, readable
+from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.bits.order import STRIP, hold
+from convert.verifier.control.altered import AlteredReader
+from convert.verifier.control.choice import of_other, told
 from convert.verifier.files.sealed import compare_manifest
-from convert.verifier.verdict import Level, Verdict
+from convert.verifier.stand import stood
+from convert.verifier.verdict import EQUAL, Level, Trial, Verdict
 from layouts.checkpoint import open_checkpoint
 from layouts.language.pattern import strips
 from layouts.reader import Reader
@@ -39,19 +43,19 @@ class _Stored:
         return f"{self.chunks:,} chunks of {self.nbytes:,} bytes"
 
 
-def verify_manifest(path: Path, progress: Progress | None = None, memory: int = 2 << 30, *, decode: bool = False) -> Verdict:
+def verify_manifest(path: Path, progress: Progress | None = None, options: Verification | None = None) -> Verdict:
     """Look at every file, hash every tensor again, and compare with the manifest that was written with them.
 
-    Digests of stored chunks do not say that these can be decoded; with `decode`, it is tried, within `memory` bytes.
+    Digests of stored chunks do not say that these can be decoded; with the option `decode`, it is tried.
 
     Raises:
         InputError: the checkpoint or its manifest is missing or corrupt.
     """
     with readable(path):
-        return _verdict(path, progress or ignore, memory, decode=decode)
+        return _verdict(path, progress or ignore, options or Verification())
 
 
-def _verdict(path: Path, progress: Progress, memory: int, *, decode: bool) -> Verdict:
+def _verdict(path: Path, progress: Progress, options: Verification) -> Verdict:
     found = load(path) if path.is_dir() else None
     if found is None:
         raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
@@ -64,17 +68,38 @@ def _verdict(path: Path, progress: Progress, memory: int, *, decode: bool) -> Ve
         differences=tuple(differences(path, manifest.NAME, found.files)),
     )
     with closing(open_checkpoint(path)) as reader:
-        _hold(reader, found.tensors, memory)
+        _hold(reader, found.tensors, options.memory)
         itself = compare_manifest(reader, found)
         stored = _Stored()
         changed = tuple(_changed(reader, found, stored, progress))
-        decoded = [_decoded(reader, stored, progress)] if decode else []
+        decoded = [_decoded(reader, stored, progress)] if options.decode else []
         both = found.tensors.keys() & reader.tensors.keys()
+        digests = Level(name="digests", covered=_covered(found, stored, options), compared=len(both), differences=changed)
+        trials = _self_test(reader, found, digests) if options.self_test else ()
+        verdict = Verdict(subject=str(path), levels=(files, digests, itself, *decoded), self_test=trials)
+        return stood(verdict, (reader,), options, progress) if options.content or options.self_test else verdict
+
+
+def _covered(found: Manifest, stored: _Stored, options: Verification) -> str:
     covered = f"{len(found.tensors)} tensors, xxh3-128"
-    if stored.chunks and not decode:
+    if stored.chunks and not options.decode:
         covered += f"; {stored} were not decoded; --decode reads them"
-    digests = Level(name="digests", covered=covered, compared=len(both), differences=changed)
-    return Verdict(subject=str(path), levels=(files, digests, itself, *decoded))
+    return covered
+
+
+def _self_test(reader: Reader, found: Manifest, digests: Level) -> tuple[Trial, ...]:
+    """Whether the smallest tensor would be noticed with one bit flipped in memory."""
+    flip = of_other(reader, list(found.tensors.keys() & reader.tensors.keys()))
+    if digests.state != EQUAL or flip is None:
+        return ()
+    flipped = told(reader, flip)
+    if found.hashed == manifest.CHUNKS:
+        why = "these are digests of chunks as they are stored, which are not read as values"
+        return (Trial(flipped=flipped, seen=(), untried={"digests": why}),)
+    altered = AlteredReader(inner=reader, flips=(flip,))
+    digest = found.tensors[flip.name].digest
+    seen = any(_digest(altered, flip.name, rows, ignore) != wanted for rows, wanted in spans_of(digest))
+    return (Trial(flipped=flipped, seen=("digests",) if seen else (), unseen=() if seen else ("digests",)),)
 
 
 def _decoded(reader: Reader, stored: _Stored, progress: Progress) -> Level:

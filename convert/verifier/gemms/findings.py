@@ -54,8 +54,11 @@ class Findings:
     differences: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
     worst: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
     compared: Counter[str] = field(default_factory=Counter)
+    slopes: float = 0.0
+    """The largest difference of gradients."""
     unread: int = 0
     skipped: bool = False
     large: bool = False
@@ -86,7 +89,7 @@ class Findings:
         self.compared["identity"] += len(call.experts) - len(call.unread)
         self.routed[one.label] += int(to[0].sizes[call.experts.start : call.experts.stop].sum())
         worst, problems = probes.outputs((call.answers[0], call.answers[1]), one, call.experts)
-        self._add("gemm", problems, worst)
+        self._add("gemm", problems, worst, one.groups["wi", ""].total("k"))
         self.errors.setdefault(one.label, []).extend(worst.relative.tolist())
         call.differ = bool(problems)
 
@@ -114,7 +117,10 @@ class Findings:
         self.skipped |= self.call.differ
         if not self.call.differ:
             rows: list[int] = []
-            self._add("gradients", probes.gradients(*loaded, one, self.call.experts, self.setting, rows))
+            worst: list[float] = []
+            self._add("gradients", probes.gradients(*loaded, one, self.call.experts, self.setting, rows, worst))
+            self.slopes = max(self.slopes, *worst)
+            self._allow("gradients", sum(one.groups["wi", ""].total(axis) for axis in "kn"))
             self.compared["gradients"] += sum(rows)
 
     def _on_mesh(self, devices: Mesh, sides: Sides, loaded: Loaded) -> None:
@@ -135,7 +141,7 @@ class Findings:
             found = distance(alone, out, terms=k + n)
             bad = np.unique(np.repeat(experts, groups)[found.unequal])
             which = f"{block.label}, experts {', '.join(map(str, bad))}"
-            self._add("mesh", [f"{which}: many devices and one differ"] if len(bad) else [], found)
+            self._add("mesh", [f"{which}: many devices and one differ"] if len(bad) else [], found, k + n)
 
     def begin(self, block: Block, to: Sequence[Routed]) -> None:
         """The outputs of a whole layer are summed up from here on."""
@@ -148,10 +154,17 @@ class Findings:
         most = found.relative.max(initial=0)
         bad = f"{block.label}: outputs of the whole MoE layer differ, by {most:.1e} of their norm"
         sent = self.routed.pop(block.label, 0)
-        self._add("layer", [bad] if found.unequal.any() else [], found if sent else None)
+        self._add("layer", [bad] if found.unequal.any() else [], found if sent else None, sums)
 
-    def _add(self, level: str, problems: Iterator[str] | Sequence[str], found: Distance | None = None) -> None:
+    def _allow(self, level: str, terms: int) -> None:
+        self.bounds[level] = max(self.bounds.get(level, 0.0), probes.bound(terms))
+
+    def _add(
+        self, level: str, problems: Iterator[str] | Sequence[str], found: Distance | None = None, terms: int | None = None
+    ) -> None:
         self.differences.setdefault(level, []).extend(problems)
+        if terms is not None:
+            self._allow(level, terms)
         if found is not None:
             now = (float(values.max(initial=0)) for values in (found.relative, found.delta, found.ulp))
             self.worst[level] = tuple(map(max, self.worst.get(level, (0.0, 0.0, 0.0)), now))  # type: ignore[assignment]
@@ -175,7 +188,13 @@ class Findings:
                 errors=errors,
                 not_run=why,
                 asked=why not in (NOT_FINITE, TOO_LARGE) and not (name == "mesh" and suffix),
+                worst=self._worst(name),
+                bound=self.bounds.get(name),
             )
+
+    def _worst(self, level: str) -> float | None:
+        """The largest difference relative to the norm of a row, of levels that measure one."""
+        return self.slopes if level == "gradients" and self.compared[level] else self.worst.get(level, (None,))[0]
 
     def _why_not(self, level: str) -> str:
         """Why a level has nothing to say, or not what it is there for; empty if it has."""

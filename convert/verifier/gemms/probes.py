@@ -151,12 +151,19 @@ def skewed(a: Weights, b: Weights, block: Block, experts: range, setting: Settin
 
 
 def gradients(
-    a: Weights, b: Weights, block: Block, experts: range, setting: Setting, rows: list[int] | None = None
+    a: Weights,
+    b: Weights,
+    block: Block,
+    experts: range,
+    setting: Setting,
+    rows: list[int] | None = None,
+    worst: list[float] | None = None,
 ) -> Iterator[str]:
     """Gradients that differ by more than rounding: of gate, up and down in logical axes, and of the input.
 
-    The number of input rows whose gradients are finite is added to `rows`.
+    The number of input rows whose gradients are finite is added to `rows`, each largest difference to `worst`.
     """
+    measured = [] if worst is None else worst
     k, n = (block.groups["wi", ""].total(axis) for axis in "kn")
     rng = np.random.default_rng([experts.start, k, n])
     groups = np.full(len(experts), 3, np.int32)
@@ -164,6 +171,7 @@ def gradients(
     ones, others = (_gradients(weights, x, along, groups, setting) for weights in (a, b))
     found = distance(*(np.asarray(each["x"]) for each in (ones, others)), terms=k + n)
     ([] if rows is None else rows).append(int(found.finite.sum()))
+    measured.append(float(found.relative.max(initial=0)))
     if found.unequal.any():
         which = f"{block.label}, experts {experts.start} to {experts.stop - 1}"
         yield f"{which}: gradients of the input differ by {found.relative.max():.1e}"
@@ -172,6 +180,7 @@ def gradients(
             pair = [side.projections(grads[role], role, at) for side, grads in ((mine, ones), (yours, others))]
             for projection, *each in zip(PROJECTIONS[role], *pair, strict=True):
                 found = distance(*(part.reshape(1, -1) for part in each), terms=k + n)
+                measured.append(float(found.relative[0]))
                 if found.unequal.any():
                     yield f"{block.label}, expert {e}, {projection}: gradients differ by {found.relative[0]:.1e}"
 
@@ -194,6 +203,11 @@ def _gradient(x: jax.Array, arrays: Arrays, groups: jax.Array, along: jax.Array,
     return found
 
 
+def bound(terms: int) -> float:
+    """How far sums of so many float32 terms may be apart, relative to the norm of a row of them."""
+    return float(_MARGIN * np.finfo(np.float32).eps * np.sqrt(terms))
+
+
 def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
     """Compare outputs (M, K) row by row.
 
@@ -206,5 +220,5 @@ def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
     delta = np.abs(values - np.where(finite, b, 0)).max(axis=-1, initial=0)
     relative = delta / (np.linalg.norm(values, axis=-1) + np.finfo(np.float32).tiny)
     ulp = delta / np.spacing(np.abs(values).max(axis=-1, initial=np.finfo(np.float32).tiny).astype(np.float32))
-    unequal = (relative > _MARGIN * np.finfo(np.float32).eps * np.sqrt(terms)) | ~same.all(axis=-1)
+    unequal = (relative > bound(terms)) | ~same.all(axis=-1)
     return Distance(relative, delta, ulp, unequal, finite.any(axis=-1))

@@ -1,0 +1,122 @@
+"""Run a verification again with two bits flipped in memory, one of an expert and one of another tensor, and say who saw it.
+
+In: what was compared, and how. Out: `Trial`s. It never writes.
+
+It is the very same verification, narrowed down to one layer and one expert; only the reader is another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from convert.options import Verification
+from convert.verifier.bits.logical import Block, blocks
+from convert.verifier.content.sides import lines_of
+from convert.verifier.control.altered import AlteredReader, Flip
+from convert.verifier.control.choice import of_expert, of_other, told
+from convert.verifier.verdict import DIFFERENT, EQUAL, NOT_RUN, Trial, Verdict
+from layouts.matching.describe import Description
+from layouts.reader import Reader
+
+COMPUTED = ("identity", "gemm", "gradients", "layer", "mesh")
+"""The levels that run experts."""
+Compare = Callable[[Reader, Reader, Verification], Verdict]
+Sides = tuple[Reader, Reader]
+
+
+def self_test(
+    sides: Sides, which: int, description: Description, options: Verification, verdict: Verdict, compare: Compare
+) -> tuple[Trial, ...]:
+    """Flip a bit of an expert and one of another tensor of the side `which`, `compare` again, and look who sees it.
+
+    Asked are the levels that found the two equal, since others are able to find a difference as it is.
+    """
+    reader = sides[which]
+    equal = [level.name for level in verdict.levels if level.state == EQUAL]
+    chosen = _chosen(reader, description, options)
+    block, e = chosen.block, chosen.e
+    flip, matters = of_expert(block, e, chosen.rows)
+    names = list(description.verbatim)
+    apart = {name: _shared(name, flip.name) for name in names}  # not the layer's own router, which is closest
+    other = of_other(reader, [name for name in names if apart[name] == min(apart.values())])
+    altered = AlteredReader(inner=reader, flips=(flip, *([other] if other else [])))
+    narrow = replace(
+        options,
+        layers=frozenset({block.number}),
+        experts=frozenset({e}),
+        content=False,
+        self_test=False,
+    )
+    again = compare(altered, sides[1], narrow) if which == 0 else compare(sides[0], altered, narrow)
+    must = [name for name in equal if name == "exact" or (matters and name.partition("/")[0] in COMPUTED)]
+    idle = {} if matters else {name: "no output depends on it" for name in equal if name.partition("/")[0] in COMPUTED}
+    trials = [_trial(told(reader, flip), must, again, idle)]
+    if "content" in equal:
+        trials[0] = _with_content(trials[0], sides, which, flip, options)
+    if other and "others" in equal:
+        trials.append(_trial(told(reader, other), ["others"], again, {}))
+    return tuple(trials)
+
+
+def _shared(name: str, other: str) -> int:
+    """How many steps of the way to two tensors are the same."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda steps: steps[0] == steps[1], pairs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """An expert of a MoE layer, and the rows of `wo` that one-hot tokens read of it; None where no GEMM runs."""
+
+    block: Block
+    e: int
+    rows: NDArray[Any] | None
+
+
+def _chosen(reader: Reader, description: Description, options: Verification) -> _Chosen:
+    """The first layer in the scope whose experts run, and the expert to which its router sends most tokens."""
+    wanted = options.layers
+    every = [b for b in blocks(reader, description).values() if wanted is None or b.number in wanted]
+    first = every[0]
+    scope = [e for e in range(first.experts) if options.experts is None or e in options.experts]
+    if not options.gemm:
+        return _Chosen(block=first, e=scope[0], rows=None)
+    from convert.verifier.gemms.operands import can_run
+    from convert.verifier.gemms.routing import routing_of
+    from convert.verifier.gemms.rows import rows_of
+    from convert.verifier.gemms.whole import routed, tokens_for
+
+    runs = next(filter(can_run, every), None)
+    if runs is None:
+        return _Chosen(block=first, e=scope[0], rows=None)
+    routing = routing_of(reader.config, runs.experts)
+    sizes = routed(runs, routing, tokens_for(runs, options.tokens)).sizes
+    return _Chosen(block=runs, e=max(scope, key=lambda e: int(sizes[e])), rows=rows_of(runs, options.tokens)["wo"])
+
+
+def _trial(flipped: str, must: Iterable[str], again: Verdict, untried: dict[str, str]) -> Trial:
+    levels = {level.name: level for level in again.levels}
+    states = {name: levels[name].state if name in levels else EQUAL for name in must}
+    return Trial(
+        flipped=flipped,
+        seen=tuple(name for name, state in states.items() if state == DIFFERENT),
+        unseen=tuple(name for name, state in states.items() if state == EQUAL),
+        untried=untried | {name: levels[name].why for name, state in states.items() if state == NOT_RUN},
+    )
+
+
+def _with_content(trial: Trial, sides: Sides, which: int, flip: Flip, options: Verification) -> Trial:
+    """Whether the line of the list that this bit is part of becomes another one."""
+    altered = AlteredReader(inner=sides[which], flips=(flip,))
+    found = [
+        lines_of(reader, sides[1 - which], lambda unit: unit.array == flip.name and flip.within(unit.slices), options)
+        for reader in (sides[which], altered)
+    ]
+    seen = bool(found[0]) and found[0] != found[1]
+    where = {"seen": (*trial.seen, "content")} if seen else {"unseen": (*trial.unseen, "content")}
+    return replace(trial, **where)  # type: ignore[arg-type]

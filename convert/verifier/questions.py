@@ -1,0 +1,91 @@
+"""What each level of a verification asks, how it goes about it, and what it allows.
+
+In: nothing. Out: `QUESTIONS`. README says the same in fewer words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_BITS = "no bit may differ"
+_ROUNDING = "rows of outputs may differ by 16 x 2^-23 x sqrt({terms}) of their norm, as sums of so many float32 terms do"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A level in words."""
+
+    asks: str
+    method: str
+    bound: str
+
+
+QUESTIONS: Mapping[str, Question] = {
+    "exact": Question(
+        asks="Is every weight of every expert, with its biases and scales, the same bits in both, and is all padding zeros?",
+        method="each slice is read in logical axes, by code that does not fuse, and compared as unsigned integers",
+        bound=_BITS,
+    ),
+    "others": Question(
+        asks="Is every other tensor the same in both?",
+        method="by name, element type and shape, then as unsigned integers",
+        bound=_BITS,
+    ),
+    "identity": Question(
+        asks="Does the grouped GEMM find every expert's weights where its layout says that they are?",
+        method="one-hot tokens read rows of gate, up and down back; a sum of one term is exact in any order",
+        bound="no value may differ",
+    ),
+    "gemm": Question(
+        asks="Do the experts compute the same, fused and unfused?",
+        method="random tokens in skewed, empty and one-token groups, each side in its own form",
+        bound=_ROUNDING.format(terms="K"),
+    ),
+    "gradients": Question(
+        asks="Do they learn the same?",
+        method="gradients of gate, up, down and the input, of the first experts of the first and the last layer",
+        bound=_ROUNDING.format(terms="K + N"),
+    ),
+    "layer": Question(
+        asks="Does the whole MoE layer compute the same?",
+        method="router, top-k, permute, gate and up, activation, down, unpermute",
+        bound=_ROUNDING.format(terms="K + N"),
+    ),
+    "mesh": Question(
+        asks="Do many devices compute what one does?",
+        method="the experts on a mesh, against the first side on one device",
+        bound=_ROUNDING.format(terms="K + N"),
+    ),
+    "content": Question(
+        asks="Do both hold the same tensors, by a digest that anybody can compute for each alone?",
+        method="sha256 over a sorted list of the sha256 of every logical tensor",
+        bound="the digests are the same, or they are not",
+    ),
+    "files": Question(
+        asks="Is what stands beside the tensors the same, or as it was written?",
+        method="config.json key by key; side files by xxh3-128; metadata of shards and steps",
+        bound="nothing may differ but what a conversion changes by rule",
+    ),
+    "digests": Question(
+        asks="Is every tensor still what was written?",
+        method="each is hashed again (xxh3-128) and compared with the manifest",
+        bound=_BITS,
+    ),
+    "manifest": Question(
+        asks="Are the manifest, the headers of shards and the records of the layout what was written together?",
+        method="the manifest by its own digest, headers by theirs, records with one another",
+        bound="nothing may differ",
+    ),
+    "decoded": Question(
+        asks="Can every array be read whole?",
+        method="all chunks are decoded",
+        bound="each has to be",
+    ),
+}
+"""By the name of a level without its backend's."""
+
+
+def question_of(level: str) -> Question:
+    """That of a level; of other backends it is the same."""
+    return QUESTIONS[level.partition("/")[0]]

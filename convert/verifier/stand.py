@@ -1,0 +1,117 @@
+"""What a report says besides the levels: both sides, the digests of what they hold, the self-test.
+
+In: a verdict and the checkpoints it is about. Out: the same verdict with more in it. It never writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from convert.errors import InputError, PlanError
+from convert.options import Verification
+from convert.progress import Progress
+from convert.verifier.content.hashing import Content
+from convert.verifier.content.sides import contents, described
+from convert.verifier.verdict import Level, Side, Verdict
+from layouts.language.pattern import Pattern
+from layouts.matching.candidates import record_of
+from layouts.matching.describe import Description
+from layouts.matching.group import Group
+from layouts.matching.origin import name_of, origin_of
+from layouts.places import is_remote
+from layouts.reader import Reader
+
+_AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}
+
+
+def stood(verdict: Verdict, readers: Sequence[Reader], options: Verification, progress: Progress) -> Verdict:
+    """With both sides and, if asked for, a level `content`: whether they hold the same, by the digest of each alone."""
+    found: list[Content] = []
+    levels = verdict.levels
+    if options.content:
+        try:
+            found = contents(*readers, options=options, progress=progress)
+            levels += (_content(found),) if len(found) > 1 else ()
+        except (InputError, PlanError) as error:
+            levels += (Level(name="content", covered="", compared=0, not_run=str(error)),)
+    sides = []
+    for at, reader in enumerate(readers):
+        beside = [record_of(other) for other in readers if other is not reader]
+        sides.append(_side(reader, options, beside, found[at] if found else None))
+    return replace(verdict, levels=levels, sides=tuple(sides))
+
+
+def _content(found: Sequence[Content]) -> Level:
+    one, other = found
+    alike = one.terms == other.terms
+    pairs = [("", one.model, other.model)]
+    if one.state and other.state:
+        pairs.append(("of the training state ", one.state, other.state))
+    compared = sum(a.tensors for _, a, _ in pairs)
+    return Level(
+        name="content",
+        covered=f"{compared} logical tensors, by {one.terms}: {one.model}",
+        compared=compared if alike else 0,
+        differences=tuple(f"the digest {w}is {a} in one, {b} in the other" for w, a, b in pairs if a != b) if alike else (),
+        not_run="" if alike else f"one goes by {one.terms}, the other by {other.terms}",
+        asked=alike,
+    )
+
+
+def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]], content: Content | None) -> Side:
+    try:
+        description = described(reader, options, beside)
+        family, layout = origin_of(reader).family or description.family.name, tuple(_layouts(reader, description))
+    except (InputError, PlanError) as error:  # one checkpoint is compared with its manifest, whatever it is
+        family, layout = "not known", (str(error),)
+    return Side(
+        path=str(reader.path) if is_remote(reader.path) else os.path.abspath(reader.path),
+        nbytes=_size(reader.path),
+        format={"hf": "Hugging Face safetensors", "orbax": "Orbax (MaxText)"}[reader.format],
+        family=family,
+        layout=layout,
+        tensors=len(reader.tensors),
+        content=content.json() if content else {},
+    )
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of all files below it; nobody knows in a store."""
+    if is_remote(path):
+        return None
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _layouts(reader: Reader, description: Description) -> Iterator[str]:
+    """How experts are stored: the word for it, then each kind of tensor with its axes in words."""
+    weights = [group for group in description.groups if not group.part] or list(description.groups)
+    word = record_of(reader).get("layout") or name_of({g.role: g.layout for g in weights})
+    fused = any(group.role == "wi" and "g" not in group.placed.key.slots for group in weights)
+    yield f"{word or 'as its family has it'}, gate and up {'in one tensor' if fused else 'apart'}"
+    kinds = {(group.role, group.layout): group for group in weights}
+    yield from (_told(group) for group in kinds.values())
+
+
+def _told(group: Group) -> str:
+    role = "gate and up" if group.role == "wi" else "down"
+    axes = " x ".join(_dimension(token, axes) for token, axes in zip(group.placed.pattern.tokens, _groups(group), strict=True))
+    return f"{role}: {group.layout.key} '{group.layout.pattern}', {axes}"
+
+
+def _groups(group: Group) -> tuple[tuple[str, ...], ...]:
+    return Pattern(group.placed.pattern.text).groups
+
+
+def _dimension(token: str, axes: tuple[str, ...]) -> str:
+    """`(g n%128)` as `[gate, up; expert mlp, padded to 128]`."""
+    words = []
+    for axis, word in zip(axes, token.strip("()").split(), strict=True):
+        text = "up, gate" if word.startswith("-g") else _AXES.get(axis, "layer")
+        multiple = word.partition("%")[2]
+        padded = f", padded {'as MaxText does' if multiple == 'maxtext' else f'to {multiple}'}" if multiple else ""
+        words.append(text + padded)
+    return words[0] if len(words) == 1 else f"[{'; '.join(words)}]"
