@@ -22,6 +22,7 @@ class _Running(TypedDict, total=False):
     max_shard_size: int | str
     resume: bool
     overwrite: bool
+    content: bool
 
 
 class _Tree(TypedDict, total=False):

@@ -103,6 +103,15 @@ _SourceLayout = Annotated[
     str | None,
     Option(text="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards", show="NAME"),
 ]
+_Content = Annotated[
+    bool,
+    Option(
+        text="the digest of what is held, as --digest makes it: of the input into the manifest, of each side into the "
+        "verdict (on with --json and --report)",
+        read=values.switch,
+        either=True,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +169,7 @@ class Running:
     ] = 5_000_000_000
     resume: Annotated[bool, Option(text="go on with what an interrupted run has left", read=values.switch)] = True
     overwrite: Annotated[bool, Option(text="replace the output once the new one is complete", read=values.switch)] = False
+    content: _Content = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,14 +201,7 @@ class Verification:
         bool,
         Option(text="decode chunks that are kept as they were stored, too", read=values.switch, of=1),
     ] = False
-    content: Annotated[
-        bool,
-        Option(
-            text="the digest of what each side holds, as --digest makes it (on with --json and --report)",
-            read=values.switch,
-            either=True,
-        ),
-    ] = False
+    content: _Content = False
     self_test: Annotated[
         bool,
         Option(

@@ -56,6 +56,8 @@ class Report:
             f"{_headline(plan)}",
             f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s ({size(rate)}/s){by}",
         ]
+        if plan.content:
+            lines.append(f"content  sha256:{plan.content['model']['sha256']}")
         if plan.left_out_files:
             lines.append(f"{_left_out(plan)}: {', '.join(plan.left_out_files)}")
         if self.resumed:

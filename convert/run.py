@@ -19,7 +19,7 @@ from convert.engine.budget import make_budget
 from convert.engine.done import prove
 from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
-from convert.options import Choices, Running
+from convert.options import Choices, Running, Verification
 from convert.planning.choices import check
 from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan
@@ -28,7 +28,8 @@ from convert.report import Report
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.places import is_remote, place
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader, ReadLimits, is_chunked
+from layouts.windows import Windows
 
 
 def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan]:
@@ -83,6 +84,8 @@ def convert_checkpoint(
         reader, plan = open_and_plan(origin, target, action, choices)
         told = processes.watched(progress or ignore)
         with closing(reader):
+            if running.content and processes.first:
+                plan = _with_content(plan, reader, choices, running)
             if finished and not running.overwrite:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
@@ -90,6 +93,22 @@ def convert_checkpoint(
             resumed, notes = _write(plan, reader, running, processes, told)
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
+
+
+def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running) -> Plan:
+    """With the digest of what the input holds; of a tree, without the state that is left out."""
+    from convert.verifier.content.sides import contents
+
+    if plan.computed:
+        raise UsageError(
+            f"--content: values are computed ({plan.computed}), so the output holds another content than the input"
+        )
+    options = Verification(
+        family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis, memory=running.memory
+    )
+    (found,) = contents(reader, options=options)
+    reader.hold(ReadLimits(), Windows())
+    return replace(plan, content=replace(found, state=None if plan.left_out else found.state).json())
 
 
 def _write(

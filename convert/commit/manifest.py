@@ -85,6 +85,7 @@ def render(
         **({"computed": plan.computed} if plan.computed else {}),
         **({"options": dict(beside.options)} if beside.options else {}),
         "input": beside.input,
+        **({"content": plan.content} if plan.content else {}),
         **({"hashed": CHUNKS} if of_chunks else {}),
         "tensors": tensors,
         "sources": _sources(plan, digests),

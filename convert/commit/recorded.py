@@ -39,6 +39,8 @@ class Manifest:
     hashed: str | None
     headers: Mapping[str, str]
     """The digest of each shard's header."""
+    content: Mapping[str, Any] | None
+    """The digest of what the input held (`convert.verifier.content`), if it was asked for."""
     intact: bool | None
     """Whether its digest of itself is right; None if it has none."""
 
@@ -64,10 +66,20 @@ def load(path: Path) -> Manifest | None:
             input=found["input"],
             hashed=found.get("hashed"),
             headers={str(name): str(digest) for name, digest in found.get("headers", {}).items()},
+            content=_content(found.get("content")),
             intact=found[SEAL] == seal_of(found) if SEAL in found else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: {error!r}; convert again to have one") from None
+
+
+def _content(found: Any) -> Mapping[str, Any] | None:
+    if found is None:
+        return None
+    digests = [found["model"], *([found["state"]] if found["state"] else [])]
+    if not all(isinstance(text, str) for text in (found["terms"], *(digest["sha256"] for digest in digests))):
+        raise ValueError("content that is no digest")
+    return dict(found)
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorEntry:

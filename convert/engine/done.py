@@ -79,6 +79,8 @@ def _unlike(plan: Plan, reader: Reader, writer: Writer, found: Manifest) -> Iter
     if why := writer.unlike(found):
         yield why
     yield from _other_files(plan, found)
+    if plan.content and plan.content != found.content:
+        yield "its manifest has another content digest than --content gives now, or none"
     if found.input != input_digest(reader):
         yield "was made from another input: headers, config or metadata differ"
 

@@ -63,6 +63,8 @@ class Plan:
     """What could not be told of the input."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
+    content: Mapping[str, Any] | None = None
+    """The digest of what the input holds, and so the output, if it was asked for (`convert.verifier.content`)."""
 
     @property
     def nbytes(self) -> int:

@@ -58,7 +58,7 @@ QUESTIONS: Mapping[str, Question] = {
         bound=_ROUNDING.format(terms="K + N"),
     ),
     "content": Question(
-        asks="Do both hold the same tensors, by a digest that anybody can compute for each alone?",
+        asks="Does it hold the tensors of the other side, or of its input, by a digest that anybody can make of each alone?",
         method="sha256 over a sorted list of the sha256 of every logical tensor",
         bound="the digests are the same, or they are not",
     ),

@@ -28,14 +28,24 @@ from layouts.reader import Reader
 _AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}
 
 
-def stood(verdict: Verdict, readers: Sequence[Reader], options: Verification, progress: Progress) -> Verdict:
-    """With both sides and, if asked for, a level `content`: whether they hold the same, by the digest of each alone."""
+def stood(
+    verdict: Verdict,
+    readers: Sequence[Reader],
+    options: Verification,
+    progress: Progress,
+    wanted: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """With both sides and, if asked for, a level `content`: whether they hold the same, by the digest of each alone.
+
+    Of one side `wanted` is what it was made of, as its manifest says.
+    """
     found: list[Content] = []
     levels = verdict.levels
     if options.content:
         try:
             found = contents(*readers, options=options, progress=progress)
-            levels += (_content(found),) if len(found) > 1 else ()
+            other = found[1].json() if len(found) > 1 else wanted
+            levels += (_content(found[0].json(), other),) if other else ()
         except (InputError, PlanError) as error:
             levels += (Level(name="content", covered="", compared=0, not_run=str(error)),)
     sides = []
@@ -45,19 +55,21 @@ def stood(verdict: Verdict, readers: Sequence[Reader], options: Verification, pr
     return replace(verdict, levels=levels, sides=tuple(sides))
 
 
-def _content(found: Sequence[Content]) -> Level:
-    one, other = found
-    alike = one.terms == other.terms
-    pairs = [("", one.model, other.model)]
-    if one.state and other.state:
-        pairs.append(("of the training state ", one.state, other.state))
-    compared = sum(a.tensors for _, a, _ in pairs)
+def _content(one: Mapping[str, Any], other: Mapping[str, Any]) -> Level:
+    """Whether two contents, as JSON has them, are the same; of the state only where both have one."""
+    alike = one["terms"] == other["terms"]
+    keys = [key for key in ("model", "state") if one[key] and other[key]]
+    pairs = {key: [each[key]["sha256"] for each in (one, other)] for key in keys}
+    compared = sum(one[key]["tensors"] for key in keys)
+    different = (
+        f"the digest of the {key} is sha256:{a} in one, sha256:{b} in the other" for key, (a, b) in pairs.items() if a != b
+    )
     return Level(
         name="content",
-        covered=f"{compared} logical tensors, by {one.terms}: {one.model}",
+        covered=f"{compared} logical tensors, by {one['terms']}: sha256:{one['model']['sha256']}",
         compared=compared if alike else 0,
-        differences=tuple(f"the digest {w}is {a} in one, {b} in the other" for w, a, b in pairs if a != b) if alike else (),
-        not_run="" if alike else f"one goes by {one.terms}, the other by {other.terms}",
+        differences=tuple(different) if alike else (),
+        not_run="" if alike else f"one goes by {one['terms']}, the other by {other['terms']}",
         asked=alike,
     )
 

@@ -131,6 +131,12 @@ def source(tmp_path) -> Path:
     return tmp_path / "in"
 
 
+def test_computed_values_are_another_content(source, tmp_path):
+    with pytest.raises(convert.UsageError, match="so the output holds another content than the input"):
+        convert.prefuse(source, tmp_path / "out", dequantize="bf16", content=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_on_the_disk_and_in_the_manifest(source, tmp_path):
     convert.prefuse(source, tmp_path / "out", dequantize="bf16")
     found = load_file(tmp_path / "out" / "model.safetensors")

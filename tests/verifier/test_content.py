@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
+from convert.commit.manifest import seal_of
 from convert.errors import InputError, PlanError
 from convert.options import Choices, Verification
 from convert.planning.planner import make_plan
@@ -26,7 +28,7 @@ from tests.layouts.test_companions import BLOCKS, FP8, FP8_PARTS, checkpoint
 from tests.tiny import HF, cut, memory, restore, run, store_again
 
 E, K, N, LAYERS = 4, 8, 4, 3
-LAYOUTS = {"concat": 1, "flashinfer": 1, "per-shard": 4, "fused-moe": 1, "interleaved": 1, "transformers": 1}
+LAYOUTS = {"flashinfer": 1, "per-shard": 4, "fused-moe": 1}
 CODES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 
 
@@ -257,3 +259,46 @@ def test_usage(capsys):
     assert main(["--digest", "/nowhere", "--quiet"]) == 3
     assert main(["--digest", "a", "--report", "r.html"]) == 2
     assert capsys.readouterr().err.count("\n") == 3
+
+
+MADE = {
+    "prefuse": lambda a, b: convert.prefuse(a, b, layout="per-shard", shards=2, content=True),
+    "to orbax": lambda a, b: convert.reformat(a, b, to="orbax", content=True),
+}
+
+
+@pytest.mark.parametrize("way", MADE)
+def test_a_manifest_that_has_it_proves_the_output_alone(root, tmp_path, way, capsys):
+    out = tmp_path / "out"
+    told = str(MADE[way](root / "in", out))
+    held = json.loads((out / "convert_manifest.json").read_text())["content"]
+    assert held == convert.digest(root / "in").json()
+    assert f"content  sha256:{held['model']['sha256']}" in told
+    assert MADE[way](root / "in", out).proof  # once more: nothing to do
+    assert main(["--verify", str(out), "--quiet"]) == 0
+    assert "content   not run    (--content compares" in capsys.readouterr().out
+    assert main(["--verify", str(out), "--quiet", "--content"]) == 0
+    assert re.search("content   equal", capsys.readouterr().out)
+
+
+def test_a_manifest_with_another_content_is_a_difference(root, tmp_path, capsys):
+    """A bit that was flipped before the digests of the output were made: only the content of the input can tell."""
+    convert.prefuse(root / "in", tmp_path / "out", content=True)
+    text = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())
+    text["content"]["model"]["sha256"] = "0" * 64
+    (tmp_path / "out" / "convert_manifest.json").write_text(json.dumps({**text, "xxh3_128": seal_of(text)}))
+    assert main(["--verify", str(tmp_path / "out"), "--quiet", "--content"]) == 1
+    out = capsys.readouterr().out
+    assert "content   DIFFERENT" in out
+    assert "manifest  equal" in out
+    with pytest.raises(convert.OutputError, match="its manifest has another content digest than --content gives now, or none"):
+        convert.prefuse(root / "in", tmp_path / "out", content=True)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"model": {"sha256": 3}, "state": None, "terms": "t"}, "sha256"])
+def test_a_manifest_whose_content_is_none_is_refused(root, tmp_path, content):
+    convert.prefuse(root / "in", tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())
+    (tmp_path / "out" / "convert_manifest.json").write_text(json.dumps({**text, "content": content}))
+    with pytest.raises(InputError, match="not a manifest of this version"):
+        convert.verify(tmp_path / "out")

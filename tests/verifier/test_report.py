@@ -86,13 +86,14 @@ def test_both_can_be_left_out(root, capsys):
 @pytest.mark.parametrize("other", [*LAYOUTS, "tree", "wi"])
 def test_a_flipped_bit_is_seen_in_every_layout(root, other):
     a = "tree" if other == "wi" else "in"
-    verdict = convert.verify(root / a, root / other, self_test=True, content=True)
+    gemm = other in ("per-shard", "wi")  # JAX compiles for each layout
+    verdict = convert.verify(root / a, root / other, self_test=True, content=True, gemm=gemm)
     first, second = verdict.self_test
     assert verdict.equal
-    assert first.seen == ("exact", "identity", "gemm", "layer", "content")
+    assert first.seen == (("exact", "identity", "gemm", "layer", "content") if gemm else ("exact", "content"))
     assert second.seen == ("others",)
     assert not verdict.blind
-    assert first.untried.keys() == {"gradients"}
+    assert first.untried.keys() == ({"gradients"} if gemm else set())
 
 
 def test_a_narrowed_verdict_is_tried_within_its_scope(root):

@@ -31,6 +31,10 @@ from layouts.language.pattern import strips
 from layouts.reader import Reader
 from layouts.windows import lengths
 
+_HELD = Level(
+    name="content", covered="", compared=0, not_run="--content compares what it holds with what the input held", asked=False
+)
+
 
 @dataclass(slots=True)
 class _Stored:
@@ -76,8 +80,11 @@ def _verdict(path: Path, progress: Progress, options: Verification) -> Verdict:
         both = found.tensors.keys() & reader.tensors.keys()
         digests = Level(name="digests", covered=_covered(found, stored, options), compared=len(both), differences=changed)
         trials = _self_test(reader, found, digests) if options.self_test else ()
-        verdict = Verdict(subject=str(path), levels=(files, digests, itself, *decoded), self_test=trials)
-        return stood(verdict, (reader,), options, progress) if options.content or options.self_test else verdict
+        held = [_HELD] if found.content and not options.content else []
+        verdict = Verdict(subject=str(path), levels=(files, digests, itself, *decoded, *held), self_test=trials)
+        if not (options.content or options.self_test):
+            return verdict
+        return stood(verdict, (reader,), options, progress, found.content)
 
 
 def _covered(found: Manifest, stored: _Stored, options: Verification) -> str:
