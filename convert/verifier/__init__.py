@@ -21,7 +21,7 @@ from convert.progress import Progress, ignore
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Block, Scope, blocks, pair
 from convert.verifier.bits.order import hold_experts
-from convert.verifier.content.sides import described
+from convert.verifier.control.trials import tried
 from convert.verifier.files.beside import compare_files
 from convert.verifier.files.manifest import verify_manifest
 from convert.verifier.scope import check_scope, narrowed
@@ -55,7 +55,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
         if not (options.content or options.self_test):
             return verdict
         verdict = stood(verdict, (one, other), options, report)
-        return _tried(verdict, one, other, options) if options.self_test else verdict
+        return tried(verdict, (one, other), options, partial(_compare, report=ignore)) if options.self_test else verdict
 
 
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress) -> Verdict:
@@ -70,16 +70,6 @@ def _compare(one: Reader, other: Reader, options: Verification, report: Progress
         counts=counts.words(looked),
         allow_not_run=options.allow_not_run,
     )
-
-
-def _tried(verdict: Verdict, one: Reader, other: Reader, options: Verification) -> Verdict:
-    """With the self-test: of two formats, the side of Hugging Face is the one that is altered."""
-    from convert.verifier.control.trials import self_test
-
-    which = 0 if _differ(one, other) and one.format == "hf" else 1
-    description = described((one, other)[which], options, [record_of((other, one)[which])])
-    trials = self_test((one, other), which, description, options, verdict, partial(_compare, report=ignore))
-    return replace(verdict, self_test=trials)
 
 
 _Found = tuple[str, Counts, Iterator[Level]]

@@ -162,7 +162,8 @@ def zeroed(path: Path) -> None:
 def test_different_contents_are_a_difference(root, tmp_path):
     shutil.copytree(root / "in", tmp_path / "b")
     zeroed(tmp_path / "b")
-    verdict = convert.verify(root / "in", tmp_path / "b", gemm=False, content=True)
+    verdict = convert.verify(root / "in", tmp_path / "b", gemm=False, content=True, self_test=True)
+    assert verdict.self_test[0].untried.keys() == {"exact"}
     level = next(level for level in verdict.levels if level.name == "content")
     assert level.state == "DIFFERENT"
     assert level.differences[0].count("sha256:") == 2

@@ -44,7 +44,7 @@ def contents(*readers: Reader, options: Verification, progress: Progress = ignor
 def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], options: Verification) -> list[str]:
     """The lines of some units of a checkpoint that is compared with another one, sorted."""
     side = _side(reader, options, [record_of(other)])
-    units = side.own("") if side.why or reader.format != "orbax" else side.units
+    units = side.own("") if side.why or reader.format != "orbax" else [*side.units, *side.own(ROOT)]
     return sorted(line for unit in units if wanted(unit) for line in hashed(unit)[0])
 
 

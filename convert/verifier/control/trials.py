@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from convert.options import Verification
 from convert.verifier.bits.logical import Block, blocks
-from convert.verifier.content.sides import lines_of
+from convert.verifier.content.sides import described, lines_of
 from convert.verifier.control.altered import AlteredReader, Flip
 from convert.verifier.control.choice import of_expert, of_other, told
 from convert.verifier.verdict import DIFFERENT, EQUAL, NOT_RUN, Trial, Verdict
+from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description
 from layouts.reader import Reader
 
@@ -27,17 +28,21 @@ COMPUTED = ("identity", "gemm", "gradients", "layer", "mesh")
 """The levels that run experts."""
 Compare = Callable[[Reader, Reader, Verification], Verdict]
 Sides = tuple[Reader, Reader]
+_NEEDLESS = Trial(flipped="nothing", seen=(), untried={"exact": "it is not equal, and nothing can be told beside a difference"})
 
 
-def self_test(
-    sides: Sides, which: int, description: Description, options: Verification, verdict: Verdict, compare: Compare
-) -> tuple[Trial, ...]:
-    """Flip a bit of an expert and one of another tensor of the side `which`, `compare` again, and look who sees it.
+def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compare) -> Verdict:
+    """Flip a bit of an expert and one of another tensor of one side, `compare` again, and look who sees it.
 
-    Asked are the levels that found the two equal, since others are able to find a difference as it is.
+    Asked are the levels that found the two equal, since others are able to find a difference as it is. Of two formats it is the
+    side of Hugging Face, else the second one.
     """
-    reader = sides[which]
     equal = [level.name for level in verdict.levels if level.state == EQUAL]
+    if "exact" not in equal:
+        return replace(verdict, self_test=(_NEEDLESS,))
+    which = 0 if sides[0].format == "hf" != sides[1].format else 1
+    reader = sides[which]
+    description = described(reader, options, [record_of(sides[1 - which])])
     chosen = _chosen(reader, description, options)
     block, e = chosen.block, chosen.e
     flip, matters = of_expert(block, e, chosen.rows)
@@ -45,13 +50,8 @@ def self_test(
     apart = {name: _shared(name, flip.name) for name in names}  # not the layer's own router, which is closest
     other = of_other(reader, [name for name in names if apart[name] == min(apart.values())])
     altered = AlteredReader(inner=reader, flips=(flip, *([other] if other else [])))
-    narrow = replace(
-        options,
-        layers=frozenset({block.number}),
-        experts=frozenset({e}),
-        content=False,
-        self_test=False,
-    )
+    scope = {"layers": frozenset({block.number}), "experts": frozenset({e})}
+    narrow = replace(options, **scope, content=False, self_test=False)  # type: ignore[arg-type]
     again = compare(altered, sides[1], narrow) if which == 0 else compare(sides[0], altered, narrow)
     must = [name for name in equal if name == "exact" or (matters and name.partition("/")[0] in COMPUTED)]
     idle = {} if matters else {name: "no output depends on it" for name in equal if name.partition("/")[0] in COMPUTED}
@@ -60,7 +60,7 @@ def self_test(
         trials[0] = _with_content(trials[0], sides, which, flip, options)
     if other and "others" in equal:
         trials.append(_trial(told(reader, other), ["others"], again, {}))
-    return tuple(trials)
+    return replace(verdict, self_test=tuple(trials))
 
 
 def _shared(name: str, other: str) -> int:
