@@ -13,13 +13,14 @@ Nothing here prints or exits; progress goes to a callback. Heavy libraries are i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from convert.conversions import plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
-from convert.keywords import Digesting, Verifying, documented
-from convert.options import Verification, complete
+from convert.keywords import Digesting, Fusing, Unfusing, Verifying, documented
+from convert.options import Choices, Verification, complete
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -36,6 +37,7 @@ __all__ = [
     "UsageError",
     "connect",
     "digest",
+    "layout_of",
     "plan",
     "prefuse",
     "prefuse_params",
@@ -100,23 +102,65 @@ def digest(path: str | Path, *, progress: Progress | None = None, **options: Unp
     return content_of(place(path), complete(Verification, options), progress or ignore)
 
 
-def prefuse_params(params: Any) -> Any:
-    """Fuse sibling leaves `wi_0`, `wi_1` (E, ..., K, N) of a parameter pytree into `wi` (E, ..., K, 2N), in memory.
+@documented(Fusing)
+def prefuse_params(params: Any, *, sizes: Mapping[str, int] | None = None, **options: Unpack[Fusing]) -> Any:
+    """Fuse gate and up in a tree of parameters, in memory: what `prefuse` does to files, with the same layouts and families.
+
+    `params` is any container of arrays (see README), and so is what is returned. Leaves have MaxText's names, `wi_0`, `wi_1`
+    and `wo`, unless `family` says otherwise. `sizes` are those of axes that shapes do not tell: `e`, the experts of a family
+    that stores them flat; `k` and `n`, where the input is padded.
+
+    It works under every transformation of JAX, and has the derivative of a concatenation.
 
     Raises:
-        PlanError: no such siblings, or they differ in shape or type.
+        PlanError: no experts are there, they cannot be told or are not alike, or the container cannot hold what they become.
+        InputError: experts are missing, or padding holds something else than zeros.
+        UsageError: a layout or an option that does not exist.
     """
-    from convert.memory import fuse
+    from convert.memory import relaid
+    from convert.planning.choices import check
 
-    return fuse(params)
+    chosen = complete(Choices, options)
+    check(chosen)
+    return relaid(params, "prefuse", choices=chosen, sizes=sizes)
 
 
-def split_params(params: Any) -> Any:
+@documented(Fusing)
+def layout_of(params: Any, *, sizes: Mapping[str, int] | None = None, **options: Unpack[Fusing]) -> Mapping[str, Any]:
+    """The record, as JSON, of the layout in which `prefuse_params` of the same arguments leaves these parameters.
+
+    It is what files remember beside their tensors: keep it beside the tree, and `split_params` restores the original from it.
+
+    Raises:
+        PlanError, InputError, UsageError: as `prefuse_params`.
+    """
+    from convert.memory import record
+    from convert.planning.choices import check
+
+    chosen = complete(Choices, options)
+    check(chosen)
+    return record(params, choices=chosen, sizes=sizes)
+
+
+@documented(Unfusing)
+def split_params(
+    params: Any,
+    layout: str | Mapping[str, Any] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    **options: Unpack[Unfusing],
+) -> Any:
     """The inverse of `prefuse_params`.
 
-    Raises:
-        PlanError: no leaf `wi`, or one whose last dimension is odd.
-    """
-    from convert.memory import unfuse
+    `layout` is its name, or what `layout_of` gave: no shape tells the layouts of a fused array apart, and none is assumed. By
+    name, gate and up become what their family publishes, and where `wi` is padded and no `wo` tells how much of it is real,
+    `sizes` does.
 
-    return unfuse(params)
+    Raises:
+        PlanError: nobody has named the layout, or no leaf is in it.
+        InputError, UsageError: as `prefuse_params`.
+    """
+    from convert.memory import relaid, source_choices
+
+    chosen = source_choices(complete(Choices, options), layout)
+    return relaid(params, "split", choices=chosen, record=layout if isinstance(layout, Mapping) else None, sizes=sizes)

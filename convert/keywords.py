@@ -63,6 +63,21 @@ class Reformatting(_Tree, _Running, total=False):
     dequantize: Literal["bf16"] | None
 
 
+class Unfusing(TypedDict, total=False):
+    """What `split_params` takes, besides the layout."""
+
+    shards: int
+    align: int | str
+    family: str | None
+
+
+class Fusing(Unfusing, total=False):
+    """What `prefuse_params` takes."""
+
+    layout: str
+    source_layout: str | None
+
+
 class Verifying(TypedDict, total=False):
     """What `verify` takes."""
 

@@ -77,15 +77,16 @@ class Plan:
         return sum(self.side_files.values())
 
 
-def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS) -> Plan:
-    """Plan the conversion of an open checkpoint within its format.
+def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS, *, whole: bool = True) -> Plan:
+    """Plan the conversion of an open checkpoint within its format; `whole` as for `describe`.
 
     Raises:
         PlanError: no lossless plan exists, or there is nothing to do.
         InputError: experts are missing.
     """
     layout = choices.layout
-    described = describe(reader, family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis)
+    said, scan_axis = choices.source_layout, choices.scan_axis
+    described = describe(reader, family=choices.family, source_layout=said, scan_axis=scan_axis, whole=whole)
     wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
     origin = origin_of(reader, choices.family)
     experts = list(_experts(reader, described, None if action == "split" else wanted))

@@ -83,8 +83,8 @@ def is_packed(groups: Iterable[Group]) -> bool:
     return any(group.part in PACKED or (not group.part and group.dtype in PACKED_TYPES) for group in groups)
 
 
-def check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
-    """Every MoE block has all roles, they agree on E, K and N, and companions are not larger than their weights.
+def check_blocks(reader: Reader, groups: Sequence[Group], *, whole: bool = True) -> None:
+    """Every MoE block has all roles if it is whole, they agree on E, K and N, and companions are not larger than their weights.
 
     Raises:
         InputError: a weight is missing.
@@ -97,10 +97,12 @@ def check_blocks(reader: Reader, groups: Sequence[Group]) -> None:
     for roles in found.values():
         weights = {role: [g for g in roles.get(role, ()) if g.part in WEIGHTS] for role in ROLES}
         some = next(iter(roles.values()))[0]
-        if lacking := [role for role, held in weights.items() if not held]:
+        if lacking := [role for role, held in weights.items() if not held and (whole or role in roles)]:
             raise InputError(f"{reader.path}: {some.names[0]} has no {' and no '.join(lacking)} beside it")
         for role, held in roles.items():
             _check_companions(reader, role, weights[role][0], held)
+        if not all(weights.values()):
+            continue
         wi, wo = weights["wi"][0], weights["wo"][0]
         packed = any(is_packed(held) for held in roles.values())
         if any(wi.total(axis) != wo.total(axis) for axis in ("e" if packed else "ekn")):

@@ -49,10 +49,12 @@ def describe(
     source_layout: str | None = None,
     scan_axis: int | None = None,
     like: Mapping[str, Any] | None = None,
+    whole: bool = True,
 ) -> Description:
     """Say what every tensor of an open checkpoint is. `scan_axis` is where a MaxText tree has its layers, if that is known.
 
-    `like` is the record of something that was made from it, and says what the checkpoint does not say itself.
+    `like` is the record of something that was made from it, and says what the checkpoint does not say itself. What is not
+    `whole` may be a part of one, such as a tree of gradients: MoE blocks without `wi`, or without `wo`.
 
     Raises:
         PlanError: unknown family, expert tensors that its table does not know, or a fused layout that nobody has named.
@@ -68,7 +70,7 @@ def describe(
             f"{hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
         )
     groups = _groups(reader, matched, known)
-    check_blocks(reader, groups)
+    check_blocks(reader, groups, whole=whole)
     check_routers(reader, groups)
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=check_layers(reader, groups))
 

@@ -21,7 +21,7 @@ def fuse(gate, up):
 
 
 def split(wi):
-    params = convert.split_params({"wi": wi})
+    params = convert.split_params({"wi": wi}, "concat")
     return params["wi_0"], params["wi_1"]
 
 
@@ -151,7 +151,10 @@ def test_a_training_loop_through_the_call_is_the_one_without_it(fused):
     if fused:
         trained, plain = train(convert.prefuse_params), train(lambda p: {"wi": concatenate(p["wi_0"], p["wi_1"])})
     else:
-        trained, plain = train(convert.split_params), train(lambda p: dict(zip(("wi_0", "wi_1"), halves(p["wi"]), strict=True)))
+        trained, plain = (
+            train(partial(convert.split_params, layout="concat")),
+            train(lambda p: dict(zip(("wi_0", "wi_1"), halves(p["wi"]), strict=True))),
+        )
     for name, array in trained.items():
         assert np.abs(array - start[name]).max() > 0.01, name
         np.testing.assert_allclose(array, plain[name], rtol=1e-5, atol=1e-6)

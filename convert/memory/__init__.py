@@ -1,0 +1,69 @@
+"""Fuse and split parameters that are in memory: what `--prefuse` and `--split` do to files, on a tree of arrays.
+
+In: a tree of arrays, a layout. Out: the same kind of tree, its experts in that layout. It never changes what it is given.
+
+    tree.py      any container as names and leaves, and back          leaves.py    an array, and the box that it may stand in
+    plan.py      the files' own planner, asked about these names      relay.py     a pattern as reshape, transpose, stack, pad
+    move.py      one relay compiled, with its derivative              places.py    where the axes of an array lie on the devices
+
+One engine: names are matched, and refused, by the tables and the planner that files go through. Only the copying differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from convert.memory import tree
+from convert.memory.leaves import Leaf
+from convert.memory.move import moved
+from convert.memory.plan import Planned, planned
+from convert.options import Choices
+from convert.planning.choices import check
+from convert.planning.planner import Action
+from layouts.tables.targets import TARGETS
+
+__all__ = ["record", "relaid", "source_choices"]
+
+
+def relaid(params: Any, action: Action, **asked: Any) -> Any:
+    """The tree with its experts in another layout; see `planned` for what may be asked.
+
+    Raises:
+        PlanError: there are no experts, they cannot be told or are not alike, or the container cannot hold what they become.
+    """
+    held = tree.flatten(params)
+    plan = planned(held, action, **asked)
+    return tree.rebuilt(params, held, {move.sources: _made(held, move) for move in plan.moves})
+
+
+def source_choices(choices: Choices, layout: str | Mapping[str, Any] | None) -> Choices:
+    """The choices with a named layout as the one that there is, not as the one that is wanted.
+
+    Raises:
+        UsageError: there is none of this name, or it does not take these options.
+    """
+    if not isinstance(layout, str):
+        return choices
+    if layout in TARGETS:
+        check(replace(choices, layout=layout))
+        if "{shards}" in TARGETS[layout]["wi"].pattern:
+            layout = f"{layout}:{choices.shards}:{choices.align}"
+    chosen = replace(choices, shards=1, source_layout=layout)
+    check(chosen)
+    return chosen
+
+
+def record(params: Any, **asked: Any) -> Mapping[str, Any]:
+    """What a fused tree does not say of itself, as JSON; see `convert.layout_of`."""
+    plan = planned(tree.flatten(params), "prefuse", **asked)
+    return plan.record or {}
+
+
+def _made(held: Mapping[str, tree.Held], move: Planned) -> dict[str, Any]:
+    """What a move makes of the leaves of its sources: name -> what stands in the tree."""
+    if move.relay is None:
+        return dict.fromkeys(move.targets, held[move.sources[0]].node)
+    leaves: list[Leaf] = [held[name].leaf for name in move.sources]  # type: ignore[misc]
+    return dict(zip(move.targets, moved(move.relay, leaves, move.sources), strict=True))

@@ -1,0 +1,123 @@
+"""Do one change of layout: on the devices where the arrays are, with its derivative, bit for bit.
+
+In: a relay, leaves. Out: what stands in the tree instead. It never changes an array that it is given.
+
+Bits are moved, not numbers: a JAX concatenation of bfloat16 rewrites NaN payloads, one of the same bits as uint16 does not.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from convert.errors import InputError, PlanError
+from convert.memory import places
+from convert.memory.leaves import Leaf
+from convert.memory.relay import Relay
+
+
+def moved(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> list[Any]:
+    """What these leaves become, each in a box like that of the first one.
+
+    Raises:
+        PlanError: they are not alike, or of libraries that do not go together.
+        InputError: what should be padding holds something else; of traced arrays nobody can say.
+    """
+    first = leaves[0]
+    for name, leaf in zip(names, leaves, strict=True):
+        if (one := _words(first)) != (other := _words(leaf)):
+            raise PlanError(f"experts of one layer must be alike, but {names[0]} is {one} and {name} is {other}")
+    axis_names = None if first.axis_names is None else places.carried(relay, first.axis_names)
+    return [first.replaced(array, axis_names) for array in _arrays(relay, leaves, names)]
+
+
+def _arrays(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> Sequence[Any]:
+    kinds, arrays = {leaf.kind for leaf in leaves}, [leaf.array for leaf in leaves]
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    if "torch" in kinds and len(kinds) > 1:
+        raise PlanError(f"{names[0]} and its partners are of several libraries ({', '.join(sorted(kinds))}); make them one")
+    if "abstract" in kinds:
+        made = partial(jax.ShapeDtypeStruct, relay.target.shape, arrays[0].dtype)
+        return [made(sharding=_sharding(relay, arrays)) for _ in range(math.prod(relay.target.grid))]
+    if relay.source.pattern.padding and not traced:
+        _check_padding(relay, arrays, names)
+    if kinds <= {"torch"} or kinds <= {"numpy"}:
+        return relay(arrays, _Torch() if "torch" in kinds else np)
+    found: tuple[Any, ...] = _compiled(relay, None if traced else _sharding(relay, arrays))(arrays)
+    return found
+
+
+def _sharding(relay: Relay, arrays: Sequence[Any]) -> Any:
+    """The sharding to give the results: that of the first input, so that nothing is gathered to one device."""
+    return places.sharding(relay, getattr(arrays[0], "sharding", None))
+
+
+@lru_cache(maxsize=1024)
+def _compiled(relay: Relay, kept: Any) -> Any:
+    """One program for all layers that are alike."""
+    return jax.jit(partial(_as_bits, relay), out_shardings=kept)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _as_bits(relay: Relay, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Move arrays as unsigned integers. A bitcast has no derivative: JAX would take it for zero, and say nothing."""
+    dtype = arrays[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return relay(arrays, jnp)
+    word = jnp.dtype(f"uint{ml_dtypes.finfo(dtype).bits}")  # type: ignore[no-untyped-call]
+    parts = relay([jax.lax.bitcast_convert_type(array, word) for array in arrays], jnp)
+    return tuple(jax.lax.bitcast_convert_type(part, dtype) for part in parts)
+
+
+@_as_bits.defjvp
+def _tangents(relay: Relay, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Tangents are moved as numbers, which is linear: JAX transposes it for reverse mode, and derives it again."""
+    out = _as_bits(relay, *primals)
+    if tangents[0][0].dtype == jax.dtypes.float0:
+        return out, tuple(np.zeros(part.shape, jax.dtypes.float0) for part in out)
+    return out, relay(tangents[0], jnp)
+
+
+def _check_padding(relay: Relay, arrays: Sequence[Any], names: Sequence[str]) -> None:
+    for name, array in zip(names, arrays, strict=True):
+        if any(bool((part != 0).any()) for part in relay.behind(array)):
+            raise InputError(
+                f"{name} should hold zeros behind the first {dict(relay.source.sizes)} as '{relay.source.pattern.text}' says, "
+                f"and does not; is it in another layout?"
+            )
+
+
+def _words(leaf: Leaf) -> str:
+    box = f" in a {type(leaf.box).__name__}" if leaf.box is not None else ""
+    names = f" {leaf.axis_names}" if leaf.axis_names else ""
+    return f"{leaf.dtype} {tuple(leaf.array.shape)}{names}{box}"
+
+
+class _Torch:
+    """The operations in PyTorch's words; it moves bits as they are, and has its own derivatives."""
+
+    @staticmethod
+    def transpose(array: Any, axes: Sequence[int], /) -> Any:
+        return array.permute(*axes)
+
+    @staticmethod
+    def stack(arrays: Sequence[Any], axis: int, /) -> Any:
+        return sys.modules["torch"].stack(list(arrays), axis)
+
+    @staticmethod
+    def flip(array: Any, axis: int, /) -> Any:
+        return array.flip(axis)
+
+    @staticmethod
+    def pad(array: Any, widths: Sequence[tuple[int, int]], /) -> Any:
+        padded = array.new_zeros([size + sum(width) for size, width in zip(array.shape, widths, strict=True)])
+        padded[tuple(slice(size) for size in array.shape)] = array
+        return padded

@@ -1,0 +1,126 @@
+"""A change of layout as array operations: reshape, transpose, stack, slice, pad. Pure.
+
+In: two patterns and their sizes, arrays of any library. Out: arrays in the other layout. It never computes a value.
+
+The steps are those by which the patterns are read: a stored dimension is cut into its axes, padding is left out, what the names
+hold is stacked, the axes are put in the order of the other pattern, padded, and joined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from layouts.language.parts import CHUNKS
+from layouts.language.pattern import Pattern
+
+Sizes = tuple[tuple[str, int], ...]
+
+
+class Operations(Protocol):
+    """What a library has to do; NumPy and `jax.numpy` as they are."""
+
+    def transpose(self, array: Any, axes: Sequence[int], /) -> Any:
+        """The dimensions in this order."""
+
+    def stack(self, arrays: Sequence[Any], axis: int, /) -> Any:
+        """A new dimension, of these arrays."""
+
+    def flip(self, array: Any, axis: int, /) -> Any:
+        """A dimension last to first."""
+
+    def pad(self, array: Any, widths: Sequence[tuple[int, int]], /) -> Any:
+        """Zeros before and behind each dimension."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """How arrays are stored: the axes of their names, outermost first, and the pattern of each; sizes are logical."""
+
+    named: tuple[str, ...]
+    pattern: Pattern
+    sizes: Sizes
+
+    @property
+    def order(self) -> list[str]:
+        """All axes: those of the names first."""
+        return [*self.named, *self.pattern.axes]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of each array."""
+        return self.pattern.shape(dict(self.sizes))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How many arrays there are, along each axis of the names."""
+        sizes = dict(self.sizes)
+        return tuple(sizes[axis] for axis in self.named)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relay:
+    """One change of layout, the same for all layers: it can be hashed, so that it is compiled once."""
+
+    source: Side
+    target: Side
+
+    def __call__(self, arrays: Sequence[Any], library: Operations) -> tuple[Any, ...]:
+        """The target's arrays from the source's, each in the order of its grid."""
+        whole = self._stacked([self._opened(array, library) for array in arrays], library)
+        pattern, sizes = self.target.pattern, dict(self.target.sizes)
+        order = self.target.order
+        for axis in sorted(pattern.reversed):
+            whole = library.flip(whole, order.index(axis))
+        stored = pattern.stored(sizes)
+        if pattern.padding:
+            whole = library.pad(whole, [(0, stored.get(axis, size) - size) for axis, size in _items(order, sizes)])
+        count = math.prod(self.target.grid)
+        whole = whole.reshape((count, *self.target.shape) if self.target.named else self.target.shape)
+        return tuple(whole[i] for i in range(count)) if self.target.named else (whole,)
+
+    def behind(self, array: Any) -> list[Any]:
+        """The parts of a source that are padding, and must be zeros."""
+        sizes, stored = dict(self.source.sizes), self.source.pattern.stored(dict(self.source.sizes))
+        whole = array.reshape(tuple(stored.values()))
+        padded = [(at, sizes[axis]) for at, axis in enumerate(stored) if stored[axis] > sizes[axis]]
+        return [whole[(slice(None),) * at + (slice(real, None),)] for at, real in padded]
+
+    def _opened(self, array: Any, library: Operations) -> Any:
+        """A source with one dimension per axis, without padding, in the target's order."""
+        pattern, sizes = self.source.pattern, dict(self.source.sizes)
+        array = array.reshape(pattern.split(sizes))
+        if pattern.padding:
+            array = array[tuple(slice(sizes[axis]) for axis in pattern.axes)]
+        for axis in sorted(pattern.reversed):
+            array = library.flip(array, pattern.axes.index(axis))
+        axes = list(pattern.axes)
+        if (cut := self._chunks(self.source)) != (wanted := self._chunks(self.target)):
+            others = [axis for axis in axes if axis not in CHUNKS]
+            array = library.transpose(array, [axes.index(axis) for axis in (*others, *cut)])
+            array = array.reshape((*(sizes[axis] for axis in others), *wanted.values()))
+            axes = [*others, *wanted]
+        return library.transpose(array, [axes.index(axis) for axis in self.target.order if axis in axes])
+
+    def _stacked(self, parts: list[Any], library: Operations) -> Any:
+        """All sources as one array, the axes of their names at the target's places."""
+        sizes, order = dict(self.source.sizes), self.target.order
+        missing = list(self.source.named)
+        while missing:
+            axis = missing.pop()
+            at = order.index(axis) - sum(order.index(other) < order.index(axis) for other in missing)
+            step = sizes[axis]
+            parts = [library.stack(parts[start : start + step], at) for start in range(0, len(parts), step)]
+        return parts[0]
+
+    @staticmethod
+    def _chunks(side: Side) -> dict[str, int]:
+        """The axes into which `n` is cut, and their sizes, in their logical order."""
+        sizes = dict(side.sizes)
+        return {axis: sizes[axis] for axis in CHUNKS if axis in side.pattern.axes}
+
+
+def _items(order: Sequence[str], sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [(axis, sizes[axis]) for axis in order]
