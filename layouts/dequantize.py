@@ -4,10 +4,8 @@ In: an open quantised checkpoint. Out: a reader of its bfloat16 form. It never w
 
 `X.weight` (F8_E4M3) with `X.weight_scale_inv` (a grid of blocks) is read as `X.weight` in BF16; gpt-oss' `X_blocks` and
 `X_scales` as the `X` of the published bfloat16 model, whose rows are columns. The product is taken in float32 and rounded once,
-to nearest even. Everything else is as it was.
-
-The size of a block comes from `config.json` alone. transformers infers it from the grid, which is wrong wherever the blocks do
-not divide the matrix: 192 rows in a grid of 2 are blocks of 128 and 64, not two of 96.
+to nearest even. Everything else is as it was. Block sizes come from `config.json` alone: a grid of 2 for 192 rows are blocks of
+128 and 64, not two of 96.
 
 Sources: DeepSeek-V3 `fp8_cast_bf16.py`; OCP Microscaling Formats v1.0; transformers `convert_moe_packed_tensors`.
 """
@@ -36,7 +34,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 RULE = "bf16: FP8 or FP4 value times its block's scale in float32, rounded once to nearest even"
 """What the manifest says."""
 _PART = 1 << 16
-"""Elements computed at a time: they stay in the cache, 1.1 GB/s of results a core where 4 M elements gave 0.4 (measured)."""
+"""Elements computed at a time: they stay in the cache (1.1 GB/s of results a core; 4 M elements gave 0.4)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,6 +123,7 @@ class HFReader:
     _home: dict[str, Shard] = field(default_factory=dict)
     _files: dict[str, InputFile] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _side: SideFiles | None = None
 
     @classmethod
     def open(cls, path: Path) -> HFReader:
@@ -156,9 +157,11 @@ class HFReader:
     @property
     def side_files(self) -> SideFiles:
         """Every file but the shards and their index."""
-        own = {shard.name for shard in self.shards} | {INDEX}
-        names = (name for name in files_below(self.path) if name not in own)
-        return sort_files(names, lambda name: os.stat(self.path / name).st_size)
+        if self._side is None:
+            own = {shard.name for shard in self.shards} | {INDEX}
+            names = (name for name in files_below(self.path) if name not in own)
+            self._side = sort_files(names, lambda name: os.stat(self.path / name).st_size)
+        return self._side
 
     @property
     def headers(self) -> dict[str, str]:

@@ -37,9 +37,9 @@ STEPS = (
     "convert.hf.execute._sync",
     "convert.commit.files.Folder.write_text",
     "convert.commit.files.Folder.copy_in",
-    "convert.commit.stage._publish",
-    "convert.commit.stage.exchange",
-    "convert.commit.stage.sync_all",
+    "convert.commit.stage.publish",
+    "convert.commit.publish.exchange",
+    "convert.commit.publish.sync_all",
     "convert.commit.files.Folder.sync",
     "os.mkdir",
     "os.rename",
@@ -53,10 +53,10 @@ STEPS = (
 CHILD = """
 import itertools, os, pkgutil, signal, sys
 step, when, number, exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-import convert.commit.stage, convert.engine.direct, convert.hf.execute, convert.hf.write
+import convert.commit.publish, convert.commit.stage, convert.engine.direct, convert.hf.execute, convert.hf.write
 convert.engine.direct.LEAST = convert.engine.direct.PAGE  # so that small blocks go past the page cache, too
 if exchange == "no":
-    convert.commit.stage.exchange = lambda *names: False
+    convert.commit.publish.exchange = lambda *names: False
 if step:
     module, name = step.rsplit(".", 1)
     module = pkgutil.resolve_name(module)  # or a class

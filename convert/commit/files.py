@@ -89,10 +89,7 @@ class Folder:
         return True
 
     def reserve(self, name: str, nbytes: int, *, head: bytes = b"", anew: bool = False) -> None:
-        """Create a file and reserve its space, so that a full disk shows now; what is in it stays, unless it is made `anew`.
-
-        A `head` is written durably.
-        """
+        """Create a file and reserve its space, so that a full disk shows now; what is in it stays, unless it is made `anew`."""
         with self._opened(name, _NEW if anew else os.O_RDWR | os.O_CREAT) as descriptor:
             if nbytes:
                 os.posix_fallocate(descriptor, 0, nbytes)
@@ -239,13 +236,9 @@ class Folder:
 
 
 def _enter(fd: int, name: str, *, make: bool) -> int:
-    try:
-        return os.open(name, _FOLDER, dir_fd=fd)
-    except FileNotFoundError:
-        if not make:
-            raise
-    with suppress(FileExistsError):
-        os.mkdir(name, dir_fd=fd)
+    if make:
+        with suppress(FileExistsError):
+            os.mkdir(name, dir_fd=fd)
     return os.open(name, _FOLDER, dir_fd=fd)
 
 

@@ -15,7 +15,6 @@ it is otherwise: see `convert.commit.store`.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.commit import journal
-from convert.commit.below import sync_all
-from convert.commit.files import Folder, exchange
+from convert.commit.files import Folder
 from convert.commit.home import (
     NEW,
     check_others,
@@ -39,12 +37,13 @@ from convert.commit.home import (
     take_over,
 )
 from convert.commit.processes import ALONE, Processes
+from convert.commit.publish import publish
 from convert.commit.store import StoreStage, store_staging
 from convert.errors import ConvertError, OutputError, StorageError, UsageError
 from layouts.names import part
 from layouts.places import RemotePath
 
-OLD, _WAY = "old", ".convert_way"
+_WAY = ".convert_way"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +174,7 @@ def _led(parent: Folder, out: Path, name: str, *, resume: bool, overwrite: bool,
             with _opened_stage(parent, home) as stage:
                 processes.agree("opened", name)
                 yield stage
-                _publish(stage, parent, out, overwrite=overwrite)
+                publish(home, stage.folder, parent, out, overwrite=overwrite)
         except ConvertError as error:
             if not isinstance(error, StorageError) and not _finished(home):
                 discard(parent, home)
@@ -217,43 +216,3 @@ def _begin(parent: Folder, home: Folder) -> None:
         journal.append(home, journal.NAME, {"home": inode(home), "inode": inode(new)})
     home.sync()
     parent.sync()
-
-
-def _publish(stage: Stage, parent: Folder, out: Path, *, overwrite: bool) -> None:
-    """Show the finished directory under its name, in one step where the system has one; what stood there goes to the stage.
-
-    Raises:
-        OutputError: something else stands there by now.
-    """
-    sync_all(stage.folder)
-    if not (overwrite and parent.exists(out.name) and _replace(stage, parent, out)):
-        try:
-            stage.home.rename(NEW, parent, out.name)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            raise OutputError(f"{out} has appeared while this run was working; the result is in {stage.path}") from None
-    parent.sync()
-
-
-def _replace(stage: Stage, parent: Folder, out: Path) -> bool:
-    """Take away what stands there; whether the new output is in its place by that.
-
-    What was looked at stays open, so that its inode is nobody else's. Something else that was taken instead is put back.
-
-    Raises:
-        OutputError: it is no checkpoint, or another one than was looked at.
-    """
-    check_replaceable(out)
-    with parent.below(out.name) as old:
-        exchanged = exchange(stage.home, NEW, parent, out.name)
-        if not exchanged:
-            parent.rename(out.name, stage.home, OLD)
-        moved = stage.home.stat(NEW if exchanged else OLD)
-        if moved is not None and os.path.samestat(os.fstat(old.fd), moved):
-            return exchanged
-    if exchanged:
-        exchange(stage.home, NEW, parent, out.name)
-    else:
-        stage.home.rename(OLD, parent, out.name)
-    raise OutputError(f"{out} has changed while this run was working; it was put back. Run the same command again")

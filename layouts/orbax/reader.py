@@ -10,11 +10,10 @@ Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), h
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from layouts.faults import answer, told
 from layouts.files import CONFIG, RECORD, check_regular, manifest_record, read_object
 from layouts.orbax.arrays import chunk_of, decoded_size, describe, make_context, open_all, read_by_chunks, spec_of
+from layouts.orbax.beside import files_beside
 from layouts.orbax.codec import streamable
 from layouts.orbax.lengths import check_chunks, check_metadata
 from layouts.orbax.stream import ChunkStreams
@@ -31,19 +31,16 @@ from layouts.orbax.tree import (
     ARRAYS,
     COMPLETE,
     METADATA,
-    OWN,
-    PROCESS,
-    UNFINISHED,
     Leaf,
     check_finished,
     find_item,
     read_leaves,
     read_strings,
 )
-from layouts.places import is_remote, names_of
+from layouts.places import is_remote
 from layouts.pread import Empty
 from layouts.reader import ReadLimits, ReadUnit
-from layouts.side_files import WEIGHT_FOLDERS, SideFiles, sort_files
+from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits, itemsize
 from layouts.windows import Windows
 
@@ -81,6 +78,7 @@ class OrbaxReader:
     _stores: dict[str, Any] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _side: SideFiles | None = None
 
     @classmethod
     def open(cls, path: Path, item: Path) -> OrbaxReader:
@@ -146,20 +144,10 @@ class OrbaxReader:
     @property
     def side_files(self) -> SideFiles:
         """Every file but those that Orbax makes for the arrays of the item and those of saves that never finished."""
-        folders = WEIGHT_FOLDERS.difference(self.item.relative_to(self.path).parts)
-        return sort_files(self._other_files(), self._size, folders)
-
-    def _size(self, name: str) -> int:
-        return 0 if is_remote(self.path) else os.stat(self.path / name).st_size
-
-    def _other_files(self) -> Iterator[str]:
-        own = {*OWN, *(leaf.stored.split("/")[0] for leaf in self.leaves.values() if not self.use_ocdbt)}
-        item = self.item.relative_to(self.path).parts
-        for name in names_of(self.path):
-            folders = PurePosixPath(name).parts
-            first = folders[len(item)] if folders[: len(item)] == item else ""
-            if first not in own and not first.startswith(PROCESS) and not any(UNFINISHED in part for part in folders[:-1]):
-                yield name
+        if self._side is None:
+            own = () if self.use_ocdbt else (leaf.stored for leaf in self.leaves.values())
+            self._side = files_beside(self.path, self.item, own)
+        return self._side
 
     def where(self, name: str) -> str:  # noqa: ARG002
         """The item that holds all arrays."""

@@ -11,7 +11,7 @@ import pytest
 
 import convert
 from convert.cli import main
-from convert.commit import journal, stage
+from convert.commit import journal, publish, stage
 from convert.engine import direct
 from convert.hf import execute
 from scripts.make_checkpoint import make_checkpoint
@@ -72,8 +72,8 @@ def test_overwrite_keeps_the_old_output_until_the_new_one_is_complete(source, wa
     out.mkdir()
     (out / "model.safetensors").write_text("old")
     seen = []
-    publish = stage._publish
-    monkeypatch.setattr(stage, "_publish", lambda *a, **k: (seen.append(contents(out)), publish(*a, **k)))
+    shown = stage.publish
+    monkeypatch.setattr(stage, "publish", lambda *a, **k: (seen.append(contents(out)), shown(*a, **k)))
     assert prefuse(source, out, "--overwrite") == 0
     assert seen == [{"model.safetensors": b"old"}]
     assert contents(out) == wanted
@@ -218,7 +218,7 @@ def test_a_run_with_other_options_for_the_same_output_is_kept_off_too(source, wa
 @pytest.mark.parametrize("old", ["empty", "safetensors", "index", "orbax"])
 def test_overwrite_replaces_a_checkpoint(source, wanted, tmp_path, monkeypatch, old, exchange):
     if not exchange:
-        monkeypatch.setattr(stage, "exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "exchange", lambda *_: False)
     out = tmp_path / "out"
     out.mkdir()
     if old != "empty":
@@ -253,7 +253,7 @@ def test_overwrite_replaces_nothing_else(source, tmp_path, capsys, old):
 def test_what_takes_the_old_outputs_place_meanwhile_is_put_back(source, tmp_path, monkeypatch, capsys, exchange):
     out = tmp_path / "out"
     shutil.copytree(source, out)
-    real, calls = stage.exchange, []
+    real, calls = publish.exchange, []
 
     def late(*names):  # between the last look and the rename
         if not calls:
@@ -263,7 +263,7 @@ def test_what_takes_the_old_outputs_place_meanwhile_is_put_back(source, tmp_path
         calls.append(names)
         return exchange and real(*names)
 
-    monkeypatch.setattr(stage, "exchange", late)
+    monkeypatch.setattr(publish, "exchange", late)
     assert prefuse(source, out, "--overwrite") == 5
     assert "has changed while this run was working" in capsys.readouterr().err
     assert contents(out) == {"mine": b"mine"}
@@ -288,8 +288,8 @@ def test_an_old_output_left_in_the_stage_is_not_taken_for_the_new_one(source, wa
 
 def test_an_output_that_appears_meanwhile_is_kept(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    publish = stage._publish
-    monkeypatch.setattr(stage, "_publish", lambda *a, **k: (out.mkdir(), (out / "mine").touch(), publish(*a, **k)))
+    shown = stage.publish
+    monkeypatch.setattr(stage, "publish", lambda *a, **k: (out.mkdir(), (out / "mine").touch(), shown(*a, **k)))
     assert prefuse(source, out) == 5
     assert "has appeared" in capsys.readouterr().err
     assert os.listdir(out) == ["mine"]

@@ -404,7 +404,8 @@ def changes(call: ast.Call) -> str:
         return "" if flags and flags <= READING else "os.open"
     if function.attr == "open" and for_writing:
         return "open"
-    if function.attr in METHODS or (function.attr, len(call.args)) in {("write_text", 1), ("replace", 1), ("rename", 1)}:
+    moves = function.attr in ("replace", "rename") and not call.keywords  # of a path; with keywords it is of a dataclass
+    if function.attr in METHODS or ((function.attr == "write_text" or moves) and len(call.args) == 1):
         return function.attr
     return "CDLL" if function.attr == "CDLL" else ""
 
