@@ -93,6 +93,8 @@ class Verifying(TypedDict, total=False):
     scan_axis: int | None
     family: str | None
     source_layout: str | None
+    family_b: str | None
+    source_layout_b: str | None
     decode: bool
     content: bool
     self_test: bool

@@ -197,6 +197,12 @@ class Verification:
     scan_axis: _ScanAxis = None
     family: _Family = None
     source_layout: _SourceLayout = None
+    family_b: Annotated[
+        str | None, Option(text="the second one's family, where it is another", show="NAME", default="as --family", of=2)
+    ] = None
+    source_layout_b: Annotated[
+        str | None, Option(text="the second one's layout, where it is another", show="NAME", default="as --source-layout", of=2)
+    ] = None
     decode: Annotated[
         bool,
         Option(text="decode chunks that are kept as they were stored, too", read=values.switch, of=1),

@@ -2,22 +2,22 @@
 
 In: one or two paths. Out: a verdict. It never writes, and shares no code with what fuses.
 
-`bits` compares every weight, `gemms` runs the experts (JAX), `files` looks at what stands beside the tensors; `scope` says what
-is compared, `cost` what that will take, `verdict` and `page` tell the outcome.
+`bits` compares every weight, `gemms` runs the experts (JAX), `files` looks at what stands beside the tensors; `sides` says what
+either checkpoint is, `scope` what is compared, `cost` what that will take, `verdict` and `page` tell the outcome.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from convert.errors import PlanError, readable
+from convert.errors import readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
+from convert.verifier.bits import exact
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Block, Scope, blocks, pair
 from convert.verifier.bits.order import hold_experts
@@ -25,14 +25,11 @@ from convert.verifier.control.trials import tried
 from convert.verifier.files.beside import compare_files
 from convert.verifier.files.manifest import verify_manifest
 from convert.verifier.scope import check_scope, narrowed
+from convert.verifier.sides import described_alike, opened, said_of
 from convert.verifier.stand import stood
 from convert.verifier.verdict import Level, Verdict
-from layouts.checkpoint import open_checkpoint
-from layouts.matching.candidates import record_of
-from layouts.matching.describe import Description, describe
-from layouts.matching.origin import hf_name, origin_of
+from layouts.matching.describe import Description
 from layouts.reader import Reader
-from layouts.tables.families import maxtext
 
 if TYPE_CHECKING:
     from convert.verifier.bits.across import Formats
@@ -50,7 +47,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
         UsageError: a backend, a mesh, a layer or an expert that is not there.
     """
     report, options = progress or ignore, options or Verification()
-    with readable(f"{a} against {b}"), _both(a, b) as (one, other):
+    with readable(f"{a} against {b}"), opened(a, b) as (one, other):
         verdict = _compare(one, other, options, report)
         if not (options.content or options.self_test):
             return verdict
@@ -74,44 +71,31 @@ def _compare(one: Reader, other: Reader, options: Verification, report: Progress
 
 _Found = tuple[str, Counts, Iterator[Level]]
 """What is compared, if not all; how much that is; the levels."""
+_Layers = tuple[dict[str, Block], dict[str, Block]]
+"""The MoE layers of either side."""
 
 
 def _alike(one: Reader, other: Reader, options: Verification, report: Progress) -> _Found:
     """Two checkpoints in the same format."""
     how = _how(one, other, options) if options.gemm else None
-    (first, second), scope = _described(one, other, options), _scope(options)
+    (first, second), scope = described_alike(one, other, options), _scope(options)
     sides = (one, first), (other, second)
     every = [blocks(*side) for side in sides]
     held = _held(sides, every, scope, options.memory)
-    return narrowed(scope, every[0]), counts_of(*sides, every, scope), _levels(held, *sides, scope, how, options, report)
 
+    def levels() -> Iterator[Level]:
+        experts = exact.compare_experts(held[0], held[1], report, scope, options.memory, options.jobs)
+        yield experts
+        yield exact.compare_others(one, other, first, second, report, options.memory, options.jobs)
+        yield from _probes(held, scope, how, experts, report)
 
-def _levels(
-    held: list[dict[str, Block]],
-    a: tuple[Reader, Description],
-    b: tuple[Reader, Description],
-    scope: Scope,
-    how: How | None,
-    options: Verification,
-    report: Progress,
-) -> Iterator[Level]:
-    """The bits, then the probes."""
-    from convert.verifier.bits import exact
-
-    (one, first), (other, second), (left, right) = a, b, held
-    experts = exact.compare_experts(left, right, report, scope, options.memory, options.jobs)
-    yield experts
-    yield exact.compare_others(one, other, first, second, report, options.memory, options.jobs)
-    if how:
-        from convert.verifier.gemms.gemm import compare_outputs
-
-        broken = {line.partition(", expert ")[0] for line in experts.differences if exact.PADDING in line}
-        yield from compare_outputs(left, right, scope, how, broken, report)
+    return narrowed(scope, every[0]), counts_of(*sides, every, scope), levels()
 
 
 def _across(one: Reader, other: Reader, options: Verification, report: Progress) -> _Found:
     """A Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
     from convert.verifier.bits import across
+    from convert.verifier.bits.formats import compare_others_across
 
     how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
     both = _formats(one, other, options)
@@ -120,25 +104,33 @@ def _across(one: Reader, other: Reader, options: Verification, report: Progress)
         every = across.all_layers_of(both)
         check_scope(scope, every.values())
         about = f"all bits; GEMMs: {narrowed(scope, every)}" if how else ""
-    return about, across.counts_of(both), _levels_across(both, scope, how, options.memory, report)
+
+    def levels() -> Iterator[Level]:
+        left, right = _held_across(both, Scope(), options.memory)
+        experts = exact.compare_experts(left, right, report, Scope(), options.memory, options.jobs)
+        yield experts
+        yield compare_others_across(both, options.memory, report)
+        if how:
+            like = replace(how, config=both.config, one_router=True)
+            yield from _probes(_held_across(both, scope, options.memory), scope, like, experts, report)
+
+    return about, across.counts_of(both), levels()
 
 
-def _levels_across(both: Formats, scope: Scope, how: How | None, memory: int, report: Progress) -> Iterator[Level]:
-    from convert.verifier.bits.formats import compare_formats
-
-    yield from compare_formats(both, memory, report)
+def _probes(held: _Layers, scope: Scope, how: How | None, experts: Level, report: Progress) -> Iterator[Level]:
+    """GEMMs through all layers but those that the level of the `experts` could not read in logical axes."""
     if how:
         from convert.verifier.gemms.gemm import compare_outputs
 
-        left, right = _held_across(both, scope, memory)
-        yield from compare_outputs(left, right, scope, replace(how, config=both.config, one_router=True), (), report)
+        broken = {line.partition(", expert ")[0] for line in experts.differences if exact.PADDING in line}
+        yield from compare_outputs(held[0], held[1], scope, how, broken, report)
 
 
 def _formats(one: Reader, other: Reader, options: Verification) -> Formats:
     from convert.verifier.bits.across import formats_of
 
-    hf, tree = sorted((one, other), key=lambda reader: reader.format)
-    return formats_of(hf, tree, options.scan_axis, options.source_layout, options.family)
+    (hf, first), (tree, second) = sorted(zip((one, other), said_of(options), strict=True), key=lambda side: side[0].format)
+    return formats_of(hf, tree, (first, second), options.scan_axis)
 
 
 def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost:
@@ -150,12 +142,12 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
     from convert.verifier.cost import measure
 
     options = options or Verification()
-    with readable(f"{a} against {b}"), _both(a, b) as (one, other):
+    with readable(f"{a} against {b}"), opened(a, b) as (one, other):
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
         if _differ(one, other):
             left, right = _held_across(_formats(one, other, options), scope, options.memory)
         else:
-            first, second = _described(one, other, options)
+            first, second = described_alike(one, other, options)
             sides = (one, first), (other, second)
             left, right = _held(sides, [blocks(*side) for side in sides], scope, options.memory)
         return measure(left, right, scope, how)
@@ -166,48 +158,6 @@ def _differ(one: Reader, other: Reader) -> bool:
     return one.format != other.format
 
 
-@contextmanager
-def _both(a: Path, b: Path) -> Iterator[tuple[Reader, Reader]]:
-    with closing(_opened(a)) as one, closing(_opened(b)) as other:
-        yield one, other
-
-
-def _opened(path: Path) -> Reader:
-    with readable(path):
-        return open_checkpoint(path)
-
-
-def _described(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:
-    """Both; what one does not say of itself, the record of what was made from it says, or its maker's."""
-    records = [record_of(reader) for reader in (one, other)]
-    family = options.family
-    if one.format == "orbax" and hf_name(family):  # the model's, which both have to be made of; their trees are their own
-        for reader in (one, other):
-            origin_of(reader, family)
-        family = None
-    stated = [family or record.get("family") for record in records]
-    usual = None
-    if one.format == "orbax":
-        usual = next(filter(None, stated), None) if options.scan_axis is None else maxtext(options.scan_axis).name
-    return _describe(one, stated[0] or usual, options, records[1]), _describe(other, stated[1] or usual, options, records[0])
-
-
-def _describe(reader: Reader, family: str | None, options: Verification, beside: Mapping[str, Any]) -> Description:
-    """By its record, else in the layout that was named, else in what the other's record says it was, else by the table.
-
-    What was said comes before the table: layouts may have names and shapes in common.
-    """
-    with readable(reader.path):
-        if "layout" not in record_of(reader):
-            if options.source_layout is not None:
-                with suppress(PlanError):
-                    return describe(reader, family=family, source_layout=options.source_layout)
-            if "layout" in beside:
-                with suppress(PlanError):
-                    return describe(reader, family=family or str(beside["family"]), like=beside)
-        return describe(reader, family=family)
-
-
 def _scope(options: Verification) -> Scope:
     layers, experts = (None if each is None else frozenset(each) for each in (options.layers, options.experts))
     return Scope(layers=layers, experts=experts, tokens=options.tokens)
@@ -215,15 +165,15 @@ def _scope(options: Verification) -> Scope:
 
 def _held(
     sides: Iterable[tuple[Reader, Description]], every: Sequence[Mapping[str, Block]], scope: Scope, memory: int
-) -> list[dict[str, Block]]:
+) -> _Layers:
     """Of `every` MoE layer of both sides those that are compared, and both checkpoints ready to be read in their order."""
     check_scope(scope, (block for side in every for block in side.values()))
     one, other = ({key: block for key, block in side.items() if scope.holds(block)} for side in every)
     hold_experts(list(pair(one, other)), [(reader, described.verbatim) for reader, described in sides], memory)
-    return [one, other]
+    return one, other
 
 
-def _held_across(both: Formats, scope: Scope, memory: int) -> tuple[dict[str, Block], dict[str, Block]]:
+def _held_across(both: Formats, scope: Scope, memory: int) -> _Layers:
     """The same for two formats."""
     from convert.verifier.bits.across import all_layers_of, layers_of
 

@@ -4,6 +4,7 @@ import json
 from contextlib import closing
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -60,7 +61,8 @@ def stored_as(source: Path, out: Path, pattern: str, down: str) -> Path:
         }
         found[f"{layer}.experts.gate_up_proj"] = rearrange(np.stack([w["gate"], w["up"]]), f"g e n k -> {pattern}")
         found[f"{layer}.experts.down_proj"] = rearrange(w["down"], f"e k n -> {down}")
-    save_file({n: np.ascontiguousarray(a) for n, a in found.items()}, out / "model.safetensors", {"format": "pt"})
+    tensors = {name: np.ascontiguousarray(array).view(ml_dtypes.bfloat16) for name, array in found.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_bytes((source / "config.json").read_bytes())
     return out
 

@@ -62,7 +62,7 @@ def test_the_command_and_the_estimate_refuse_it_too(root, capsys):
 @pytest.mark.parametrize("each", [each for each in named(Verification) if each.option.of], ids=lambda each: each.name)
 def test_an_option_for_another_number_of_checkpoints_is_refused(root, each):
     """The table of options says it, in one place; a value that is the default is refused like any other."""
-    value = {"layers": [0], "experts": [0], "mesh": {"expert": 1}, "tokens": 1}
+    value = {"layers": [0], "experts": [0], "mesh": {"expert": 1}, "tokens": 1, "family_b": "x", "source_layout_b": "x"}
     paths = [root / "out"] * (3 - each.option.of)
     with pytest.raises(UsageError, match=f"{each.flag} is for one checkpoint|^{each.name}: the digests of one"):
         convert.verify(*paths, **{each.name: value.get(each.name, each.default or True)})

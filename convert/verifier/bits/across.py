@@ -1,4 +1,4 @@
-"""The MoE layers of a Hugging Face checkpoint and of a MaxText tree, side by side, for the probes.
+"""The MoE layers of a Hugging Face checkpoint and of a MaxText tree, side by side, each in whatever layout it is in.
 
 In: two open checkpoints. Out: pairs of MoE layers. It never compares them.
 
@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from convert.errors import PlanError
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, trees_of
-from convert.planning.cross_plan import config_of, fused_in, stacked_along, stored_in, tree_in
-from convert.verifier.bits.counts import Counts, expert_words, layer_words, skipped_words
-from convert.verifier.bits.logical import Block, Scope, blocks
+from convert.planning.cross_plan import config_of, fused_in, stacked_along, tree_in
+from convert.verifier.bits.counts import Counts, expert_words, layer_words, nbytes_of, skipped_words
+from convert.verifier.bits.logical import Block, Scope, blocks, key_of
+from convert.verifier.bits.logical import pair as pair_of
+from convert.verifier.sides import Said, described_as
 from layouts.language.layout import ROLES
 from layouts.matching.candidates import record_of
-from layouts.matching.describe import Description, describe
+from layouts.matching.checks import check_equal
+from layouts.matching.describe import Description
 from layouts.matching.group import Group
 from layouts.matching.lookup import find_family
-from layouts.matching.origin import origin_of
+from layouts.matching.origin import hf_name, origin_of
 from layouts.reader import Reader
+from layouts.tables.families import families_of
 from layouts.tables.maxtext import LAYERS
+from layouts.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,35 +45,36 @@ class Formats:
     described: Description
 
 
-def formats_of(
-    hf: Reader, tree: Reader, scan_axis: int | None = None, source_layout: str | None = None, family: str | None = None
-) -> Formats:
-    """What the tables say of both, the record of the tree, and of what these leave open `scan_axis` and `source_layout`.
+def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said()), scan_axis: int | None = None) -> Formats:
+    """What the tables say of both, the record of either, and of what these leave open what was `said` of either.
 
     Raises:
-        PlanError: no MaxText tree is known for the family, or the experts of the Hugging Face side are fused.
+        PlanError: no MaxText tree is known for the family, or nothing says in which layout fused experts are.
     """
-    if hf.record:
-        raise PlanError(f"{hf.path}: its experts are fused; compare a split checkpoint with the MaxText tree")
-    config, origin = config_of(hf), origin_of(tree, family)
-    named = family or origin.family
+    config, origin = config_of(hf), origin_of(tree, said[1].family)
+    trees = {family.name for family in families_of("orbax")}  # said of both, such a name is about the tree alone
+    named = None if said[0].family in trees else said[0].family
+    named = named or record_of(hf).get("family") or origin.family
     found = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf", override=named)
     rows, scan = tree_in(tree, trees_of(found, hf.path))
-    where = stacked_along(tree, scan_axis)
-    stored, real = fused_in(tree, where, None if record_of(tree).get("layout") else source_layout)
-    described = _described(hf, found.name, source_layout, origin.layout)
-    native, _ = stored_in(hf, described)
-    sides = Sides(family=found, tree=where, hf=native, maxtext=stored, scan=scan, to_maxtext=False, real=real)
+    where = stacked_along(tree, _axis_said(tree, said[1].family) if scan_axis is None else scan_axis)
+    stored, real = fused_in(tree, where, None if record_of(tree).get("layout") else said[1].layout)
+    described = described_as(hf, found.name, said[0], [origin.layout])
+    # Of the Hugging Face side only places are asked here, which are the same in all of its layouts.
+    sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
     pairs = tuple(pair for pair in pairs_of(rows, sides, config) if not (pair.optional and _lacks(tree, pair)))
     return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs, described=described)
 
 
-def _described(hf: Reader, family: str, *said: str | None) -> Description:
-    """The Hugging Face side in the first of these layouts that it can be in, else in what its family's table has."""
-    for layout in filter(None, said):
-        with suppress(PlanError):
-            return describe(hf, family=family, source_layout=layout)
-    return describe(hf, family=family)
+def _axis_said(tree: Reader, family: str | None) -> int | None:
+    """Where the layers of a tree are by the name of its own family, if that is what is said of it.
+
+    Raises:
+        PlanError: there is no such family.
+    """
+    if family is None or hf_name(family):
+        return None
+    return find_family(None, (), where=tree.path, format="orbax", override=family).scan_axis
 
 
 def _lacks(tree: Reader, pair: Pair) -> bool:
@@ -79,31 +84,17 @@ def _lacks(tree: Reader, pair: Pair) -> bool:
 def counts_of(both: Formats) -> Counts:
     """How much of both is compared by its bits, which is all that the tables know a place for."""
     hf, tree = both.hf, both.tree
-    stacks = [stack[0] for stack in _stacks(both.pairs)]
-    layers = [name for first in stacks for name in _first_names(first) if name in hf.tensors]
+    left, right = layers_of(both, Scope())
+    compared = [block for block, _ in pair_of(left, right)]
     known = {name for pair in both.pairs for name in names_of(pair)}
     lonely = sum(name not in known for name in tree.tensors)
-    experts = [first.counts["e"] for first in stacks if "e" in first.counts]
     return Counts(
-        layers=layer_words(None, len(layers), both.config),
-        experts=expert_words(experts, both.config),
-        nbytes=sum(spec.nbytes for spec in hf.tensors.values()),
+        layers=layer_words(None, len(compared), both.config),
+        experts=expert_words([block.experts for block in compared], both.config),
+        nbytes=sum(map(nbytes_of, left.values())) + sum(hf.tensors[name].nbytes for name in both.described.verbatim),
         skipped=skipped_words(0, lonely),
-        stacked=any(set(LAYERS) & set(first.source.pattern.axes) for first in stacks),
+        stacked=any(set(LAYERS) & set(stack[0].source.pattern.axes) for stack in _stacks(both.pairs)),
     )
-
-
-def _first_names(first: Pair) -> Iterator[str]:
-    """One tensor of each layer of a stack, in Hugging Face."""
-    for at in _points(first):
-        yield first.target.key.render({**at, "e": 0, "g": 0})
-
-
-def _points(first: Pair) -> Iterator[dict[str, int]]:
-    """The layers of a stack."""
-    axes = [axis for axis in LAYERS if axis in first.counts]
-    for point in itertools.product(*(range(first.counts[axis]) for axis in axes)):
-        yield dict(zip(axes, point, strict=True))
 
 
 def all_layers_of(both: Formats) -> dict[str, Block]:
@@ -112,10 +103,10 @@ def all_layers_of(both: Formats) -> dict[str, Block]:
 
 
 def layers_of(both: Formats, scope: Scope) -> tuple[dict[str, Block], dict[str, Block]]:
-    """The MoE layers of both under the same keys, as far as they are in the scope."""
+    """The MoE layers of both under the same keys, as far as they are in the scope; also those that only one side has."""
     left = {key: block for key, block in all_layers_of(both).items() if scope.holds(block)}
-    keys = {name: key for key, block in left.items() for group in block.groups.values() for name in group.names}
-    right = {keys[name]: block for pairs in _stacks(both.pairs) for name, block in _blocks(both, pairs) if name in keys}
+    every = (item for stack in _stacks(both.pairs) for item in _blocks(both, stack))
+    right = {key: block for key, block in every if key in left or scope.layers is None}
     return left, right
 
 
@@ -129,19 +120,34 @@ def _stacks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 
 
 def _blocks(both: Formats, pairs: list[Pair]) -> Iterator[tuple[str, Block]]:
-    """Each layer of a stack, with the name of one of its tensors in Hugging Face."""
-    first = pairs[0]
-    for at in _points(first):
-        scan = {axis: i for axis, i in at.items() if axis in first.source.pattern.axes}
+    """Each layer of a stack, under the key of the same layer in Hugging Face."""
+    family = both.sides.family
+    place = family.native[0][pairs[0].role].template(family.experts)
+    for at in _points(both.tree, pairs[0]):
+        scan = {axis: i for axis, i in at.items() if axis in pairs[0].source.pattern.axes}
         index = {axis: i for axis, i in at.items() if axis not in scan}
-        groups = {(pair.role, pair.part): _group(both, pair, index) for pair in pairs}
-        name = first.target.key.render({**at, "e": 0, "g": 0})
-        yield name, Block(reader=both.tree, groups=groups, scan=scan, label=name)
+        groups = {(pair.role, pair.part): group for pair in pairs if (group := _group(both, pair, index))}
+        name = pairs[0].target.key.render({**at, "e": 0, "g": 0})
+        if groups:
+            yield key_of(place.parse(name) or {}, {}), Block(reader=both.tree, groups=groups, scan=scan, label=name)
 
 
-def _group(both: Formats, pair: Pair, index: Mapping[str, int]) -> Group:
+def _points(tree: Reader, first: Pair) -> Iterator[dict[str, int]]:
+    """The layers of a stack: as many as it has, whatever `config.json` says, or one too many would not be seen."""
+    axes = [axis for axis in LAYERS if axis in first.counts]
+    spec = next((tree.tensors[name] for name in names_of(first) if name in tree.tensors), None)
+    have = _sizes(tree, first, spec) if spec else {}
+    for point in itertools.product(*(range(have.get(axis, first.counts[axis])) for axis in axes)):
+        yield dict(zip(axes, point, strict=True))
+
+
+def _group(both: Formats, pair: Pair, index: Mapping[str, int]) -> Group | None:
+    """What the tree has of a kind in a layer, if it has it."""
     halves = range(2) if "g" in pair.source.key.slots else range(1)
     names = tuple(pair.source.key.render({**index, "g": g}) for g in halves)
+    if any(name not in both.tree.tensors for name in names):
+        return None
+    check_equal(both.tree, [both.tree.tensors[name] for name in names])
     spec = both.tree.tensors[names[0]]
     return Group(
         role=pair.role,
@@ -149,10 +155,23 @@ def _group(both: Formats, pair: Pair, index: Mapping[str, int]) -> Group:
         dims="out" if pair.part else "out in",
         placed=pair.source,
         index=index,
-        sizes={**pair.counts, **pair.source.pattern.sizes(spec.shape, {**pair.counts, **pair.real})},
+        sizes=_sizes(both.tree, pair, spec),
         dtype=spec.dtype,
         names=names,
         layout=both.sides.maxtext[pair.role],
         native=both.sides.maxtext[pair.role],
         relaid=False,
     )
+
+
+def _sizes(tree: Reader, pair: Pair, spec: TensorSpec) -> dict[str, int]:
+    """By the shape, not by what `config.json` says that it should be: what differs is a difference.
+
+    Raises:
+        PlanError: the shape has other dimensions.
+    """
+    known = {axis: size for axis, size in pair.counts.items() if axis == "g" or axis in pair.source.key.slots}
+    try:
+        return {**known, **pair.source.pattern.sizes(spec.shape, {**known, **pair.real})}
+    except ValueError as error:
+        raise PlanError(f"{tree.path}: {spec.name} (in {tree.where(spec.name)}): {error}") from None

@@ -51,7 +51,7 @@ def counts_of(
     return Counts(
         layers=layer_words(_numbers(chosen), len(chosen), config),
         experts=expert_words([len(scope.of(range(block.experts))) for block in chosen], config),
-        nbytes=sum(map(_nbytes, every[0].values())) + sum(reader.tensors[name].nbytes for name in first.verbatim),
+        nbytes=sum(map(nbytes_of, every[0].values())) + sum(reader.tensors[name].nbytes for name in first.verbatim),
         skipped=skipped_words(left, lonely),
     )
 
@@ -85,7 +85,7 @@ def skipped_words(layers: int, others: int) -> str:
     return " and ".join(parts) or "0"
 
 
-def _nbytes(block: Block) -> int:
+def nbytes_of(block: Block) -> int:
     """Of one MoE layer without padding."""
     total = 0
     for group in block.groups.values():

@@ -14,7 +14,19 @@ from functools import partial
 from typing import NamedTuple
 
 from convert.verifier.bits.alike import Difference, differing
-from convert.verifier.bits.logical import PROJECTIONS, Block, Cut, Kind, Scope, Sides, cuttable, pair, projections, unlike
+from convert.verifier.bits.logical import (
+    PROJECTIONS,
+    Block,
+    Cut,
+    Kind,
+    Scope,
+    Sides,
+    cuttable,
+    name_at,
+    pair,
+    projections,
+    unlike,
+)
 from convert.verifier.bits.order import STRIP, by_place, places_of
 from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.verdict import Level
@@ -113,9 +125,12 @@ def _compare_kind(sides: Sides, kind: Kind, e: int, most: int, scratch: Scratch)
                     found.setdefault(projection, []).append(_moved(difference, role, cut))
         except ValueError as error:
             return Looked(nbytes, [f"{where}, {_words(kind)}: {error}"])
-    return Looked(
-        nbytes, [f"{where}, {f'{name} {part}'.strip()}: {_said(each, sizes[name], kind)}" for name, each in found.items()]
-    )
+    lines = []
+    for g, projection in enumerate(PROJECTIONS[role]):
+        if projection in found:
+            said = _said(found[projection], sizes[projection], kind)
+            lines.append(f"{_names(*sides, kind, e, g)}{where}, {f'{projection} {part}'.strip()}: {said}")
+    return Looked(nbytes, lines)
 
 
 def _moved(difference: Difference, role: str, cut: Cut | None) -> Difference:
@@ -128,6 +143,14 @@ def _said(found: Sequence[Difference], size: int, kind: Kind) -> str:
     role, part = kind
     axes = "" if part else f", first at ({', '.join(AXES[role])}) = {min(each.first for each in found)}"
     return f"{sum(each.count for each in found)} of {size} elements{axes}"
+
+
+def _names(a: Block, b: Block, kind: Kind, e: int, g: int) -> str:
+    """Both tensors by name where formats call them differently."""
+    if a.reader.format == b.reader.format:
+        return ""
+    one, other = (name_at(block, kind, {"e": e, "g": g}) for block in (a, b))
+    return f"{one} differs from {other}: "
 
 
 def _words(kind: Kind) -> str:

@@ -92,8 +92,13 @@ def blocks(reader: Reader, description: Description) -> dict[str, Block]:
     for (path, layer), groups in found.items():
         shown = str(path) if layer is None else f"{path} layer {layer}" if several else f"layer {layer}"
         for block in _unstack(reader, shown, groups):
-            made[f"{path} {layer} {sorted(block.scan.items())}"] = block
+            made[key_of({"path": path, "l": layer}, block.scan)] = block
     return made
+
+
+def key_of(index: Mapping[str, Any], scan: Mapping[str, int]) -> str:
+    """Where a MoE layer is, and its place in a stack of layers."""
+    return f"{index.get('path', '')} {index.get('l')} {sorted(scan.items())}"
 
 
 def _unstack(reader: Reader, place: str, groups: Mapping[Kind, Group]) -> Iterator[Block]:
@@ -131,6 +136,12 @@ def _difference(a: Block, b: Block) -> str | None:
 
 def _named(role: str, part: str) -> str:
     return f"{role}_{part}" if part else role
+
+
+def name_at(block: Block, kind: Kind, at: Mapping[str, int]) -> str:
+    """How the tensor that holds this projection of this expert is called."""
+    group = block.groups[kind]
+    return group.placed.key.render({**group.index, **at})
 
 
 def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
@@ -204,7 +215,7 @@ def cuttable(block: Block, kind: Kind) -> frozenset[str]:
 def located(block: Block, kind: Kind, at: Mapping[str, int], experts: range, cut: Cut | None = None) -> Slab:
     """The part of a stored tensor that holds some experts, or a part of one, and one layer of the stack."""
     group = block.groups[kind]
-    name = group.placed.key.render({**group.index, **at})
+    name = name_at(block, kind, at)
     slices, dropped, kept, axes = [], [], [], []
     stored = dimensions(group.placed.pattern.text, group.sizes)
     for position, (dimension, length) in enumerate(zip(stored, block.reader.tensors[name].shape, strict=True)):
