@@ -31,7 +31,7 @@ def test_there_and_back(case, scan, tmp_path):
     assert all((tmp_path / "again" / name).read_bytes() == content for name, content in files.items())
     verdict = convert.verify(tmp_path / "in", tmp_path / "tree")
     assert verdict.equal, verdict
-    for layout in ("transformers", "concat"):
+    for layout in ("concat", "flashinfer"):
         convert.prefuse(tmp_path / "in", tmp_path / layout, layout=layout)
         verdict = convert.verify(tmp_path / layout, tmp_path / "tree", gemm=False)
         assert verdict.equal, verdict
