@@ -94,6 +94,7 @@ def digest(path: str | Path, *, progress: Progress | None = None, **options: Unp
 
     Raises:
         InputError, PlanError: it cannot be read or described, or its padding is damaged.
+        UsageError: `memory` is too little.
     """
     from convert.progress import ignore
     from convert.verifier.content.sides import content_of

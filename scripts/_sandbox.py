@@ -194,7 +194,7 @@ def _with_output(outcome: Outcome, check: Outcome) -> Outcome:
 
 
 def _only_reads(argv: Sequence[str]) -> bool:
-    return bool({"--verify", "--dry-run", "--families"} & set(argv))
+    return bool({"--verify", "--digest", "--dry-run", "--families"} & set(argv))
 
 
 def _place(text: str) -> str:

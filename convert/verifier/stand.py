@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.errors import InputError, PlanError
+from convert.errors import InputError, PlanError, UsageError
 from convert.options import Verification
 from convert.progress import Progress
 from convert.verifier.content.hashing import Content
@@ -46,7 +46,7 @@ def stood(
             found = contents(*readers, options=options, progress=progress)
             other = found[1].json() if len(found) > 1 else wanted
             levels += (_content(found[0].json(), other),) if other else ()
-        except (InputError, PlanError) as error:
+        except (InputError, PlanError, UsageError) as error:
             levels += (Level(name="content", covered="", compared=0, not_run=str(error)),)
     sides = []
     for at, reader in enumerate(readers):

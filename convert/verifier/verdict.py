@@ -178,7 +178,7 @@ class Verdict:
 
     def __str__(self) -> str:
         counts = [f"covered   {self.counts}"] if self.counts else []
-        digests = [one_line(f"content   {side.digest}  {side.path}") for side in self.sides if side.content]
+        digests = [one_line(f"digest    {side.digest}  {side.path}") for side in self.sides if side.content]
         trials = [one_line(f"self-test {trial}") for trial in self.self_test]
         return "\n".join(
             [one_line(f"verify   {self.subject}"), *map(str, self.levels), *counts, *digests, *trials, self.summary]

@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from tests.layouts.test_companions import BLOCKS, FP8, FP8_PARTS, checkpoint
 from tests.tiny import HF, cut, memory, restore, run, store_again
 
 E, K, N, LAYERS = 4, 8, 4, 3
+ROOT = Path(__file__).parents[2]
 LAYOUTS = {"flashinfer": 1, "per-shard": 4, "fused-moe": 1}
 CODES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 
@@ -302,3 +305,39 @@ def test_a_manifest_whose_content_is_none_is_refused(root, tmp_path, content):
     (tmp_path / "out" / "convert_manifest.json").write_text(json.dumps({**text, "content": content}))
     with pytest.raises(InputError, match="not a manifest of this version"):
         convert.verify(tmp_path / "out")
+
+
+CHILD = """
+import sys, convert
+print(convert.digest(sys.argv[1], memory=int(sys.argv[2])).model.sha256)
+assert "jax" not in sys.modules
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_too_little_memory_is_said(root, tmp_path, capsys):
+    convert.prefuse(root / "in", tmp_path / "out")
+    assert main(["--digest", str(tmp_path / "out"), "--memory", "97MiB", "--quiet"]) == 2
+    assert "--memory of 97 MiB is too little: to hash the largest slice" in capsys.readouterr().err
+    verdict = convert.verify(root / "in", tmp_path / "out", content=True, gemm=False, memory="97MiB")
+    assert verdict.outcome == "INCOMPLETE"
+    assert "too little" in str(verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["concat", "transformers", "tree"])
+def test_memory_is_bounded_whatever_the_size(tmp_path, layout):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=3, embed=2048, mlp=8192, layers=2, vocab=40_000)
+    if layout == "tree":
+        convert.reformat(tmp_path / "in", tmp_path / "out", to="orbax")
+    else:
+        convert.prefuse(tmp_path / "in", tmp_path / "out", layout=layout)
+    memory = 256 << 20
+    found = []
+    for path in (tmp_path / "in", tmp_path / "out"):
+        command = [sys.executable, "-c", CHILD, str(path), str(memory)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        digest, peak = done.stdout.split()
+        assert int(peak) < memory
+        found.append(digest)
+    assert found[0] == found[1]

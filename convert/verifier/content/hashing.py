@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.errors import one_line
+from convert.errors import UsageError, one_line
 from convert.progress import Progress
 from convert.verifier.bits.order import by_place, hold, place_of
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
 FORM = "moe-content-1"
@@ -30,8 +30,8 @@ ROWS, TILE = 1 << 20, 64
 bfloat16, where NumPy turns the whole with 0.7 GB/s."""
 JOBS = 8
 """Workers at most, as in a conversion."""
-COPIES = 3
-"""How often a worker has what it reads in memory, at most: decoded, copied, turned."""
+BASE = 96 << 20
+"""Bytes that the process needs besides what it hashes."""
 HUGGING_FACE = "the names and axes of Hugging Face"
 Slices = tuple[slice, ...]
 
@@ -112,10 +112,15 @@ def rows_of(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Progress) -> Digest:
-    """Read all units and hash what they give, within `memory` bytes or one unit at a time."""
+    """Read all units and hash what they give, as many at a time as `memory` bytes allow.
+
+    Raises:
+        UsageError: not even one can be held.
+    """
+    fit = _fit(reader, units, memory)
     hold(reader, {unit.array: lengths(unit.slices) for unit in units}, 1, memory)
     ordered = by_place(units, lambda unit: [place_of(reader, unit.array, unit.slices)])
-    jobs = 1 if reader.windows.shapes else _jobs(units, memory)
+    jobs = 1 if reader.windows.shapes else min(fit, JOBS, len(os.sched_getaffinity(0)))
     lines, total = list[str](), 0
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -131,9 +136,13 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
     return Digest(sha256=whole.hexdigest(), tensors=len(lines), nbytes=total)
 
 
-def _jobs(units: Sequence[Unit], memory: int) -> int:
-    largest = COPIES * max((unit.nbytes for unit in units), default=0) + ROWS
-    return max(1, min(JOBS, len(os.sched_getaffinity(0)), memory // largest))
+def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:
+    """How many units can be held at a time; what is decoded is held twice."""
+    each = (1 + is_chunked(reader)) * max((unit.nbytes for unit in units), default=0) + 2 * ROWS
+    if (fit := (memory - BASE) // each) < 1:
+        least = BASE + each >> 20
+        raise UsageError(f"--memory of {memory >> 20} MiB is too little: to hash the largest slice takes {least} MiB")
+    return fit
 
 
 def hashed(unit: Unit) -> tuple[list[str], int]:
