@@ -117,7 +117,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     if len(arguments.paths) not in (1, 2):
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
-    given = options(arguments, "--verify")
+    whole = bool(arguments.json or arguments.report)
+    given = {"content": whole, "self_test": whole, **options(arguments, "--verify")}
     if arguments.dry_run:
         from convert.verifier import estimate_cost
         from layouts.places import place
@@ -125,8 +126,6 @@ def _verify(arguments: argparse.Namespace) -> int:
         one, other = map(place, _two_paths(arguments.paths))
         print(printable(str(estimate_cost(one, other, complete(Verification, given, of=2)))))
         return 0
-    whole = bool(arguments.json or arguments.report)
-    given = {"content": whole, "self_test": whole, **given}
     passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
     total = None if arguments.quiet else (passes + len(arguments.paths) * given["content"]) * _input_bytes(arguments.paths[-1])
     started = datetime.now(UTC)

@@ -21,12 +21,11 @@ from convert.verifier.bits import exact
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Block, Scope, blocks, pair
 from convert.verifier.bits.order import hold_experts
-from convert.verifier.control.trials import tried
 from convert.verifier.files.beside import compare_files
 from convert.verifier.files.manifest import verify_manifest
 from convert.verifier.scope import check_scope, narrowed
 from convert.verifier.sides import described_alike, opened, said_of
-from convert.verifier.stand import stood
+from convert.verifier.stand import attested
 from convert.verifier.verdict import Level, Verdict
 from layouts.matching.describe import Description
 from layouts.reader import Reader
@@ -49,10 +48,7 @@ def verify_checkpoints(a: Path, b: Path, progress: Progress | None = None, optio
     report, options = progress or ignore, options or Verification()
     with readable(f"{a} against {b}"), opened(a, b) as (one, other):
         verdict = _compare(one, other, options, report)
-        if not (options.content or options.self_test):
-            return verdict
-        verdict = stood(verdict, (one, other), options, report)
-        return tried(verdict, (one, other), options, partial(_compare, report=ignore)) if options.self_test else verdict
+        return attested(verdict, (one, other), options, report, partial(_compare, report=ignore))
 
 
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress) -> Verdict:
@@ -150,7 +146,7 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
             first, second = described_alike(one, other, options)
             sides = (one, first), (other, second)
             left, right = _held(sides, [blocks(*side) for side in sides], scope, options.memory)
-        return measure(left, right, scope, how)
+        return measure(left, right, scope, how, (one, other) if options.content else ())
 
 
 def _differ(one: Reader, other: Reader) -> bool:

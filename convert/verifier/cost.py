@@ -5,8 +5,9 @@ In: the layers of two checkpoints. Out: an estimate. It never gives a verdict.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,15 @@ from convert.progress import ignore
 from convert.verifier.bits import exact
 from convert.verifier.bits.logical import Block, Scope, pair
 from convert.verifier.bits.order import experts_held, places_of
+from convert.verifier.content.hashing import jobs_here
+from layouts.reader import Reader
 from layouts.tensors import itemsize
 
 if TYPE_CHECKING:
     from convert.verifier.gemms.gemm import How
 
+_SAMPLE = 16 << 20
+"""Bytes that are hashed to see how fast that is."""
 CALLS = 3
 """Calls of the probes that are tried; the first compile, so the last is timed."""
 
@@ -33,29 +38,53 @@ class Cost:
     flop: float
     seconds: float
     timed: int
+    hashing: float = 0.0
+    """Seconds of the content digests, if they are asked for."""
 
     def __str__(self) -> str:
         seconds = f"{self.seconds / 60:.0f} minutes" if self.seconds > 120 else f"{self.seconds:.1f} s"
+        digests = f"\ndigests  about {self.hashing:.1f} s more, at the speed of sha256" if self.hashing else ""
         return (
             f"experts  {self.experts} in {self.layers} MoE layers, {self.nbytes / 1e9:.2f} GB in each checkpoint\n"
             f"probes   {self.flop:.1e} FLOP; several times that where ragged_dot is a masked dense product (CPU)\n"
             f"time     about {seconds} here, by {self.timed} of the first experts; other tensors at the speed of the disk"
+            f"{digests}"
         )
 
 
-def measure(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> Cost:
-    """Try the first experts of the first layer, and of those that are decoded with it, and multiply."""
+def measure(
+    a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None, hashed: Iterable[Reader] = ()
+) -> Cost:
+    """Try the first experts of the first layer, and of those that are decoded with it, and multiply.
+
+    Checkpoints that are `hashed` are so for their content digests.
+    """
     pairs = [one for one, _ in pair(a, b)]
     experts = [len(scope.of(range(one.experts))) for one in pairs]
     nbytes = sum(count * _nbytes(one) for count, one in zip(experts, pairs, strict=True))
     flop = sum(count * _flop(one, scope, how) for count, one in zip(experts, pairs, strict=True)) if how else 0.0
     if not pairs:
-        return Cost(layers=0, experts=0, nbytes=0, flop=0, seconds=0, timed=0)
+        return Cost(layers=0, experts=0, nbytes=0, flop=0, seconds=0, timed=0, hashing=_hashing(hashed))
     seconds, timed = _try(*_first(a, b), scope, how)
     each = nbytes / sum(experts) / _nbytes(pairs[0])  # how much larger than those of the first layer they are on average
     return Cost(
-        layers=len(pairs), experts=sum(experts), nbytes=nbytes, flop=flop, seconds=seconds * each * sum(experts), timed=timed
+        layers=len(pairs),
+        experts=sum(experts),
+        nbytes=nbytes,
+        flop=flop,
+        seconds=seconds * each * sum(experts),
+        timed=timed,
+        hashing=_hashing(hashed),
     )
+
+
+def _hashing(readers: Iterable[Reader]) -> float:
+    """Seconds that sha256 takes for all tensors of these checkpoints on as many workers as there will be."""
+    block = bytes(_SAMPLE)
+    started = time.perf_counter()
+    hashlib.sha256(block).digest()
+    each = (time.perf_counter() - started) / len(block)
+    return each * sum(spec.nbytes for reader in readers for spec in reader.tensors.values()) / jobs_here()
 
 
 def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Block], dict[str, Block]]:

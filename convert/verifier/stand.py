@@ -16,6 +16,7 @@ from convert.options import Verification
 from convert.progress import Progress
 from convert.verifier.content.hashing import Content
 from convert.verifier.content.sides import contents, described
+from convert.verifier.control.trials import Compare, Sides, tried
 from convert.verifier.verdict import Level, Side, Verdict
 from layouts.language.pattern import Pattern
 from layouts.matching.candidates import record_of
@@ -26,6 +27,14 @@ from layouts.places import is_remote
 from layouts.reader import Reader
 
 _AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}
+
+
+def attested(verdict: Verdict, sides: Sides, options: Verification, progress: Progress, compare: Compare) -> Verdict:
+    """A verdict on two with what else a report has, as far as that is asked for; `compare` compares them again."""
+    if not (options.content or options.self_test):
+        return verdict
+    verdict = stood(verdict, sides, options, progress)
+    return tried(verdict, sides, options, compare) if options.self_test else verdict
 
 
 def stood(

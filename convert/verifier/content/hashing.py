@@ -120,7 +120,7 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
     fit = _fit(reader, units, memory)
     hold(reader, {unit.array: lengths(unit.slices) for unit in units}, 1, memory)
     ordered = by_place(units, lambda unit: [place_of(reader, unit.array, unit.slices)])
-    jobs = 1 if reader.windows.shapes else min(fit, JOBS, len(os.sched_getaffinity(0)))
+    jobs = 1 if reader.windows.shapes else min(fit, jobs_here())
     lines, total = list[str](), 0
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -134,6 +134,11 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
     for line in sorted(lines):
         whole.update(f"{line}\n".encode())
     return Digest(sha256=whole.hexdigest(), tensors=len(lines), nbytes=total)
+
+
+def jobs_here() -> int:
+    """Workers: one per CPU that we may use, at most `JOBS`."""
+    return min(JOBS, len(os.sched_getaffinity(0)))
 
 
 def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:
