@@ -77,7 +77,8 @@ def _run(arguments: argparse.Namespace) -> int:
     call: Callable[..., object] = getattr(convert, "reformat" if action == "to" else action)
     processes = _processes(arguments)
     quiet = arguments.quiet or bool(processes and not processes.first)
-    total = None if quiet else _input_bytes(source) // (processes.count if processes else 1) or None
+    times = 1 / (processes.count if processes else 1) + bool(given.get("content"))  # it is hashed before it is converted
+    total = None if quiet else int(_input_bytes(source) * times) or None
     with _progress(total, quiet) as progress:
         report = call(source, out, processes=processes, progress=progress, **given)
     print(printable(str(report)))

@@ -85,7 +85,7 @@ def convert_checkpoint(
         told = processes.watched(progress or ignore)
         with closing(reader):
             if running.content and processes.first:
-                plan = _with_content(plan, reader, choices, running)
+                plan = _with_content(plan, reader, choices, running, told)
             if finished and not running.overwrite:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
@@ -95,7 +95,7 @@ def convert_checkpoint(
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
 
 
-def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running) -> Plan:
+def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running, progress: Progress) -> Plan:
     """With the digest of what the input holds; of a tree, without the state that is left out."""
     from convert.verifier.content.sides import contents
 
@@ -106,7 +106,7 @@ def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running
     options = Verification(
         family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis, memory=running.memory
     )
-    (found,) = contents(reader, options=options)
+    (found,) = contents(reader, options=options, progress=progress)
     reader.hold(ReadLimits(), Windows())
     return replace(plan, content=replace(found, state=None if plan.left_out else found.state).json())
 

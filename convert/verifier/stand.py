@@ -97,6 +97,7 @@ def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]
         layout=layout,
         tensors=len(reader.tensors),
         content=content.json() if content else {},
+        why=content.why if content else "",
     )
 
 

@@ -101,6 +101,8 @@ class Side:
     layout: tuple[str, ...]
     tensors: int
     content: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+    """Why a tree's digest does not go by the names of Hugging Face."""
 
     @property
     def digest(self) -> str:

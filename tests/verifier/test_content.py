@@ -44,6 +44,8 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("content")
     sizes = {"experts": E, "embed": K, "mlp": N, "layers": LAYERS}
     make_checkpoint(root / "in", family="qwen3_moe", values="random", **sizes)
+    for scan in (True, False):
+        convert.reformat(root / "in", root / f"tree {scan}", to="orbax", scan=scan)
     return root
 
 
@@ -133,7 +135,19 @@ def test_a_maxtext_tree_has_that_of_hugging_face(root, name):
     (out / "config.json").unlink()
     found = convert.digest(out)
     assert found.model.sha256 != of(root / "in")
-    assert "the tree's own names and axes" in found.terms
+    assert found.terms == "the tree's own names and axes"
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("word", ["num_hidden_layers", "num_experts"])
+@pytest.mark.parametrize("count", [2, 10**9, 10**30])
+def test_what_config_json_says_is_compared_before_it_is_counted(root, tmp_path, scan, word, count):
+    """Or a small file would make us list a billion names."""
+    shutil.copytree(root / f"tree {scan}", tmp_path / "tree")
+    config = json.loads((tmp_path / "tree" / "config.json").read_text())
+    (tmp_path / "tree" / "config.json").write_text(json.dumps(config | {word: count}))
+    with suppress(InputError, PlanError):
+        assert convert.digest(tmp_path / "tree").terms == "the tree's own names and axes"
 
 
 def test_chunks_across_all_layers_and_little_memory_change_nothing(root):
@@ -153,10 +167,17 @@ def test_two_trees_that_say_nothing_are_told_by_their_own_names(root, tmp_path):
     tree = {"params": weights, "opt_state": {"mu": weights, "nu": weights}, "step": 5}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "tree", args=ocp.args.PyTreeSave(tree))
-    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused", content=True)
     one, other = convert.digest(tmp_path / "tree"), convert.digest(tmp_path / "fused")
     assert one.model == other.model
     assert one.model.tensors == 3 * (3 * E * LAYERS + 1) + 1
+    assert "config.json: not there" in one.told(tmp_path)
+    for verdict in (
+        convert.verify(tmp_path / "tree", tmp_path / "fused", content=True, self_test=True, gemm=False),
+        convert.verify(tmp_path / "fused", content=True),
+    ):
+        assert next(level for level in verdict.levels if level.name == "content").state == "equal"
+        assert verdict.outcome == "EQUAL"
 
 
 def test_training_state_has_a_digest_of_its_own(root, tmp_path):
@@ -172,6 +193,9 @@ def test_training_state_has_a_digest_of_its_own(root, tmp_path):
     assert [each.model.sha256 for each in found] == [of(root / "in")] * 2
     assert found[0].state == found[1].state
     assert found[0].state is not None
+    verdict = convert.verify(tmp_path / "tree", tmp_path / "fused", content=True, self_test=True, gemm=False)
+    assert verdict.self_test[0].seen == ("exact", "content")
+    assert verdict.equal
     assert "training state" in found[0].told(tmp_path / "tree")
 
 

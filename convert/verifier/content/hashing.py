@@ -32,7 +32,7 @@ JOBS = 8
 """Workers at most, as in a conversion."""
 BASE = 96 << 20
 """Bytes that the process needs besides what it hashes."""
-HUGGING_FACE = "the names and axes of Hugging Face"
+HUGGING_FACE, OWN = "the names and axes of Hugging Face", "the tree's own names and axes"
 Slices = tuple[slice, ...]
 
 
@@ -76,15 +76,16 @@ class Digest:
 class Content:
     """What a checkpoint holds: the digest of the `model` and, of a MaxText tree, that of the `state` of its training.
 
-    `terms` says by which names and axes: those of Hugging Face, or the tree's own and why.
+    `terms` says by which names and axes, and `why` why not by those of Hugging Face.
     """
 
     model: Digest
     terms: str
     state: Digest | None = None
+    why: str = ""
 
     def json(self) -> dict[str, Any]:
-        """For programs."""
+        """For programs, and for manifests: nothing of it depends on where the checkpoint is."""
         return {"model": self.model.json(), "state": self.state.json() if self.state else None, "terms": self.terms}
 
     def told(self, path: object) -> str:
@@ -93,7 +94,7 @@ class Content:
         if self.state:
             lines.append(f"{self.state}  {path}, its training state ({self.state.tensors} tensors)")
         if self.terms != HUGGING_FACE:
-            lines.append(f"note: {path}: by {self.terms}")
+            lines.append(f"note: {path}: by {self.terms}: {self.why}")
         return "\n".join(map(one_line, lines))
 
 

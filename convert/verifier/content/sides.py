@@ -15,7 +15,7 @@ from convert.errors import InputError, PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import blocks
-from convert.verifier.content.hashing import HUGGING_FACE, Content, Unit, digest_of, hashed
+from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Unit, digest_of, hashed
 from convert.verifier.content.tensors import expert_units, other_units, place_in
 from convert.verifier.content.tree import model_units
 from layouts.checkpoint import open_checkpoint
@@ -92,8 +92,8 @@ def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]
 def _content(side: _Side, why: str, memory: int, progress: Progress) -> Content:
     """In the terms of Hugging Face, but for a reason not to."""
     if side.reader.format != "orbax" or why:
-        terms = f"the tree's own names and axes, as it cannot be told which those of Hugging Face are: {why}" if why else ""
-        return Content(model=digest_of(side.reader, side.own(""), memory, progress), terms=terms or HUGGING_FACE)
+        model = digest_of(side.reader, side.own(""), memory, progress)
+        return Content(model=model, terms=OWN if why else HUGGING_FACE, why=why)
     model = digest_of(side.reader, side.units, memory, progress)
     state = side.own(ROOT)
     found = digest_of(side.reader, state, memory, progress) if state else None

@@ -48,11 +48,23 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
     where = stacked_along(tree, options.scan_axis)
     stored, real = fused_in(tree, where, options.source_layout)
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
-    pairs = [pair for pair in pairs_of(rows, sides, config) if any(name in tree.tensors for name in names_of(pair))]
+    pairs = [pair for pair in pairs_of(rows, sides, config) if _is_there(tree, pair)]
     known = {name for pair in pairs for name in names_of(pair)}
     if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} ^ known):
         raise PlanError(f"{lonely[0]} {'is missing' if lonely[0] in known else 'has no place in Hugging Face'}")
     return [unit for pair in pairs for unit in (_experts if pair.role in ROLES else _rows)(tree, sides, pair)]
+
+
+def _is_there(tree: Reader, pair: Pair) -> bool:
+    """Whether the tree has a kind of tensor, as often as `config.json` says, which is compared before it is counted out."""
+    key = pair.source.key
+    spec = tree.tensors.get(key.render(dict.fromkeys(key.slots, 0)))
+    if spec is None:
+        return False
+    if math.prod(pair.counts[slot] for slot in key.slots) > len(tree.tensors):
+        raise PlanError(f"{tree.path}: config.json says that there are more tensors such as {spec.name}")
+    _sizes(tree, pair, spec)
+    return True
 
 
 def _layers(pair: Pair) -> Iterator[dict[str, int]]:

@@ -81,22 +81,24 @@ class _Chosen:
 def _chosen(reader: Reader, description: Description, options: Verification) -> _Chosen:
     """The first layer in the scope whose experts run, and the expert to which its router sends most tokens."""
     wanted = options.layers
-    every = [b for b in blocks(reader, description).values() if wanted is None or b.number in wanted]
-    first = every[0]
-    scope = [e for e in range(first.experts) if options.experts is None or e in options.experts]
+    layers = [b for b in blocks(reader, description).values() if wanted is None or b.number in wanted]
+    every = {b.label: [e for e in range(b.experts) if options.experts is None or e in options.experts] for b in layers}
+    layers = [block for block in layers if every[block.label]]
+    plain = _Chosen(block=layers[0], e=every[layers[0].label][0], rows=None)
     if not options.gemm:
-        return _Chosen(block=first, e=scope[0], rows=None)
+        return plain
     from convert.verifier.gemms.operands import can_run
     from convert.verifier.gemms.routing import routing_of
     from convert.verifier.gemms.rows import rows_of
     from convert.verifier.gemms.whole import routed, tokens_for
 
-    runs = next(filter(can_run, every), None)
+    runs = next(filter(can_run, layers), None)
     if runs is None:
-        return _Chosen(block=first, e=scope[0], rows=None)
+        return plain
     routing = routing_of(reader.config, runs.experts)
     sizes = routed(runs, routing, tokens_for(runs, options.tokens)).sizes
-    return _Chosen(block=runs, e=max(scope, key=lambda e: int(sizes[e])), rows=rows_of(runs, options.tokens)["wo"])
+    e = max(every[runs.label], key=lambda e: int(sizes[e]))
+    return _Chosen(block=runs, e=e, rows=rows_of(runs, options.tokens)["wo"])
 
 
 def _trial(flipped: str, must: Iterable[str], again: Verdict, untried: dict[str, str]) -> Trial:

@@ -71,7 +71,7 @@ def _side(side: Side) -> str:
             ("format", f"{text(side.format)}, family {text(side.family)}, {side.tensors:,} tensors"),
             ("layout", "<br>".join(map(text, side.layout))),
             ("content", f"<span class=digest>{side.digest}</span>" if side.digest else "no digest was made"),
-            *([("content by", text(side.content["terms"]))] if side.content else []),
+            *([("content by", text(": ".join(filter(None, (side.content["terms"], side.why)))))] if side.content else []),
             *([("training state", f"<span class=digest>sha256:{state['sha256']}</span>")] if state else []),
         ]
     )
