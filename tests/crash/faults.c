@@ -79,7 +79,9 @@ static int on_file(const char *call, int fd) {
 
 static int on_path(const char *call, int folder, const char *name) {
     char path[PATH_MAX] = "", whole[2 * PATH_MAX];
-    int before = errno;
+    int before = errno, skipped = 0;
+    if (sscanf(name, "/proc/self/fd/%d/%n", &folder, &skipped) == 1 && skipped)
+        name += skipped; // TensorStore writes below an open directory
     if (*name != '/' && folder != AT_FDCWD)
         path_of(folder, path);
     else if (*name != '/' && syscall(SYS_getcwd, path, sizeof path) < 0)

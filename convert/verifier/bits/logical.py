@@ -140,8 +140,7 @@ def _named(role: str, part: str) -> str:
 
 def name_at(block: Block, kind: Kind, at: Mapping[str, int]) -> str:
     """How the tensor that holds this projection of this expert is called."""
-    group = block.groups[kind]
-    return group.placed.key.render({**group.index, **at})
+    return block.groups[kind].placed.key.render({**block.groups[kind].index, **at})
 
 
 def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
