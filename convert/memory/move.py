@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from convert.errors import InputError, PlanError
 from convert.memory import places
@@ -46,24 +48,39 @@ def _arrays(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> Seque
         raise PlanError(f"{names[0]} and its partners are of several libraries ({', '.join(sorted(kinds))}); make them one")
     if "abstract" in kinds:
         made = partial(jax.ShapeDtypeStruct, relay.target.shape, arrays[0].dtype)
-        return [made(sharding=_sharding(relay, arrays)) for _ in range(math.prod(relay.target.grid))]
+        return [made(sharding=places.sharding(relay, arrays[0].sharding)) for _ in range(math.prod(relay.target.grid))]
     if relay.source.pattern.padding and not traced:
         _check_padding(relay, arrays, names)
-    if kinds <= {"torch"} or kinds <= {"numpy"}:
-        return relay(arrays, _Torch() if "torch" in kinds else np)
-    found: tuple[Any, ...] = _compiled(relay, None if traced else _sharding(relay, arrays))(arrays)
+    if "torch" in kinds:
+        return _by_torch(relay, arrays)
+    if kinds == {"numpy"}:
+        return relay(arrays, np)
+    found: tuple[Any, ...] = _compiled(relay, *_sharding(relay, arrays[0], traced=traced))(arrays)
     return found
 
 
-def _sharding(relay: Relay, arrays: Sequence[Any]) -> Any:
-    """The sharding to give the results: that of the first input, so that nothing is gathered to one device."""
-    return places.sharding(relay, getattr(arrays[0], "sharding", None))
+def _sharding(relay: Relay, array: Any, *, traced: bool) -> tuple[Any, bool]:
+    """The sharding to give the results, that of the first input: nothing is gathered to one device. And whether it is a type.
+
+    Where axes of the mesh are explicit, a traced array has its sharding as a part of its type; else the compiler finds it.
+    """
+    kind = jax.typeof(array).sharding
+    typed = _is_typed(kind)
+    given = kind if traced and typed else None if traced else getattr(array, "sharding", None)
+    return places.sharding(relay, given), typed
+
+
+def _is_typed(sharding: Any) -> bool:
+    return any(axis is AxisType.Explicit for axis in sharding.mesh.axis_types)
 
 
 @lru_cache(maxsize=1024)
-def _compiled(relay: Relay, kept: Any) -> Any:
+def _compiled(relay: Relay, kept: Any, typed: bool) -> Any:
     """One program for all layers that are alike."""
-    return jax.jit(partial(_as_bits, relay), out_shardings=kept)
+    move = partial(_as_bits, relay)
+    if typed:
+        return jax.jit(jax.sharding.auto_axes(move, out_sharding=kept))
+    return jax.jit(move, out_shardings=kept)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -88,11 +105,24 @@ def _tangents(relay: Relay, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _check_padding(relay: Relay, arrays: Sequence[Any], names: Sequence[str]) -> None:
     for name, array in zip(names, arrays, strict=True):
-        if any(bool((part != 0).any()) for part in relay.behind(array)):
+        typed = isinstance(array, jax.Array) and _is_typed(jax.typeof(array).sharding)
+        if bool(_some_behind(relay, array.sharding.mesh)(array) if typed else _some(relay, array)):
             raise InputError(
                 f"{name} should hold zeros behind the first {dict(relay.source.sizes)} as '{relay.source.pattern.text}' says, "
                 f"and does not; is it in another layout?"
             )
+
+
+def _some(relay: Relay, array: Any) -> Any:
+    """Whether there is anything where padding should be."""
+    return sum((part != 0).any() for part in relay.behind(array)) > 0
+
+
+@lru_cache(maxsize=1024)
+def _some_behind(relay: Relay, mesh: Any) -> Any:
+    """The same of an array whose sharding is a part of its type."""
+    everywhere = NamedSharding(mesh, P())  # type: ignore[no-untyped-call]
+    return jax.jit(jax.sharding.auto_axes(partial(_some, relay), out_sharding=everywhere))
 
 
 def _words(leaf: Leaf) -> str:
@@ -101,8 +131,15 @@ def _words(leaf: Leaf) -> str:
     return f"{leaf.dtype} {tuple(leaf.array.shape)}{names}{box}"
 
 
+def _by_torch(relay: Relay, arrays: Sequence[Any]) -> Sequence[Any]:
+    """PyTorch moves bits as they are, and derives that; of floats of one byte it knows neither a stack nor a derivative."""
+    dtype, small = arrays[0].dtype, arrays[0].dtype.is_floating_point and arrays[0].element_size() == 1
+    found = relay([array.view(sys.modules["torch"].uint8) for array in arrays] if small else arrays, _Torch())
+    return [array.view(dtype) for array in found] if small else found
+
+
 class _Torch:
-    """The operations in PyTorch's words; it moves bits as they are, and has its own derivatives."""
+    """The operations in PyTorch's words."""
 
     @staticmethod
     def transpose(array: Any, axes: Sequence[int], /) -> Any:

@@ -5,16 +5,16 @@ In: the leaves of a tree by name, a layout. Out: moves, and the record of the la
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from convert.errors import ConvertError, PlanError
 from convert.memory.leaves import Leaf
+from convert.memory.names import absent, check_arrays, family_of, has_gates
 from convert.memory.relay import Relay, Side
 from convert.memory.tree import Held
 from convert.options import Choices
@@ -22,17 +22,21 @@ from convert.planning.planner import Action, Plan, make_plan
 from convert.planning.targets import Target
 from layouts.language.layout import ROLES, Layout, Layouts, Placed
 from layouts.language.pattern import Pattern
+from layouts.language.template import Template
 from layouts.matching.candidates import named
-from layouts.matching.lookup import fitting
 from layouts.reader import Reader
 from layouts.side_files import SideFiles
-from layouts.tables.families import FAMILIES, Family, maxtext
-from layouts.tables.targets import TARGETS, VERSION, target
+from layouts.tables import targets as tables
+from layouts.tables.families import Family
 from layouts.tensors import DTYPES, TensorSpec
 
 _CODES = {name: code for code, name in DTYPES.items()}
 _OTHER_TYPE = "I8"
 """The code for element types that no file has, such as int4: the planner compares codes, and `moved` the types themselves."""
+
+
+_Pair = tuple[Template, Template, Mapping[str, int]]
+"""The key of what is there, the key of what it becomes, and the sizes of the axes of the weight in them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,22 +89,27 @@ def planned(
     Raises:
         PlanError, InputError: as for files; messages name leaves, and arguments instead of flags.
     """
-    said = choices.family or (record or {}).get("family")
-    family = next((f for f in FAMILIES if said == f.name or said in f.model_types), maxtext())
+    family = family_of(choices.family or (record or {}).get("family"))
     known = dict(sizes or {})
     config = {"num_experts": known.pop("e")} if "e" in known else {}
     try:
-        if known and choices.source_layout and (record := _stated(choices.source_layout, family, known)):
-            choices = dataclasses.replace(choices, source_layout=None)
-        wanted = target(choices.layout, family, shards=choices.shards, align=choices.align)
-        _check_arrays(held, family, (*family.native, wanted))
+        stated = _stated(choices.source_layout, family, known) if choices.source_layout and known else None
+        there = choices.source_layout or (record or {}).get("layout")
+        wanted = tables.target(choices.layout, family, shards=choices.shards, align=choices.align)
+        before, after = (family.native, wanted) if action == "prefuse" else ((), family.native[0])
+        before = before if there is None else (named(there, family), *before)
+        check_arrays(held, family, (*before, *family.native, wanted))
         tensors = {name: _spec(name, each.leaf) for name, each in held.items() if each.leaf is not None}
-        _check_names(tensors, family, said)
-        reader = _Tree(tensors=tensors, format=family.format, record=record, config=config)
-        plan = make_plan(cast(Reader, reader), Path(), action, choices, whole=False)
+        if not has_gates(tensors, family):
+            moves = tuple(_places(held, _empty_pairs(family, before, after)))
+            return Moves(moves=moves or absent(tensors, family, said=bool(choices.family)), record=None)
+        reader = _Tree(tensors=tensors, format=family.format, record=stated or record, config=config)
+        plan = make_plan(
+            cast(Reader, reader), Path(), action, replace(choices, source_layout=None) if stated else choices, whole=False
+        )
     except ConvertError as error:
         raise type(error)(_in_arguments(str(error), action)) from None
-    return Moves(moves=(*_moves(plan), *_places(held, plan)), record=plan.record)
+    return Moves(moves=(*_moves(plan), *_places(held, _pairs(plan))), record=_whole(plan.record, family))
 
 
 def _spec(name: str, leaf: Leaf) -> TensorSpec:
@@ -118,8 +127,8 @@ def _moves(plan: Plan) -> Iterator[Planned]:
         first = targets[0]
         source, target = _side(first.source, first.source_sizes), _side(first.target, first.sizes)
         yield Planned(
-            sources=_names(first.source, source, first.index),
-            targets=_names(first.target, target, first.index),
+            sources=_rendered(first.source.key, first.index, dict(source.sizes)),
+            targets=_rendered(first.target.key, first.index, dict(target.sizes)),
             relay=Relay(source=source, target=target),
         )
 
@@ -130,56 +139,49 @@ def _side(placed: Placed, sizes: Mapping[str, int]) -> Side:
     return Side(named=tuple(axes), pattern=placed.pattern, sizes=tuple(held.items()))
 
 
-def _names(placed: Placed, side: Side, index: Mapping[str, Any]) -> tuple[str, ...]:
-    """All names of a side, in the order of its grid."""
-    points = itertools.product(*map(range, side.grid))
-    return tuple(placed.key.render({**index, **dict(zip(side.named, point, strict=True))}) for point in points)
+def _rendered(key: Template, index: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """All names of a key that differ in the axes of the weight alone, in the order of their grid."""
+    axes = [axis for axis in key.slots if axis in sizes]
+    points = itertools.product(*(range(sizes[axis]) for axis in axes))
+    return tuple(key.render({**index, **dict(zip(axes, point, strict=True))}) for point in points)
 
 
-def _places(held: Mapping[str, Held], plan: Plan) -> Iterator[Planned]:
+def _places(held: Mapping[str, Held], pairs: Iterable[_Pair]) -> Iterator[Planned]:
     """Where leaves only keep the places of experts (optimizers mask what they do not train), the places are moved."""
-    keys = {(t.source.key, t.target.key): t for t in plan.targets if t.role in ROLES and t.moved}
     empty = [name for name, each in held.items() if each.is_empty]
-    for (source, _), first in keys.items():
-        sides = [_side(first.source, first.source_sizes), _side(first.target, first.sizes)]
+    for source, target, sizes in pairs:
         found: dict[Any, dict[str, Any]] = {}
         for name in empty:
             if (index := source.parse(name)) is not None:
-                found.setdefault(frozenset(i for i in index.items() if i[0] not in sides[0].named), {})[name] = index
+                found.setdefault(frozenset(i for i in index.items() if i[0] not in sizes), {})[name] = index
         for names in found.values():
-            index = next(iter(names.values()))
-            sources = _names(first.source, sides[0], index)
+            first, index = next(iter(names.items()))
+            sources = _rendered(source, index, sizes)
             if lost := [name for name in sources if name not in names]:
-                raise PlanError(f"{next(iter(names))} is empty and {lost[0]} is not; both or neither")
-            yield Planned(sources=sources, targets=_names(first.target, sides[1], index), relay=None)
+                raise PlanError(f"{first} is empty and {lost[0]} is not there, or is not empty; both or neither")
+            yield Planned(sources=sources, targets=_rendered(target, index, sizes), relay=None)
 
 
-def _check_arrays(held: Mapping[str, Held], family: Family, tables: Iterable[Layouts]) -> None:
-    """See that what has the name of an expert's weight is an array."""
-    keys = [layout.template(family.experts) for table in tables for layout in table.values()]
-    for name, each in held.items():
-        if each.leaf is None and not each.is_empty and any(key.parse(name) is not None for key in keys):
-            raise PlanError(
-                f"{name} has the name of an expert's weight and is a {type(each.node).__qualname__}; "
-                f"known are arrays of NumPy, JAX and PyTorch, jax.ShapeDtypeStruct, and Flax's boxes around these"
-            )
+def _pairs(plan: Plan) -> Iterator[_Pair]:
+    """The names of what was planned, and the sizes of the axes in them."""
+    found = {(t.source.key, t.target.key): t for t in plan.targets if t.role in ROLES and t.moved}
+    for (source, target), each in found.items():
+        sizes = {**each.source_sizes, **each.sizes}
+        yield source, target, {axis: sizes[axis] for axis in "ekgn" if axis in (*source.slots, *target.slots)}
 
 
-def _check_names(names: Collection[str], family: Family, said: object) -> None:
-    """See that some leaves have the names of gate and up, before anything is said of the layout that they are in."""
-    tables = [*family.native, *(target(each, family, shards=1, align=128) for each in TARGETS)]
-    keys = [table["wi"].template(family.experts) for table in tables]
-    if any(key.parse(name) is not None for key in keys for name in names):
-        return
-    near = [] if said else [other.name for other in fitting(names, "hf")][:6]
-    wanted = family.native[0]["wi"].key.replace("{experts}", family.experts) if said else "wi_0 and wi_1, nor wi"
-    hint = f"; there are names as in {', '.join(near)}: if it is one of these, say so with --family" if near else ""
-    raise PlanError(f"no leaves are called {wanted}{hint}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}")
+def _empty_pairs(family: Family, sources: Iterable[Layouts], wanted: Layouts) -> Iterator[_Pair]:
+    """The same of a tree that holds no experts, only their places: no shape says how many there are."""
+    for table in sources:
+        for role in ROLES:
+            source, target = (each[role].template(family.experts).bind("part", 0) for each in (table, wanted))
+            if not {"e", "k", "n"} & {*source.slots, *target.slots} and source != target:
+                yield source, target, {"g": 2}
 
 
 def _stated(text: str, family: Family, sizes: Mapping[str, int]) -> dict[str, Any] | None:
     """The record of a layout that somebody has named, with the sizes of what it pads; None if it pads nothing."""
-    record: dict[str, Any] = {"layout": text, "version": VERSION, "family": family.name, "stored": {}}
+    record: dict[str, Any] = {"layout": text, "version": tables.VERSION, "family": family.name, "stored": {}}
     for role, layout in named(text, family).items():
         pattern = Pattern(layout.pattern)
         shards = pattern.fixed.get("s", 1)
@@ -190,6 +192,14 @@ def _stated(text: str, family: Family, sizes: Mapping[str, int]) -> dict[str, An
         if unpadded:
             record["stored"][f"{role}."] = {"pattern": layout.pattern, "dims": "out in", "unpadded": unpadded}
     return record if record["stored"] else None
+
+
+def _whole(record: Mapping[str, Any] | None, family: Family) -> dict[str, Any]:
+    """A record in which a role that the tree lacks is there, too, as it would have been."""
+    found = dict(record or {})
+    for role in ROLES if "layout" in found else ():
+        found[role] = {**found[role], "native": found[role]["native"] or [_words(family.native[0][role], family)]}
+    return found
 
 
 def _words(layout: Layout, family: Family) -> dict[str, str]:

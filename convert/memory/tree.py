@@ -123,7 +123,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     if leaf_of(node) is not None:
         return None
     if isinstance(node, Mapping):
-        return list(node.items())
+        return list(getattr(node, "raw_mapping", node).items())  # nnx.State makes a State of each mapping that is looked at
     entries = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)[0]
     if any(not path for path, _ in entries):
         return None
@@ -181,21 +181,21 @@ def _closed(node: Any, keys: list[Any], found: dict[Any, Any]) -> Any:
         return new
     if isinstance(node, Mapping):
         return type(node)(found)  # type: ignore[call-arg]
-    if found and list(found) != keys:
+    if not found.keys() & set(keys) and isinstance(node, list | tuple):
+        return found  # a list of experts that became one
+    if list(found) != keys:
         lost = [str(key) for key in keys if key not in found]
         raise PlanError(
             f"a {type(node).__name__} has its fields once and for all, so {', '.join(lost)} cannot become "
             f"{', '.join(str(key) for key in found if key not in keys) or 'anything else'} in it; hold the experts in a mapping"
         )
-    if not found:
-        return ()
     structure = jax.tree.structure(node, is_leaf=lambda child: child is not node)
     return jax.tree.unflatten(structure, list(found.values()))
 
 
 def _walk(node: Any, keys: Path) -> Any:
     for key in keys:
-        node = node[key] if isinstance(node, Mapping | Sequence) or not isinstance(key, str) else getattr(node, key)
+        node = getattr(node, key) if isinstance(key, str) and not isinstance(node, Mapping) else node[key]
     return node
 
 
