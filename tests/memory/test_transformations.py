@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import convert
 
 E, K, N = 2, 3, 4
+QUICK = ["bfloat16", "float8_e4m3fn"]
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 
 
@@ -46,19 +47,20 @@ def cubed(fused, weight):
     return (weight * fused.astype("float32") ** 3).sum()
 
 
-PAIRS = [
-    pytest.param(fuse, concatenate, id="fuse"),
-    pytest.param(
-        lambda g, u: concatenate(*split(concatenate(g, u)))[..., ::-1], lambda g, u: concatenate(g, u)[..., ::-1], id="split"
-    ),
-]
+def ours(gate, up):
+    """Both calls, so that each transformation is compiled once."""
+    return fuse(*split(fuse(gate, up))[::-1])
+
+
+def theirs(gate, up):
+    return concatenate(up, gate)
+
+
 WAYS = {
     "grad": lambda f, args, w: jax.grad(lambda a: cubed(f(*a), w))(args),
-    "jit of grad": lambda f, args, w: jax.jit(jax.grad(lambda a: cubed(f(*a), w)))(args),
     "grad of jit": lambda f, args, w: jax.grad(lambda a: cubed(jax.jit(f)(*a), w))(args),
     "vjp": lambda f, args, w: jax.vjp(f, *args)[1](w.astype(args[0].dtype)),
     "jvp": lambda f, args, w: jax.jvp(f, args, args[::-1]),
-    "linearize": lambda f, args, w: jax.linearize(f, *args)[1](*args[::-1]),
     "second derivatives": lambda f, args, w: jax.jvp(jax.grad(lambda a: cubed(f(*a), w)), (args,), (args[::-1],)),
     "remat": lambda f, args, w: jax.grad(lambda a: cubed(jax.checkpoint(f)(*a), w))(args),
     "vmap": lambda f, args, w: jax.vmap(f)(*(jnp.stack((a, -a)) for a in args)),
@@ -72,8 +74,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
-def test_values_and_derivatives_are_those_of_concatenate(ours, theirs, way):
+def test_values_and_derivatives_are_those_of_concatenate(way):
     args, weight = pair(), numbers(E, K, 2 * N, seed=3)
     mine, wanted = (jax.tree.leaves(WAYS[way](f, args, weight)) for f in (ours, theirs))
     assert any(np.any(leaf) for leaf in wanted)
@@ -82,19 +83,17 @@ def test_values_and_derivatives_are_those_of_concatenate(ours, theirs, way):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=() if d in QUICK else pytest.mark.slow) for d in DTYPES])
 @pytest.mark.parametrize("way", ["vjp", "jvp"])
 def test_derivatives_in_every_float_type(dtype, way):
     args, weight = pair(dtype), numbers(E, K, 2 * N, seed=3)
-    for ours, theirs in ((fuse, concatenate), (lambda g, u: split(concatenate(g, u))[1], lambda g, u: u)):
-        cotangent = weight if ours is fuse else weight[..., :N]
-        mine, wanted = (jax.tree.leaves(WAYS[way](f, args, cotangent)) for f in (ours, theirs))
-        for a, b in zip(mine, wanted, strict=True):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a.astype("float32"), b.astype("float32"))
+    mine, wanted = (jax.tree.leaves(WAYS[way](f, args, weight)) for f in (ours, theirs))
+    for a, b in zip(mine, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "int32", "uint8", "bool", "int4", "float4_e2m1fn"])
+@pytest.mark.parametrize("dtype", [*QUICK, "float32", "int32", "bool", "int4", "float4_e2m1fn"])
 def test_all_bits_pass_and_only_the_floats_have_a_derivative(dtype):
     width = {"bool": 1, "int4": 4, "float4_e2m1fn": 4}.get(dtype, 8 * jnp.dtype(dtype).itemsize)
     store = np.dtype(f"u{max(1, width // 8)}")
