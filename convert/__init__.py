@@ -104,14 +104,17 @@ def digest(path: str | Path, *, progress: Progress | None = None, **options: Unp
 
 
 @documented(Fusing)
-def prefuse_params(params: Any, *, sizes: Mapping[str, int] | None = None, **options: Unpack[Fusing]) -> Any:
+def prefuse_params(
+    params: Any, *, sizes: Mapping[str, int] | None = None, donate: bool = False, **options: Unpack[Fusing]
+) -> Any:
     """Fuse gate and up in a tree of parameters, in memory: what `prefuse` does to files, with the same layouts and families.
 
     `params` is any container of arrays (see README), and so is what is returned. Leaves have MaxText's names, `wi_0`, `wi_1`
     and `wo`, unless `family` says otherwise. `sizes` are those of axes that shapes do not tell: `e`, the experts of a family
     that stores them flat; `k` and `n`, where the input is padded.
 
-    It works under every transformation of JAX, and has the derivative of a concatenation.
+    It works under every transformation of JAX, and has the derivative of a concatenation. With `donate`, JAX's arrays are
+    freed as soon as they are moved, so that no more than one layer is held twice; nobody can use them afterwards.
 
     Raises:
         PlanError: no experts are there, they cannot be told or are not alike, or the container cannot hold what they become.
@@ -123,7 +126,7 @@ def prefuse_params(params: Any, *, sizes: Mapping[str, int] | None = None, **opt
 
     chosen = complete(Choices, options)
     check(chosen)
-    return relaid(params, "prefuse", choices=chosen, sizes=sizes)
+    return relaid(params, "prefuse", donate=donate, choices=chosen, sizes=sizes)
 
 
 @documented(Fusing)
@@ -149,13 +152,14 @@ def split_params(
     layout: str | Mapping[str, Any] | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
+    donate: bool = False,
     **options: Unpack[Unfusing],
 ) -> Any:
     """The inverse of `prefuse_params`.
 
     `layout` is its name, or what `layout_of` gave: no shape tells the layouts of a fused array apart, and none is assumed. By
     name, gate and up become what their family publishes, and where `wi` is padded and no `wo` tells how much of it is real,
-    `sizes` does.
+    `sizes` does. `donate` as there.
 
     Raises:
         PlanError: nobody has named the layout, or no leaf is in it.
@@ -164,4 +168,5 @@ def split_params(
     from convert.memory import relaid, source_choices
 
     chosen = source_choices(complete(Choices, options), layout)
-    return relaid(params, "split", choices=chosen, record=layout if isinstance(layout, Mapping) else None, sizes=sizes)
+    record = layout if isinstance(layout, Mapping) else None
+    return relaid(params, "split", donate=donate, choices=chosen, record=record, sizes=sizes)

@@ -11,12 +11,15 @@ One engine: names are matched, and refused, by the tables and the planner that f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from convert.memory import tree
-from convert.memory.leaves import Leaf
+from convert.memory.leaves import Leaf, leaf_of
 from convert.memory.move import moved
 from convert.memory.plan import Planned, planned
 from convert.options import Choices
@@ -27,15 +30,21 @@ from layouts.tables.targets import TARGETS
 __all__ = ["record", "relaid", "source_choices"]
 
 
-def relaid(params: Any, action: Action, **asked: Any) -> Any:
-    """The tree with its experts in another layout; see `planned` for what may be asked.
+def relaid(params: Any, action: Action, *, donate: bool = False, **asked: Any) -> Any:
+    """The tree with its experts in another layout; see `planned` for what may be asked; `donate` gives the arrays up.
 
     Raises:
         PlanError: there are no experts, they cannot be told or are not alike, or the container cannot hold what they become.
     """
     held = tree.flatten(params)
     plan = planned(held, action, **asked)
-    return tree.rebuilt(params, held, {move.sources: _made(held, move) for move in plan.moves})
+    holders = Counter(id(each.leaf.array) for each in held.values() if each.leaf is not None)
+    made: dict[Sequence[str], Mapping[str, Any]] = {}
+    for move in plan.moves:
+        made[move.sources] = found = _made(held, move)
+        if donate:
+            _give_up([each.leaf.array for each in map(held.get, move.sources) if each and each.leaf], found, holders)
+    return tree.rebuilt(params, held, made)
 
 
 def source_choices(choices: Choices, layout: str | Mapping[str, Any] | None) -> Choices:
@@ -67,3 +76,17 @@ def _made(held: Mapping[str, tree.Held], move: Planned) -> dict[str, Any]:
         return dict.fromkeys(move.targets, held[move.sources[0]].node)
     leaves: list[Leaf] = [held[name].leaf for name in move.sources]  # type: ignore[misc]
     return dict(zip(move.targets, moved(move.relay, leaves, move.sources), strict=True))
+
+
+def _give_up(arrays: Iterable[Any], made: Mapping[str, Any], holders: Mapping[int, int]) -> None:
+    """Free what was moved, once it was: JAX itself would keep donated arrays whose shape no result has.
+
+    Arrays that stand in the tree in several places, or became a result as they are, stay; so do traced ones.
+    """
+    results = [leaf.array for leaf in map(leaf_of, made.values()) if leaf is not None]
+    if any(isinstance(array, jax.core.Tracer) for array in results):
+        return
+    jax.block_until_ready(results)  # type: ignore[no-untyped-call]
+    for array in arrays:
+        if isinstance(array, jax.Array) and holders[id(array)] == 1 and all(array is not result for result in results):
+            array.delete()
