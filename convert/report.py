@@ -176,7 +176,7 @@ def families_table() -> str:
             family.name,
             family.experts,
             " or ".join(names[id(native)] for native in family.native),
-            ", ".join(family.model_types) or "(told by structure)",
+            ", ".join(family.model_types) or f"(told by {'structure' if family.by_structure else 'names'})",
         )
         for family in FAMILIES
     ]

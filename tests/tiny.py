@@ -109,7 +109,7 @@ def name(key: str, index: Mapping[str, Any]) -> str:
     """A key with its slots filled in."""
 
     def fill(slot: re.Match[str]) -> str:
-        return slot[2].split(",")[index[slot[1]]] if slot[2] else str(index[slot[1]])
+        return slot[2].split(",")[index[slot[1]]] if slot[2] not in (None, "?") else str(index[slot[1]])
 
     return re.sub(r"\{(\w+)(?::([^}]*))?\}", fill, key)
 
@@ -117,7 +117,7 @@ def name(key: str, index: Mapping[str, Any]) -> str:
 def place(family: Family, layer: int) -> dict[str, Any]:
     if family.format == "orbax":
         return {"path": f"params.params.decoder.layers_{layer}.moe_block"}
-    return {"l": layer, "path": "model.layers", "moe": 0}
+    return {"l": layer, "path": "model.layers", "moe": 0, "within": "mlp."}
 
 
 def tensors(

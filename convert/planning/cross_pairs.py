@@ -64,6 +64,11 @@ def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
     """
     if family.name in COMPUTED:
         raise PlanError(f"{where}: {COMPUTED[family.name]}; only layouts are converted here")
+    if family.by_names:
+        raise PlanError(
+            f"{where}: config.json names no model that is known; its experts are ({family.name}), but a MaxText tree holds a "
+            f"whole model. If it is one of {', '.join(sorted(TREES))}, say so with --family"
+        )
     if family.name not in TREES:
         raise PlanError(f"{where}: no MaxText tree is known for family {family.name}; known: {', '.join(sorted(TREES))}")
     return TREES[family.name]

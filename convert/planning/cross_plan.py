@@ -42,7 +42,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     config = config_of(reader)
     origin = origin_of(reader, choices.family)
     named = choices.family or origin.family
-    found = find_family(config.get("model_type"), list(reader.tensors), where=reader.path, format="hf", override=named)
+    found = find_family(config, list(reader.tensors), where=reader.path, format="hf", override=named)
     tree, sides, came = (_into_maxtext if to_maxtext else _out_of_maxtext)(reader, found, origin, choices, fused)
     # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
     beside = reader.side_files
@@ -126,7 +126,7 @@ def stacked_along(reader: Reader, axis: int | None = None) -> Family:
     stated = record_of(reader).get("family")
     if stated and axis is not None and stated != maxtext(axis).name:
         raise PlanError(f"{reader.path}: it was written as {stated}; do without --scan-axis {axis}")
-    return find_family(None, (), where=reader.path, format="orbax", override=str(stated)) if stated else maxtext(axis)
+    return find_family({}, (), where=reader.path, format="orbax", override=str(stated)) if stated else maxtext(axis)
 
 
 def config_of(reader: Reader) -> Mapping[str, Any]:

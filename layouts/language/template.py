@@ -20,17 +20,23 @@ _SLOT = re.compile(r"\{([a-z]+)(?:\*([1-9]\d*))?(?:\+([1-9]\d*|[a-z]))?(?::([^{}
 _INTEGER = r"(0|[1-9][0-9]{0,8})"
 """Nine digits at most: no checkpoint has more of anything, and int() refuses what is much longer."""
 _PATH = r"(.+)"
+_WITHIN = r"((?:[^.]+\.){0,3})"
+"""A few modules or none; not any number of them, as hostile names would be searched for each beginning again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slot:
-    """A slot of a template: a path, a choice of `words`, or a number: `factor * axis` plus an `offset` or an `inner` axis."""
+    """A slot of a template: a path, `optional` modules with their dots, a choice of `words`, or a number.
+
+    A number is `factor * axis` plus an `offset` or an `inner` axis.
+    """
 
     axis: str
     factor: int = 1
     offset: int = 0
     inner: str = ""
     words: tuple[str, ...] = ()
+    optional: bool = False
 
     @classmethod
     def of(cls, axis: str, factor: str | None, offset: str | None, words: str | None) -> _Slot:
@@ -41,7 +47,8 @@ class _Slot:
             factor=int(factor or 1),
             offset=int(offset or 0) if not inner else 0,
             inner=inner,
-            words=tuple(words.split(",")) if words else (),
+            words=tuple(words.split(",")) if words and words != "?" else (),
+            optional=words == "?",
         )
 
     @property
@@ -52,7 +59,7 @@ class _Slot:
     def regex(self) -> str:
         if self.words:
             return f"({'|'.join(map(re.escape, self.words))})"
-        return _INTEGER if len(self.axis) == 1 else _PATH
+        return _WITHIN if self.optional else _INTEGER if len(self.axis) == 1 else _PATH
 
     def parse(self, text: str) -> dict[str, int | str] | None:
         if self.words:
@@ -78,6 +85,8 @@ class _Slot:
 @dataclass(frozen=True)
 class Template:
     """A tensor name with slots: `{e}` an index, `{g:gate,up}` a choice (its place is the index), `{path}` any text.
+
+    `{within:?}` is up to three modules, each with the dot behind it, or nothing: `{l}.{within:?}experts`.
 
     An index may count otherwise than the name: `{l*4+1}` is 1, 5, 9, ... for `l` = 0, 1, 2, ..., and `{l*4+p}` has two: 6 is
     `l` = 1 and `p` = 2.

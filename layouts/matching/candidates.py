@@ -84,10 +84,10 @@ def candidates(reader: Reader, family: Family, source_layout: str | None, like: 
     record = record_of(reader)
     separate = "layout" not in record and set(record) <= {"version", "family", ORIGIN}
     if source_layout and separate and not _is_origin(source_layout, record):
-        return Candidates(known=_apart(_stated(source_layout, family), family.native))
+        return Candidates(known=_apart(_stated(source_layout, family), family.stored))
     if separate:
         if like and "layout" in like:
-            return Candidates(known=_apart(_natives_of(reader, like, family), family.native))
+            return Candidates(known=_apart(_natives_of(reader, like, family), family.stored))
         return Candidates(known=_apart([], _by_writer(reader, family)))
     if record.get("version") != VERSION:
         raise PlanError(f"{reader.path}: layout record of version {record.get('version')}, this tool knows {VERSION}")
@@ -98,7 +98,7 @@ def candidates(reader: Reader, family: Family, source_layout: str | None, like: 
         raise InputError(f"{reader.path}: the record of the layout is damaged: {error!r}") from None
     if source_layout and not _is_origin(source_layout, record):
         _check_said(reader, source_layout, family, relaid)
-    return Candidates(known=_apart(relaid, family.native), stored=stored)
+    return Candidates(known=_apart(relaid, family.stored), stored=stored)
 
 
 def _is_origin(text: str, record: Mapping[str, Any]) -> bool:
@@ -168,22 +168,25 @@ def _recorded(role: str, entry: Mapping[str, Any], family: Family) -> Known:
 def _by_writer(reader: Reader, family: Family) -> tuple[Layouts, ...]:
     """The family's layouts, without those that another version of transformers writes under the same keys."""
     if family.changed_in is None:
-        return family.native
+        return family.stored
     version = str(reader.config.get("transformers_version", "")).partition(".")[0]
-    if not version.isdecimal():
+    if version.isdecimal():
+        return family.stored[int(version) >= family.changed_in :]
+    keys = [layout.template(family.experts) for layout in family.native[0].values()]
+    if any(key.parse(name) is not None for name in reader.tensors for key in keys):
         raise PlanError(
             f"{reader.path}: {family.name} stands in two layouts under the same names, and config.json has no "
             f"transformers_version that tells which. Say so: --source-layout fused-in-out (E, K, 2N), as published, or "
             f"--source-layout fused-out-in (E, 2N, K), as saved by transformers {family.changed_in} and later"
         )
-    return family.native[int(version) >= family.changed_in :]
+    return family.stored[1:]
 
 
 def _apart(first: Iterable[Known], tables: Iterable[Layouts]) -> tuple[Known, ...]:
-    """The layouts whose keys no earlier one has."""
+    """The layouts whose keys no earlier one has with another meaning."""
     kept = list(first)
     for table in tables:
-        keys = {known.layout.key for known in kept}
-        if not keys & {layout.key for layout in table.values()}:
-            kept += [Known(role=role, layout=layout) for role, layout in table.items()]
+        known = {each.layout.key: each.layout for each in kept}
+        if all(known.get(layout.key, layout) == layout for layout in table.values()):
+            kept += [Known(role=role, layout=layout) for role, layout in table.items() if layout.key not in known]
     return tuple(kept)

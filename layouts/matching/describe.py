@@ -72,7 +72,9 @@ def describe(
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups, whole=whole)
     check_routers(reader, groups)
-    return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=check_layers(reader, groups))
+    told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
+    remarks = (*told, *check_layers(reader, groups))
+    return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=remarks)
 
 
 def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Family:
@@ -85,9 +87,7 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Fami
         wanted = override or asked or stated or maxtext().name
     else:
         wanted = override or stated
-    return find_family(
-        reader.config.get("model_type"), list(reader.tensors), where=reader.path, format=reader.format, override=wanted
-    )
+    return find_family(reader.config, list(reader.tensors), where=reader.path, format=reader.format, override=wanted)
 
 
 def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Matched, list[str]]:

@@ -1,6 +1,9 @@
 """Find the family of a checkpoint: `config.json` first, the names of its tensors second, and never from a shape.
 
 In: `config.json` and names. Out: a family, or an error that names the nearest. It never looks at shapes.
+
+`config.json` names it at its top or, for a model of several parts, in one of them (`text_config`, `llm_config`,
+`thinker_config.text_config`, ...). Where it names none that is known, names whose words have one meaning tell the family.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts.errors import PlanError
+from layouts.language.layout import Layout
 from layouts.tables.families import NOT_GATED, Family, families_of
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -23,47 +27,120 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 def find_family(
-    model_type: object,
+    config: Mapping[str, Any],
     names: Sequence[str],
     *,
     where: Path,
     format: str,  # noqa: A002
     override: str | None = None,
 ) -> Family:
-    """The family called `override`, else `model_type`; `describe` checks that the names agree with it.
+    """The family called `override`, else what `config.json` names, at any depth, else what the names tell.
+
+    `describe` checks that the names agree with it.
 
     Raises:
-        PlanError: no such family; says what was seen, and the nearest known one by word or else by the names of the experts.
+        PlanError: no such family, or it has no gate; says what was seen, and the nearest by the names of the experts.
     """
     known = {alias: f for f in families_of(format) for alias in (f.name, *f.model_types)}
-    wanted = override or model_type
-    if isinstance(wanted, str) and wanted in known:
-        return known[wanted]
-    if isinstance(wanted, str) and wanted in NOT_GATED:
-        raise PlanError(
-            f"{where}: {wanted!r} has {NOT_GATED[wanted]}: no gate, so there is nothing to fuse. Use the checkpoint as it is"
-        )
-    seen = f"model_type {wanted!r} in config.json is" if wanted else "config.json names no model_type, so this is"
-    if override:
-        seen = f"{override!r} is"
-    near = get_close_matches(str(wanted), known, n=1) or [family.name for family in fitting(names, format)][:6]
+    stated = [override] if override else list(_model_types(config))
+    first = stated[0] if stated else None
+    if isinstance(first, str) and first in known and (override or not known[first].by_names):
+        return known[first]
+    _check_gated(stated[:1], where)
+    if not override:
+        if found := _of_a_part(stated[1:], names) or told_by_names(names, format):
+            return found
+        _check_gated(stated, where)
+    raise _unknown(first, bool(override), known, names, where, format)
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[object]:
+    """Every `model_type` of `config.json`, from the top down; the first is that of the whole, which may be None."""
+    yield config.get("model_type")
+    level: list[Any] = list(config.values())
+    while level:
+        parts = [part for part in level if isinstance(part, Mapping)]
+        yield from (part["model_type"] for part in parts if isinstance(part.get("model_type"), str))
+        level = [value for part in parts for value in part.values()]
+
+
+def _of_a_part(stated: Iterable[object], names: Iterable[str]) -> Family | None:
+    """The family that a part of the model is of; if several are known, the one whose names are there, if it is one."""
+    kinds = list(stated)
+    found = [family for family in families_of("hf") if any(kind in family.model_types for kind in kinds)]
+    if len(found) > 1:
+        fit = fitting(names, "hf")
+        found = [family for family in found if family in fit]
+    return found[0] if len(found) == 1 else None
+
+
+def told_by_names(names: Iterable[str], format: str) -> Family | None:  # noqa: A002
+    """The family whose words for gate, up and down have one meaning, if all three are there, and no other's are."""
+    kinds = _kinds(names)
+    found = [family for family in families_of(format) if family.by_names and _has(kinds, family.native[0]["wi"], family)]
+    return found[0] if len(found) == 1 and _has(kinds, found[0].native[0]["wo"], found[0]) else None
+
+
+def _has(kinds: Iterable[str], layout: Layout, family: Family) -> bool:
+    """Whether all projections of a role are among the names."""
+    key = layout.template(family.experts)
+    return {index.get("g") for name in kinds if (index := key.parse(name)) is not None} in ({0, 1}, {None})
+
+
+def _check_gated(stated: Iterable[object], where: Path) -> None:
+    for kind in stated:
+        if isinstance(kind, str) and kind in NOT_GATED:
+            raise PlanError(
+                f"{where}: {kind!r} has {NOT_GATED[kind]}: no gate, so there is nothing to fuse. Use the checkpoint as it is"
+            )
+
+
+def _unknown(
+    stated: object,
+    said: bool,
+    known: Mapping[str, Family],
+    names: Sequence[str],
+    where: Path,
+    format: str,  # noqa: A002
+) -> PlanError:
+    """The error that names what was seen, and what is near: by spelling for a word of the user, else by the names first."""
+    seen = f"model_type {stated!r} in config.json is" if stated else "config.json names no model_type, so this is"
+    if said:
+        seen = f"{stated!r} is"
+    fit = fitting(names, format)
+    spelt = list(known) if said or not fit else [alias for family in fit for alias in (family.name, *family.model_types)]
+    near = get_close_matches(str(stated), spelt, n=1) or [family.name for family in fit][:6]
     hint = f" (nearest: {', '.join(near)})" if near else ""
-    raise PlanError(
+    return PlanError(
         f"{where}: {seen} no known MoE family{hint}. convert --families lists the known ones. If it stores its experts as one "
         f"of these does, say so with --family; first tensors: {', '.join(sorted(names)[:3])}"
     )
 
 
 def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
-    """The families whose table knows some of these names as experts, for hints in messages; never to choose one."""
-    found = []
-    kinds = {_NUMBER.sub("0", name) for name in names}  # one name of each kind is enough
-    likely = heapq.nsmallest(_KINDS, kinds, key=lambda name: ("expert" not in name, name))
-    for family in families_of(format):
-        keys = [layout.template(family.experts) for table in family.native for layout in table.values()]
-        if any(key.parse(name) is not None for name in likely for key in keys):
-            found.append(family)
-    return found
+    """The models that know most of these names as experts, those that publish them so first; never to choose one."""
+    kinds = _kinds(names)
+    models = [family for family in families_of(format) if not family.by_names]
+    known = [[_known(kinds, table.values(), family) for table in family.native] for family in models]
+    scores = [len(set().union(*found)) for found in known]
+    best = [(not found[0], number) for number, found in enumerate(known) if scores[number] == max(scores) > 0]
+    return [models[number] for _, number in sorted(best)]
+
+
+def knows(family: Family, names: Iterable[str]) -> bool:
+    """Whether some of these names are experts as the family stores them."""
+    return any(_known(_kinds(names), table.values(), family) for table in family.stored)
+
+
+def _known(kinds: Iterable[str], table: Iterable[Layout], family: Family) -> set[str]:
+    keys = [layout.template(family.experts) for layout in table]
+    return {name for name in kinds if any(key.parse(name) is not None for key in keys)}
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """One name of each kind, those of experts first, and no more than a model has."""
+    kinds = {_NUMBER.sub("0", name) for name in names}
+    return heapq.nsmallest(_KINDS, kinds, key=lambda name: ("expert" not in name, name))
 
 
 def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from layouts.errors import PlanError
 from layouts.language.template import Template
 from layouts.matching.group import Block
-from layouts.matching.lookup import fitting
+from layouts.matching.lookup import fitting, knows, told_by_names
 from layouts.reader import Reader
 from layouts.tables.families import Family
 from layouts.tables.targets import TARGETS, target
@@ -56,7 +56,7 @@ class Refusal:
         tables = {name: target(name, family, shards=1, align=128) for name in TARGETS}
         self.fused = [(name, layout.template(family.experts)) for name, table in tables.items() for layout in table.values()]
         self.others = [Template(text) for text in family.others]
-        keys = {layout.key for table in family.native for layout in table.values() if "{part}" in layout.key}
+        keys = {layout.key for table in family.stored for layout in table.values() if "{part}" in layout.key}
         self.stems = [Template(key.replace("{experts}", family.experts).replace("{part}", "{rest}")) for key in sorted(keys)]
 
     def unknown_expert(self, name: str) -> None:
@@ -98,7 +98,8 @@ def _is_like_an_expert(name: str) -> bool:
 
 def hint(reader: Reader, family: Family) -> str:
     """What to try when none of the names is one of the family's."""
-    others = fitting(reader.tensors, reader.format)
-    if not others or family in others:
+    told = told_by_names(reader.tensors, reader.format)
+    others = [*fitting(reader.tensors, reader.format)[:6], *([told] if told else [])]
+    if not others or knows(family, reader.tensors):
         return ""
-    return f"; there are names as in {', '.join(f.name for f in others[:6])}: if it is one of these, say so with --family"
+    return f"; there are names as in {', '.join(f.name for f in others)}: if it is one of these, say so with --family"

@@ -2,7 +2,7 @@
 
 In: nothing. Out: layouts, and `SOURCES`, which names them. It never looks at a checkpoint.
 
-Sources: transformers 5.23 `modeling_*.py` and `conversion_mapping.py`, published checkpoints; MaxText `layers/moe.py`.
+Sources: transformers 5.24 `modeling_*.py` and `conversion_mapping.py`, published checkpoints; MaxText `layers/moe.py`.
 `nn.Linear` stores [out, in].
 """
 
@@ -19,6 +19,10 @@ PER_EXPERT = layouts(
 PER_EXPERT_W123 = layouts(
     wi=("{experts}.{e}.{g:w1,w3}.{part}", "n k"),
     wo=("{experts}.{e}.w2.{part}", "k n"),
+)
+PER_EXPERT_BELOW = layouts(
+    wi=("{experts}.experts.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
+    wo=("{experts}.experts.{e}.down_proj.{part}", "k n"),
 )
 UP_FIRST = layouts(
     wi=("{experts}.{e}.gate_and_up_proj.{part}", "(-g n) k"),
@@ -86,6 +90,7 @@ MAXTEXT_AXIS_0 = layouts(
 SOURCES: Mapping[str, Layouts] = {
     "per-expert": PER_EXPERT,
     "per-expert-w123": PER_EXPERT_W123,
+    "per-expert-below": PER_EXPERT_BELOW,  # Granite, JetMoE and Step-3.5, quantised
     "per-expert-up-first": UP_FIRST,
     "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
     "stacked": STACKED,

@@ -165,10 +165,12 @@ def test_a_tensor_in_two_shards_is_refused(source, refused):
     assert "stands in both part1.safetensors and part9.safetensors" in refused()
 
 
-def test_config_json_may_lack_but_then_the_family_must_be_named(source, refused):
+@pytest.mark.parametrize("words", [[], ["--family", "qwen3_moe"]])
+def test_config_json_may_lack_and_then_the_names_tell(source, words, capsys):
     (source / "config.json").unlink()
-    assert "config.json names no model_type" in refused(4)
-    assert main(["--prefuse", str(source), str(source.parent / "out"), "--quiet", "--family", "qwen3_moe"]) == 0
+    assert main(["--prefuse", str(source), str(source.parent / "out"), "--dry-run", *words]) == 0
+    assert ("family told by names: per-expert" in capsys.readouterr().out) == (not words)
+    assert main(["--prefuse", str(source), str(source.parent / "out"), "--quiet", *words]) == 0
 
 
 @pytest.mark.parametrize("make", [lambda p: p.symlink_to("nowhere"), lambda p: p.symlink_to("assets")], ids=["broken", "dir"])

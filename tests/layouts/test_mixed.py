@@ -8,7 +8,8 @@ import pytest
 from convert.errors import InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import make_plan
-from tests.layouts.by_hand import MODELS, config, in_out, interleaved, out_in, projections, tensors, weights
+from tests.layouts.by_hand import MODELS, config, tensors, weights
+from tests.layouts.by_hand.styles import in_out, interleaved, out_in, projections
 from tests.tiny import MemoryReader, run, same
 
 OUT = Path("out")

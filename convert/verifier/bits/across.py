@@ -55,7 +55,7 @@ def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said
     trees = {family.name for family in families_of("orbax")}  # said of both, such a name is about the tree alone
     named = None if said[0].family in trees else said[0].family
     named = named or record_of(hf).get("family") or origin.family
-    found = find_family(config.get("model_type"), list(hf.tensors), where=hf.path, format="hf", override=named)
+    found = find_family(config, list(hf.tensors), where=hf.path, format="hf", override=named)
     rows, scan = tree_in(tree, trees_of(found, hf.path))
     where = stacked_along(tree, _axis_said(tree, said[1].family) if scan_axis is None else scan_axis)
     stored, real = fused_in(tree, where, None if record_of(tree).get("layout") else said[1].layout)

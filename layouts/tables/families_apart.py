@@ -1,0 +1,65 @@
+"""The table of models, first part: families that publish a matrix for each expert and projection.
+
+In: nothing. Out: `APART`. It never looks at a checkpoint. Families that publish gate and up in one tensor, or all experts in
+one, are in `families_fused`.
+
+Sources: transformers 5.24 `modeling_*.py` and `conversion_mapping.py`, published checkpoints.
+"""
+
+from __future__ import annotations
+
+from layouts.tables.family import BARE, FEED, Family, per_expert, w123
+from layouts.tables.natives import FUSED, FUSED_IN_MLP, PER_EXPERT_W123
+
+APART: tuple[Family, ...] = (
+    per_expert("qwen2_moe"),
+    per_expert("qwen3_moe"),
+    per_expert("qwen3_next"),
+    per_expert("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_talker"),
+    per_expert("olmoe"),
+    per_expert("flex_olmo"),
+    per_expert("deepseek_v2", "deepseek_ocr2"),
+    per_expert("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
+    per_expert("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text"),
+    per_expert("dots1", "dots3_note", "dots3_note_text", others=("vision_encoder.{rest}",)),
+    per_expert("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_moe_vl"),
+    per_expert("hunyuan_v1_moe", "hy_v3"),
+    per_expert("longcat_flash"),
+    per_expert("bailing_moe", "bailing_moe_v2", "bailing_hybrid"),
+    per_expert("afmoe"),
+    per_expert("jamba", experts=FEED),
+    per_expert("exaone_moe"),
+    per_expert("cohere2_moe"),
+    per_expert("solar_open"),
+    per_expert("mellum"),
+    per_expert("mimo_v2", "mimo_v2_flash"),
+    per_expert("laguna", others=("{path}.{l}.mlp.experts.e_score_correction_bias",)),
+    per_expert("axk1", "axk2"),
+    per_expert("beam"),
+    per_expert("flint"),
+    per_expert("kolibri", "kolibri1", experts="{path}.{l}.{moe:mlp,moe}.experts"),
+    per_expert("klear", "Klear"),
+    per_expert("unlimited_ocr"),
+    w123("mixtral"),
+    w123("phimoe"),
+    w123(
+        "minimax",
+        "minimax_m1",
+        "minimax_text_01",
+        "MiniMaxM1",
+        "MiniMaxText01",
+        "minimax_m2",
+        "minimax_m3_vl",
+        "minimax_m3_vl_text",
+    ),
+    w123("kimi_linear"),
+    w123("arctic"),
+    w123("lfm2_moe", experts=FEED),
+    w123("deepseek_v4", experts="{path}.{l}.{moe:ffn,mlp}.experts"),
+    Family(
+        name="mistral_large4",
+        model_types=("mistral_large4", "mistral_large4_text"),
+        experts=BARE,
+        native=(PER_EXPERT_W123, FUSED, FUSED_IN_MLP),
+    ),
+)

@@ -1,0 +1,66 @@
+"""The table of models, second part: families that publish gate and up in one tensor, or all experts of a layer in one.
+
+In: nothing. Out: `TOGETHER`. It never looks at a checkpoint. Families that publish single experts are in `families_apart`.
+
+Sources: transformers 5.24 `modeling_*.py` and `conversion_mapping.py`, published checkpoints.
+"""
+
+from __future__ import annotations
+
+from layouts.tables.family import BARE, FEED, MLP, SPARSE, Family, fused
+from layouts.tables.natives import (
+    FC,
+    FLAT,
+    FUSED,
+    FUSED_IN_MLP,
+    FUSED_IN_OUT,
+    FUSED_INTERLEAVED,
+    LINEAR,
+    PER_EXPERT,
+    STACKED,
+    UP_FIRST,
+    W13_INTERLEAVED,
+)
+
+TOGETHER: tuple[Family, ...] = (
+    Family(
+        name="qwen3_5_moe",
+        model_types=("qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text"),
+        experts=MLP,
+        native=(FUSED, PER_EXPERT),
+    ),
+    Family(
+        name="qwen3_vl_moe",
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        experts=MLP,
+        native=(FUSED_IN_OUT, FUSED),
+        changed_in=5,
+    ),
+    Family(name="hunyuan", model_types=("hunyuan",), experts=MLP, native=(UP_FIRST,)),
+    Family(
+        name="step3p5",
+        model_types=("step3p5", "step3p7"),
+        experts="{path}.{l}.moe",
+        native=(STACKED, FUSED_IN_MLP),
+        transformers=FUSED_IN_MLP,
+    ),
+    Family(
+        name="inkling",
+        model_types=("inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
+        experts=MLP,
+        native=(W13_INTERLEAVED, FUSED),
+    ),
+    fused("gemma4", "gemma4_text", "diffusion_gemma", experts=BARE),
+    fused("hy_v4"),
+    fused("zaya"),
+    fused("mistral4"),
+    fused("muse_spark", "muse_spark_text", others=("{path}.{l}.mlp.experts.post_expert_norm.weight",)),
+    fused("granitemoe_swa", experts=SPARSE),
+    fused("granitemoe", "granitemoeshared", "granitemoehybrid", experts="{path}.{l}.block_sparse_moe", native=LINEAR),
+    fused("jetmoe", experts="{path}.{l}.mlp", native=LINEAR, others=("{path}.{l}.self_attention.experts.{rest}",)),
+    fused("llama4", "llama4_text", experts=FEED, native=FUSED_IN_OUT),
+    fused("aria", "aria_text", native=FC),
+    fused("openai_privacy_filter", native=FUSED_IN_OUT),
+    fused("gpt_oss", native=FUSED_INTERLEAVED),
+    fused("dbrx", experts="{path}.{l}.ffn.experts", native=FLAT),
+)

@@ -1,0 +1,92 @@
+"""What a row of the table of models says, and the short ways to say it.
+
+In: nothing. Out: `Family`, and what the rows of `families_apart` and `families_fused` are written with. It never looks at a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layouts.language.layout import Layouts
+from layouts.tables.natives import (
+    FC,
+    FLAT,
+    FUSED,
+    FUSED_BELOW,
+    FUSED_IN_OUT,
+    LINEAR,
+    PER_EXPERT,
+    PER_EXPERT_BELOW,
+    PER_EXPERT_W123,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A model family: its names in `config.json`, where its experts are, and how they are stored when nobody re-laid them."""
+
+    name: str
+    experts: str
+    native: tuple[Layouts, ...]
+    model_types: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    unfused: tuple[Layouts, ...] = (PER_EXPERT,)
+    """What quantisers save whatever the family publishes: they take the experts apart into modules of three projections."""
+    transformers: Layouts | None = None
+    """What transformers 5 loads, where that is not its fused form at the place of the experts."""
+    changed_in: int | None = None
+    """The major version of transformers since which the second native layout stands under the keys of the first."""
+    format: str = "hf"
+    """`orbax` for trees that are told by their structure, `hf` for families that `config.json` names."""
+    scan_axis: int = 1
+    """The axis along which MaxText stacks layers (its `param_scan_axis`), if it does."""
+
+    @property
+    def by_structure(self) -> bool:
+        """Whether its trees are told by their structure, as MaxText's are, and not by `config.json`."""
+        return self.format == "orbax"
+
+    @property
+    def by_names(self) -> bool:
+        """Whether no `config.json` names it: the names of its experts have one meaning, whatever the model is."""
+        return not self.model_types and not self.by_structure
+
+    @property
+    def stored(self) -> tuple[Layouts, ...]:
+        """All layouts that its checkpoints come in: the native ones, and then what quantisers make of them."""
+        return (*self.native, *(table for table in self.unfused if table not in self.native))
+
+
+MLP = "{path}.{l}.mlp.experts"
+SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
+FEED = "{path}.{l}.feed_forward.experts"
+BARE = "{path}.{l}.experts"
+ANYWHERE = "{path}.{l}.{within:?}experts"
+
+
+def per_expert(name: str, *aliases: str, experts: str = MLP, others: tuple[str, ...] = ()) -> Family:
+    """A family with one matrix for each expert and projection, as most are published."""
+    return Family(name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT, FUSED), others=others)
+
+
+def w123(name: str, *aliases: str, experts: str = SPARSE) -> Family:
+    """The same with Mixtral's words: w1 is gate, w3 is up, w2 is down."""
+    return Family(name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT_W123, FUSED))
+
+
+def fused(name: str, *aliases: str, experts: str = MLP, native: Layouts = FUSED, others: tuple[str, ...] = ()) -> Family:
+    """A family that is published with gate and up in one tensor, and that transformers loads as it is published.
+
+    transformers may hold it under other names than it publishes.
+    """
+    also = {id(FC): (FUSED_IN_OUT,), id(LINEAR): (FUSED_BELOW,)}.get(id(native), ())
+    return Family(
+        name=name,
+        model_types=(name, *aliases),
+        experts=experts,
+        native=(native, *also),
+        others=others,
+        unfused=(PER_EXPERT_BELOW,) if native is LINEAR else () if native is FLAT else (PER_EXPERT,),
+        transformers=native,
+    )

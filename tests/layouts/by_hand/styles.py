@@ -1,0 +1,115 @@
+"""The styles in which families store their experts, by hand: the logical weights of one MoE block -> name -> array.
+
+Gate and up are (E, K, N), down is (E, N, K). Written from `modeling_*.py` of transformers 5.24 and from published checkpoints.
+`nn.Linear` stores [out, in].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+Style = Callable[[str, np.ndarray, np.ndarray, np.ndarray], Arrays]
+
+
+def projections(at: str, gate, up, down) -> Arrays:
+    """experts.{e}.gate_proj.weight [N, K], up_proj [N, K], down_proj [K, N]."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.gate_proj.weight"] = gate[e].T
+        found[f"{at}.experts.{e}.up_proj.weight"] = up[e].T
+        found[f"{at}.experts.{e}.down_proj.weight"] = down[e].T
+    return found
+
+
+def w123(at: str, gate, up, down) -> Arrays:
+    """w1 is gate, w3 is up, w2 is down."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.w1.weight"] = gate[e].T
+        found[f"{at}.experts.{e}.w3.weight"] = up[e].T
+        found[f"{at}.experts.{e}.w2.weight"] = down[e].T
+    return found
+
+
+def up_first(at: str, gate, up, down) -> Arrays:
+    """Hunyuan-Large: the rows of up stand before those of gate."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.gate_and_up_proj.weight"] = np.concatenate((up[e].T, gate[e].T))
+        found[f"{at}.experts.{e}.down_proj.weight"] = down[e].T
+    return found
+
+
+def out_in(at: str, gate, up, down) -> Arrays:
+    """gate_up_proj [E, 2N, K], down_proj [E, K, N]."""
+    rows = np.concatenate((gate, up), -1).swapaxes(1, 2)
+    return {f"{at}.experts.gate_up_proj": rows, f"{at}.experts.down_proj": down.swapaxes(1, 2)}
+
+
+def in_out(at: str, gate, up, down) -> Arrays:
+    """gate_up_proj [E, K, 2N], down_proj [E, N, K]."""
+    return {f"{at}.experts.gate_up_proj": np.concatenate((gate, up), -1), f"{at}.experts.down_proj": down}
+
+
+def interleaved(at: str, gate, up, down) -> Arrays:
+    """gpt-oss: columns 0, 2, 4, ... are gate; biases likewise."""
+    both = np.stack((gate, up), -1).reshape(*gate.shape[:2], -1)
+    bias = 7 + both[:, 0] * 3
+    found = {f"{at}.experts.gate_up_proj": both, f"{at}.experts.gate_up_proj_bias": bias}
+    return found | {f"{at}.experts.down_proj": down, f"{at}.experts.down_proj_bias": down[:, 0] * 5}
+
+
+def linear(at: str, gate, up, down) -> Arrays:
+    """Granite and JetMoE: input_linear.weight [E, 2N, K], output_linear.weight [E, K, N]."""
+    rows = np.concatenate((gate, up), -1).swapaxes(1, 2)
+    return {f"{at}.input_linear.weight": rows, f"{at}.output_linear.weight": down.swapaxes(1, 2)}
+
+
+def fc(at: str, gate, up, down) -> Arrays:
+    """Aria: fc1.weight [E, K, 2N], fc2.weight [E, N, K]."""
+    return {f"{at}.experts.fc1.weight": np.concatenate((gate, up), -1), f"{at}.experts.fc2.weight": down}
+
+
+def flat(at: str, gate, up, down) -> Arrays:
+    """DBRX: w1 (gate), v1 (up) and w2 (down) all [E * N, K]."""
+    k = gate.shape[1]
+    rows = {"w1": gate.swapaxes(1, 2), "v1": up.swapaxes(1, 2), "w2": down}
+    return {f"{at}.experts.mlp.{name}": array.reshape(-1, k) for name, array in rows.items()}
+
+
+def stacked(at: str, gate, up, down) -> Arrays:
+    """Step-3.5: gate_proj.weight [E, N, K], up_proj, down_proj [E, K, N]."""
+    words = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {f"{at}.{name}.weight": array.swapaxes(1, 2) for name, array in words.items()}
+
+
+def w13_interleaved(at: str, gate, up, down) -> Arrays:
+    """Inkling: w13_weight [E, 2N, K], rows 0, 2, 4, ... are gate."""
+    both = np.stack((gate, up), -1).reshape(*gate.shape[:2], -1)
+    return {f"{at}.experts.w13_weight": both.swapaxes(1, 2), f"{at}.experts.w2_weight": down.swapaxes(1, 2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A published family: its `model_type`s, the module of its experts, their style, and what stands beside them."""
+
+    types: tuple[str, ...]
+    style: Style = projections
+    at: str = "model.layers.{}.mlp"
+    count: str = "num_experts"
+    nested: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[str, ...] = ("model.layers.{}.mlp.gate.weight",)
+    fused: str = ""
+    """Where `wi` and `wo` of `concat` go, if not below `experts`."""
+
+
+def shared(at: str) -> tuple[str, ...]:
+    """The names of shared experts beside the routed ones."""
+    return tuple(f"{at}.shared_experts.{word}_proj.weight" for word in ("gate", "up", "down"))
+
+
+MLP, SPARSE, FEED = "model.layers.{}.mlp", "model.layers.{}.block_sparse_moe", "model.layers.{}.feed_forward"
