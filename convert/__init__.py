@@ -78,9 +78,16 @@ def verify(
             checkpoints.
     """
     from convert.verifier import verify_checkpoints, verify_manifest
+    from layouts.checkpoint import is_adapter
     from layouts.places import place
 
     chosen = complete(Verification, options, of=1 if b is None else 2)
+    if b is not None and (is_adapter(place(a)) or is_adapter(place(b))):
+        from convert.verifier.adapters import verify_adapters
+
+        return verify_adapters(place(a), place(b), progress, chosen)
+    if chosen.from_writer or chosen.base:
+        raise UsageError("--from-writer and --base are for two LoRA adapters, and these are none")
     if b is None:
         return verify_manifest(place(a), progress, chosen)
     return verify_checkpoints(place(a), place(b), progress, chosen)

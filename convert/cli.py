@@ -95,6 +95,7 @@ def _processes(arguments: argparse.Namespace) -> Processes | None:
 
 def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mapping[str, Any]) -> int:
     from convert.commit.processes import Processes
+    from convert.planning.planner import Plan
     from convert.report import describe_division, describe_plan
     from convert.run import writer_of
     from layouts.checkpoint import open_checkpoint
@@ -102,6 +103,11 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
     choices = {each.name for each in named(Choices)}
     chosen = {name: value for name, value in given.items() if name in choices}
     planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, **chosen)
+    if not isinstance(planned, Plan):
+        from convert.adapters.report import describe_plan as describe_adapter
+
+        print(printable(describe_adapter(planned)))
+        return 0
     processes = Processes(count=arguments.num_processes or 1)
     with readable(source), closing(open_checkpoint(source)) as reader:
         writer = writer_of(planned, reader, complete(Running, given), processes)

@@ -14,6 +14,8 @@ from convert.keywords import Planning, Prefusing, Reformatting, Splitting, docum
 from convert.options import Choices, Format, Running, complete
 
 if TYPE_CHECKING:
+    from convert.adapters.plan import AdapterPlan
+    from convert.adapters.report import AdapterReport
     from convert.commit.processes import Processes
     from convert.planning.planner import Action, Plan
     from convert.progress import Progress
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 @documented(Planning)
 def plan(
     source: str | Path, out: str | Path, *, prefuse: bool = False, split: bool = False, **options: Unpack[Planning]
-) -> Plan:
+) -> Plan | AdapterPlan:
     """Plan a conversion from names and shapes alone, writing nothing.
 
     Raises:
@@ -32,11 +34,20 @@ def plan(
         PlanError: no lossless plan exists.
     """
     from convert.run import open_and_plan
+    from layouts.checkpoint import is_adapter
+    from layouts.places import place
 
     if (prefuse and split) or not (prefuse or split or options.get("to")):
         raise UsageError("give exactly one of prefuse=True and split=True, or only the format to convert to")
     action: Action = "prefuse" if prefuse else "split" if split else "convert"
-    reader, planned = open_and_plan(source, out, action, complete(Choices, options))
+    choices = complete(Choices, options)
+    if is_adapter(place(source)):
+        from convert.adapters.write import open_and_plan as open_adapter_and_plan
+
+        opened, adapter = open_adapter_and_plan(place(source), place(out), action, choices)
+        opened.close()
+        return adapter
+    reader, planned = open_and_plan(source, out, action, choices)
     reader.close()
     return planned
 
@@ -49,7 +60,7 @@ def prefuse(
     processes: Processes | None = None,
     progress: Progress | None = None,
     **options: Unpack[Prefusing],
-) -> Report:
+) -> Report | AdapterReport:
     """Write `source` to `out` with gate and up of every expert in one tensor.
 
     `progress` is called with the bytes that were written since the last call. `processes` are those that share the work (from
@@ -69,7 +80,7 @@ def split(
     processes: Processes | None = None,
     progress: Progress | None = None,
     **options: Unpack[Splitting],
-) -> Report:
+) -> Report | AdapterReport:
     """The inverse of `prefuse`: every tensor bit for bit, and for HF the original files byte for byte.
 
     Raises:
@@ -87,7 +98,7 @@ def reformat(
     processes: Processes | None = None,
     progress: Progress | None = None,
     **options: Unpack[Reformatting],
-) -> Report:
+) -> Report | AdapterReport:
     """Write a Hugging Face checkpoint as an Orbax (MaxText) one or back, every tensor, the experts unfused.
 
     Raises:
@@ -103,9 +114,15 @@ def _convert(
     processes: Processes | None,
     progress: Progress | None,
     given: Mapping[str, Any],
-) -> Report:
+) -> Report | AdapterReport:
     from convert.commit.processes import ALONE
     from convert.run import convert_checkpoint
+    from layouts.checkpoint import is_adapter
+    from layouts.places import place
 
     choices, running = complete(Choices, given), complete(Running, given)
+    if is_adapter(place(source)):
+        from convert.adapters.write import convert_adapter
+
+        return convert_adapter(place(source), place(out), action, choices, running, processes or ALONE, progress)
     return convert_checkpoint(source, out, action, choices, running, processes or ALONE, progress)

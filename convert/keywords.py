@@ -38,6 +38,8 @@ class _Tree(TypedDict, total=False):
 class _Moved(_Tree, total=False):
     to: Format | None
     keep_chunks: bool
+    from_writer: str | None
+    base: str | None
 
 
 class Planning(_Moved, total=False):
@@ -98,6 +100,8 @@ class Verifying(TypedDict, total=False):
     decode: bool
     content: bool
     self_test: bool
+    from_writer: str | None
+    base: str | None
 
 
 class Digesting(TypedDict, total=False):

@@ -99,6 +99,14 @@ _ScanAxis = Annotated[
         default="as the tree says, else 1",
     ),
 ]
+_FromWriter = Annotated[
+    str | None,
+    Option(
+        text="adapters: the program that wrote it, where the file does not say: peft-0.18, unsloth-2026.9.5, megatron-bridge",
+        show="NAME",
+    ),
+]
+_Base = Annotated[str | None, Option(text="adapters: the checkpoint that it is for, for its shapes and family", show="CKPT")]
 _SourceLayout = Annotated[
     str | None,
     Option(text="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards", show="NAME"),
@@ -156,6 +164,8 @@ class Choices:
         Literal["bf16"] | None,
         Option(text="compute FP8 block and MXFP4 weights as bfloat16 (not lossless)", choices=("bf16",)),
     ] = None
+    from_writer: _FromWriter = None
+    base: _Base = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +226,8 @@ class Verification:
             either=True,
         ),
     ] = False
+    from_writer: _FromWriter = None
+    base: _Base = None
 
 
 def workers(jobs: int | None) -> int:

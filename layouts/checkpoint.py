@@ -8,10 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from layouts.errors import InputError
+from layouts.files import ADAPTER_FILES
 from layouts.orbax.tree import find_item
 from layouts.places import is_remote, place
 from layouts.reader import Reader
-from layouts.shards import is_named
+from layouts.shards import all_files, is_named, unindexed
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a LoRA adapter lies there, and no checkpoint: the one place that tells them apart.
+
+    Raises:
+        InputError: it holds several Orbax checkpoints.
+    """
+    if is_remote(path) or not path.is_dir() or not any((path / name).is_file() for name in ADAPTER_FILES):
+        return False
+    names = unindexed(all_files(path))
+    return not is_named(path) and set(names) <= {*ADAPTER_FILES} and find_item(path) is None
 
 
 def open_checkpoint(path: str | Path) -> Reader:
@@ -25,11 +38,15 @@ def open_checkpoint(path: str | Path) -> Reader:
     path = place(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
-    # One that is called as no model is, such as an adapter's, may lie beside an Orbax item.
+    # One that is called as no model is may lie beside an Orbax item.
     if not is_named(path) and (item := find_item(path)) is not None:
         from layouts.orbax.reader import OrbaxReader
 
         return OrbaxReader.open(path, item)
+    if is_adapter(path):
+        from layouts.adapters.opening import open_adapter
+
+        return open_adapter(path)
     if is_checkpoint(path):
         if is_remote(path):
             raise InputError(f"{path}: safetensors are read from a disk only; copy them there first")

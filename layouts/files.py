@@ -21,6 +21,8 @@ from layouts.pread import InputFile
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "convert_manifest.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT calls the two files of a LoRA adapter."""
 RECORD = "moe_layout"
 """The key under which our record stands in `config.json`."""
 LIMITS: Mapping[str, int] = {CONFIG: 64 << 20, "zarr.json": 16 << 20, ".zarray": 16 << 20, "manifest.ocdbt": 64 << 20}

@@ -17,7 +17,7 @@ from typing import Any
 
 from convert.planning.planner import Target
 from layouts.names import part
-from layouts.tensors import itemsize
+from layouts.tensors import TensorSpec, itemsize
 
 SINGLE = "model.safetensors"
 
@@ -44,12 +44,13 @@ def pack(targets: Sequence[Target], *, limit: int, metadata: Mapping[str, str]) 
         filled += target.spec.nbytes
     total = len(files)
     names = [SINGLE] if total == 1 else [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
-    return tuple(_file(name, group, metadata) for name, group in zip(names, files, strict=True))
+    return tuple(file_of(name, [t.spec for t in group], metadata) for name, group in zip(names, files, strict=True))
 
 
-def _file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> File:
+def file_of(name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> File:
+    """One file of these tensors, in their order but for the width of their types."""
     # Wide types first, so that every tensor starts at a multiple of its element size, as safetensors' own writer does it.
-    ordered = sorted((t.spec for t in targets), key=lambda spec: -itemsize(spec.dtype))
+    ordered = sorted(specs, key=lambda spec: -itemsize(spec.dtype))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
     for spec in ordered:
@@ -64,7 +65,7 @@ def _file(name: str, targets: Iterable[Target], metadata: Mapping[str, str]) -> 
     return _with_head(name, text + b" " * (-len(text) % 8), offsets, end)
 
 
-def restore(headers: Mapping[str, str], targets: Iterable[Target]) -> tuple[File, ...] | None:
+def restore(headers: Mapping[str, str], specs: Iterable[TensorSpec]) -> tuple[File, ...] | None:
     """The files of an original checkpoint, from the headers that its prefused form remembers: the same bytes again.
 
     None when the headers do not hold exactly these tensors, each once and without gaps: somebody has edited the checkpoint or
@@ -73,7 +74,7 @@ def restore(headers: Mapping[str, str], targets: Iterable[Target]) -> tuple[File
     Raises:
         InputError: the name of a file is none.
     """
-    wanted = {target.spec.name: target.spec for target in targets}
+    wanted = {spec.name: spec for spec in specs}
     restored = []
     for name, header in headers.items():
         if not part(name, "the original files that convert_manifest.json remembers").endswith(".safetensors"):

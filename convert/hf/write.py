@@ -48,7 +48,7 @@ def plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
 
 def _plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
     original = _remembered(plan)
-    files = restore(original.headers, plan.targets) if original else None
+    files = restore(original.headers, (target.spec for target in plan.targets)) if original else None
     if files is None:
         metadata = _metadata(reader)
         if plan.record:

@@ -18,6 +18,9 @@ def check(choices: Choices) -> None:
     from layouts.tables.natives import SOURCES  # not for `convert --help`
     from layouts.tables.targets import TARGETS
 
+    for name in ("from_writer", "base"):
+        if getattr(choices, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for LoRA adapters, and this is a checkpoint")
     source = (choices.source_layout or choices.layout).partition(":")[0]
     for name, known in ((choices.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
         if name not in known:

@@ -74,7 +74,7 @@ def _axis_said(tree: Reader, family: str | None) -> int | None:
     """
     if family is None or hf_name(family):
         return None
-    return find_family(None, (), where=tree.path, format="orbax", override=family).scan_axis
+    return find_family({}, (), where=tree.path, format="orbax", override=family).scan_axis
 
 
 def _lacks(tree: Reader, pair: Pair) -> bool:

@@ -43,7 +43,7 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
         InputError, PlanError: the tables have no counterpart for the tree, or not for all of it.
     """
     config, named = config_of(tree), options.family or origin_of(tree).family
-    found = find_family(config.get("model_type"), list(tree.tensors), where=tree.path, format="hf", override=named)
+    found = find_family(config, list(tree.tensors), where=tree.path, format="hf", override=named)
     rows, scan = tree_in(tree, trees_of(found, tree.path))
     where = stacked_along(tree, options.scan_axis)
     stored, real = fused_in(tree, where, options.source_layout)

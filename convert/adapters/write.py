@@ -1,0 +1,141 @@
+"""Write the output of an adapter's plan, or see that it is there already: block by block, one in memory at a time.
+
+In: a plan and the open input. Out: a published directory, or a proof. What is written and how it becomes durable is
+`convert.commit`'s; it never writes elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from convert.adapters.again import made_of, prove
+from convert.adapters.plan import AdapterPlan, make_plan
+from convert.adapters.report import AdapterReport
+from convert.adapters.stream import digests
+from convert.commit import manifest
+from convert.commit.files import write_all
+from convert.commit.identity import State, input_digest, state_of
+from convert.commit.inventory import inventory
+from convert.commit.processes import Processes
+from convert.commit.stage import Stage, check_output, staging
+from convert.errors import InputError, UsageError, readable
+from convert.hf.look import look
+from convert.options import Choices, Running
+from convert.progress import Progress, ignore
+from layouts.adapters.opening import MODEL, open_adapter
+from layouts.adapters.settings import CONFIG
+from layouts.hf import HFReader
+
+_USUAL = Choices()
+_ALLOWED = frozenset({"layout", "family", "from_writer", "base", "copy_all"})
+
+
+def open_and_plan(source: Path, out: Path, action: str, choices: Choices) -> tuple[HFReader, AdapterPlan]:
+    """Open an adapter and plan its conversion; the caller closes the reader.
+
+    Raises:
+        UsageError: an option that adapters do not have.
+        InputError, PlanError: see `convert.adapters.plan`.
+    """
+    for name in Choices.__dataclass_fields__.keys() - _ALLOWED:
+        if getattr(choices, name) != getattr(_USUAL, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for checkpoints, and {source} is an adapter")
+    with readable(source):
+        reader = open_adapter(source)
+        try:
+            return reader, make_plan(reader, out, action, choices)
+        except BaseException:
+            reader.close()
+            raise
+
+
+def convert_adapter(
+    source: Path,
+    out: Path,
+    action: str,
+    choices: Choices,
+    running: Running,
+    processes: Processes,
+    progress: Progress | None,
+) -> AdapterReport:
+    """Plan and write; see `convert.prefuse` for what it raises."""
+    started = time.monotonic()
+    if processes.count > 1:
+        raise UsageError(f"{source} is an adapter, which one process converts; call it without others")
+    if not (finished := (out / manifest.NAME).exists()):
+        check_output(source, out, overwrite=running.overwrite)
+    reader, plan = open_and_plan(source, out, action, choices)
+    with closing(reader), readable(source):
+        if plan.peak > running.memory:
+            raise UsageError(f"{source}: a block of experts takes {plan.peak:,} bytes; raise --memory above that")
+        if finished and not running.overwrite:
+            return AdapterReport(plan=plan, seconds=time.monotonic() - started, proof=prove(plan, reader, progress or ignore))
+        check_output(source, out, overwrite=running.overwrite)
+        state = state_of(source, plan.never_copied)
+        mark = _mark(plan, state)
+        with staging(out, mark, resume=running.resume, overwrite=running.overwrite) as stage:
+            assert isinstance(stage, Stage)
+            resumed = len(stage.done)
+            _write(plan, reader, stage, progress or ignore)
+            if state_of(source, plan.never_copied).content != state.content:
+                raise InputError(f"{source}: the input has changed while it was read; run again once it is at rest")
+    return AdapterReport(plan=plan, seconds=time.monotonic() - started, resumed=resumed)
+
+
+def _mark(plan: AdapterPlan, state: State) -> str:
+    """Sixteen hex digits that tell this conversion from another."""
+    said = (manifest.TOOL, "adapter", plan.action, plan.layout, plan.record, sorted(plan.texts.items()), *state)
+    digest = hashlib.sha256(repr(said).encode())
+    digest.update(plan.file.head)
+    digest.update(repr(sorted(plan.side_files)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, progress: Progress) -> None:
+    file, done = plan.file, dict(stage.done)
+    stage.folder.reserve(file.name, file.size, head=file.head)
+    descriptor = stage.folder.open(file.name, os.O_RDWR)
+    try:
+        for found in digests(
+            plan, reader, done, lambda name, at, data: write_all(descriptor, data, file.offsets[name] + at), progress
+        ):
+            os.fsync(descriptor)
+            stage.record(found)
+            done |= found
+    finally:
+        os.close(descriptor)
+    for name, text in plan.texts.items():
+        stage.folder.write_text(name, text)
+    for name in plan.side_files:
+        stage.folder.copy_in(plan.source / name, name)
+    stage.folder.write_text(manifest.NAME, _manifest(plan, reader, done, stage))
+    look(stage.folder, [file])
+
+
+def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], stage: Stage) -> str:
+    """As that of a checkpoint, so that `--verify OUT` re-checks it."""
+    content: dict[str, Any] = {
+        "version": manifest.VERSION,
+        "tool": manifest.TOOL,
+        **made_of(plan),
+        "input": input_digest(reader),
+        "remarks": list(plan.remarks),
+        "tensors": {
+            name: {"dtype": spec.dtype, "shape": list(spec.shape), "xxh3_128": hashed[name]}
+            for name, spec in plan.specs.items()
+        },
+        "files": {name: each.json() for name, each in inventory(stage.path, manifest.NAME, MODEL.__eq__).items()},
+        "headers": {plan.file.name: manifest.hashed_text(plan.file.head[8:].decode())},
+    }
+    if plan.record is not None:
+        before = manifest.original_files(plan.source) if reader.record else None
+        original = before or manifest.Original(headers=reader.headers, texts={CONFIG: (plan.source / CONFIG).read_text()})
+        content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
+    return json.dumps({**content, manifest.SEAL: manifest.seal_of(content)}, indent=1) + "\n"
