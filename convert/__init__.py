@@ -112,13 +112,19 @@ def digest(path: str | Path, *, progress: Progress | None = None, **options: Unp
 
 @documented(Fusing)
 def prefuse_params(
-    params: Any, *, sizes: Mapping[str, int] | None = None, donate: bool = False, **options: Unpack[Fusing]
+    params: Any,
+    *,
+    names: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    donate: bool = False,
+    **options: Unpack[Fusing],
 ) -> Any:
     """Fuse gate and up in a tree of parameters, in memory: what `prefuse` does to files, with the same layouts and families.
 
     `params` is any container of arrays (see README), and so is what is returned. Leaves have MaxText's names, `wi_0`, `wi_1`
-    and `wo`, unless `family` says otherwise. `sizes` are those of axes that shapes do not tell: `e`, the experts of a family
-    that stores them flat; `k` and `n`, where the input is padded.
+    and `wo`, unless `family` says otherwise, or `names` says what they are called: `{"wi_0": "gate_proj.kernel", ...}`.
+    `sizes` are those of axes that shapes do not tell: `e`, the experts of a family that stores them flat; `k` and `n`, where
+    the input is padded.
 
     It works under every transformation of JAX, and has the derivative of a concatenation. With `donate`, JAX's arrays are
     freed as soon as they are moved, so that no more than one layer is held twice; nobody can use them afterwards.
@@ -133,11 +139,17 @@ def prefuse_params(
 
     chosen = complete(Choices, options)
     check(chosen)
-    return relaid(params, "prefuse", donate=donate, choices=chosen, sizes=sizes)
+    return relaid(params, "prefuse", names=names, donate=donate, choices=chosen, sizes=sizes)
 
 
 @documented(Fusing)
-def layout_of(params: Any, *, sizes: Mapping[str, int] | None = None, **options: Unpack[Fusing]) -> Mapping[str, Any]:
+def layout_of(
+    params: Any,
+    *,
+    names: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    **options: Unpack[Fusing],
+) -> Mapping[str, Any]:
     """The record, as JSON, of the layout in which `prefuse_params` of the same arguments leaves these parameters.
 
     It is what files remember beside their tensors: keep it beside the tree, and `split_params` restores the original from it.
@@ -150,7 +162,7 @@ def layout_of(params: Any, *, sizes: Mapping[str, int] | None = None, **options:
 
     chosen = complete(Choices, options)
     check(chosen)
-    return record(params, choices=chosen, sizes=sizes)
+    return record(params, names=names, choices=chosen, sizes=sizes)
 
 
 @documented(Unfusing)
@@ -158,6 +170,7 @@ def split_params(
     params: Any,
     layout: str | Mapping[str, Any] | None = None,
     *,
+    names: Mapping[str, str] | None = None,
     sizes: Mapping[str, int] | None = None,
     donate: bool = False,
     **options: Unpack[Unfusing],
@@ -166,7 +179,7 @@ def split_params(
 
     `layout` is its name, or what `layout_of` gave: no shape tells the layouts of a fused array apart, and none is assumed. By
     name, gate and up become what their family publishes, and where `wi` is padded and no `wo` tells how much of it is real,
-    `sizes` does. `donate` as there.
+    `sizes` does. `names` and `donate` as there.
 
     Raises:
         PlanError: nobody has named the layout, or no leaf is in it.
@@ -176,4 +189,4 @@ def split_params(
 
     chosen = source_choices(complete(Choices, options), layout)
     record = layout if isinstance(layout, Mapping) else None
-    return relaid(params, "split", donate=donate, choices=chosen, record=record, sizes=sizes)
+    return relaid(params, "split", names=names, donate=donate, choices=chosen, record=record, sizes=sizes)

@@ -18,9 +18,11 @@ from typing import Any
 
 import jax
 
+from convert.errors import PlanError, UsageError
 from convert.memory import tree
 from convert.memory.leaves import Leaf, leaf_of
 from convert.memory.move import moved
+from convert.memory.names import Names
 from convert.memory.plan import Planned, planned
 from convert.options import Choices
 from convert.planning.choices import check
@@ -30,18 +32,18 @@ from layouts.tables.targets import TARGETS
 __all__ = ["record", "relaid", "source_choices"]
 
 
-def relaid(params: Any, action: Action, *, donate: bool = False, **asked: Any) -> Any:
+def relaid(params: Any, action: Action, *, names: Mapping[str, str] | None = None, donate: bool = False, **asked: Any) -> Any:
     """The tree with its experts in another layout; see `planned` for what may be asked; `donate` gives the arrays up.
 
     Raises:
         PlanError: there are no experts, they cannot be told or are not alike, or the container cannot hold what they become.
     """
-    held = tree.flatten(params)
+    called, held = _read(params, names, asked["choices"])
     plan = planned(held, action, **asked)
     holders = Counter(id(each.leaf.array) for each in held.values() if each.leaf is not None)
     made: dict[Sequence[str], Mapping[str, Any]] = {}
     for move in plan.moves:
-        made[move.sources] = found = _made(held, move)
+        made[move.sources] = found = {called.write(name): node for name, node in _made(held, move).items()}
         if donate:
             _give_up([each.leaf.array for each in map(held.get, move.sources) if each and each.leaf], found, holders)
     return tree.rebuilt(params, held, made)
@@ -53,6 +55,8 @@ def source_choices(choices: Choices, layout: str | Mapping[str, Any] | None) -> 
     Raises:
         UsageError: there is none of this name, or it does not take these options.
     """
+    if layout is not None and not isinstance(layout, str | Mapping):
+        raise UsageError(f"layout: {layout!r} is neither a name nor a record of layout_of")
     if not isinstance(layout, str):
         return choices
     if layout in TARGETS:
@@ -64,10 +68,24 @@ def source_choices(choices: Choices, layout: str | Mapping[str, Any] | None) -> 
     return chosen
 
 
-def record(params: Any, **asked: Any) -> Mapping[str, Any]:
+def record(params: Any, *, names: Mapping[str, str] | None = None, **asked: Any) -> Mapping[str, Any]:
     """What a fused tree does not say of itself, as JSON; see `convert.layout_of`."""
-    plan = planned(tree.flatten(params), "prefuse", **asked)
-    return plan.record or {}
+    _, held = _read(params, names, asked["choices"])
+    return planned(held, "prefuse", **asked).record or {}
+
+
+def _read(params: Any, names: Mapping[str, str] | None, choices: Choices) -> tuple[Names, dict[str, tree.Held]]:
+    """The leaves by the names that the tables know, and how to write these.
+
+    Raises:
+        PlanError: two leaves would have one name.
+    """
+    called, held, found = Names(names, choices.family), tree.flatten(params), dict[str, tree.Held]()
+    for name, each in held.items():
+        if (known := called.read(name)) in found:
+            raise PlanError(f"{name} and {found[known].path} are both called {known} by these names; rename one")
+        found[known] = each
+    return called, found
 
 
 def _made(held: Mapping[str, tree.Held], move: Planned) -> dict[str, Any]:

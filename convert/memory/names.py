@@ -5,15 +5,53 @@ In: names, a family. Out: nothing, or an error that says what was found instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from convert.errors import PlanError
+from convert.errors import PlanError, UsageError
 from convert.memory.tree import Held
 from layouts.language.layout import Layouts
 from layouts.matching.lookup import fitting
 from layouts.tables.families import FAMILIES, Family, maxtext
 from layouts.tables.targets import TARGETS, target
+
+WORDS = ("wi_0", "wi_1", "wi", "wo")
+"""What MaxText calls gate, up, both, and down."""
+
+
+class Names:
+    """How a tree calls what MaxText calls `wi_0`, `wi_1`, `wi` and `wo`: by the ends of names, such as `gate_proj.kernel`.
+
+    Raises:
+        UsageError: another word is to be called something, or two words the same.
+    """
+
+    def __init__(self, said: Mapping[str, str] | None, family: str | None) -> None:
+        self._ends = dict(said or {})
+        if said and family and not family_of(family).by_structure:
+            raise UsageError(f"names: those of family {family} are in its table; give names or a family")
+        if lost := [word for word in self._ends if word not in WORDS]:
+            raise UsageError(f"names: {lost[0]!r} is none of {', '.join(WORDS)}")
+        if len(set(self._ends.values())) < len(self._ends):
+            raise UsageError(f"names: two words are called the same in {self._ends}")
+
+    def read(self, name: str) -> str:
+        """A name of the tree, in MaxText's words; a leaf that has one of these by chance is called otherwise."""
+        found = self._changed(name, {end: word for word, end in self._ends.items()})
+        return f"{name} (another)" if found == name and name.rpartition(".")[2] in self._other else found
+
+    def write(self, name: str) -> str:
+        """A name in MaxText's words, as the tree has it."""
+        return self._changed(name, self._ends)
+
+    @property
+    def _other(self) -> set[str]:
+        return {word for word, end in self._ends.items() if word != end}
+
+    @staticmethod
+    def _changed(name: str, ends: Mapping[str, str]) -> str:
+        end = next((end for end in ends if name.endswith(f".{end}")), None)
+        return name if end is None else name[: -len(end)] + ends[end]
 
 
 def family_of(said: object) -> Family:
@@ -45,20 +83,20 @@ def check_arrays(held: Mapping[str, Held], family: Family, tables: Iterable[Layo
             )
 
 
-def has_gates(names: Iterable[str], family: Family) -> bool:
-    """Whether some names are those of gate and up, in any layout."""
-    tables = [*family.native, *(target(each, family, shards=1, align=128) for each in TARGETS)]
+def has_gates(names: Iterable[str], family: Family, tables: Collection[Layouts]) -> bool:
+    """Whether some names are those of gate and up in one of these layouts, or in any if there are none."""
+    tables = tables or (*family.native, *(target(each, family, shards=1, align=128) for each in TARGETS))
     keys = [table["wi"].template(family.experts) for table in tables]
     return any(key.parse(name) is not None for name in names for key in keys)
 
 
-def absent(names: Collection[str], family: Family, *, said: bool) -> NoReturn:
+def absent(names: Collection[str], family: Family, tables: Sequence[Layouts], *, said: bool) -> NoReturn:
     """Say that no names are those of gate and up, and whose the names may be.
 
     Raises:
         PlanError: always.
     """
     near = [] if said else [other.name for other in fitting(names, "hf")][:6]
-    wanted = family.native[0]["wi"].key.replace("{experts}", family.experts) if said else "wi_0 and wi_1, nor wi"
+    wanted = " or ".join(dict.fromkeys(table["wi"].key.replace("{experts}", family.experts) for table in tables)) or "wi"
     hint = f"; there are names as in {', '.join(near)}: if it is one of these, say so with --family" if near else ""
-    raise PlanError(f"no leaves are called {wanted}{hint}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}")
+    raise PlanError(f"no leaves are called as {wanted} says{hint}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from convert.errors import ConvertError, PlanError
+from convert.errors import ConvertError, PlanError, UsageError
 from convert.memory.leaves import Leaf
 from convert.memory.names import absent, check_arrays, family_of, has_gates
 from convert.memory.relay import Relay, Side
@@ -90,26 +90,42 @@ def planned(
         PlanError, InputError: as for files; messages name leaves, and arguments instead of flags.
     """
     family = family_of(choices.family or (record or {}).get("family"))
-    known = dict(sizes or {})
-    config = {"num_experts": known.pop("e")} if "e" in known else {}
     try:
-        stated = _stated(choices.source_layout, family, known) if choices.source_layout and known else None
-        there = choices.source_layout or (record or {}).get("layout")
-        wanted = tables.target(choices.layout, family, shards=choices.shards, align=choices.align)
-        before, after = (family.native, wanted) if action == "prefuse" else ((), family.native[0])
-        before = before if there is None else (named(there, family), *before)
-        check_arrays(held, family, (*before, *family.native, wanted))
-        tensors = {name: _spec(name, each.leaf) for name, each in held.items() if each.leaf is not None}
-        if not has_gates(tensors, family):
-            moves = tuple(_places(held, _empty_pairs(family, before, after)))
-            return Moves(moves=moves or absent(tensors, family, said=bool(choices.family)), record=None)
-        reader = _Tree(tensors=tensors, format=family.format, record=stated or record, config=config)
-        plan = make_plan(
-            cast(Reader, reader), Path(), action, replace(choices, source_layout=None) if stated else choices, whole=False
-        )
+        return _planned(held, action, family, choices, record, _checked(sizes or {}))
     except ConvertError as error:
         raise type(error)(_in_arguments(str(error), action)) from None
+
+
+def _planned(
+    held: Mapping[str, Held],
+    action: Action,
+    family: Family,
+    choices: Choices,
+    record: Mapping[str, Any] | None,
+    sizes: dict[str, int],
+) -> Moves:
+    config = {"num_experts": sizes.pop("e")} if "e" in sizes else {}
+    there = choices.source_layout or (record or {}).get("layout")
+    if sizes:
+        record, choices = _stated(choices.source_layout, family, sizes), replace(choices, source_layout=None)
+    wanted = tables.target(choices.layout, family, shards=choices.shards, align=choices.align)
+    before, after = (family.native, wanted) if action == "prefuse" else ((), family.native[0])
+    before = before if there is None else (named(there, family), *before)
+    check_arrays(held, family, (*before, *family.native, wanted))
+    tensors = {name: _spec(name, each.leaf) for name, each in held.items() if each.leaf is not None}
+    if not has_gates(tensors, family, before if action == "split" else ()):
+        moves = tuple(_places(held, _empty_pairs(family, before, after)))
+        return Moves(moves=moves or absent(tensors, family, before, said=bool(choices.family)), record=None)
+    reader = _Tree(tensors=tensors, format=family.format, record=record, config=config)
+    plan = make_plan(cast(Reader, reader), Path(), action, choices, whole=False)
     return Moves(moves=(*_moves(plan), *_places(held, _pairs(plan))), record=_whole(plan.record, family))
+
+
+def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
+    for axis, size in sizes.items():
+        if axis not in ("e", "k", "n") or type(size) is not int or size < 1:
+            raise UsageError(f"sizes: {{{axis!r}: {size!r}}} is no number of e, k or n")
+    return dict(sizes)
 
 
 def _spec(name: str, leaf: Leaf) -> TensorSpec:
@@ -179,10 +195,15 @@ def _empty_pairs(family: Family, sources: Iterable[Layouts], wanted: Layouts) ->
                 yield source, target, {"g": 2}
 
 
-def _stated(text: str, family: Family, sizes: Mapping[str, int]) -> dict[str, Any] | None:
-    """The record of a layout that somebody has named, with the sizes of what it pads; None if it pads nothing."""
+def _stated(text: str | None, family: Family, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The record of a layout that somebody has named, with the sizes of what it pads.
+
+    Raises:
+        UsageError: nobody has, or it pads nothing.
+        PlanError: a size is missing, or cannot be.
+    """
     record: dict[str, Any] = {"layout": text, "version": tables.VERSION, "family": family.name, "stored": {}}
-    for role, layout in named(text, family).items():
+    for role, layout in named(text, family).items() if text else ():
         pattern = Pattern(layout.pattern)
         shards = pattern.fixed.get("s", 1)
         if lost := [axis for axis in pattern.padding if axis not in sizes or (axis == "n" and sizes[axis] % shards)]:
@@ -191,7 +212,9 @@ def _stated(text: str, family: Family, sizes: Mapping[str, int]) -> dict[str, An
         record[role] = _words(layout, family) | {"native": [_words(family.native[0][role], family)]}
         if unpadded:
             record["stored"][f"{role}."] = {"pattern": layout.pattern, "dims": "out in", "unpadded": unpadded}
-    return record if record["stored"] else None
+    if not record["stored"]:
+        raise UsageError("sizes: k and n are those of a padded layout that is named; else shapes or the record say them")
+    return record
 
 
 def _whole(record: Mapping[str, Any] | None, family: Family) -> dict[str, Any]:
@@ -209,6 +232,7 @@ def _words(layout: Layout, family: Family) -> dict[str, str]:
 def _in_arguments(text: str, action: Action) -> str:
     """A message for who calls a function: with arguments where it has the flags of the command."""
     source = "layout" if action == "split" else "source_layout"
+    text = text.replace("neither the checkpoint nor", "neither a record nor")
     text = re.sub(r"(?<!convert )--([a-z-]+[a-z])", lambda flag: flag[1].replace("-", "_"), text).replace(
         "source_layout", source
     )

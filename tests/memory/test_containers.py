@@ -198,7 +198,7 @@ class Fields:
         ({"m": {**moe(), "wi": np.ones((E, K, N))}}, "looks like layout 'concat'"),
         ({"m": moe(), ("m", "wi_0"): np.ones((E, K, N))}, "params.m.wi_0: two leaves have this name"),
         (optax.adafactor(1e-3).init({"m": moe()}), "v_row.m.wo .*: a tensor of rank 1 is not of the form"),
-        ([], "no leaves are called wi_0 and wi_1"),
+        ([], "no leaves are called as .path..wi_"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused(params, message):
@@ -211,3 +211,37 @@ def test_what_cannot_be_held_is_refused(params, message):
 def test_an_unknown_family_is_refused():
     with pytest.raises(convert.PlanError, match="no MoE family is called 'mixtrall'"):
         convert.prefuse_params(tree(), family="mixtrall")
+
+
+NAMES = {"wi_0": "gate_proj.kernel", "wi_1": "up_proj.kernel", "wo": "down_proj.kernel", "wi": "gate_up.kernel"}
+
+
+def test_names_of_the_callers_own():
+    arrays = moe()
+    params = {"moe": {end.split(".")[0]: {"kernel": arrays[word]} for word, end in NAMES.items() if word != "wi"}}
+    params["dense"] = {"wi_0": jnp.ones((K, N)), "wi_1": jnp.ones((K, N))}
+    fused = convert.prefuse_params(params, names=NAMES)
+    assert fused["moe"].keys() == {"gate_up", "down_proj"}
+    np.testing.assert_array_equal(fused["moe"]["gate_up"]["kernel"], jnp.concatenate((arrays["wi_0"], arrays["wi_1"]), -1))
+    assert fused["dense"].keys() == {"wi_0", "wi_1"}
+    again = convert.split_params(fused, "concat", names=NAMES)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    np.testing.assert_array_equal(again["moe"]["up_proj"]["kernel"], arrays["wi_1"])
+    record = convert.layout_of(params, layout="gmm-ep", names=NAMES)
+    padded = convert.prefuse_params(params, layout="gmm-ep", names=NAMES)
+    np.testing.assert_array_equal(
+        convert.split_params(padded, record, names=NAMES)["moe"]["gate_proj"]["kernel"], arrays["wi_0"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ({"gate": "wi_0"}, {}, "'gate' is none of wi_0, wi_1, wi, wo"),
+        ({"wi_0": "a", "wi_1": "a"}, {}, "two words are called the same"),
+        ({"wi_0": "a"}, {"family": "mixtral"}, "give names or a family"),
+    ],
+)
+def test_names_that_say_nothing(names, options, message):
+    with pytest.raises(convert.UsageError, match=message):
+        convert.prefuse_params(tree(), names=names, **options)

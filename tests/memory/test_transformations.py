@@ -157,3 +157,19 @@ def test_a_training_loop_through_the_call_is_the_one_without_it(fused):
     for name, array in trained.items():
         assert np.abs(array - start[name]).max() > 0.01, name
         np.testing.assert_allclose(array, plain[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("per-shard", {"shards": 2, "align": 3}), ("flashinfer", {}), ("fused-moe", {}), ("interleaved", {})],
+)
+def test_what_goes_forth_comes_back_as_the_derivative(layout, options):
+    """A relay is a permutation with padding: its transpose is the relay back, and padding has no part in it."""
+    args = dict(zip(("wi_0", "wi_1"), pair(), strict=True))
+    relay = partial(convert.prefuse_params, layout=layout, **options)
+    (name,) = jax.eval_shape(relay, args)
+    weight = relay(dict(zip(args, pair()[::-1], strict=True)))[name]
+    found = jax.jit(jax.grad(lambda p: (relay(p)[name] * (weight + (weight == 0))).sum()))(args)
+    back = convert.split_params({name: weight}, convert.layout_of(args, layout=layout, **options))
+    for key in args:
+        np.testing.assert_array_equal(found[key], jnp.where(back[key] == 0, 1, back[key]))
