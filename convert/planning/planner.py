@@ -137,7 +137,7 @@ def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
     if described.family.by_structure:
         consumer, way = "MaxText's wi", ""
     for group in described.groups:
-        if group.role == "wi" and group.part and not {"in", "out", "rest"} & set(group.dims.split()):
+        if group.role == "wi" and group.part and not {"in", "out", "rest", "both"} & set(group.dims.split()):
             raise PlanError(
                 f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
                 f"has room for one, and to make them one would change values{way}"

@@ -32,6 +32,8 @@ def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layou
     placed = layout.place(experts)
     if not takes(layout.key, group.part):
         raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
+    if any(slot in "eg" and slot not in group.sizes for slot in placed.key.slots):
+        raise PlanError(f"{reader.path}: {group.names[0]} is one number for gate and up, and the wanted layout has them apart")
     try:
         pattern = _pattern(reader, group, beside, placed.pattern)
         sizes = cut(group.sizes, pattern)

@@ -6,7 +6,8 @@ A layout states where a projection's weight is. Its companions lie beside it and
 contracted axis, a block scale has one element for a block of the weight. So they need no layout of their own, only this table.
 
 Sources: DeepSeek-V3 `weight_scale_inv`; compressed-tensors `weight_packed`, `weight_shape`, ...; ModelOpt `weight_scale_2`;
-AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`.
+Inkling2-Loop
+`weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Part:
 
     `word` is its name behind a dot (`gate_proj.weight_scale`) and `name` the one behind an underscore (`gate_up_proj_scale`).
     `dims` are the dimensions it may have, tried in order: `out` and `in`, `one` (a dimension of size 1), `rest` (one of any
-    size), or none. `turned` parts are stored with in and out exchanged against the family's weights. Those that are `packed`
-    hold several values in an element, so that in and out keep their order.
+    size), or none; `both` is one number for gate and up together. `turned` parts are stored with in and out exchanged against
+    the family's weights. Those that are `packed` hold several values in an element, so that in and out keep their order.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Part:
 
 
 _SCALE = ("out in", "one", "out", "")
-_SCALAR = ("one", "")
+_SCALAR = ("one", "", "both")
 
 PARTS: Sequence[Part] = (
     Part(name="", word="weight"),
@@ -54,6 +55,8 @@ PARTS: Sequence[Part] = (
     Part(name="global_scale", word="weight_global_scale", dims=_SCALAR),
     Part(name="input_scale", word="input_scale", dims=_SCALAR),
     Part(name="input_global_scale", word="input_global_scale", dims=_SCALAR),
+    Part(name="amax", word="weight_amax", dims=_SCALAR),
+    Part(name="outer_scale_denominator", word="weight_outer_scale_denominator", dims=_SCALAR),
     Part(name="packed", word="weight_packed", packed=True),
     Part(name="shape", word="weight_shape", dims=("rest",)),
     Part(name="zero_point", word="weight_zero_point", packed=True),
@@ -122,6 +125,8 @@ def companion(weight: Pattern, role: str, dims: str, *, in_first: bool) -> Patte
         tokens[at_in] = _without(tokens[at_in], axis_in)
     if "out" not in wanted:
         tokens[at_out] = _without(tokens[at_out], axis_out)
+    if "both" in wanted:
+        tokens = [_without(token, "g") for token in tokens]
     extra = {"one": "d=1", "rest": "d"}
     return Pattern(" ".join(filter(None, [*tokens, *(extra[word] for word in wanted if word in extra)])))
 

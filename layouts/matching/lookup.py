@@ -25,6 +25,9 @@ _KINDS = 1_000
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
+_LISTS = ("pyramid_num_routed",)
+"""The names of lists of them, one for each layer (the vision encoder of Dots 3 Note)."""
+
 
 def find_family(
     config: Mapping[str, Any],
@@ -150,7 +153,8 @@ def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
 
 def _counts(config: Mapping[str, Any]) -> Iterator[int]:
     for key, value in config.items():
-        if key in EXPERT_COUNTS and type(value) is int and value > 0:
-            yield value
+        counts = value if key in _LISTS and isinstance(value, list) else [value] if key in EXPERT_COUNTS else []
+        if counts:
+            yield from (count for count in counts if type(count) is int and count > 0)
         elif isinstance(value, Mapping):
             yield from _counts(value)

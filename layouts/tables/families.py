@@ -46,8 +46,14 @@ def maxtext(scan_axis: int | None = None) -> Family:
     return next(family for family in FAMILIES if family.by_structure and family.scan_axis == wanted)
 
 
+_SQUARED = "experts of an up and a down projection (relu squared)"
 NOT_GATED: Mapping[str, str] = {
-    "nemotron_h": "experts of an up and a down projection (relu squared)",
+    "nemotron_h": _SQUARED,
+    "nemotron_h_omni": _SQUARED,
+    "nemotron_h_puzzle": _SQUARED,
+    "nemo_speechlm": _SQUARED,
+    "vitpose_backbone": "experts that are one matrix each",
+    "nomic_bert": "experts of w1 and w2",
     "switch_transformers": "experts of wi and wo",
     "nllb-moe": "experts of fc1 and fc2",
     "doge": "experts that are rows of an embedding",

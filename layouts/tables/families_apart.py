@@ -8,21 +8,33 @@ Sources: transformers 5.24 `modeling_*.py` and `conversion_mapping.py`, publishe
 
 from __future__ import annotations
 
-from layouts.tables.family import BARE, FEED, Family, per_expert, w123
-from layouts.tables.natives import FUSED, FUSED_IN_MLP, PER_EXPERT_W123
+from layouts.tables.family import BARE, FEED, MLP, Family, per_expert, w123
+from layouts.tables.natives import FUSED, FUSED_IN_MLP, PER_EXPERT, PER_EXPERT_FC, PER_EXPERT_W123
 
 APART: tuple[Family, ...] = (
     per_expert("qwen2_moe"),
     per_expert("qwen3_moe"),
     per_expert("qwen3_next"),
-    per_expert("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_talker"),
+    per_expert(
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker",
+        "qwen3_omni_moe_talker",
+        "qwen3_omni_moe_talker_text",
+    ),
     per_expert("olmoe"),
     per_expert("flex_olmo"),
-    per_expert("deepseek_v2", "deepseek_ocr2"),
+    per_expert("deepseek_v2", "deepseek_ocr2", "deepseek_ocr2_text"),
     per_expert("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
     per_expert("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text"),
-    per_expert("dots1", "dots3_note", "dots3_note_text", others=("vision_encoder.{rest}",)),
-    per_expert("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_moe_vl"),
+    per_expert("dots1"),
+    Family(  # the vision encoder has experts, too: fc1 is gate, fc3 up (conversion_mapping.py)
+        name="dots3_note",
+        model_types=("dots3_note", "dots3_note_text", "dots3_note_vision_encoder"),
+        experts=MLP,
+        native=(PER_EXPERT, PER_EXPERT_FC, FUSED),
+    ),
+    per_expert("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl"),
     per_expert("hunyuan_v1_moe", "hy_v3"),
     per_expert("longcat_flash"),
     per_expert("bailing_moe", "bailing_moe_v2", "bailing_hybrid"),
@@ -39,7 +51,8 @@ APART: tuple[Family, ...] = (
     per_expert("flint"),
     per_expert("kolibri", "kolibri1", experts="{path}.{l}.{moe:mlp,moe}.experts"),
     per_expert("klear", "Klear"),
-    per_expert("unlimited_ocr"),
+    per_expert("unlimited_ocr", "unlimited_ocr_text"),
+    per_expert("sarvam_moe", "sarvam_mla"),
     w123("mixtral"),
     w123("phimoe"),
     w123(

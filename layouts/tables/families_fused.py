@@ -7,7 +7,7 @@ Sources: transformers 5.24 `modeling_*.py` and `conversion_mapping.py`, publishe
 
 from __future__ import annotations
 
-from layouts.tables.family import BARE, FEED, MLP, SPARSE, Family, fused
+from layouts.tables.family import FEED, MLP, SPARSE, Family, fused
 from layouts.tables.natives import (
     FC,
     FLAT,
@@ -17,6 +17,7 @@ from layouts.tables.natives import (
     FUSED_INTERLEAVED,
     LINEAR,
     PER_EXPERT,
+    PER_EXPERT_BELOW,
     STACKED,
     UP_FIRST,
     W13_INTERLEAVED,
@@ -42,16 +43,25 @@ TOGETHER: tuple[Family, ...] = (
         model_types=("step3p5", "step3p7"),
         experts="{path}.{l}.moe",
         native=(STACKED, FUSED_IN_MLP),
+        unfused=(PER_EXPERT_BELOW,),
         transformers=FUSED_IN_MLP,
     ),
     Family(
         name="inkling",
-        model_types=("inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
+        model_types=(
+            "inkling_mm_model",
+            "inkling_text",
+            "inkling2",
+            "inkling2_text",
+            "inkling2_loop",
+            "inkling2_loop_text",
+        ),
         experts=MLP,
         native=(W13_INTERLEAVED, FUSED),
     ),
-    fused("gemma4", "gemma4_text", "diffusion_gemma", experts=BARE),
-    fused("hy_v4"),
+    fused("gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", experts="{path}.{l}.{moe:,moe.}experts"),
+    fused("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+    fused("lara_mini"),
     fused("zaya"),
     fused("mistral4"),
     fused("muse_spark", "muse_spark_text", others=("{path}.{l}.mlp.experts.post_expert_norm.weight",)),

@@ -24,6 +24,10 @@ PER_EXPERT_BELOW = layouts(
     wi=("{experts}.experts.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
     wo=("{experts}.experts.{e}.down_proj.{part}", "k n"),
 )
+PER_EXPERT_FC = layouts(
+    wi=("{experts}.{e}.{g:fc1,fc3}.{part}", "n k"),
+    wo=("{experts}.{e}.fc2.{part}", "k n"),
+)
 UP_FIRST = layouts(
     wi=("{experts}.{e}.gate_and_up_proj.{part}", "(-g n) k"),
     wo=("{experts}.{e}.down_proj.{part}", "k n"),
@@ -90,6 +94,7 @@ MAXTEXT_AXIS_0 = layouts(
 SOURCES: Mapping[str, Layouts] = {
     "per-expert": PER_EXPERT,
     "per-expert-w123": PER_EXPERT_W123,
+    "per-expert-fc": PER_EXPERT_FC,  # the vision encoder of Dots 3 Note
     "per-expert-below": PER_EXPERT_BELOW,  # Granite, JetMoE and Step-3.5, quantised
     "per-expert-up-first": UP_FIRST,
     "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt

@@ -14,7 +14,7 @@ import pytest
 
 import convert
 from layouts.errors import ConvertError, PlanError
-from layouts.tables.families import FAMILIES
+from layouts.tables.families import FAMILIES, NOT_GATED
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -99,6 +99,24 @@ def test_every_gated_moe_of_transformers_is_here():
             kinds = set(re.findall(r'\bmodel_type(?:: str)? = "([^"]+)"', configs)) & buildable()
             assert kinds & {*TYPES}
             assert all(re.search("vision|audio|encoder", kind) for kind in kinds.difference(TYPES)), kinds
+
+
+def test_every_config_that_counts_experts_is_here():
+    """Types without a modeling file of their own are seen, too; all that are missing are shown."""
+    missing = {}
+    for kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        try:
+            stated = transformers.AutoConfig.for_model(kind).to_dict()
+        except ValueError:
+            continue  # it needs words that have no default
+        if kind not in (*TYPES, *NOT_GATED) and (counts := {n for n in _expert_counts(stated) if n > 1}):
+            missing[kind] = counts
+    assert not missing
+
+
+def _expert_counts(stated) -> list[int]:
+    own = [n for word, n in stated.items() if re.search("num_(local_)?experts$|n_routed_experts", str(word)) and n]
+    return own + [n for part in stated.values() if isinstance(part, dict) for n in _expert_counts(part)]
 
 
 def buildable() -> set[str]:

@@ -1,6 +1,6 @@
 """Families that publish single experts, by hand; see `tests.layouts.by_hand`."""
 
-from tests.layouts.by_hand.styles import FEED, MLP, SPARSE, Model, shared, up_first, w123
+from tests.layouts.by_hand.styles import FEED, MLP, SPARSE, Model, fc132, shared, up_first, w123
 
 _BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 _ROUTED = (*shared(MLP), "model.layers.{}.mlp.gate.weight", _BIAS)
@@ -48,7 +48,11 @@ APART = {
     ),
     "qwen3_moe": Model(types=("qwen3_moe",), count="num_local_experts"),
     "qwen3_next": Model(types=("qwen3_next",), beside=("model.layers.{}.mlp.shared_expert.down_proj.weight",)),
-    "qwen3_omni": Model(types=("qwen3_omni_moe",), at="thinker.model.layers.{}.mlp", nested="thinker_config.text_config"),
+    "qwen3_omni": Model(
+        types=("qwen3_omni_moe", "qwen3_omni_moe_talker_text", "qwen3_omni_moe_text"),
+        at="thinker.model.layers.{}.mlp",
+        nested="thinker_config.text_config",
+    ),
     "olmoe": Model(types=("olmoe",)),
     "flex_olmo": Model(types=("flex_olmo",)),
     "deepseek": Model(
@@ -101,9 +105,23 @@ APART = {
             "flint",
             "klear",
             "unlimited_ocr",
+            "unlimited_ocr_text",
+            "deepseek_ocr2_text",
+            "ernie4_5_vl_moe_text",
         )
     ),
-    "dots3_note": Model(
-        types=("dots3_note",), at="layers.{}.mlp", beside=("vision_encoder.blocks.{}.mlp.experts.0.fc1.weight",)
+    "dots3_note": Model(types=("dots3_note",), at="layers.{}.mlp"),
+    "dots3_note vision": Model(
+        types=("dots3_note", "dots3_note_vision_encoder"),
+        style=fc132,
+        at="vision_encoder.blocks.{}.mlp",
+        count="num_local_experts",
+        nested="vision_config",
+        beside=("vision_encoder.blocks.{}.mlp.gate_weight", "vision_encoder.blocks.{}.mlp.router_bias"),
+    ),
+    "sarvam": Model(
+        types=("sarvam_moe", "sarvam_mla"),
+        count="n_routed_experts",
+        beside=("model.layers.{}.mlp.gate.expert_bias", *shared(MLP)),
     ),
 }

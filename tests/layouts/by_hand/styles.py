@@ -34,6 +34,16 @@ def w123(at: str, gate, up, down) -> Arrays:
     return found
 
 
+def fc132(at: str, gate, up, down) -> Arrays:
+    """The vision encoder of Dots 3 Note: fc1 is gate, fc3 is up, fc2 is down."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.fc1.weight"] = gate[e].T
+        found[f"{at}.experts.{e}.fc3.weight"] = up[e].T
+        found[f"{at}.experts.{e}.fc2.weight"] = down[e].T
+    return found
+
+
 def up_first(at: str, gate, up, down) -> Arrays:
     """Hunyuan-Large: the rows of up stand before those of gate."""
     found = {}

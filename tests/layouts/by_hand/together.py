@@ -33,18 +33,26 @@ TOGETHER = {
         config={"transformers_version": "5.23.0"},
     ),
     "gemma4": Model(
-        types=("gemma4_text",),
+        types=("gemma4_text", "diffusion_gemma_text"),
         style=out_in,
         at="model.layers.{}",
         beside=("model.layers.{}.router.per_expert_scale", "model.layers.{}.mlp.gate_proj.weight"),
     ),
     "gemma4 multimodal": Model(types=("gemma4",), style=out_in, at="model.language_model.layers.{}", nested="text_config"),
     "hy_v4": Model(
-        types=("hy_v4",),
+        types=("hy_v4", "hy_v4_vl_text"),
         style=out_in,
         count="n_routed_experts",
         beside=("model.layers.{}.mlp.shared_experts.linear_gate.weight",),
     ),
+    "hy_v4_vl": Model(
+        types=("hy_v4_vl",),
+        style=out_in,
+        at="model.language_model.layers.{}.mlp",
+        count="n_routed_experts",
+        nested="text_config",
+    ),
+    "lara_mini": Model(types=("lara_mini",), style=out_in, beside=("model.layers.{}.mlp.shared_expert.gate_proj.weight",)),
     "zaya": Model(types=("zaya",), style=out_in, beside=("model.layers.{}.mlp.gate.router_mlp.0.weight",)),
     "mistral4": Model(types=("mistral4",), style=out_in, count="n_routed_experts"),
     "muse_spark": Model(
@@ -114,7 +122,7 @@ TOGETHER = {
         beside=("model.layers.{}.moe.gate.weight", "model.layers.{}.moe.router_bias"),
     ),
     "inkling": Model(
-        types=("inkling_mm_model", "inkling2"),
+        types=("inkling_mm_model", "inkling2", "inkling2_loop"),
         style=w13_interleaved,
         at="model.llm.layers.{}.mlp",
         count="n_routed_experts",
