@@ -27,6 +27,7 @@ class Patterns:
     """Patterns in their order; `plain` ones are ends of names, found at once however many there are."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
     plain: Mapping[str, int] = field(default_factory=dict)
     others: tuple[tuple[int, re.Pattern[str]], ...] = ()
 
@@ -43,13 +44,13 @@ class Patterns:
                 plain.setdefault(key.replace("\\.", "."), order)
             else:
                 others.append((order, _compiled(key, where)))
-        return cls(values=values, plain=plain, others=tuple(others))
+        return cls(values=values, keys=tuple(values), plain=plain, others=tuple(others))
 
     def key(self, module: str) -> str | None:
         """The first pattern that matches a module."""
         orders = [self.plain[end] for end in _ends(module) if end in self.plain]
         orders += [order for order, regex in self.others if regex.match(module)]
-        return list(self.values)[min(orders)] if orders else None
+        return self.keys[min(orders)] if orders else None
 
     def get(self, module: str, default: Any) -> Any:
         """The value of a module."""

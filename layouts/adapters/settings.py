@@ -29,6 +29,7 @@ _REFUSED = {
     "alora_invocation_tokens": "aLoRA is active for some tokens only",
     "arrow_config": "Arrow chooses among adapters",
     "use_bdlora": "its A or B is block diagonal by device",
+    **dict.fromkeys(("kasa_config", "monteclora_config", "velora_config"), "a variant of LoRA with more than A and B"),
 }
 """Settings that make the update something else than scale * B @ A."""
 _LARGEST = 1 << 20

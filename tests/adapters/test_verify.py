@@ -1,0 +1,108 @@
+"""Each mutant is caught by its level, with layer, expert and projection; what cannot be told is said."""
+
+import numpy as np
+import pytest
+
+from tests.adapters.test_forms import run, same, tensors
+from tests.adapters.tiny import PREFIX, E, K, N, R, adapter, fused, logical, store, whole
+
+PLACE = f"{PREFIX}.1.mlp.experts"
+A0, B0, A1, B1 = (f"{PLACE}.{inner}lora_{side}.weight" for inner in ("base_layer.", "") for side in "AB")
+
+
+def _swapped_experts(found):
+    columns = np.arange(R * E).reshape(R, E)[:, [1, 0, 2]].reshape(-1)
+    return {B1: found[B1][:, columns]}
+
+
+def _regrouped(found):
+    return {B0: found[B0].reshape(2 * N, R, E).transpose(0, 2, 1).reshape(2 * N, -1)}
+
+
+def _reversed(found):
+    a, b = found[A1].reshape(E, R, N), found[B1].reshape(K, R, E).transpose(2, 0, 1)
+    return {A1: a[::-1].reshape(E * R, N), B1: b.transpose(1, 2, 0).reshape(K, -1)}
+
+
+def _exchanged(found):
+    return {B0: np.concatenate((found[B0][N:], found[B0][:N]))}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "words"),
+    [
+        (_swapped_experts, {}, "mlp.experts, expert 0, down: 24 of 24 elements of delta W differ"),
+        (_regrouped, {}, "mlp.experts, expert 0, gate: "),
+        (_reversed, {}, "expert 0, down"),
+        (_exchanged, {}, "expert 2, up: "),
+        (lambda found: {B0: found[B0] * np.float32(1 + 2**-23)}, {}, "expert 1, gate: "),
+        (lambda found: {}, {"alpha_pattern": {"gate_up_proj": 4 * 2**0.5}}, "expert 0, gate: "),
+        (lambda found: {}, {"lora_alpha": 8}, "self_attn.q_proj.lora_A.weight has scale 2 and 4"),
+        (
+            lambda found: dict.fromkeys(n for n in found if "shared_expert" in n),
+            {},
+            "shared_expert.up_proj.lora_A.weight is only in",
+        ),
+        (
+            lambda found: {f"{PREFIX}.0.self_attn.q_proj.lora_B.weight": np.zeros((K, R), "f4")},
+            {},
+            "q_proj.lora_B.weight differs",
+        ),
+        (lambda found: dict.fromkeys((A0, B0, A1, B1)), {}, "only in the first"),
+        (lambda found: {}, {"base_model_name_or_path": "another"}, "base_model_name_or_path is 'some/model' and 'another'"),
+    ],
+)
+@pytest.mark.parametrize("source", ["packed", "per-expert"])
+def test_mutants_are_caught(source, change, config, words, tmp_path, capsys):
+    found = fused("packed")
+    one = found
+    if source == "per-expert":
+        one = {name: array for name, array in found.items() if ".mlp.experts." not in name}
+        for layer in range(2):
+            pairs = logical(seed=layer, units=("gate_up", "down"))
+            a, b = pairs["gate_up"]
+            one |= store("per-expert", layer, {"gate": (a, b[:, :N]), "up": (a, b[:, N:]), "down": pairs["down"]})
+    given = adapter(tmp_path / "in", one)
+    changed = {name: np.ascontiguousarray(array) for name, array in {**found, **change(found)}.items() if array is not None}
+    other = adapter(tmp_path / "other", changed, **config)
+    assert run("--verify", given, other, "--family", "qwen3_moe") == 1
+    assert words in capsys.readouterr().out
+
+
+def test_other_factors_of_the_same_product_are_equal_by_delta_alone(tmp_path, capsys):
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    turned = {
+        name: np.ascontiguousarray(array[::-1] if name.endswith("A.weight") else array[:, ::-1])
+        for name, array in whole("per-expert").items()
+        if ".mlp.experts." in name
+    }
+    other = adapter(tmp_path / "other", whole("per-expert") | turned)
+    assert run("--verify", given, other) == 0
+    assert "exact     not run    (18 projections have other factors" in capsys.readouterr().out
+
+
+def test_an_untrained_adapter_proves_nothing(tmp_path, capsys):
+    zeros = {n: np.zeros_like(a) if n.endswith("B.weight") else a for n, a in whole("per-expert", beside=False).items()}
+    given = adapter(tmp_path / "in", zeros)
+    assert run("--prefuse", given, tmp_path / "out") == 0
+    assert run("--verify", given, tmp_path / "out") == 1
+    assert "INCOMPLETE (not run: delta" in capsys.readouterr().out
+    assert run("--split", tmp_path / "out", tmp_path / "back") == 0
+    same(tensors(tmp_path / "back"), zeros)
+    bare = adapter(tmp_path / "bare", fused("packed", beside=False) | {
+        name: np.zeros_like(array) for name, array in fused("packed", beside=False).items() if name.endswith("B.weight")
+    })  # fmt: skip
+    assert run("--split", bare, tmp_path / "whole", "--family", "qwen3_moe") == 0
+    assert tensors(tmp_path / "whole")[f"{PLACE}.0.gate_proj.lora_A.weight"].shape == (R, K)
+
+
+def test_nan_and_negative_zero_keep_their_bits(tmp_path):
+    found = whole("per-expert", beside=False)
+    name = f"{PLACE}.1.up_proj.lora_A.weight"
+    found[name] = found[name].copy()
+    found[name].view("u4")[0, :3] = (0x7FC01234, 0x80000000, 0xFF800000)
+    given = adapter(tmp_path / "in", found)
+    assert run("--prefuse", given, tmp_path / "out") == 0
+    assert run("--verify", given, tmp_path / "out") == 0
+    assert run("--split", tmp_path / "out", tmp_path / "back") == 0
+    same(tensors(tmp_path / "back"), found)
