@@ -156,7 +156,7 @@ def _differ(one: Reader, other: Reader) -> bool:
 
 def _scope(options: Verification) -> Scope:
     layers, experts = (None if each is None else frozenset(each) for each in (options.layers, options.experts))
-    return Scope(layers=layers, experts=experts, tokens=options.tokens)
+    return Scope(layers=layers, experts=experts, tokens=options.tokens, always=options.self_test)
 
 
 def _held(

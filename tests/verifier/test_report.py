@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import convert
 from convert.cli import main
 from convert.verifier.bits import exact
+from convert.verifier.control.trials import COMPUTED
 from convert.verifier.files import manifest
 from convert.verifier.page import page
 from convert.verifier.verdict import Level, Trial, Verdict
@@ -68,8 +69,8 @@ def test_the_document_has_all_that_a_report_needs(root, tmp_path, capsys):
     for name in ("gemm", "gradients", "layer"):
         assert 0 <= levels[name]["worst"] < levels[name]["allowed"] < 1e-4
     seen = [trial["seen"] for trial in found["self_test"]]
-    assert seen == [["exact", "identity", "gemm", "layer", "content"], ["others"]]
-    assert found["self_test"][0]["untried"] == {"gradients": "gemm differs"}
+    assert seen == [["exact", "identity", "gemm", "gradients", "layer", "content"], ["others"]]
+    assert not any(trial["untried"] for trial in found["self_test"])
     html = report.read_text()
     for words in (one["digest"], one["path"], found["run"]["command"], "seen by", "Every value as a table"):
         assert words in html
@@ -98,10 +99,17 @@ def test_a_flipped_bit_is_seen_in_every_layout(root, other):
     verdict = convert.verify(root / a, root / other, self_test=True, content=True, gemm=gemm)
     first, second = verdict.self_test
     assert verdict.equal
-    assert first.seen == (("exact", "identity", "gemm", "layer", "content") if gemm else ("exact", "content"))
+    assert first.seen == (("exact", *COMPUTED[:-1], "content") if gemm else ("exact", "content"))
     assert second.seen == ("others",)
     assert not verdict.blind
-    assert first.untried.keys() == ({"gradients"} if gemm else set())
+    assert not first.untried
+
+
+@pytest.mark.parametrize("experts", ["0", "1"])  # each has tokens in one of the two rounds alone
+def test_a_flipped_bit_is_seen_on_a_mesh(root, experts):
+    trial = convert.verify(root / "in", root / "concat", mesh="expert=2", experts=experts, self_test=True).self_test[0]
+    assert sorted(trial.seen) == sorted(("exact", *COMPUTED))
+    assert (trial.unseen, trial.untried) == ((), {})
 
 
 def test_a_narrowed_verdict_is_tried_within_its_scope(root):

@@ -28,11 +28,15 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """What of two checkpoints is compared: all layers and experts if None. `tokens` multiplies those of the random probe."""
+    """What of two checkpoints is compared: all layers and experts if None. `tokens` multiplies those of the random probe.
+
+    `always` runs gradients also where outputs differ, which would say nothing new but that they notice, too.
+    """
 
     layers: frozenset[int] | None = None
     experts: frozenset[int] | None = None
     tokens: int = 1
+    always: bool = False
 
     def holds(self, block: Block) -> bool:
         """Whether a MoE layer is compared; those of a stack count by their place in it."""

@@ -51,7 +51,7 @@ def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compar
     other = of_other(reader, [name for name in names if apart[name] == min(apart.values())])
     altered = AlteredReader(inner=reader, flips=(flip, *([other] if other else [])))
     scope = {"layers": frozenset({block.number}), "experts": frozenset({e})}
-    narrow = replace(options, **scope, content=False, self_test=False)  # type: ignore[arg-type]
+    narrow = replace(options, **scope, content=False)  # type: ignore[arg-type]
     again = compare(altered, sides[1], narrow) if which == 0 else compare(sides[0], altered, narrow)
     must = [name for name in equal if name == "exact" or (matters and name.partition("/")[0] in COMPUTED)]
     idle = {} if matters else {name: "no output depends on it" for name in equal if name.partition("/")[0] in COMPUTED}

@@ -114,8 +114,9 @@ class Findings:
 
     def _gradients(self, one: Block, loaded: Loaded) -> None:
         """Those of experts whose outputs differ anyway would say nothing new."""
-        self.skipped |= self.call.differ
-        if not self.call.differ:
+        differ = self.call.differ and not self.setting.always
+        self.skipped |= differ
+        if not differ:
             rows: list[int] = []
             worst: list[float] = []
             self._add("gradients", probes.gradients(*loaded, one, self.call.experts, self.setting, rows, worst))
@@ -134,7 +135,7 @@ class Findings:
         if why := mesh.why_not(devices, len(experts), n):
             self.apart.add(why)
             return
-        x, groups = probes.tokens(experts, k, self.setting.tokens)
+        x, groups = probes.tokens(experts, k, self.setting.tokens, (1, 2, 5))  # no expert goes without, unlooked at
         alone = loaded[0].run(x, groups, self.setting.backend, self.setting.activation)
         for block, weights in zip(sides, loaded, strict=True):
             out = mesh.run(x, weights, groups, devices, self.setting.backend, self.setting.activation)

@@ -66,7 +66,9 @@ def compare_outputs(
     """
     activation = activation_of(how.config)
     found = [
-        Findings(setting=Setting(backend=backend, activation=activation, tokens=scope.tokens), mesh=how.mesh)
+        Findings(
+            setting=Setting(backend=backend, activation=activation, tokens=scope.tokens, always=scope.always), mesh=how.mesh
+        )
         for backend in how.backends
     ]
     pairs = list(pair(a, b))

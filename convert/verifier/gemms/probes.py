@@ -36,11 +36,12 @@ _MARGIN = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What the probes run: a backend, the model's activation, and how many times the usual tokens."""
+    """What the probes run: a backend, the model's activation, how many times the usual tokens, and `Scope.always`."""
 
     backend: Backend
     activation: Activation = SILU
     tokens: int = 1
+    always: bool = False
 
 
 class Distance(NamedTuple):
