@@ -139,9 +139,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     with _progress(total, arguments.quiet) as progress:
         verdict = convert.verify(*arguments.paths, progress=progress, **given)
     run = run_of(arguments.command, started)
+    print(verdict.json(run) if arguments.json else printable(str(verdict)))
     if arguments.report:
         Path(arguments.report).write_text(page(verdict, run), encoding="utf-8")
-    print(verdict.json(run) if arguments.json else printable(str(verdict)))
     return 0 if verdict.equal else 1
 
 

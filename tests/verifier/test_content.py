@@ -31,7 +31,7 @@ from tests.tiny import HF, cut, memory, restore, run, store_again
 
 E, K, N, LAYERS = 4, 8, 4, 3
 ROOT = Path(__file__).parents[2]
-LAYOUTS = {"flashinfer": 1, "per-shard": 4, "fused-moe": 1}
+LAYOUTS = {"per-shard": 4, "fused-moe": 1}
 CODES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 
 
@@ -140,7 +140,7 @@ def test_a_maxtext_tree_has_that_of_hugging_face(root, name):
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("word", ["num_hidden_layers", "num_experts"])
-@pytest.mark.parametrize("count", [2, 10**9, 10**30])
+@pytest.mark.parametrize("count", [2, 10**9])
 def test_what_config_json_says_is_compared_before_it_is_counted(root, tmp_path, scan, word, count):
     """Or a small file would make us list a billion names."""
     shutil.copytree(root / f"tree {scan}", tmp_path / "tree")

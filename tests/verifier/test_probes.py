@@ -167,7 +167,9 @@ def test_the_report_names_what_differs(folder, tmp_path, capsys):
     text = (tmp_path / "a.html").read_text()
     assert "DIFFERENT" in text
     assert "layer 1, expert 11, gate (wi_0): " in text
-    assert np.isfinite([float(e) for e in re.findall(r"expert \d+: ([\d.e+-]+)'", text)]).all()
+    values = re.findall(r"<td>([\d.e+-]+)(?=<)", text.partition("<details>")[2].partition("</details>")[0])
+    assert len(values) == 2 * 12
+    assert np.isfinite(list(map(float, values))).all()
 
 
 def test_xla_gives_what_we_say_of_it():
