@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from convert import values
-from convert.errors import UsageError
+from convert.errors import UsageError, did_you_mean
 from convert.keywords import Digesting, Prefusing, Reformatting, Splitting, Verifying, options_of
 from convert.options import Named
 
-EPILOG = """\
+EXAMPLES = """\
 examples:
   convert --prefuse ckpt ckpt-fused                      wi_0, wi_1 -> wi (E, K, 2N), wo (E, N, K)
   convert --prefuse ckpt ckpt-v5 --layout transformers   gate_up_proj (E, 2N, K), as transformers 5 loads it
@@ -23,7 +23,8 @@ examples:
   convert --verify ckpt ckpt-fused                       equal weights and equal grouped GEMMs
   convert --verify ckpt-fused                            the digests in its manifest
   convert --digest ckpt ckpt-fused                       what they hold, by one sha256 each
-
+"""
+EPILOG = f"""{EXAMPLES}
 exit codes: 0 done or equal, 1 a difference, 2 usage, 3 input missing or corrupt, 4 cannot plan, 5 output exists or in use,
 6 disk full or failing (run again to go on), 70 a bug, 130 / 143 interrupted (run again to go on)
 """
@@ -35,6 +36,12 @@ ACTIONS: Mapping[str, type] = {
     "--digest": Digesting,
 }
 """What each action takes; `--to` alone is the one that only changes the format."""
+IMAGES = frozenset(
+    [f".{end}" for end in ("png", "jpg", "jpeg", "gif", "webp", "tif", "tiff", "bmp", "svg", "pdf", "heic")]
+    + [f"-{word}" for word in ("resize", "quality", "crop", "rotate", "density")]
+)
+"""How files end, and options begin, of the other program that is called `convert`."""
+OTHER_PROGRAM = "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick"
 _NATURAL, _POSITIVE = values.natural, values.positive
 _CONVERSIONS = ("--prefuse", "--split", "--to")
 _PLANNED = (*_CONVERSIONS, "--verify")
@@ -57,10 +64,25 @@ _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
 """Arguments that the library has no option for, and the actions that take them."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says in one line what is wrong with a command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and leave with exit code 2."""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        word = unknown.split(" ")[0].partition("=")[0]
+        if word in IMAGES:
+            message = OTHER_PROGRAM
+        elif word:
+            message += did_you_mean(word, self._option_string_actions)
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """All options, with their help."""
-    found = argparse.ArgumentParser(
+    found = _Parser(
         prog="convert",
+        allow_abbrev=False,
         description="Fuse the gate and up projections of MoE checkpoints (safetensors, Orbax) offline, split them, prove it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

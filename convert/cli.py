@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import convert
-from convert.arguments import options, parser
+from convert.arguments import ACTIONS, EXAMPLES, IMAGES, OTHER_PROGRAM, options, parser
 from convert.errors import ConvertError, UsageError, one_line, printable, readable
 from convert.options import Choices, Running, Verification, complete, named
 
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _verify(arguments)
     action = next((word for word in ("prefuse", "split", "to") if getattr(arguments, word, None)), None)
     if action is None:
-        raise UsageError("say what to do: --prefuse, --split, --verify, --digest, --families, or --to the other format")
+        return _nothing_to_do(arguments.paths)
     given = options(arguments, f"--{action}")
     source, out = _two_paths(arguments.paths)
     if arguments.dry_run:
@@ -83,6 +83,18 @@ def _run(arguments: argparse.Namespace) -> int:
         report = call(source, out, processes=processes, progress=progress, **given)
     print(printable(str(report)))
     return 0
+
+
+def _nothing_to_do(paths: Sequence[str]) -> int:
+    """What to say to a command without an action."""
+    if not paths:
+        print(f"convert: say what to do; convert --help shows all\n\n{EXAMPLES}", end="", file=sys.stderr)
+        return 2
+    if any(Path(path).suffix.lower() in IMAGES for path in paths):
+        raise UsageError(OTHER_PROGRAM)
+    if f"--{paths[0]}" in ACTIONS or paths[0] in ("families",):
+        raise UsageError(f"did you mean: {shlex.join(['convert', f'--{paths[0]}', *paths[1:]])}")
+    raise UsageError("say what to do: --prefuse, --split, --verify, --digest, --families, or --to the other format")
 
 
 def _processes(arguments: argparse.Namespace) -> Processes | None:

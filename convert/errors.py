@@ -10,8 +10,9 @@
 Codes 0 (done, equal) and 1 (`--verify` found a difference) are results, not errors; 130 and 143 are SIGINT and SIGTERM.
 """
 
+import difflib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ __all__ = [
     "PlanError",
     "StorageError",
     "UsageError",
+    "did_you_mean",
     "one_line",
     "printable",
     "readable",
@@ -66,6 +68,12 @@ def readable(source: str | Path) -> Iterator[None]:
             f"{source}: cannot be read as a checkpoint: {type(error).__name__} in {last.name}: {str(error)[:200]}; "
             f"--debug shows where"
         ) from error
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The word of these that is nearest to one that is none of them, as a question; nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def printable(text: str) -> str:

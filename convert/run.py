@@ -89,7 +89,7 @@ def convert_checkpoint(
             if finished and not running.overwrite:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
-            check_output(origin, target, overwrite=running.overwrite)
+            check_output(plan.source, target, overwrite=running.overwrite)
             resumed, notes = _write(plan, reader, running, processes, told)
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from layouts.errors import InputError
 from layouts.files import ADAPTER_FILES
+from layouts.mistaken import explained, meant, snapshot
 from layouts.orbax.tree import find_item
 from layouts.places import is_remote, place
 from layouts.reader import Reader
@@ -36,7 +37,9 @@ def open_checkpoint(path: str | Path) -> Reader:
     from layouts.hf import HFReader, is_checkpoint
 
     path = place(path)
-    if not path.is_dir():
+    if not is_remote(path):
+        path = meant(path)
+    elif not path.is_dir():
         raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
     # One that is called as no model is may lie beside an Orbax item.
     if not is_named(path) and (item := find_item(path)) is not None:
@@ -51,4 +54,8 @@ def open_checkpoint(path: str | Path) -> Reader:
         if is_remote(path):
             raise InputError(f"{path}: safetensors are read from a disk only; copy them there first")
         return HFReader.open(path)
-    raise InputError(f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here")
+    if is_remote(path):
+        raise InputError(f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here")
+    if (inner := snapshot(path)) is not None:
+        return open_checkpoint(inner)
+    raise InputError(explained(path))

@@ -5,7 +5,7 @@ In: choices (`convert.options`). Out: nothing, or a `UsageError` that lists what
 
 from __future__ import annotations
 
-from convert.errors import UsageError
+from convert.errors import UsageError, did_you_mean
 from convert.options import Choices
 
 
@@ -24,6 +24,6 @@ def check(choices: Choices) -> None:
     source = (choices.source_layout or choices.layout).partition(":")[0]
     for name, known in ((choices.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
         if name not in known:
-            raise UsageError(f"no layout is called {name!r}; known: {', '.join(known)}")
+            raise UsageError(f"no layout is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     if choices.shards > 1 and "{shards}" not in TARGETS[choices.layout]["wi"].pattern:
         raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout per-shard?")

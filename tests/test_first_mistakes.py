@@ -1,0 +1,138 @@
+"""What a new user does wrong first gets an answer of its own: what it is, where, what to do. Exact texts."""
+
+from pathlib import Path
+
+import pytest
+
+import convert
+from convert.cli import main
+from scripts.make_checkpoint import make_checkpoint
+
+OUT = "out"
+FOLDERS = {
+    ("m.gguf",): "no safetensors and no Orbax checkpoint, but m.gguf: GGUF files, for llama.cpp: take the safetensors of the "
+    "same model",
+    ("config.json", "pytorch_model-00001-of-00002.bin"): "no safetensors and no Orbax checkpoint, but "
+    "pytorch_model-00001-of-00002.bin: PyTorch pickles, which run code when they are read: save the model as safetensors with "
+    "transformers' save_pretrained",
+    (
+        "consolidated.00.pth",
+    ): "no safetensors and no Orbax checkpoint, but consolidated.00.pth: PyTorch pickles, which run code "
+    "when they are read: save the model as safetensors with transformers' save_pretrained",
+    (".metadata", "__0_0.distcp"): "no safetensors and no Orbax checkpoint, but __0_0.distcp: a torch.distributed.checkpoint: "
+    "save the model as safetensors, or convert it with torch.distributed.checkpoint.format_utils first",
+    ("flax_model.msgpack",): "no safetensors and no Orbax checkpoint, but flax_model.msgpack: Flax or TensorFlow weights: take "
+    "the safetensors of the same model",
+    ("weights.npz",): "no safetensors and no Orbax checkpoint, but weights.npz: NumPy archives, as MLX once wrote them: take "
+    "the safetensors of the same model",
+    ("model.onnx",): "no safetensors and no Orbax checkpoint, but model.onnx: an ONNX graph: take the safetensors that it was "
+    "exported from",
+    ("a/model.safetensors",): "the checkpoint is not here, but below; give {0}/a",
+    ("a/model.safetensors", "b/model.safetensors"): "the checkpoint is not here, but below; give one of {0}/a, {0}/b",
+    ("models--o--x/snapshots/1/x", "models--o--y/snapshots/1/x"): "a cache of several models; give one of {0}/models--o--x, "
+    "{0}/models--o--y",
+    ("snapshots/1/x", "snapshots/2/x"): "2 snapshots are here; give one of them: {0}/snapshots/1, {0}/snapshots/2",
+    ("README.md",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here",
+}
+"""Files that are there -> what is said of their directory."""
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """What a command prints, of which only the last line is looked at, and its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def run(*words: str) -> tuple[int, str]:
+        try:
+            code = main(words)
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, capsys.readouterr().err.strip().rpartition("\n")[2].rpartition("\r")[2]
+
+    return run
+
+
+@pytest.mark.parametrize("files", FOLDERS, ids=lambda files: files[-1])
+def test_a_directory_without_a_checkpoint_says_what_it_is(said, tmp_path, files):
+    for name in files:
+        (tmp_path / "given" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "given" / name).write_bytes(b"{}")
+    for words in (("--prefuse", "given", OUT), ("--verify", "given", "given"), ("--digest", "given")):
+        assert said(*words, "--quiet") == (3, f"convert: given: {FOLDERS[files].format('given')}")
+
+
+def test_what_is_no_directory(said, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    absent = "no such directory; give the directory that holds the checkpoint"
+    assert said("--prefuse", "nowhere", OUT) == (3, f"convert: nowhere: {absent}")
+    assert said("--prefuse", "./a/b", OUT) == (
+        3,
+        "convert: a/b: no such directory. If it is a model of the Hugging Face hub, download it first: "
+        "hf download a/b --local-dir b",
+    )
+    assert said("--prefuse", "/a/b", OUT) == (3, f"convert: /a/b: {absent}")
+    assert said("--prefuse", "a/b/c", OUT) == (3, f"convert: a/b/c: {absent}")
+    code, text = said("--prefuse", "model.safetensors", OUT)
+    assert (code, text) == (
+        3,
+        "convert: model.safetensors: this is a file; give the directory that holds the checkpoint: .",
+    )
+
+
+@pytest.mark.parametrize("given", ["own/model-x", "cache/models--own--model-x", "cache"])
+@pytest.mark.parametrize("main_is", [None, "2", "nothing", "../../../elsewhere"])
+def test_a_model_in_the_cache_of_the_hub_is_taken(said, tmp_path, given, main_is):
+    model = tmp_path / "cache" / "models--own--model-x"
+    make_checkpoint(model / "snapshots" / "2", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    if main_is is not None:
+        (model / "snapshots" / "1").mkdir()
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text(main_is)
+    code, text = said("--prefuse", given, OUT, "--quiet")
+    if main_is in (None, "2"):
+        assert code == 0
+        assert convert.verify(model / "snapshots" / "2", tmp_path / OUT, gemm=False).equal
+        assert said("--prefuse", given, str(model / "snapshots" / "2" / "inside"))[0] == 5
+    else:
+        assert code == 3
+        assert "snapshots are here; give one of them" in text or "elsewhere" in text
+        assert not Path(OUT).exists()
+
+
+COMMANDS = {
+    ("prefuse", "a", "b"): "did you mean: convert --prefuse a b",
+    ("verify", "a", "b c"): "did you mean: convert --verify a 'b c'",
+    ("a", "b"): "say what to do: --prefuse, --split, --verify, --digest, --families, or --to the other format",
+    ("a.png", "b.JPG"): "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick",
+    (
+        "a",
+        "-resize",
+        "50%",
+        "b",
+    ): "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or "
+    "magick; convert --help shows all options",
+    ("--prefus", "a", "b"): "unrecognized arguments: --prefus (did you mean --prefuse?); convert --help shows all options",
+    ("--prefuse", "a", "b", "--layuot=x"): "unrecognized arguments: --layuot=x (did you mean --layout?); convert --help shows "
+    "all options",
+    ("--prefuse", "a", "b", "--qqq"): "unrecognized arguments: --qqq; convert --help shows all options",
+    ("--prefuse", "--split", "a", "b"): "argument --split: not allowed with argument --prefuse; convert --help shows all "
+    "options",
+    ("--prefuse", "a", "b", "--layout", "conact"): "no layout is called 'conact' (did you mean concat?); known: concat, "
+    "transformers, vllm, cutlass, flashinfer, interleaved, glu32, per-shard, lane, gmm-ep, fused-moe",
+}
+"""A command -> what is said to it; its exit code is 2."""
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_that_is_none(said, words):
+    assert said(*words) == (2, f"convert: {COMMANDS[words]}")
+
+
+def test_no_words_at_all_show_examples(monkeypatch, capsys):
+    assert main([]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(
+        "convert: say what to do; convert --help shows all\n\nexamples:\n  convert --prefuse ckpt ckpt-fused "
+    )
+    assert len(text.splitlines()) < 12
