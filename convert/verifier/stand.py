@@ -15,7 +15,7 @@ from convert.errors import InputError, PlanError, UsageError
 from convert.options import Verification
 from convert.progress import Progress
 from convert.verifier.content.hashing import Content
-from convert.verifier.content.sides import contents, described
+from convert.verifier.content.sides import contents, described, said_alone
 from convert.verifier.control.trials import Compare, Sides, tried
 from convert.verifier.verdict import Level, Side, Verdict
 from layouts.language.pattern import Pattern
@@ -60,7 +60,7 @@ def stood(
     sides = []
     for at, reader in enumerate(readers):
         beside = [record_of(other) for other in readers if other is not reader]
-        sides.append(_side(reader, options, beside, found[at] if found else None))
+        sides.append(_side(reader, said_alone(options, at), beside, found[at] if found else None))
     return replace(verdict, levels=levels, sides=tuple(sides))
 
 

@@ -112,6 +112,23 @@ def test_a_flipped_bit_is_seen_on_a_mesh(root, experts):
     assert (trial.unseen, trial.untried) == ((), {})
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_said_of_one_side_is_said_of_its_digest_and_its_trial(root, tmp_path, turned):
+    """A fused side without a record, that only the user's word for it can tell."""
+    (tmp_path / "bare").mkdir()
+    config = json.loads((root / "concat" / "config.json").read_text())
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "moe_layout"}))
+    for file in (root / "concat").glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / "bare" / file.name, {"format": "pt"})
+    pair, said = (root / "per-shard", tmp_path / "bare"), {"source_layout_b": "concat"}
+    if turned:
+        pair, said = pair[::-1], {"source_layout": "concat", "source_layout_b": "per-shard:2"}
+    verdict = convert.verify(*pair, **said, gemm=False, content=True, self_test=True)
+    assert {level.name: level.state for level in verdict.levels}["content"] == "equal"
+    assert [trial.seen for trial in verdict.self_test] == [("exact", "content"), ("others",)]
+    assert {side.digest for side in verdict.sides} == {f"sha256:{convert.digest(root / 'in').model.sha256}"}
+
+
 def test_a_narrowed_verdict_is_tried_within_its_scope(root):
     verdict = convert.verify(root / "in", root / "concat", layers="1", experts="2", self_test=True, gemm=False)
     assert "layers.1." in verdict.self_test[0].flipped

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from convert.verifier.bits.logical import blocks
 from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Unit, digest_of, hashed
 from convert.verifier.content.tensors import expert_units, other_units, place_in
 from convert.verifier.content.tree import model_units
+from convert.verifier.sides import said_of
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import ORIGIN, record_of
 from layouts.matching.describe import Description, describe
@@ -33,16 +34,23 @@ def contents(*readers: Reader, options: Verification, progress: Progress = ignor
         InputError, PlanError: one cannot be read or described.
     """
     sides = []
-    for reader in readers:
+    for at, reader in enumerate(readers):
         with readable(reader.path):
-            sides.append(_side(reader, options, [record_of(other) for other in readers if other is not reader]))
+            beside = [record_of(other) for other in readers if other is not reader]
+            sides.append(_side(reader, said_alone(options, at), beside))
     alike = len({reader.format for reader in readers}) == 1
     why = next((side.why for side in sides if side.why), "") if alike else ""
     return [_content(side, why or side.why, options.memory, progress) for side in sides]
 
 
+def said_alone(options: Verification, at: int) -> Verification:
+    """The options with what the user says of this one of two sides, as if it were alone."""
+    said = said_of(options)[at]
+    return replace(options, family=said.family, source_layout=said.layout, family_b=None, source_layout_b=None)
+
+
 def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], options: Verification) -> list[str]:
-    """The lines of some units of a checkpoint that is compared with another one, sorted."""
+    """The lines of some units of a checkpoint that is compared with another one, sorted; `options` are what is said of it."""
     side = _side(reader, options, [record_of(other)])
     units = side.own("") if side.why or reader.format != "orbax" else [*side.units, *side.own(ROOT)]
     return sorted(line for unit in units if wanted(unit) for line in hashed(unit)[0])

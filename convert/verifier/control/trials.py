@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from convert.options import Verification
 from convert.verifier.bits.logical import Block, blocks
-from convert.verifier.content.sides import described, lines_of
+from convert.verifier.content.sides import described, lines_of, said_alone
 from convert.verifier.control.altered import AlteredReader, Flip
 from convert.verifier.control.choice import of_expert, of_other, told
 from convert.verifier.verdict import DIFFERENT, EQUAL, NOT_RUN, Trial, Verdict
@@ -42,7 +42,8 @@ def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compar
         return replace(verdict, self_test=(_NEEDLESS,))
     which = 0 if sides[0].format == "hf" != sides[1].format else 1
     reader = sides[which]
-    description = described(reader, options, [record_of(sides[1 - which])])
+    said = said_alone(options, which)
+    description = described(reader, said, [record_of(sides[1 - which])])
     chosen = _chosen(reader, description, options)
     block, e = chosen.block, chosen.e
     flip, matters = of_expert(block, e, chosen.rows)
@@ -57,7 +58,7 @@ def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compar
     idle = {} if matters else {name: "no output depends on it" for name in equal if name.partition("/")[0] in COMPUTED}
     trials = [_trial(told(reader, flip), must, again, idle)]
     if "content" in equal:
-        trials[0] = _with_content(trials[0], sides, which, flip, options)
+        trials[0] = _with_content(trials[0], sides, which, flip, said)
     if other and "others" in equal:
         trials.append(_trial(told(reader, other), ["others"], again, {}))
     return replace(verdict, self_test=tuple(trials))
