@@ -1,9 +1,8 @@
 """Read expert weights back in their logical axes, independently of the code that fuses.
 
-In: descriptions of checkpoints. Out: layers, and the bits of each expert. It never uses the code that fuses.
-
-`convert.engine.blocks` copies views by its own arithmetic. This module reads whole stored slabs of one expert and takes them
-apart. There are two implementations of the same table, so that a mistake in one shows.
+In: descriptions of checkpoints. Out: layers, and the bits of each expert. It never uses the code that fuses: where
+`convert.engine.blocks` copies views by its own arithmetic, this takes whole stored slabs of one expert apart. Of two
+implementations of one table a mistake in one shows.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {"wi": ("gate (wi_0)", "up (wi_1)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """What of two checkpoints is compared: all layers and experts if None. `tokens` multiplies those of the random probe.
-
-    `always` runs gradients also where outputs differ, which would say nothing new but that they notice, too.
-    """
+    """All layers and experts if None; `tokens` multiplies random ones; gradients run `always`, or where outputs agree."""
 
     layers: frozenset[int] | None = None
     experts: frozenset[int] | None = None
