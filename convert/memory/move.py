@@ -49,7 +49,7 @@ def _arrays(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> Seque
     if "abstract" in kinds:
         made = partial(jax.ShapeDtypeStruct, relay.target.shape, arrays[0].dtype)
         return [made(sharding=places.sharding(relay, arrays[0].sharding)) for _ in range(math.prod(relay.target.grid))]
-    if relay.source.pattern.padding and not traced:
+    if relay.source.pattern.padding and not traced and not any(getattr(array, "is_meta", False) for array in arrays):
         _check_padding(relay, arrays, names)
     if "torch" in kinds:
         return _by_torch(relay, arrays)

@@ -51,8 +51,10 @@ def test_gradients_and_shapes_alone():
     (wi**2).sum().backward()
     assert torch.equal(gate.grad, 2 * gate)
     assert torch.equal(up.grad, 2 * up)
-    meta = convert.prefuse_params({"wi_0": gate.detach().to("meta"), "wi_1": up.detach().to("meta")})["wi"]
-    assert meta.device.type == "meta"
-    assert meta.shape == (E, K, 2 * N)
+    shapes = {"wi_0": gate.detach().to("meta"), "wi_1": up.detach().to("meta")}
+    meta = convert.prefuse_params(shapes, layout="gmm-ep")
+    assert meta["wi"].device.type == "meta"
+    assert meta["wi"].shape == (E, K, 256)
+    assert convert.split_params(meta, "gmm-ep", sizes={"n": N})["wi_1"].shape == (E, K, N)
     with pytest.raises(convert.PlanError, match="several libraries"):
         convert.prefuse_params({"wi_0": gate, "wi_1": np.zeros((E, K, N), "f4")})
