@@ -7,7 +7,6 @@ Bits are moved, not numbers: a JAX concatenation of bfloat16 rewrites NaN payloa
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -24,6 +23,9 @@ from convert.errors import InputError, PlanError
 from convert.memory import places
 from convert.memory.leaves import Leaf
 from convert.memory.relay import Relay
+
+_MANY = 8
+"""Results that are compiled together at most."""
 
 
 def moved(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> list[Any]:
@@ -48,14 +50,18 @@ def _arrays(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> Seque
         raise PlanError(f"{names[0]} and its partners are of several libraries ({', '.join(sorted(kinds))}); make them one")
     if "abstract" in kinds:
         made = partial(jax.ShapeDtypeStruct, relay.target.shape, arrays[0].dtype)
-        return [made(sharding=places.sharding(relay, arrays[0].sharding)) for _ in range(math.prod(relay.target.grid))]
+        return [made(sharding=places.sharding(relay, arrays[0].sharding)) for _ in range(relay.target.count)]
     if relay.source.pattern.padding and not traced and not any(getattr(array, "is_meta", False) for array in arrays):
         _check_padding(relay, arrays, names)
     if "torch" in kinds:
         return _by_torch(relay, arrays)
     if kinds == {"numpy"}:
         return relay(arrays, np)
-    found: tuple[Any, ...] = _compiled(relay, *_sharding(relay, arrays[0], traced=traced))(arrays)
+    kept, typed = _sharding(relay, arrays[0], traced=traced)
+    if relay.target.count > _MANY and not traced and not typed:
+        one = _compiled_one(relay, kept)
+        return [one(arrays, at) for at in range(relay.target.count)]
+    found: tuple[Any, ...] = _compiled(relay, kept, typed)(arrays)
     return found
 
 
@@ -83,15 +89,33 @@ def _compiled(relay: Relay, kept: Any, typed: bool) -> Any:
     return jax.jit(move, out_shardings=kept)
 
 
+@lru_cache(maxsize=1024)
+def _compiled_one(relay: Relay, kept: Any) -> Any:
+    """One program for each of many results: one for all of them takes XLA half a minute for 128 experts."""
+    return jax.jit(partial(_one_as_bits, relay), out_shardings=kept)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _as_bits(relay: Relay, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Move arrays as unsigned integers. A bitcast has no derivative: JAX would take it for zero, and say nothing."""
     dtype = arrays[0].dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return relay(arrays, jnp)
-    word = jnp.dtype(f"uint{ml_dtypes.finfo(dtype).bits}")  # type: ignore[no-untyped-call]
-    parts = relay([jax.lax.bitcast_convert_type(array, word) for array in arrays], jnp)
-    return tuple(jax.lax.bitcast_convert_type(part, dtype) for part in parts)
+    return tuple(_cast(part, dtype) for part in relay([_cast(array, _word(dtype)) for array in arrays], jnp))
+
+
+def _one_as_bits(relay: Relay, arrays: Sequence[jax.Array], at: int) -> jax.Array:
+    """The same of the result at one place of the grid."""
+    dtype = arrays[0].dtype
+    whole = relay.whole([_cast(array, _word(dtype)) for array in arrays], jnp)
+    return _cast(jax.lax.dynamic_index_in_dim(whole, at, keepdims=False), dtype)
+
+
+def _word(dtype: Any) -> Any:
+    """The unsigned integer as wide as a float; other types are moved as they are."""
+    return jnp.dtype(f"uint{ml_dtypes.finfo(dtype).bits}") if jnp.issubdtype(dtype, jnp.floating) else dtype  # type: ignore[no-untyped-call]
+
+
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
 
 
 @_as_bits.defjvp

@@ -59,6 +59,11 @@ class Side:
         sizes = dict(self.sizes)
         return tuple(sizes[axis] for axis in self.named)
 
+    @property
+    def count(self) -> int:
+        """How many arrays there are."""
+        return math.prod(self.grid)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
@@ -68,7 +73,12 @@ class Relay:
     target: Side
 
     def __call__(self, arrays: Sequence[Any], library: Operations) -> tuple[Any, ...]:
-        """The target's arrays from the source's, each in the order of its grid."""
+        """The target's arrays from the source's, in the order of their grid."""
+        whole = self.whole(arrays, library)
+        return tuple(whole[i : i + 1].reshape(self.target.shape) for i in range(self.target.count))
+
+    def whole(self, arrays: Sequence[Any], library: Operations) -> Any:
+        """The target's arrays as one, stacked in the order of their grid."""
         whole = self._stacked([self._opened(array, library) for array in arrays], library)
         pattern, sizes = self.target.pattern, dict(self.target.sizes)
         order = self.target.order
@@ -77,9 +87,7 @@ class Relay:
         stored = pattern.stored(sizes)
         if pattern.padding:
             whole = library.pad(whole, [(0, stored.get(axis, size) - size) for axis, size in _items(order, sizes)])
-        count = math.prod(self.target.grid)
-        whole = whole.reshape((count, *self.target.shape) if self.target.named else self.target.shape)
-        return tuple(whole[i] for i in range(count)) if self.target.named else (whole,)
+        return whole.reshape((self.target.count, *self.target.shape))
 
     def behind(self, array: Any) -> list[Any]:
         """The parts of a source that are padding, and must be zeros."""

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from functools import partial
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -165,3 +167,16 @@ def test_what_is_said_of_a_fused_tree_must_hold(layout, sizes, message):
 def test_a_tree_that_is_split_already_is_not_split():
     with pytest.raises(convert.PlanError, match=r"no leaves are called as .*wi.part:scale. says"):
         convert.split_params(maxtext(), "concat")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
+def test_many_results_are_made_one_by_one(dtype):
+    """Twelve experts, each with its own gate and up: more than are compiled together."""
+    words = np.random.default_rng(4).integers(0, 1 << 16, (12, 5, 8), dtype="u2")
+    wi = words.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else words.astype(dtype)
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    split = partial(convert.split_params, layout="fused-in-out", family="qwen3_moe")
+    made, wanted = split({name: jnp.asarray(wi)}), split({name: wi})
+    same_trees(made, wanted)
+    last = np.asarray(made["model.layers.3.mlp.experts.11.up_proj.weight"])
+    assert last.tobytes() == np.ascontiguousarray(wi[11, :, 4:].T).tobytes()
