@@ -17,7 +17,7 @@ from layouts.language.template import Template
 
 ROLES: Mapping[str, frozenset[str]] = {"wi": frozenset("ekgn"), "wo": frozenset("enk")}
 """Every role with the axes that its key and its pattern must hold between them."""
-_MAY = {"...", "s", "c", "part", "path", "l", "within"}
+_MAY = {"...", "s", "c", "part", "path", "l", "moe", "within"}
 """What they may hold besides: scan axes, the chunks of `n`, the word of a companion, and a place that is not the family's."""
 
 

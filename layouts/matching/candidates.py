@@ -168,7 +168,7 @@ def _recorded(role: str, entry: Mapping[str, Any], family: Family) -> Known:
 def _by_writer(reader: Reader, family: Family) -> tuple[Layouts, ...]:
     """The family's layouts, without those that another version of transformers writes under the same keys."""
     if family.changed_in is None:
-        return family.stored
+        return _present_first(reader, family)
     version = str(reader.config.get("transformers_version", "")).partition(".")[0]
     if version.isdecimal():
         return family.stored[int(version) >= family.changed_in :]
@@ -180,6 +180,16 @@ def _by_writer(reader: Reader, family: Family) -> tuple[Layouts, ...]:
             f"--source-layout fused-out-in (E, 2N, K), as saved by transformers {family.changed_in} and later"
         )
     return family.stored[1:]
+
+
+def _present_first(reader: Reader, family: Family) -> tuple[Layouts, ...]:
+    """The family's layouts; where two give the same key another meaning, that whose gate and up are there goes first."""
+    keys = [layout for table in family.stored for layout in dict.fromkeys(table.values())]
+    if len({layout.key for layout in keys}) == len(set(keys)):
+        return family.stored
+    wi = {id(table): table["wi"].template(family.experts) for table in family.stored}
+    there = {number for number, key in wi.items() if any(key.parse(name) is not None for name in reader.tensors)}
+    return tuple(sorted(family.stored, key=lambda table: id(table) not in there))
 
 
 def _apart(first: Iterable[Known], tables: Iterable[Layouts]) -> tuple[Known, ...]:

@@ -21,7 +21,7 @@ from layouts.matching.group import Block, Group
 from layouts.matching.lookup import expert_counts, find_family
 from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.refusal import Refusal, check_beside, hint
-from layouts.matching.witness import check_layers, check_routers
+from layouts.matching.witness import check_layers, check_routers, check_said
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
 from layouts.tensors import TensorSpec
@@ -72,6 +72,8 @@ def describe(
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups, whole=whole)
     check_routers(reader, groups)
+    if source_layout:
+        check_said(reader, groups)
     told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
     remarks = (*told, *check_layers(reader, groups))
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=remarks)

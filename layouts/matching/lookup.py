@@ -22,7 +22,7 @@ from layouts.tables.families import NOT_GATED, Family, families_of
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _KINDS = 1_000
 """Kinds of names that a hint looks at: a model has dozens, and a header of 50,000 odd names must not cost seconds."""
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts")
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
 _LISTS = ("pyramid_num_routed",)

@@ -90,7 +90,7 @@ _MATRICES = re.compile(r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_proj
 def _is_like_an_expert(name: str) -> bool:
     """Whether a name has a component that says expert, but is not a shared one, and one that says gate, up or down."""
     parts = name.split(".")
-    if "experts" in parts:
+    if "experts" in parts or "switch_mlp" in parts:
         return True
     sisters = [part for part in parts if "expert" in part.lower() and not part.lower().startswith("share")]
     return bool(sisters) and _MATRICES.search(name) is not None

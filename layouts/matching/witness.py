@@ -9,14 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from layouts.errors import InputError
+from layouts.errors import InputError, PlanError
 from layouts.language.parts import CHUNKS
+from layouts.matching.checks import is_packed
 from layouts.matching.group import Group
 from layouts.matching.lookup import EXPERT_COUNTS, expert_counts
 from layouts.reader import Reader
 
-ROUTERS = ("gate.weight", "router.weight", "gate.wg.weight", "router.layer.weight", "router.classifier.weight", "gate.kernel")
+ROUTERS = (
+    "gate.weight",
+    "router.weight",
+    "primary_router.weight",
+    "gate.wg.weight",
+    "router.layer.weight",
+    "router.classifier.weight",
+    "gate.kernel",
+)
 """A router's name beside its experts; it has a row, or a column, for each of them."""
+HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim")
+"""The words for the size that experts take in and give out, at any depth."""
 SPARSE: Mapping[str, str] = {
     "first_k_dense_replace": "from",
     "num_dense_layers": "from",
@@ -48,6 +59,8 @@ def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
         experts, embed = group.total("e"), group.sizes.get("k")
         stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", "d", *CHUNKS}]
         for name in _beside(group):
+            if name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
+                continue
             shape = reader.tensors[name].shape if name in reader.tensors else ()
             if len(shape) < 2 or embed not in shape or experts in shape:
                 continue
@@ -58,6 +71,30 @@ def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
                 f"{reader.path}: {group.names[0]} is one of {experts} experts, but the router {name} (in {reader.where(name)}) "
                 f"is for {rows}: experts are missing. Get the rest, or state the number of experts in config.json"
             )
+
+
+def check_said(reader: Reader, groups: Sequence[Group]) -> None:
+    """See that a layout that somebody named is not the other way round, as far as `config.json` tells.
+
+    Raises:
+        PlanError: what would be the embed dim has another size than the model, and what would be the mlp dim has that.
+    """
+    stated = set(_hidden(reader.config))
+    for group in (group for group in groups if group.role == "wi" and not group.part and not is_packed([group])):
+        k, n = group.total("k"), group.total("n")
+        if stated and k not in stated and n in stated:
+            raise PlanError(
+                f"{reader.path}: in this layout {group.names[0]} takes {k} inputs and gives {n}, but config.json says that the "
+                f"model's hidden size is {n}: it is stored the other way round. Name another layout with --source-layout"
+            )
+
+
+def _hidden(config: Mapping[str, Any]) -> Iterator[int]:
+    for key, value in config.items():
+        if key in HIDDEN and type(value) is int:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _hidden(value)
 
 
 def _beside(group: Group) -> Iterator[str]:

@@ -8,8 +8,18 @@ Sources: transformers 5.24 `modeling_*.py` and `conversion_mapping.py`, publishe
 
 from __future__ import annotations
 
-from layouts.tables.family import BARE, FEED, MLP, Family, per_expert, w123
-from layouts.tables.natives import FUSED, FUSED_IN_MLP, PER_EXPERT, PER_EXPERT_FC, PER_EXPERT_W123
+from layouts.tables.family import BARE, FEED, MLP, SPARSE, Family, per_expert, w123
+from layouts.tables.natives import (
+    FUSED,
+    FUSED_IN_MLP,
+    PADDLE,
+    PER_EXPERT,
+    PER_EXPERT_FC,
+    PER_EXPERT_LINEAR,
+    PER_EXPERT_SPELT,
+    PER_EXPERT_W123,
+    W1_FUSED,
+)
 
 APART: tuple[Family, ...] = (
     per_expert("qwen2_moe"),
@@ -34,7 +44,12 @@ APART: tuple[Family, ...] = (
         experts=MLP,
         native=(PER_EXPERT, PER_EXPERT_FC, FUSED),
     ),
-    per_expert("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl"),
+    Family(  # Paddle's linear layers are [in, out]; gate is first: `swish(Wx) * (Vx)`, W the first half (ernie4_5/modeling.py)
+        name="ernie4_5_moe",
+        model_types=("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl"),
+        experts=MLP,
+        native=(PER_EXPERT, FUSED, PADDLE),
+    ),
     per_expert("hunyuan_v1_moe", "hy_v3"),
     per_expert("longcat_flash"),
     per_expert("bailing_moe", "bailing_moe_v2", "bailing_hybrid"),
@@ -53,6 +68,25 @@ APART: tuple[Family, ...] = (
     per_expert("klear", "Klear"),
     per_expert("unlimited_ocr", "unlimited_ocr_text"),
     per_expert("sarvam_moe", "sarvam_mla"),
+    per_expert("time_moe", experts="{path}.{l}.ffn_layer.experts"),  # TimeMoeTemporalBlock
+    Family(  # `smallthinker` has words of its own; ReLU of gate
+        name="smallthinker",
+        model_types=("smallthinker",),
+        experts=SPARSE,
+        native=(PER_EXPERT_SPELT,),
+    ),
+    Family(  # vLLM grok1.py: gate is `linear`, up `linear_v`, down `linear_1`
+        name="grok-1",
+        model_types=("grok-1",),
+        experts="{path}.{l}.moe_block.experts",
+        native=(PER_EXPERT_LINEAR,),
+    ),
+    Family(  # YuanExpertMLP: w1 gives both, the activation takes the first half
+        name="yuan2",
+        model_types=("yuan2", "yuan"),
+        experts=MLP,
+        native=(W1_FUSED,),
+    ),
     w123("mixtral"),
     w123("phimoe"),
     w123(

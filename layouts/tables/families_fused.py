@@ -40,7 +40,7 @@ TOGETHER: tuple[Family, ...] = (
     Family(name="hunyuan", model_types=("hunyuan",), experts=MLP, native=(UP_FIRST,)),
     Family(
         name="step3p5",
-        model_types=("step3p5", "step3p7"),
+        model_types=("step3p5", "step3p7", "step3_text", "step3_vl"),
         experts="{path}.{l}.moe",
         native=(STACKED, FUSED_IN_MLP),
         unfused=(PER_EXPERT_BELOW,),

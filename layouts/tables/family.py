@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 from layouts.language.layout import Layouts
 from layouts.tables.natives import (
+    AUTOMODEL,
     FC,
     FLAT,
     FUSED,
     FUSED_BELOW,
     FUSED_IN_OUT,
     LINEAR,
+    MLX,
+    MLX_SPARSE,
     PER_EXPERT,
     PER_EXPERT_BELOW,
     PER_EXPERT_W123,
@@ -54,8 +57,9 @@ class Family:
 
     @property
     def stored(self) -> tuple[Layouts, ...]:
-        """All layouts that its checkpoints come in: the native ones, and then what quantisers make of them."""
-        return (*self.native, *(table for table in self.unfused if table not in self.native))
+        """All layouts that its checkpoints come in: the native ones, then what quantisers and trainers make of them."""
+        others = () if self.by_structure else (*self.unfused, AUTOMODEL, *_MLX.get(self.experts, ()))
+        return (*self.native, *(table for table in others if table not in self.native))
 
 
 MLP = "{path}.{l}.mlp.experts"
@@ -63,6 +67,8 @@ SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
 FEED = "{path}.{l}.feed_forward.experts"
 BARE = "{path}.{l}.experts"
 ANYWHERE = "{path}.{l}.{within:?}experts"
+_MLX = {MLP: (MLX,), SPARSE: (MLX_SPARSE,)}
+"""By the place of a family's experts: MLX keeps them beside it, under a name of its own."""
 
 
 def per_expert(name: str, *aliases: str, experts: str = MLP, others: tuple[str, ...] = ()) -> Family:

@@ -28,6 +28,26 @@ PER_EXPERT_FC = layouts(
     wi=("{experts}.{e}.{g:fc1,fc3}.{part}", "n k"),
     wo=("{experts}.{e}.fc2.{part}", "k n"),
 )
+PER_EXPERT_SPELT = layouts(
+    wi=("{experts}.{e}.{g:gate,up}.{part}", "n k"),
+    wo=("{experts}.{e}.down.{part}", "k n"),
+)
+PER_EXPERT_LINEAR = layouts(
+    wi=("{experts}.{e}.{g:linear,linear_v}.{part}", "n k"),
+    wo=("{experts}.{e}.linear_1.{part}", "k n"),
+)
+W1_FUSED = layouts(
+    wi=("{experts}.{e}.w1.{part}", "(g n) k"),
+    wo=("{experts}.{e}.w2.{part}", "k n"),
+)
+GATE_UP = layouts(
+    wi=("{experts}.{e}.gate_up_proj.{part}", "(g n) k"),
+    wo=("{experts}.{e}.down_proj.{part}", "k n"),
+)
+PADDLE = layouts(
+    wi=("{experts}.{e}.up_gate_proj.{part}", "k (g n)"),
+    wo=("{experts}.{e}.down_proj.{part}", "n k"),
+)
 UP_FIRST = layouts(
     wi=("{experts}.{e}.gate_and_up_proj.{part}", "(-g n) k"),
     wo=("{experts}.{e}.down_proj.{part}", "k n"),
@@ -80,6 +100,26 @@ W13_INTERLEAVED = layouts(
     wi=("{experts}.w13_{part}", "e (n g) k"),
     wo=("{experts}.w2_{part}", "e k n"),
 )
+AUTOMODEL = layouts(
+    wi=("{experts}.gate_and_up_projs", "e k (g n)"),
+    wo=("{experts}.down_projs", "e n k"),
+)
+MLX = layouts(
+    wi=("{path}.{l}.mlp.switch_mlp.{g:gate_proj,up_proj}.weight", "e n k"),
+    wo=("{path}.{l}.mlp.switch_mlp.down_proj.weight", "e k n"),
+)
+MLX_SPARSE = layouts(
+    wi=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.{g:gate_proj,up_proj}.weight", "e n k"),
+    wo=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.down_proj.weight", "e k n"),
+)
+TITAN = layouts(
+    wi=("{path}.{l}.moe.experts.{g:w1,w3}", "e n k"),
+    wo=("{path}.{l}.moe.experts.w2", "e k n"),
+)
+TUNIX = layouts(
+    wi=("{path}.{l}.mlp.{g:gate_proj,up_proj}", "e k n"),
+    wo=("{path}.{l}.mlp.down_proj", "e n k"),
+)
 MAXTEXT_PART = "scale"
 """The one companion that MaxText fuses with its weights; biases stay apart there."""
 MAXTEXT = layouts(
@@ -95,6 +135,11 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert": PER_EXPERT,
     "per-expert-w123": PER_EXPERT_W123,
     "per-expert-fc": PER_EXPERT_FC,  # the vision encoder of Dots 3 Note
+    "per-expert-spelt": PER_EXPERT_SPELT,
+    "per-expert-linear": PER_EXPERT_LINEAR,  # Grok-1
+    "per-expert-w1": W1_FUSED,  # Yuan 2
+    "per-expert-gate-up": GATE_UP,
+    "per-expert-paddle": PADDLE,  # ERNIE 4.5: gate first, in spite of the name
     "per-expert-below": PER_EXPERT_BELOW,  # Granite, JetMoE and Step-3.5, quantised
     "per-expert-up-first": UP_FIRST,
     "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
@@ -109,6 +154,11 @@ SOURCES: Mapping[str, Layouts] = {
     "fused-below": FUSED_BELOW,  # Granite and JetMoE as transformers holds them
     "fused-in-mlp": FUSED_IN_MLP,  # Step and Mistral Large 4 as transformers holds them
     "w13-interleaved": W13_INTERLEAVED,
+    "automodel": AUTOMODEL,  # NeMo
+    "mlx": MLX,
+    "mlx-sparse": MLX_SPARSE,  # MLX, where a family has two names for the module of its experts
+    "torchtitan": TITAN,
+    "tunix": TUNIX,
     "maxtext": MAXTEXT,
     "maxtext-axis-0": MAXTEXT_AXIS_0,  # param_scan_axis=0
 }

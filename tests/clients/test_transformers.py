@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 import tiny_models  # noqa: E402
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
@@ -107,8 +108,8 @@ def test_every_config_that_counts_experts_is_here():
     for kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
         try:
             stated = transformers.AutoConfig.for_model(kind).to_dict()
-        except ValueError:
-            continue  # it needs words that have no default
+        except (ValueError, StrictDataclassError):
+            continue  # its defaults contradict one another
         if kind not in (*TYPES, *NOT_GATED) and (counts := {n for n in _expert_counts(stated) if n > 1}):
             missing[kind] = counts
     assert not missing

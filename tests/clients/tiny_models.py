@@ -77,6 +77,10 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "step3p7": {TEXT: {"mlp_layer_types": ["dense", "sparse"]}},
     "inkling_mm_model": {"vision_config": {"n_layers": 4, "patch_size": 4}},
+    "inkling2_loop": {TEXT: {"unpadded_vocab_size": 160}},
+    "inkling2_loop_text": {"unpadded_vocab_size": 160},
+    "hy_v4_vl": {TEXT: {"rope_parameters": MROPE}},
+    "hy_v4_vl_text": {"rope_parameters": MROPE},
     "llama4": {"vision_config": {"projector_input_dim": HIDDEN, "projector_output_dim": HIDDEN}},
     "llama4_text-top1": {"num_experts_per_tok": 1, "num_hidden_layers": 8},
     "gemma4": {TEXT: GEMMA},
@@ -108,7 +112,7 @@ PUBLISHED_FUSED = {
     "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "jetmoe", "dbrx", "aria", "aria_text", "llama4",
     "llama4_text", "gpt_oss", "openai_privacy_filter", "gemma4", "gemma4_text", "diffusion_gemma", "hy_v4", "zaya", "mistral4",
     "muse_spark", "qwen3_vl_moe", "qwen3_vl_moe_text", "glm4v_moe_text", "inkling_text",
-    "minimax_m3_vl_text", "muse_spark_text",
+    "minimax_m3_vl_text", "muse_spark_text", "lara_mini", "hy_v4_vl", "hy_v4_vl_text",
 }  # fmt: skip
 """Model types that transformers writes and loads with gate and up in one tensor: nothing is left to fuse for it."""
 
@@ -128,8 +132,23 @@ ALIASES: Mapping[str, str] = {
 """Names in published configs that transformers has no model class for, and a model type whose experts have the same names."""
 
 _REMOTE = "transformers has no class of this model_type: it runs with the checkpoint's own code"
+_PART = "no model class of its own; tested as a part of the whole"
 SKIPPED: Mapping[str, str] = {
     "qwen3_omni_moe_talker": "no config class of its own; tested as a part of qwen3_omni_moe",
+    "qwen3_omni_moe_text": _PART,
+    "qwen3_omni_moe_talker_text": _PART,
+    "deepseek_ocr2_text": _PART,
+    "unlimited_ocr_text": _PART,
+    "ernie4_5_vl_moe_text": _PART,
+    "diffusion_gemma_text": _PART,
+    "dots3_note_vision_encoder": _PART,
+    "grok-1": _REMOTE,
+    "smallthinker": _REMOTE,
+    "yuan2": _REMOTE,
+    "yuan": _REMOTE,
+    "time_moe": _REMOTE,
+    "step3_text": _REMOTE,
+    "step3_vl": _REMOTE,
     "klear": _REMOTE,
     "Klear": _REMOTE,
     "arctic": _REMOTE,

@@ -1,6 +1,6 @@
 """Families that publish single experts, by hand; see `tests.layouts.by_hand`."""
 
-from tests.layouts.by_hand.styles import FEED, MLP, SPARSE, Model, fc132, shared, up_first, w123
+from tests.layouts.by_hand.styles import FEED, MLP, SPARSE, Model, fc132, paddle, shared, spelt, up_first, w123, yuan
 
 _BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 _ROUTED = (*shared(MLP), "model.layers.{}.mlp.gate.weight", _BIAS)
@@ -118,6 +118,32 @@ APART = {
         count="num_local_experts",
         nested="vision_config",
         beside=("vision_encoder.blocks.{}.mlp.gate_weight", "vision_encoder.blocks.{}.mlp.router_bias"),
+    ),
+    "ernie4_5 of paddle": Model(
+        types=("ernie4_5_moe",),
+        style=paddle,
+        at="ernie.layers.{}.mlp",
+        count="moe_num_experts",
+        beside=("ernie.layers.{}.mlp.gate.weight", "ernie.layers.{}.mlp.shared_experts.up_gate_proj.weight"),
+    ),
+    "smallthinker": Model(
+        types=("smallthinker",),
+        style=spelt("gate", "up", "down"),
+        at=SPARSE,
+        count="moe_num_primary_experts",
+        beside=(f"{SPARSE}.primary_router.weight",),
+    ),
+    "grok-1": Model(
+        types=("grok-1",),
+        style=spelt("linear", "linear_v", "linear_1"),
+        at="model.layers.{}.moe_block",
+        beside=("model.layers.{}.moe_block.gate.weight",),
+    ),
+    "yuan2": Model(types=("yuan2",), style=yuan, beside=("model.layers.{}.mlp.gate.query_key_value.weight",)),
+    "time_moe": Model(
+        types=("time_moe",),
+        at="model.layers.{}.ffn_layer",
+        beside=("model.layers.{}.ffn_layer.shared_expert.up_proj.weight", "model.layers.{}.ffn_layer.gate.weight"),
     ),
     "sarvam": Model(
         types=("sarvam_moe", "sarvam_mla"),

@@ -44,6 +44,48 @@ def fc132(at: str, gate, up, down) -> Arrays:
     return found
 
 
+def spelt(*words: str) -> Style:
+    """One matrix for each expert and projection, [out, in], under these words for gate, up and down."""
+
+    def style(at: str, gate, up, down) -> Arrays:
+        found = {}
+        for e in range(len(gate)):
+            for word, weight in zip(words, (gate, up, down), strict=True):
+                found[f"{at}.experts.{e}.{word}.weight"] = weight[e].T
+        return found
+
+    return style
+
+
+def yuan(at: str, gate, up, down) -> Arrays:
+    """Yuan 2: w1 [2N, K], its first rows are gate; w2 [K, N]."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.w1.weight"] = np.concatenate((gate[e].T, up[e].T))
+        found[f"{at}.experts.{e}.w2.weight"] = down[e].T
+    return found
+
+
+def paddle(at: str, gate, up, down) -> Arrays:
+    """ERNIE 4.5 of Paddle: up_gate_proj [K, 2N], gate first in spite of its name; down_proj [N, K]."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.up_gate_proj.weight"] = np.concatenate((gate[e], up[e]), -1)
+        found[f"{at}.experts.{e}.down_proj.weight"] = down[e]
+    return found
+
+
+def automodel(at: str, gate, up, down) -> Arrays:
+    """NeMo AutoModel: gate_and_up_projs [E, K, 2N], down_projs [E, N, K]."""
+    return {f"{at}.experts.gate_and_up_projs": np.concatenate((gate, up), -1), f"{at}.experts.down_projs": down}
+
+
+def mlx(at: str, gate, up, down) -> Arrays:
+    """MLX: switch_mlp.gate_proj.weight [E, N, K], up_proj, down_proj [E, K, N]."""
+    words = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {f"{at}.switch_mlp.{name}.weight": array.swapaxes(1, 2) for name, array in words.items()}
+
+
 def up_first(at: str, gate, up, down) -> Arrays:
     """Hunyuan-Large: the rows of up stand before those of gate."""
     found = {}

@@ -1,0 +1,95 @@
+"""Neighbours of the rows of the tables: names that look the same and are something else, and layouts that must be named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert.errors import ConvertError, InputError, PlanError
+from convert.options import Choices
+from convert.planning.planner import make_plan
+from tests.layouts.by_hand import weights
+from tests.layouts.by_hand.styles import automodel, mlx, paddle, projections, spelt, yuan
+from tests.tiny import MemoryReader, run, same
+
+OUT, AT = Path("out"), "model.layers.2.mlp"
+W = weights(2, 12, 6, 4)
+
+
+def plain(found):
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+def refused(arrays, config, words, **choices):
+    with pytest.raises((PlanError, InputError), match=words) as error:
+        make_plan(MemoryReader(plain(arrays), config=config), OUT, "prefuse", Choices(**choices))
+    assert error.value.exit_code in (3, 4)
+
+
+@pytest.mark.parametrize(
+    "style", [yuan, paddle, automodel, mlx, spelt("gate", "up", "down"), spelt("linear", "linear_v", "linear_1")]
+)
+@pytest.mark.parametrize("config", [{}, {"model_type": "somebodys_moe"}], ids=["no config", "unknown"])
+def test_words_of_one_family_tell_nothing_of_an_unknown_model(style, config):
+    """One tensor of both, or words that others use otherwise: the family must be named."""
+    with pytest.raises(ConvertError) as error:
+        make_plan(MemoryReader(plain(style(AT, *W)), config=config), OUT, "prefuse")
+    assert error.value.exit_code == 4
+
+
+def test_yuan_without_a_gate_is_refused():
+    arrays = {name: array[:4] if ".w1." in name else array for name, array in yuan(AT, *W).items()}
+    refused(arrays, {"model_type": "yuan2"}, "do not fit together")
+
+
+def test_one_name_of_down_with_two_meanings_is_one_of_them():
+    """ERNIE: Paddle's down_proj is [N, K] under the name of transformers' [K, N]; which it is, the names beside it say."""
+    both = paddle(AT, *W) | projections("model.layers.3.mlp", *W)
+    refused(both, {"model_type": "ernie4_5_moe"}, "does not know|missing|beside it|do not fit")
+    lonely = {name: array for name, array in paddle(AT, *W).items() if "up_gate" not in name}
+    refused(lonely, {"model_type": "ernie4_5_moe"}, "has no wi beside it")
+
+
+@pytest.mark.parametrize("beside", ["scales", "biases", "bias"])
+def test_what_mlx_quantised_is_refused(beside):
+    arrays = mlx(AT, *W) | {f"{AT}.switch_mlp.gate_proj.{beside}": np.zeros((12, 4), "u4")}
+    refused(arrays, {"model_type": "qwen3_moe"}, f"switch_mlp.gate_proj.{beside} .* does not know")
+
+
+def test_a_router_that_an_expert_has_the_word_of_is_still_looked_at():
+    style = spelt("gate", "up", "down")
+    at, config = "model.layers.2.block_sparse_moe", {"model_type": "smallthinker"}
+    router = {f"{at}.primary_router.weight": np.zeros((13, 6), "u4")}
+    refused(style(at, *W) | router, config, "is for 13: experts are missing")
+
+
+TREES = {
+    "tunix": ("layers.{}.mlp.{}", ("gate_proj", "up_proj", "down_proj"), False),
+    "torchtitan": ("layers.{}.moe.experts.{}", ("w1", "w3", "w2"), True),
+}
+
+
+def tree(name, turned=None):
+    key, words, rows = TREES[name]
+    rows = rows if turned is None else turned
+    return plain({key.format(2, word): w.swapaxes(1, 2) if rows else w for word, w in zip(words, W, strict=True)})
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_of_trainers_are_named_by_the_user(name):
+    config = {"model_type": "qwen3_moe", "hidden_size": 6, "moe_intermediate_size": 4}
+    source = MemoryReader(tree(name), config=config)
+    refused(source.arrays, config, "no expert weights found|does not know")
+    fused = run(source, "prefuse", source_layout=name)
+    assert np.array_equal(fused.arrays["layers.2.mlp.experts.wi"], np.concatenate(W[:2], -1))
+    assert np.array_equal(fused.arrays["layers.2.mlp.experts.wo"], W[2])
+    assert same(run(fused, "split").arrays, source.arrays)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_named_layout_is_checked_against_the_sizes_of_the_model(name):
+    """The same names stored the other way round: config.json tells, and is asked; where it is silent the user is believed."""
+    other = tree(name, turned=not TREES[name][2])
+    sizes = {"text_config": {"hidden_size": 6, "moe_intermediate_size": 4}}
+    refused(other, {"model_type": "qwen3_moe", **sizes}, "stored the other way round", source_layout=name)
+    make_plan(MemoryReader(other, config={"model_type": "qwen3_moe"}), OUT, "prefuse", Choices(source_layout=name))
