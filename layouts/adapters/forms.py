@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
@@ -47,7 +48,7 @@ class Form:
     @property
     def template(self) -> Template:
         """The key, ready to parse and render."""
-        return Template(self.key)
+        return _template(self.key)
 
     @property
     def per_expert(self) -> bool:
@@ -67,7 +68,7 @@ class Form:
     @property
     def rank(self) -> int:
         """Dimensions of a tensor."""
-        return len(Pattern(self.stored[0][1]).groups)
+        return len(_pattern(self.stored[0][1]).groups)
 
     @property
     def reversed(self) -> bool:
@@ -82,7 +83,11 @@ class Form:
     def pattern(self, side: str) -> tuple[str, Pattern]:
         """The side that a tensor of this name really is, and its axes."""
         real, text = self.stored[SIDES.index(side)]
-        return real, Pattern(text)
+        return real, _pattern(text)
+
+
+_template, _pattern = cache(Template), cache(Pattern)
+"""A file has hundreds of thousands of names."""
 
 
 def _per_expert(name: str, slot: str, units: tuple[str, ...], text: str) -> Form:
