@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import convert
 from convert.cli import main
@@ -77,6 +79,18 @@ def test_what_is_no_directory(said, tmp_path):
     assert (code, text) == (
         3,
         "convert: model.safetensors: this is a file; give the directory that holds the checkpoint: .",
+    )
+
+
+def test_a_dense_model_has_nothing_to_fuse(said, tmp_path):
+    (tmp_path / "dense").mkdir()
+    names = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    save_file({name: np.ones((4, 4), np.float32) for name in names}, tmp_path / "dense" / "model.safetensors")
+    (tmp_path / "dense" / "config.json").write_text('{"model_type": "qwen3"}')
+    assert said("--prefuse", "dense", OUT, "--quiet") == (
+        4,
+        "convert: dense: model_type 'qwen3' in config.json is no known MoE family, and none of its 3 tensors is called an "
+        "expert's: a dense model has nothing to fuse. If these are experts, say with --family how they are stored",
     )
 
 

@@ -111,6 +111,11 @@ def _unknown(
     if said:
         seen = f"{stated!r} is"
     fit = fitting(names, format)
+    if names and not said and not fit and not any("expert" in name.lower() or "moe" in name.lower() for name in names):
+        return PlanError(
+            f"{where}: {seen} no known MoE family, and none of its {len(names):,} tensors is called an expert's: a dense model "
+            f"has nothing to fuse. If these are experts, say with --family how they are stored"
+        )
     spelt = list(known) if said or not fit else [alias for family in fit for alias in (family.name, *family.model_types)]
     near = get_close_matches(str(stated), spelt, n=1) or [family.name for family in fit][:6]
     hint = f" (nearest: {', '.join(near)})" if near else ""
