@@ -6,8 +6,7 @@ A layout states where a projection's weight is. Its companions lie beside it and
 contracted axis, a block scale has one element for a block of the weight. So they need no layout of their own, only this table.
 
 Sources: DeepSeek-V3 `weight_scale_inv`; compressed-tensors `weight_packed`, `weight_shape`, ...; ModelOpt `weight_scale_2`;
-Inkling2-Loop
-`weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`.
+Inkling2-Loop `weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`.
 """
 
 from __future__ import annotations

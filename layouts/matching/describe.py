@@ -72,9 +72,9 @@ def describe(
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups, whole=whole)
     check_routers(reader, groups)
-    if source_layout:
-        check_said(reader, groups)
     told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
+    if source_layout or told:
+        check_said(reader, groups)
     remarks = (*told, *check_layers(reader, groups))
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=remarks)
 

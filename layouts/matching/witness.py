@@ -74,7 +74,7 @@ def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
 
 
 def check_said(reader: Reader, groups: Sequence[Group]) -> None:
-    """See that a layout that somebody named is not the other way round, as far as `config.json` tells.
+    """See that a layout that the user named, or names alone, is not the other way round, as far as `config.json` tells.
 
     Raises:
         PlanError: what would be the embed dim has another size than the model, and what would be the mlp dim has that.
@@ -85,7 +85,8 @@ def check_said(reader: Reader, groups: Sequence[Group]) -> None:
         if stated and k not in stated and n in stated:
             raise PlanError(
                 f"{reader.path}: in this layout {group.names[0]} takes {k} inputs and gives {n}, but config.json says that the "
-                f"model's hidden size is {n}: it is stored the other way round. Name another layout with --source-layout"
+                f"model's hidden size is {n}: it is stored the other way round. Name its "
+                f"layout with --source-layout, or its model with --family"
             )
 
 

@@ -63,6 +63,13 @@ def test_a_router_that_an_expert_has_the_word_of_is_still_looked_at():
     refused(style(at, *W) | router, config, "is for 13: experts are missing")
 
 
+def test_names_alone_are_checked_against_the_sizes_of_the_model():
+    """Single matrices that are [in, out]: no table has them, and names do not say it."""
+    turned = {name: array.T for name, array in projections(AT, *W).items()}
+    refused(turned, {"hidden_size": 6}, "stored the other way round")
+    make_plan(MemoryReader(plain(projections(AT, *W)), config={"hidden_size": 6}), OUT, "prefuse", Choices())
+
+
 TREES = {
     "tunix": ("layers.{}.mlp.{}", ("gate_proj", "up_proj", "down_proj"), False),
     "torchtitan": ("layers.{}.moe.experts.{}", ("w1", "w3", "w2"), True),
