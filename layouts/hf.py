@@ -139,7 +139,8 @@ class HFReader:
         for shard in shards:
             for name in shard.tensors:
                 if name in home:
-                    raise InputError(f"{path}: {name} stands in both {home[name].name} and {shard.name}")
+                    cut = ": it is cut for tensor parallelism; join the parts first" if "-TP-" in shard.name else ""
+                    raise InputError(f"{path}: {name} stands in both {home[name].name} and {shard.name}{cut}")
                 home[name] = shard
         if weight_map is not None:
             compare_index(path, weight_map, {name: shard.name for name, shard in home.items()})

@@ -165,6 +165,17 @@ def test_a_tensor_in_two_shards_is_refused(source, refused):
     assert "stands in both part1.safetensors and part9.safetensors" in refused()
 
 
+def test_files_that_are_cut_for_tensor_parallelism_are_called_so(source, refused):
+    """Grok-2: eight files with the same names, each with a part of every expert."""
+    for file in [source / INDEX, *sorted(source.glob("*.safetensors"))[1:]]:
+        file.unlink()
+    whole = next(source.glob("*.safetensors"))
+    for rank in range(2):
+        (source / f"pytorch_model-00007-TP-00{rank}.safetensors").write_bytes(whole.read_bytes())
+    whole.unlink()
+    assert "cut for tensor parallelism; join the parts first" in refused()
+
+
 @pytest.mark.parametrize("words", [[], ["--family", "qwen3_moe"]])
 def test_config_json_may_lack_and_then_the_names_tell(source, words, capsys):
     (source / "config.json").unlink()

@@ -25,8 +25,8 @@ SAID: Mapping[str, Scores] = {"sigmoid": "sigmoid", "sqrtsoftplus": "sqrtsoftplu
 SCORES: Mapping[Scores, str] = {
     "sigmoid": """
         afmoe axk1 axk2 bailing_hybrid bailing_moe_v2 beam deepseek_v3 deepseek_v32 dots1 dots3_note exaone_moe flint glm4_moe
-        glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 kimi_k2 kimi_linear laguna lfm2_moe llama4
-        mimo_v2_flash minimax_m2 minimax_m3_vl solar_open step3p5 step3p7
+        glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 hy_v4_vl kimi_k2 kimi_linear laguna lfm2_moe llama4
+        mimo_v2_flash minimax_m2 minimax_m3_vl sarvam_mla sarvam_moe solar_open step3p5 step3p7
     """,
     "softmax of the chosen": """
         aria cohere2_moe gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jetmoe openai_privacy_filter
