@@ -182,6 +182,7 @@ def test_config_json_may_lack_and_then_the_names_tell(source, words, capsys):
     assert main(["--prefuse", str(source), str(source.parent / "out"), "--dry-run", *words]) == 0
     assert ("family told by names: per-expert" in capsys.readouterr().out) == (not words)
     assert main(["--prefuse", str(source), str(source.parent / "out"), "--quiet", *words]) == 0
+    assert main(["--verify", str(source), str(source.parent / "out"), "--no-gemm", "--quiet"]) == 0
 
 
 @pytest.mark.parametrize("make", [lambda p: p.symlink_to("nowhere"), lambda p: p.symlink_to("assets")], ids=["broken", "dir"])
