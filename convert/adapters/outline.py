@@ -69,8 +69,8 @@ def record_of(described: Description, way: Way, makings: tuple[Making, ...], bef
     found: dict[str, Any] = {"layout": way.target.name, "version": VERSION}
     if described.known.family:
         found["family"] = described.known.family
-    origin = before.get("from")
-    found["from"] = origin if origin in FORMS else described.form.name
+    origin = FORMS.get(str(before.get("from")))
+    found["from"] = origin.name if origin and not origin.fused and way.source.fused else way.source.name
     if any(making.path != making.block.path for making in makings) or before.get("place") == "block_sparse_moe":
         found["place"] = "block_sparse_moe"
     if way.source.fused != way.target.fused:
@@ -112,3 +112,9 @@ def restored(reader: Reader, found: Mapping[str, TensorSpec], config: Mapping[st
     except (ConvertError, ValueError, AttributeError, RecursionError):
         return None
     return (files[0], text) if same else None
+
+
+def kept_record(file: File) -> dict[str, Any] | None:
+    """The record in a restored header: what was restored may have been made by this tool itself."""
+    text = (json.loads(file.head[8:]).get("__metadata__") or {}).get(RECORD)
+    return None if text is None else dict(json.loads(text))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.adapters.making import Making, Way, look_at, specs
-from convert.adapters.outline import config_of_output, file_for, record_of, restored, stamp_text
+from convert.adapters.outline import config_of_output, file_for, kept_record, record_of, restored, stamp_text
 from convert.adapters.recipes import recipes
 from convert.commit import manifest
 from convert.errors import PlanError, UsageError
@@ -50,6 +50,8 @@ class AdapterPlan:
     file: File
     texts: Mapping[str, str]
     record: Mapping[str, Any] | None
+    restored: bool
+    """Whether file and settings are the original ones, which the input remembers."""
     remarks: tuple[str, ...]
     side_files: Mapping[str, int]
     left_out_files: Mapping[str, int]
@@ -81,25 +83,19 @@ def make_plan(reader: Reader, out: Path, action: str, choices: Choices) -> Adapt
     """
     if action not in ("prefuse", "split"):
         raise UsageError(f"{reader.path} is an adapter: --prefuse or --split it; --to is for checkpoints")
-    config = config_of(reader.path)
-    settings = Settings.of(config, CONFIG)
     record = reader.record or {}
-    known = known_of(reader, config, record, choices)
-    described = describe(reader, settings, known)
+    described = _described(reader, record, choices)
     target = _target(reader, described, action, choices, record)
     way, said = _way(reader, described, target, record)
     makings = tuple(_making(reader, described, block, way, record) for block in described.blocks)
-    moved = {each.block.path: each.path for each in makings}
-    copied = {_moved(name, moved): stored for name, stored in described.others.items()}
+    copied = _copied(described, makings)
     found = _specs(reader, makings, copied, way.target)
     config = config_of_output(described, way, makings, copied)
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", **stamp_text(reader, way)}
     made = record_of(described, way, makings, record)
-    original = restored(reader, found, config) if way.target.name == record.get("from") else None
+    back = way.target.name == record.get("from") and not way.target.fused  # a fused original would not say of which family
+    original = restored(reader, found, config) if back else None
     file, texts[CONFIG] = original or (file_for(reader, found, made), texts[CONFIG])
-    files = reader.side_files
-    plain, left = files.chosen(copy_all=choices.copy_all)
-    beside = {*texts, manifest.NAME}
     return AdapterPlan(
         source=reader.path,
         out=out,
@@ -111,13 +107,17 @@ def make_plan(reader: Reader, out: Path, action: str, choices: Choices) -> Adapt
         specs=found,
         file=file,
         texts=texts,
-        record=None if original else made,
-        remarks=(*described.remarks, *said, *_dropped(settings, way)),
-        side_files={name: size for name, size in plain.items() if name not in beside},
-        left_out_files={name: size for name, size in left.items() if name not in beside},
-        never_copied=files.never,
+        record=kept_record(file) if original else made,
+        restored=original is not None,
+        remarks=(*described.remarks, *said, *_dropped(described.settings, way)),
+        **_beside(reader, choices, texts),
         peak=_peak(reader, makings, found, way),
     )
+
+
+def _described(reader: Reader, record: Mapping[str, Any], choices: Choices) -> Description:
+    config = config_of(reader.path)
+    return describe(reader, Settings.of(config, CONFIG), known_of(reader, config, record, choices))
 
 
 def _target(reader: Reader, described: Description, action: str, choices: Choices, record: Mapping[str, Any]) -> Form:
@@ -180,10 +180,27 @@ def _specs(reader: Reader, makings: tuple[Making, ...], copied: Mapping[str, str
     return found
 
 
+def _beside(reader: Reader, choices: Choices, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Which files beside the tensors are carried over, left out and never copied."""
+    files, own = reader.side_files, {*texts, manifest.NAME}
+    plain, left = files.chosen(copy_all=choices.copy_all)
+    return {
+        "side_files": {name: size for name, size in plain.items() if name not in own},
+        "left_out_files": {name: size for name, size in left.items() if name not in own},
+        "never_copied": files.never,
+    }
+
+
 def _dropped(settings: Settings, way: Way) -> Iterator[str]:
     """What a setting was, where the new form takes no other value."""
     if way.target.wrapped and (dropout := settings.raw.get("lora_dropout")):
         yield f"lora_dropout was {dropout} and is 0.0 now: PEFT takes no other for packed experts"
+
+
+def _copied(described: Description, makings: tuple[Making, ...]) -> dict[str, str]:
+    """The names of all other tensors in the output -> as they are stored."""
+    moved = {each.block.path: each.path for each in makings}
+    return {_moved(name, moved): stored for name, stored in described.others.items()}
 
 
 def _moved(name: str, paths: Mapping[str, str]) -> str:

@@ -31,6 +31,7 @@ from convert.options import Choices, Running
 from convert.progress import Progress, ignore
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
+from layouts.files import read_bytes
 from layouts.hf import HFReader
 
 _USUAL = Choices()
@@ -134,8 +135,9 @@ def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], st
         "files": {name: each.json() for name, each in inventory(stage.path, manifest.NAME, MODEL.__eq__).items()},
         "headers": {plan.file.name: manifest.hashed_text(plan.file.head[8:].decode())},
     }
-    if plan.record is not None:
-        before = manifest.original_files(plan.source) if reader.record else None
-        original = before or manifest.Original(headers=reader.headers, texts={CONFIG: (plan.source / CONFIG).read_text()})
+    if not plan.restored:
+        ours = manifest.Original(headers=reader.headers, texts={CONFIG: read_bytes(plan.source / CONFIG).decode()})
+        earlier = plan.record is not None and plan.record["from"] != plan.way.source.name  # this was not the first step
+        original = (manifest.original_files(plan.source) if earlier else None) or ours
         content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
     return json.dumps({**content, manifest.SEAL: manifest.seal_of(content)}, indent=1) + "\n"

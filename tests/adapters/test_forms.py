@@ -164,3 +164,15 @@ def test_mixtral_has_its_own_words_and_transformers_5_others(moved, tmp_path):
     assert run("--verify", given, tmp_path / "out") == 0
     assert run("--split", tmp_path / "out", tmp_path / "back") == 0
     assert tree(tmp_path / "back")["adapter_model.safetensors"] == tree(given)["adapter_model.safetensors"]
+
+
+def test_what_this_tool_split_is_an_original_as_well(tmp_path):
+    given = adapter(tmp_path / "in", fused("packed"))
+    assert run("--split", given, tmp_path / "split", "--family", "qwen3_moe") == 0
+    assert run("--prefuse", tmp_path / "split", tmp_path / "out") == 0
+    same(tensors(tmp_path / "out"), tensors(given))
+    assert run("--split", tmp_path / "out", tmp_path / "back") == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "split" / name).read_bytes()
+    assert all(run("--verify", tmp_path / name) == 0 for name in ("split", "out", "back"))
+    assert run("--split", tmp_path / "out", tmp_path / "back") == 0
