@@ -133,7 +133,8 @@ class Choices:
         int, Option(text="tensor-parallel shards of the layouts per-shard and lane", read=values.positive, show="S")
     ] = 1
     align: Annotated[
-        int | str, Option(text="per-shard: columns to pad each shard to, or maxtext", read=values.align, show="A")
+        int | str,
+        Option(text="per-shard: columns to pad each shard to, or maxtext, or maxtext-pow2", read=values.align, show="A"),
     ] = 128
     family: _Family = None
     source_layout: _SourceLayout = None

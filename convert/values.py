@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 
+from layouts.tables.targets import ALIGNMENTS
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -78,12 +80,12 @@ def axis(value: object) -> int:
 
 
 def align(value: object) -> int | str:
-    """Columns, or the word `maxtext`.
+    """Columns, or a word for them: `maxtext`, `maxtext-pow2`.
 
     Raises:
         ValueError: it is neither.
     """
-    return "maxtext" if value == "maxtext" else positive(value)
+    return value if isinstance(value, str) and value in ALIGNMENTS else positive(value)
 
 
 def numbers(value: object) -> frozenset[int]:

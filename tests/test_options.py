@@ -98,6 +98,7 @@ def test_defaults_are_what_the_options_take():
         ({"shards": 0}, "shards: 0 is not a positive number"),
         ({"shards": True}, "shards: True is not a positive number"),
         ({"align": "128x"}, "align: '128x' is not a positive number"),
+        ({"align": "maxtext-pow3"}, "align: 'maxtext-pow3' is not a positive number"),
         ({"layout": 3}, "layout: 3 is not a word"),
         ({"scan": "no"}, "scan: 'no' is neither True nor False"),
         ({"to": "gguf"}, "to: 'gguf' is none of hf, orbax"),

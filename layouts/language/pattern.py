@@ -27,7 +27,7 @@ _WORD = re.compile(r"(?P<minus>-)?(?P<axis>[a-z]\w*)(?:=(?P<size>[1-9]\d*)|%(?P<
 _TOKEN = re.compile(rf"\(\s*(?:{re.sub('[?]P<[a-z]+>', '?:', _WORD.pattern)}\s*)+\)|\.\.\.|[^\s()]+")
 """One stored dimension of a pattern: `(g n)`, `...` or `k`."""
 _LEAST = 256
-"""Columns that MaxText wants each shard to have."""
+"""Columns that MaxText wanted each shard to have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,10 +205,10 @@ def identity(rank: int) -> Pattern:
 
 
 def _padded(rule: str | None, size: int, shards: int) -> int:
-    """The stored size of an axis: a multiple of a number, or MaxText's rule for all shards of `n` together.
+    """The stored size of an axis: a multiple of a number, or the rule that MaxText had before 0.2.5 for all shards together.
 
-    Source of that rule: MaxText `integration/vllm/maxtext_vllm_adapter/adapter.py`; it does without padding where each shard
-    has a multiple of 256 columns, else takes the next power of two, doubled until each shard has 256.
+    Source of that rule: MaxText e591f30cb, `integration/vllm/maxtext_vllm_adapter/adapter.py`; it does without padding where
+    each shard has a multiple of 256 columns, else takes the next power of two, doubled until each shard has 256.
     """
     if rule is None:
         return size

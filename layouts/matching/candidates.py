@@ -15,7 +15,7 @@ from layouts.language.pattern import Pattern
 from layouts.reader import Reader
 from layouts.tables.families import Family
 from layouts.tables.natives import SOURCES
-from layouts.tables.targets import TARGETS, VERSION, target
+from layouts.tables.targets import ALIGNMENTS, TARGETS, VERSION, target
 
 ORIGIN = "hf"
 """Where the record of a MaxText tree says of which Hugging Face checkpoint it was made; see `layouts.matching.origin`."""
@@ -142,7 +142,7 @@ def named(text: str, family: Family) -> Layouts:
     name, *options = text.split(":")
     if name in SOURCES and not options:
         return SOURCES[name]
-    if name not in TARGETS or len(options) > 2 or not all(option.isdecimal() or option == "maxtext" for option in options):
+    if name not in TARGETS or len(options) > 2 or not all(option.isdecimal() or option in ALIGNMENTS for option in options):
         raise PlanError(f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN")
     shards, align = (options[0] if options else "1"), (options[1] if len(options) > 1 else "128")
     return target(name, family, shards=int(shards), align=align)

@@ -45,6 +45,14 @@ TARGETS: Mapping[str, Layouts] = {
     ),
 }
 
+ALIGNMENTS: Mapping[str, str] = {"maxtext": "256", "maxtext-pow2": "maxtext"}
+"""Words for `{align}`, and what patterns and records say for them.
+
+MaxText 0.2.5 pads N to the next multiple of 256 x S, which is 256 columns for each shard where S divides N; where it does not,
+MaxText cannot cut either. Before, it took powers of two: records say `n%maxtext` for that, and go on meaning it. Source:
+MaxText `integration/vllm/convert_utils.py`, `compute_padded_moe_mlp_dim` and `_interleave_moe_weights`.
+"""
+
 VERSION = 1
 """Written beside a target's name in every output; it grows when the meaning of a name changes."""
 
@@ -59,7 +67,9 @@ IN_MAXTEXT = frozenset(name for name, table in TARGETS.items() if table["wi"].ke
 def target(name: str, family: Family, *, shards: int, align: int | str) -> Layouts:
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
-    words = {"{shards}": str(shards), "{align}": str(align)} | ({} if family.scan_axis else {"e ...": "... e"})
+    words = {"{shards}": str(shards), "{align}": ALIGNMENTS.get(str(align), str(align))} | (
+        {} if family.scan_axis else {"e ...": "... e"}
+    )
     keys = {role: only(layout.key, MAXTEXT_PART) if family.by_structure else layout.key for role, layout in table.items()}
     return {role: Layout(keys[role], _fill(layout.pattern, words)) for role, layout in table.items()}
 

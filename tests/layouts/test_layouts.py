@@ -3,6 +3,7 @@
 `fuse` and `chunk_pad` were checked against tpu-inference's `process_w13_for_gmm` and MaxText's `_fuse_moe_weights`.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from convert.errors import InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import make_plan
+from layouts.language.pattern import Pattern
 from layouts.tables.families import FAMILIES
+from layouts.tables.targets import target
 from tests.tiny import MemoryReader, logical, memory, run, same, tensors
 
 QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
@@ -54,7 +57,8 @@ def up_to(size, multiple):
     return -(-size // multiple) * multiple
 
 
-# Padded N by MaxText's rule and by the kernel's: MaxText adapter.py:150-158, tpu-inference get_w13_padding_config.
+# Padded N by MaxText's rule before 0.2.5 and by the kernel's: adapter.py of MaxText e591f30cb, tpu-inference
+# get_w13_padding_config.
 PADDED = {
     (512, 4): (1024, 512), (512, 8): (2048, 1024), (704, 1): (1024, 768), (704, 4): (1024, 1024), (768, 1): (768, 768),
     (768, 2): (1024, 768), (768, 8): (2048, 1024), (1408, 1): (2048, 1408), (1408, 8): (2048, 2048), (1536, 4): (2048, 1536),
@@ -63,7 +67,7 @@ PADDED = {
 
 
 @pytest.mark.parametrize(("n", "shards"), PADDED)
-@pytest.mark.parametrize("rule", ["maxtext", 128])
+@pytest.mark.parametrize("rule", ["maxtext-pow2", 128])
 def test_each_shard_has_its_own_gate_and_up_padded(n, shards, rule):
     gate, up, wo = weights(n)
     source = reader(n)
@@ -72,6 +76,47 @@ def test_each_shard_has_its_own_gate_and_up_padded(n, shards, rule):
     assert np.array_equal(fused.arrays[WI], fuse(gate, up, shards, padded))
     assert np.array_equal(fused.arrays[WO], wo), "wo is never padded"
     assert same(run(fused, "split").arrays, source.arrays)
+
+
+# The widths of experts in MaxText 0.2.5 (`configs/models`), with all of 1..16 shards that divide them.
+WIDTHS = (16, 64, 512, 704, 768, 1024, 1408, 1536, 2048, 2560, 2880, 6144, 8192, 14336, 16384, 20480)
+# Where today's rule and the older one differ, by hand: the issue's models and others.
+TODAY = {
+    (2880, 1): 3072, (2880, 2): 3072, (2880, 4): 3072, (2880, 3): 3072, (2880, 6): 3072, (2880, 8): 4096, (2880, 15): 3840,
+    (704, 1): 768, (1408, 1): 1536, (1408, 2): 1536, (1408, 11): 2816, (1536, 3): 1536, (1536, 4): 2048, (1536, 12): 3072,
+    (2560, 4): 3072, (768, 1): 768, (768, 3): 768, (512, 4): 1024, (2560, 10): 2560, (64, 16): 4096,
+}  # fmt: skip
+
+
+def maxtext_width(n, shards):
+    """MaxText 0.2.5, `compute_padded_moe_mlp_dim`: the next multiple of 256 x S, unless each shard has a multiple of 256."""
+    return n if n // shards % 256 == 0 else -(-n // (256 * shards)) * 256 * shards
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_maxtext_pads_each_of_its_widths_for_any_number_of_shards(n):
+    for shards in (s for s in range(1, 17) if n % s == 0):
+        wi = target("per-shard", QWEN, shards=shards, align="maxtext")["wi"]
+        sizes = {"e": 1, "k": 2, "g": 2, "s": shards, "n": n // shards}
+        assert Pattern(wi.pattern).expand(3).shape(sizes)[-1] == 2 * maxtext_width(n, shards)
+        assert maxtext_width(n, shards) == TODAY.get((n, shards), maxtext_width(n, shards))
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "shards"),
+    [("maxtext", 768, 3), *itertools.product(("maxtext", "maxtext-pow2"), (704, 1536, 2880), (1, 4))],
+)
+def test_the_record_tells_which_rule_of_maxtext_padded(rule, n, shards):
+    """A record of the older rule says `n%maxtext`, and is read like that for ever."""
+    gate, up, _ = weights(n)
+    fused = run(reader(n), "prefuse", layout="per-shard", shards=shards, align=rule)
+    padded = maxtext_width(n, shards) if rule == "maxtext" else {704: 1024, 1536: 1536 if shards == 1 else 2048, 2880: 4096}[n]
+    assert np.array_equal(fused.arrays[WI], fuse(gate, up, shards, padded))
+    assert f"g n%{256 if rule == 'maxtext' else 'maxtext'})" in str(fused.record)
+    assert same(run(fused, "split").arrays, reader(n).arrays)
+    if rule == "maxtext-pow2":  # an older output becomes one of today
+        today = run(fused, "prefuse", layout="per-shard", shards=shards, align="maxtext")
+        assert np.array_equal(today.arrays[WI], fuse(gate, up, shards, maxtext_width(n, shards)))
 
 
 @pytest.mark.parametrize(("n", "one", "other"), [(96, 8, 4), (96, 3, 4), (96, 2, 6), (768, 8, 1)])
@@ -148,7 +193,7 @@ def test_any_layout_becomes_any_other(layout, other):
     [
         ({"layout": "per-shard", "shards": 7}, "n = 96 does not divide into s = 7"),
         ({"layout": "lane", "shards": 1}, "n = 96 does not divide into n = 128"),
-        ({"layout": "per-shard", "shards": 6, "align": "maxtext"}, "does not divide into 6 shards"),
+        ({"layout": "per-shard", "shards": 6, "align": "maxtext-pow2"}, "does not divide into 6 shards"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(choices, words):

@@ -86,6 +86,7 @@ def wi_of(path: Path) -> np.ndarray:
     [
         ({"layout": "per-shard", "shards": 4}, "s g n", 128),
         ({"layout": "per-shard", "shards": 5, "align": 8}, "s g n", 8),
+        ({"layout": "per-shard", "shards": 5, "align": "maxtext"}, "s g n", 256),
         ({"layout": "interleaved"}, "n g", 40),
         ({"layout": "gmm-ep"}, "g n", 128),
     ],
