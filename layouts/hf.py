@@ -123,7 +123,7 @@ class HFReader:
     _home: dict[str, Shard] = field(default_factory=dict)
     _files: dict[str, InputFile] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _side: SideFiles | None = None
+    _side: SideFiles | None = field(default=None, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> HFReader:

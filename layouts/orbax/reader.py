@@ -78,7 +78,7 @@ class OrbaxReader:
     _stores: dict[str, Any] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _side: SideFiles | None = None
+    _side: SideFiles | None = field(default=None, compare=False)
 
     @classmethod
     def open(cls, path: Path, item: Path) -> OrbaxReader:
