@@ -1,0 +1,65 @@
+"""Rows that several of MaxText's trees share: attention of each kind, norms, MLPs that are not routed.
+
+In: names of modules, where these differ. Out: rows in the language of `layouts.tables.maxtext`. It names no model.
+
+Source: that of `layouts.tables.maxtext_trees`.
+"""
+
+from __future__ import annotations
+
+from layouts.tables.maxtext import Row
+
+
+def attention(place: str, *, bias: bool = False, shared: str = "j") -> tuple[Row, ...]:
+    """Grouped-query attention: q, k and v by head, and the projection back. `shared` are the heads of k and v."""
+    projections = (("q_proj", "query", "h"), ("k_proj", "key", shared), ("v_proj", "value", shared))
+    rows = [Row(f"self_attn.{q}.weight", f"({h} d) k", f"{place}.{name}.kernel", f"k {h} d") for q, name, h in projections]
+    rows.append(Row("self_attn.o_proj.weight", "k (h d)", f"{place}.out.kernel", "h d k"))
+    if bias:
+        rows += [Row(f"self_attn.{q}.bias", f"({h} d)", f"{place}.{name}.bias", f"{h} d") for q, name, h in projections]
+        rows.append(Row("self_attn.o_proj.bias", "k", f"{place}.out.bias", "k"))
+    return tuple(rows)
+
+
+def gated(hf: str, maxtext: str) -> tuple[Row, ...]:
+    """A gated MLP that is not routed: a dense layer, or a shared expert."""
+    return (
+        Row(f"{hf}.gate_proj.weight", "f k", f"{maxtext}.wi_0.kernel", "k f"),
+        Row(f"{hf}.up_proj.weight", "f k", f"{maxtext}.wi_1.kernel", "k f"),
+        Row(f"{hf}.down_proj.weight", "k f", f"{maxtext}.wo.kernel", "f k"),
+    )
+
+
+def norms(before: str = "pre_self_attention_layer_norm", after: str = "post_self_attention_layer_norm") -> tuple[Row, ...]:
+    """The norms of a layer: before attention, and after it."""
+    return (
+        Row("input_layernorm.weight", "k", f"{before}.scale", "k"),
+        Row("post_attention_layernorm.weight", "k", f"{after}.scale", "k"),
+    )
+
+
+def norm(hf: str, maxtext: str) -> tuple[Row, ...]:
+    """A norm with a bias."""
+    return (Row(f"{hf}.weight", "k", f"{maxtext}.scale", "k"), Row(f"{hf}.bias", "k", f"{maxtext}.bias", "k"))
+
+
+QK_NORM = (
+    Row("self_attn.q_norm.weight", "d", "self_attention.query_norm.scale", "d"),
+    Row("self_attn.k_norm.weight", "d", "self_attention.key_norm.scale", "d"),
+)
+"""Norms of queries and keys by head."""
+LATENT = (
+    Row("self_attn.q_proj.weight", "(h q) k", "self_attention.query.kernel", "k h q", optional=True),
+    Row("self_attn.q_a_proj.weight", "r k", "self_attention.wq_a.kernel", "k r", optional=True),
+    Row("self_attn.q_a_layernorm.weight", "r", "self_attention.q_norm.scale", "r", optional=True),
+    Row("self_attn.q_b_proj.weight", "(h q) r", "self_attention.wq_b.kernel", "r h q", optional=True),
+    Row("self_attn.kv_a_proj_with_mqa.weight", "p k", "self_attention.wkv_a.kernel", "k p"),
+    Row("self_attn.kv_a_layernorm.weight", "c", "self_attention.kv_norm.scale", "c"),
+    Row("self_attn.kv_b_proj.weight", "(h m) c", "self_attention.wkv_b.kernel", "c h m"),
+    Row("self_attn.o_proj.weight", "k (h d)", "self_attention.out.kernel", "h d k"),
+    Row("self_attn.indexer.k_norm.bias", "i", "self_attention.indexer.k_norm.bias", "i", optional=True),
+    Row("self_attn.indexer.k_norm.weight", "i", "self_attention.indexer.k_norm.scale", "i", optional=True),
+    Row("self_attn.indexer.weights_proj.weight", "i k", "self_attention.indexer.weights_proj.kernel", "k i", optional=True),
+    Row("self_attn.indexer.wk.weight", "i k", "self_attention.indexer.wk.kernel", "k i", optional=True),
+)
+"""Latent attention, with an indexer or without."""
