@@ -49,7 +49,7 @@ __all__ = [
 
 
 def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Processes:
-    """This process among those of a JAX program that run the same conversion, for the argument `processes`.
+    """This process among those of a JAX program that run the same conversion or verification, for the argument `processes`.
 
     What is not given is found by JAX (SLURM, GKE, TPU); where `jax.distributed` is initialized already, nothing has to be.
 
@@ -63,7 +63,12 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
 
 @documented(Verifying)
 def verify(
-    a: str | Path, b: str | Path | None = None, *, progress: Progress | None = None, **options: Unpack[Verifying]
+    a: str | Path,
+    b: str | Path | None = None,
+    *,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Verifying],
 ) -> Verdict:
     """Compare two checkpoints, in whatever layouts: weights bit for bit, then grouped GEMMs fused and unfused.
 
@@ -71,26 +76,29 @@ def verify(
     `backend` is a grouped GEMM of `convert.verifier.gemms.backends`, and `mesh` says how many devices there are along `expert`
     and `model`. `Verdict.equal` holds if something was compared, nothing differs, and each level that was asked for ran (or
     `allow_not_run` was given); `Level.state` has the three states. `content` and `self_test` are what a report has besides.
+    `processes` are those that share the work (from `connect`); each of them makes the same call, and gets the same verdict.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
         UsageError: a backend, a mesh, a layer or an expert that cannot be had here, or an option for another number of
             checkpoints.
     """
+    from convert.commit.processes import ALONE
     from convert.verifier import verify_checkpoints, verify_manifest
     from layouts.checkpoint import is_adapter
     from layouts.places import place
 
+    together = processes or ALONE
     chosen = complete(Verification, options, of=1 if b is None else 2)
     if b is not None and (is_adapter(place(a)) or is_adapter(place(b))):
         from convert.verifier.adapters import verify_adapters
 
-        return verify_adapters(place(a), place(b), progress, chosen)
+        return verify_adapters(place(a), place(b), progress, chosen, together)
     if chosen.from_writer or chosen.base:
         raise UsageError("--from-writer and --base are for two LoRA adapters, and these are none")
     if b is None:
-        return verify_manifest(place(a), progress, chosen)
-    return verify_checkpoints(place(a), place(b), progress, chosen)
+        return verify_manifest(place(a), progress, chosen, together)
+    return verify_checkpoints(place(a), place(b), progress, chosen, together)
 
 
 @documented(Digesting)

@@ -43,8 +43,7 @@ IMAGES = frozenset(
 """How files end, and options begin, of the other program that is called `convert`."""
 OTHER_PROGRAM = "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick"
 _NATURAL, _POSITIVE = values.natural, values.positive
-_CONVERSIONS = ("--prefuse", "--split", "--to")
-_PLANNED = (*_CONVERSIONS, "--verify")
+_PLANNED = ("--prefuse", "--split", "--to", "--verify")
 _EVERY = (*_PLANNED, "--digest", "--families")
 _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("--dry-run", _PLANNED, {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
@@ -54,8 +53,8 @@ _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
         {"action": "store_true", "help": "one of several processes, found by JAX (SLURM, GKE, TPU)"},
     ),
     ("--coordinator", _PLANNED, {"metavar": "HOST:PORT", "help": "where process 0 of several is; implies --distributed"}),
-    ("--num-processes", _CONVERSIONS, {"type": _POSITIVE, "metavar": "P", "help": "how many; --dry-run: divide the work"}),
-    ("--process-id", _CONVERSIONS, {"type": _NATURAL, "metavar": "I", "help": "which of them this is, from 0"}),
+    ("--num-processes", _PLANNED, {"type": _POSITIVE, "metavar": "P", "help": "how many; --dry-run: divide the work"}),
+    ("--process-id", _PLANNED, {"type": _NATURAL, "metavar": "I", "help": "which of them this is, from 0"}),
     ("--json", ("--verify", "--digest"), {"action": "store_true", "help": "print the verdict, or the digests, as JSON"}),
     ("--report", ("--verify",), {"metavar": "FILE.html", "help": "--verify: write the verdict as one offline page, too"}),
     ("--quiet", _EVERY, {"action": "store_true", "help": "no progress bar"}),

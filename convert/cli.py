@@ -64,8 +64,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.digest:
         return _digest(arguments)
     if arguments.verify:
-        if arguments.distributed or arguments.coordinator:
-            raise UsageError("--verify runs in one process; narrow it with --layers to divide it by hand")
         return _verify(arguments)
     action = next((word for word in ("prefuse", "split", "to") if getattr(arguments, word, None)), None)
     if action is None:
@@ -99,6 +97,10 @@ def _nothing_to_do(paths: Sequence[str]) -> int:
 
 def _processes(arguments: argparse.Namespace) -> Processes | None:
     if arguments.distributed or arguments.coordinator:
+        import jax
+
+        # Nothing is computed together, and Gloo would print to stdout.
+        jax.config.update("jax_cpu_collectives_implementation", None)  # type: ignore[no-untyped-call]
         return convert.connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.num_processes or arguments.process_id is not None:
         raise UsageError("--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run")
@@ -139,6 +141,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     whole = bool(arguments.json or arguments.report)
     given = {"content": whole, "self_test": whole, **options(arguments, "--verify")}
     if arguments.dry_run:
+        if arguments.distributed or arguments.coordinator or arguments.num_processes or arguments.process_id is not None:
+            raise UsageError("--verify --dry-run tells what one process takes; leave out what is said of several")
         from convert.verifier import estimate_cost
         from layouts.places import place
 
@@ -146,10 +150,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(printable(str(estimate_cost(one, other, complete(Verification, given, of=2)))))
         return 0
     passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
-    total = None if arguments.quiet else (passes + len(arguments.paths) * given["content"]) * _input_bytes(arguments.paths[-1])
+    processes = _processes(arguments)
+    quiet = arguments.quiet or bool(processes and not processes.first)
+    total = None if quiet else (passes + len(arguments.paths) * given["content"]) * _input_bytes(arguments.paths[-1])
     started = datetime.now(UTC)
-    with _progress(total, arguments.quiet) as progress:
-        verdict = convert.verify(*arguments.paths, progress=progress, **given)
+    with _progress(total, quiet) as progress:
+        verdict = convert.verify(*arguments.paths, processes=processes, progress=progress, **given)
+    if processes and not processes.first:
+        return 0 if verdict.equal else 1
     run = run_of(arguments.command, started)
     print(verdict.json(run) if arguments.json else printable(str(verdict)))
     if arguments.report:

@@ -135,8 +135,16 @@ def test_numbers_of_numpy_are_numbers():
         ),
         (["--prefuse", "a", "b", "--json"], "--json is for --verify and --digest, not for --prefuse"),
         (
+            ["--families", "--num-processes", "4"],
+            "--num-processes is for --prefuse, --split, --to and --verify, not for --families",
+        ),
+        (
+            ["--verify", "a", "b", "--dry-run", "--num-processes", "4"],
+            "--verify --dry-run tells what one process takes; leave out what is said of several",
+        ),
+        (
             ["--verify", "a", "b", "--num-processes", "4"],
-            "--num-processes is for --prefuse, --split and --to, not for --verify",
+            "--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run",
         ),
         (["--to", "hf", "a", "b", "--shards", "2"], "--shards is for --prefuse, not for --to"),
         (["--families", "--jobs", "2"], "--jobs is for --prefuse, --split, --to and --verify, not for --families"),

@@ -1,15 +1,17 @@
-"""One conversion by several processes, on one machine or many that share a file system; they find each other by JAX.
+"""One conversion or verification by several processes, on one machine or many that share a file system; JAX connects them.
 
 In: what each process has to say. Out: agreement, and each one's share of the work. It never touches the disk.
 
-Every process makes the same plan and writes its share of the output into the staging directory of the first one, which alone
-opens it, writes what stands beside the tensors and publishes. They meet at few points (`agree`); a process that fails says so,
-and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is journalled is kept
-either way, whatever the number of processes next time.
+Of a conversion every process makes the same plan and writes its share of the output into the staging directory of the first
+one, which alone opens it, writes what stands beside the tensors and publishes. Of a verification each does a stretch of the
+work (`stretch`), and they tell each other what they have found (`gather`). They meet at few points (`agree`); a process that fails
+says so, and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is journalled
+is kept either way, whatever the number of processes next time.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,8 @@ HELD = 160 << 20
 """Bytes that JAX takes in a process."""
 _LOOK = 1.0
 """Seconds between two looks at whether another process has failed."""
+_MESSAGE = 1 << 20
+"""Characters in one message to the others; the service takes no more than 4 MiB."""
 _RUNS = itertools.count()
 
 
@@ -66,16 +70,37 @@ class Processes:
         """
         if self.count == 1:
             return
-        self._met += 1
-        place = f"convert/{self._run}/{self._met}"
-        self.client.key_value_set(f"{place}/{self.index}", f"{step} {value}")
-        for other in range(self.count):
-            found = self._wait_for(f"{place}/{other}")
+        for other, found in enumerate(self.gather(f"{step} {value}")):
             if found != f"{step} {value}":
                 raise UsageError(
                     f"process {other} is at {found!r}, process {self.index} at '{step} {value}': all processes must be given "
                     "the same options and see the same input"
                 )
+
+    def gather(self, text: str) -> list[str]:
+        """What each process says here, in their order; it waits until all have spoken.
+
+        Raises:
+            StorageError: another process has failed.
+        """
+        if self.count == 1:
+            return [text]
+        self._met += 1
+        place = f"convert/{self._run}/{self._met}"
+        pieces = [text[at : at + _MESSAGE] for at in range(0, len(text), _MESSAGE)]
+        for number, piece in enumerate([str(len(pieces)), *pieces]):
+            self.client.key_value_set(f"{place}/{self.index}/{number}", piece)
+        found = []
+        for other in range(self.count):
+            count = int(self._wait_for(f"{place}/{other}/0"))
+            found.append("".join(self._wait_for(f"{place}/{other}/{number + 1}") for number in range(count)))
+        return found
+
+    def stretch(self, sizes: Sequence[int]) -> slice:
+        """The pieces in a row that are this process's own; each piece is one's in whose part of the total it begins."""
+        ends, total = list(itertools.accumulate(sizes)), max(1, sum(sizes))
+        owners = [min(self.count - 1, (end - size) * self.count // total) for end, size in zip(ends, sizes, strict=True)]
+        return slice(bisect.bisect_left(owners, self.index), bisect.bisect_right(owners, self.index))
 
     def mine(self, sizes: Sequence[int]) -> list[int]:
         """The numbers of the pieces of work that are this process's own."""

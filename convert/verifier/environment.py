@@ -73,5 +73,9 @@ def _device() -> str:
     """What JAX ran on, if it ran."""
     if (jax := sys.modules.get("jax")) is None:
         return NO_DEVICE
+    from jax._src.xla_bridge import backends_are_initialized  # which JAX does not export; to ask for devices would begin one
+
+    if not backends_are_initialized():
+        return NO_DEVICE
     kinds = Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from convert.commit.processes import ALONE, Processes
 from convert.errors import PlanError, UsageError, readable
 from convert.evidence import known_of
 from convert.options import Verification
@@ -28,7 +29,9 @@ from layouts.checkpoint import is_adapter
 from layouts.reader import Reader
 
 
-def verify_adapters(a: Path, b: Path, progress: Progress | None, options: Verification) -> Verdict:
+def verify_adapters(
+    a: Path, b: Path, progress: Progress | None, options: Verification, processes: Processes = ALONE
+) -> Verdict:
     """Compare two adapters.
 
     Raises:
@@ -38,6 +41,8 @@ def verify_adapters(a: Path, b: Path, progress: Progress | None, options: Verifi
     for path in (a, b):
         if not is_adapter(path):
             raise UsageError(f"{path} is no LoRA adapter, and the other one is; compare two of a kind")
+    if processes.count > 1:
+        raise UsageError("one process compares two adapters; leave out what is said of several")
     for name in ("layers", "experts", "mesh"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name} is for checkpoints; adapters are compared as a whole")

@@ -1,6 +1,6 @@
-"""The proof: every logical weight of two checkpoints is equal bit for bit, and so is every other tensor.
+"""The proof: every logical weight of the experts of two checkpoints is equal bit for bit.
 
-In: the layers and tensors of two checkpoints. Out: levels `exact` and `others`. It never rounds.
+In: the layers of two checkpoints. Out: level `exact`. It never rounds.
 
 Floating-point comparison would call NaN unlike itself and -0.0 like 0.0; bits do neither.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from convert.commit.processes import ALONE, Processes
 from convert.verifier.bits.alike import Difference, differing
 from convert.verifier.bits.logical import (
     PROJECTIONS,
@@ -27,12 +28,10 @@ from convert.verifier.bits.logical import (
     projections,
     unlike,
 )
-from convert.verifier.bits.order import STRIP, by_place, places_of
+from convert.verifier.bits.order import by_place, places_of
 from convert.verifier.bits.work import Scratch, Work, in_order
+from convert.verifier.share import joined
 from convert.verifier.verdict import Level
-from layouts.language.pattern import strips
-from layouts.matching.describe import Description
-from layouts.reader import Reader, is_chunked
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""
@@ -54,18 +53,23 @@ def compare_experts(
     scope: Scope,
     memory: int = 2 << 30,
     jobs: int | None = 1,
+    processes: Processes = ALONE,
 ) -> Level:
-    """Compare every expert of every MoE layer; differences name layer, expert and projection."""
-    differences, nbytes = unlike(a, b), 0
-    pairs = list(pair(a, b))
+    """Compare every expert of every MoE layer; differences name layer, expert and projection.
+
+    Several processes compare a part of the experts each, and all of them get the level of all.
+    """
+    pairs, lines, own = list(pair(a, b)), list[str](), 0
     chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].experts))]
     work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
     call = partial(_compare_expert, most=work.each, scratch=Scratch())
-    for _, together in itertools.groupby(by_place(chosen, _places), _places):  # one window after the other
+    mine = by_place(chosen, _places)[processes.stretch([1] * len(chosen))]
+    for _, together in itertools.groupby(mine, _places):  # one window after the other
         for found in in_order(call, together, work.jobs):
-            differences.extend(found.differences)
-            nbytes += found.nbytes
+            lines.extend(found.differences)
+            own += found.nbytes
             progress(found.nbytes)
+    differences, (nbytes,) = joined(processes, lines, own)
     layers, experts = len(pairs), max((len(scope.of(range(one.experts))) for one, _ in pairs), default=0)
     companions = {part for one, _ in pairs for _, part in one.groups if part}
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
@@ -73,7 +77,7 @@ def compare_experts(
         name="exact",
         covered=f"{layers} MoE layers x {experts} experts, gate, up and down{beside}, bit for bit",
         compared=nbytes,
-        differences=tuple(differences),
+        differences=(*unlike(a, b), *differences),
     )
 
 
@@ -155,42 +159,3 @@ def _names(a: Block, b: Block, kind: Kind, e: int, g: int) -> str:
 
 def _words(kind: Kind) -> str:
     return f"{' and '.join(PROJECTIONS[kind[0]])} {kind[1]}".strip()
-
-
-def compare_others(
-    a: Reader, b: Reader, ones: Description, others: Description, progress: Callable[[int], None], memory: int, jobs: int | None
-) -> Level:
-    """Compare every tensor that is no expert weight, by name."""
-    left, right = set(ones.verbatim), set(others.verbatim)
-    differences = [f"{name} is only in {(a if name in left else b).path}" for name in sorted(left ^ right)]
-    alike, nbytes, counts = [], 0, dict[str, int]()
-    for name in sorted(left & right):
-        one, other = a.tensors[name], b.tensors[name]
-        if one == other:
-            alike += [(name, part) for part in strips(one.shape, STRIP)]
-        else:
-            differences.append(f"{name}: {one.dtype} {one.shape} in one, {other.dtype} {other.shape} in the other")
-    work = Work.within(memory, 1 if is_chunked(a) or is_chunked(b) else jobs, 2 * 8 * STRIP)
-    scratch = Scratch()
-
-    def compare(item: tuple[str, tuple[slice, ...]]) -> tuple[str, int, int]:
-        scratch.rewind()
-        one, other = (reader.read(*item, scratch.empty) for reader in (a, b))
-        found = differing(one, other)
-        return item[0], found.count if found else 0, other.nbytes
-
-    for name, count, size in in_order(compare, alike, work.jobs):
-        counts[name] = counts.get(name, 0) + count
-        nbytes += size
-        progress(size)
-    differences += [f"{name}: {count} elements differ" for name, count in counts.items() if count]
-    sizes = (reader.tensors[name].nbytes for reader, names in ((a, left), (b, right)) for name in names)
-    why = "" if any(sizes) else "neither has a tensor that is no expert's"
-    return Level(
-        name="others",
-        covered=f"{len(left & right)} other tensors (attention, norms, routers, embeddings, dense and shared MLPs)",
-        compared=nbytes,
-        differences=tuple(differences),
-        not_run=why,
-        asked=not why,
-    )

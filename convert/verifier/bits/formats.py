@@ -10,16 +10,18 @@ Experts are compared as everywhere in this package (`convert.verifier.bits.exact
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from einops import EinopsError, rearrange
 from numpy.typing import NDArray
 
+from convert.commit.processes import ALONE, Processes
 from convert.planning.cross_pairs import Pair, names_of
 from convert.verifier.bits.across import Formats
 from convert.verifier.bits.order import by_place, hold, place_of
+from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.language.layout import ROLES
 from layouts.reader import Reader
@@ -31,27 +33,33 @@ _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
 
 
-def compare_others_across(both: Formats, memory: int, progress: Callable[[int], None]) -> Level:
-    """Every tensor of the model that is no expert's, bit for bit; what is on one side only is a difference."""
+def compare_others_across(both: Formats, memory: int, progress: Callable[[int], None], processes: Processes = ALONE) -> Level:
+    """Every tensor of the model that is no expert's, bit for bit; what is on one side only is a difference.
+
+    Several processes compare a part of them each, and all of them get the level of all.
+    """
     hf, tree = both.hf, both.tree
-    differences: list[str] = []
+    others = [pair for pair in both.pairs if pair.role not in ROLES]
+    every = [(pair, *item) for pair in others for item in _hf_names(pair)]
+    sizes = [hf.tensors[name].nbytes if name in hf.tensors else 0 for *_, name in every]
+    found: list[str] = []
     looked = 0
     # Experts that either side has alone are a difference of level `exact`.
-    seen = {name for group in both.described.groups for name in group.names}
+    seen = {name for group in both.described.groups for name in group.names} | {name for *_, name in every}
     placed = {name for pair in both.pairs for name in names_of(pair)}
-    for pair in (pair for pair in both.pairs if pair.role not in ROLES):
-        differences += _stacks_of_another_size(tree, pair)
-        for index, name in _in_order(both, pair, memory):
-            seen.add(name)
-            differences += _compare(hf, tree, pair, index, name, progress)
+    for pair, items in itertools.groupby(every[processes.stretch(sizes)], lambda item: item[0]):
+        for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
+            found += _compare(hf, tree, pair, index, name, progress)
             looked += hf.tensors[name].nbytes if name in hf.tensors else 0
+    differences, (nbytes,) = joined(processes, found, looked)
+    differences += [line for pair in others for line in _stacks_of_another_size(tree, pair)]
     differences += [f"{name} is only in {hf.path}" for name in hf.tensors if name not in seen]
     differences += [f"{n} is only in {tree.path}" for n in tree.tensors if n not in placed and n.startswith(ROOT)]
     rest = sum(not name.startswith(ROOT) for name in tree.tensors)
     return Level(
         name="others",
         covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart",
-        compared=looked,
+        compared=nbytes,
         differences=tuple(differences),
     )
 
@@ -71,10 +79,12 @@ def _hf_names(pair: Pair) -> Iterator[tuple[dict[str, int], str]]:
         yield index, key.render(index)
 
 
-def _in_order(both: Formats, pair: Pair, memory: int) -> list[tuple[dict[str, int], str]]:
-    """The tensors of a kind in the order in which the tree is read, through windows of its arrays."""
+def _in_order(
+    both: Formats, pair: Pair, items: Iterable[tuple[dict[str, int], str]], memory: int
+) -> list[tuple[dict[str, int], str]]:
+    """These tensors of a kind in the order in which the tree is read, through windows of its arrays."""
     parts: list[tuple[tuple[dict[str, int], str], list[_Part]]] = []
-    for index, name in _hf_names(pair):
+    for index, name in items:
         spec = both.hf.tensors.get(name)
         strip = _strips(pair, spec)[0] if spec else {}
         found = _located(both.tree, pair, index, strip)

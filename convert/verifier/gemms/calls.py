@@ -9,13 +9,17 @@ call takes few experts. Calls follow one another until all experts were taken.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
 
 from convert.verifier.bits.logical import Block, Sides
 from convert.verifier.bits.order import experts_held
 from convert.verifier.gemms.operands import Weights, load
+from convert.verifier.gemms.probes import Answers
 from layouts.orbax.malloc import keep_below
 from layouts.tensors import itemsize
 
@@ -38,6 +42,18 @@ class Fit:
     experts: int
     ahead: bool
     together: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """What one call has found so far: the rows that should be read back, and those that were; whether outputs differ."""
+
+    label: str = ""
+    experts: range = range(0)
+    wanted: Mapping[str, NDArray[Any]] | None = None
+    answers: list[Answers] = field(default_factory=list)
+    unread: set[int] = field(default_factory=set)
+    differ: bool = False
 
 
 def values(block: Block) -> int:

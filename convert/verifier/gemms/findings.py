@@ -5,20 +5,24 @@ In: weights of some experts. Out: differences, errors, levels. It never reads a 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.commit.processes import Processes
 from convert.verifier.bits.logical import Block, Sides
 from convert.verifier.gemms import probes
+from convert.verifier.gemms.calls import Call
 from convert.verifier.gemms.operands import Weights
-from convert.verifier.gemms.probes import Answers, Distance, Setting, distance, stored
+from convert.verifier.gemms.probes import Distance, Setting, distance, stored
 from convert.verifier.gemms.rows import ask, room_for, rows_of
 from convert.verifier.gemms.whole import Routed, add_experts, pieces
+from convert.verifier.share import by_key, chained, merged
 from convert.verifier.verdict import Level
 
 if TYPE_CHECKING:
@@ -33,16 +37,19 @@ TOO_LARGE = "--memory does not hold an expert of both sides for that"
 """Why a level that needs both sides in memory is left out, without having been asked for by name."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Call:
-    """What one call has found so far: the rows that should be read back, and those that were; whether outputs differ."""
-
-    label: str = ""
-    experts: range = range(0)
-    wanted: Mapping[str, NDArray[Any]] | None = None
-    answers: list[Answers] = field(default_factory=list)
-    unread: set[int] = field(default_factory=set)
-    differ: bool = False
+_JOINED: Mapping[str, Callable[[list[Any]], Any]] = {
+    "differences": by_key(chained),
+    "errors": by_key(chained),
+    "worst": by_key(lambda found: tuple(map(max, *found)) if len(found) > 1 else tuple(found[0])),
+    "bounds": by_key(max),
+    "compared": by_key(sum),
+    "slopes": max,
+    "unread": sum,
+    "skipped": any,
+    "large": any,
+    "apart": lambda found: set(chained(found)),
+}
+"""What becomes of the findings of several processes, each with layers of its own."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -171,10 +178,19 @@ class Findings:
             self.worst[level] = tuple(map(max, self.worst.get(level, (0.0, 0.0, 0.0)), now))  # type: ignore[assignment]
             self.compared[level] += int(found.finite.sum())
 
+    def join(self, processes: Processes) -> None:
+        """Add what other processes have met in their layers; afterwards all of them have the same."""
+        own = {name: getattr(self, name) for name in _JOINED} | {"apart": sorted(self.apart)}
+        for name, found in merged(processes, own, _JOINED).items():
+            setattr(self, name, found)
+        self.compared = Counter(self.compared)
+
     def levels(self, covered: Mapping[str, str], suffix: str) -> Iterator[Level]:
         """The levels that this backend ran, with what each covered."""
         for name, differences in self.differences.items():
-            errors = {layer: tuple(each) for layer, each in self.errors.items()} if name == "gemm" else {}
+            errors = (
+                {layer: tuple(self.errors[layer]) for layer in sorted(self.errors, key=_numbered)} if name == "gemm" else {}
+            )
             text = f"{covered[name]}{self._largest(name)}"
             if name == "mesh" and self.apart:
                 text += f"; not some experts, as {' and '.join(sorted(self.apart))}"
@@ -185,7 +201,7 @@ class Findings:
                 name=name + suffix,
                 covered=text,
                 compared=self.compared[name],
-                differences=tuple(dict.fromkeys(differences)),
+                differences=tuple(sorted(dict.fromkeys(differences), key=_numbered)),
                 errors=errors,
                 not_run=why,
                 asked=why not in (NOT_FINITE, TOO_LARGE) and not (name == "mesh" and suffix),
@@ -216,3 +232,8 @@ class Findings:
             return ""
         relative, delta, ulp = self.worst[level]
         return f"; largest difference {relative:.1e} of a row's norm, |delta| {delta:.1e}, {ulp:.0f} ulp"
+
+
+def _numbered(text: str) -> list[str | int]:
+    """For an order that does not depend on who ran what, nor when: layer 2 before layer 10."""
+    return [int(word) if word.isdecimal() else word for word in re.split("([0-9]+)", text)]

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from convert.commit.processes import ALONE, Processes
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import Block, Scope, Sides, pair
 from convert.verifier.bits.order import by_place, places_of
@@ -23,6 +24,7 @@ from convert.verifier.gemms.probes import Setting
 from convert.verifier.gemms.routing import activation_of, routing_of
 from convert.verifier.gemms.rows import ONE_HOT
 from convert.verifier.gemms.whole import TOKENS, Routed, routed, tokens_for
+from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 
 if TYPE_CHECKING:
@@ -59,8 +61,9 @@ def compare_outputs(
     how: How,
     broken: Collection[str] = (),
     progress: Progress = ignore,
+    processes: Processes = ALONE,
 ) -> tuple[Level, ...]:
-    """All probes of every expert of every MoE layer that a GEMM takes.
+    """All probes of every expert of every MoE layer that a GEMM takes; several processes run a part of the layers each.
 
     Layers that are `broken` cannot be read in logical axes, and are left to the level that said so.
     """
@@ -76,7 +79,12 @@ def compare_outputs(
     runnable = [(sides, allowed) for sides in sound if (allowed := fit(sides, how.memory, how.ways))]
     if not runnable:
         return tuple(_none_ran(pairs, how, broken))
-    routers = _probe_all(runnable, scope, how, found, progress)
+    own = runnable[processes.stretch([sides[0].experts * values(sides[0]) for sides, _ in runnable])]
+    ends = {sides[0].label: GRADIENTS for sides, _ in (*runnable[:1], *runnable[-1:])}
+    mine = sorted(_probe_all(own, ends, scope, how, found, progress))
+    routers = frozenset(joined(processes, mine)[0])
+    for each in found:
+        each.join(processes)
     left = len(pairs) - len(runnable)
     levels: list[Level] = []
     for number, each in enumerate(found):
@@ -120,9 +128,17 @@ def _routed(sides: Sides, scope: Scope, how: How) -> list[Routed]:
 
 
 def _probe_all(
-    runnable: Sequence[tuple[Sides, Fit]], scope: Scope, how: How, found: Sequence[Findings], progress: Progress
+    runnable: Sequence[tuple[Sides, Fit]],
+    ends: dict[str, int],
+    scope: Scope,
+    how: How,
+    found: Sequence[Findings],
+    progress: Progress,
 ) -> frozenset[str]:
-    """Run the probes, and give what routers there were. A layer is begun and ended as its experts come up."""
+    """Run the probes, and give what routers there were. A layer is begun and ended as its experts come up.
+
+    `ends` are the layers in which so many experts go through what is only done there.
+    """
     every = [
         (sides, experts, allowed)
         for sides, allowed in runnable
@@ -131,7 +147,6 @@ def _probe_all(
     ]
     every = by_place(every, lambda call: places_of(call[0], call[1].start))
     left = Counter(sides[0].label for sides, *_ in every)
-    ends = {sides[0].label: GRADIENTS for sides, _ in (*runnable[:1], *runnable[-1:])}
     routers: set[str] = set()
     begun: dict[str, list[Routed]] = {}
     weights = weights_of((call[:2] for call in every), ahead=all(allowed.ahead for _, allowed in runnable))

@@ -47,10 +47,10 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
     except RuntimeError:
         pass  # JAX has begun already, with the devices that it has
-    if len(jax.devices()) < count:
-        have = len(jax.devices())
+    devices = jax.local_devices()  # of several processes, each runs its own layers on its own devices
+    if (have := len(devices)) < count:
         raise UsageError(f"{count} devices, but JAX has begun with {have}; set jax_num_cpu_devices before its first use")
-    return Mesh(np.array(jax.devices()[:count]).reshape(shape), (EXPERT, MODEL))
+    return Mesh(np.array(devices[:count]).reshape(shape), (EXPERT, MODEL))
 
 
 def why_not(mesh: Mesh, experts: int, n: int) -> str | None:

@@ -1,0 +1,114 @@
+"""Hash what a manifest has digests of once more, or decode it.
+
+In: a checkpoint and its manifest. Out: what is not as it was, in words. It never opens what only the manifest names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from convert.commit import manifest
+from convert.commit.processes import Processes
+from convert.commit.recorded import Manifest, spans_of
+from convert.errors import InputError
+from convert.progress import Progress
+from convert.verifier.bits.order import STRIP, hold
+from convert.verifier.share import joined
+from convert.verifier.verdict import Level
+from layouts.language.pattern import strips
+from layouts.reader import Reader
+from layouts.windows import lengths
+
+
+@dataclass(slots=True)
+class Stored:
+    """Chunks that were hashed as they are stored, and their bytes."""
+
+    chunks: int = 0
+    nbytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.chunks:,} chunks of {self.nbytes:,} bytes"
+
+
+def hold_strips(reader: Reader, names: Iterable[str], memory: int) -> None:
+    """Read these tensors strip by strip, within this memory."""
+    specs = [spec for name in names if (spec := reader.tensors.get(name)) and spec.nbytes]
+    hold(reader, {spec.name: lengths(next(strips(spec.shape, STRIP))) for spec in specs}, 1, memory)
+
+
+def changed(reader: Reader, found: Manifest, stored: Stored, progress: Progress, processes: Processes) -> tuple[str, ...]:
+    """Each tensor that is not as the manifest has it, in words; several processes look at a part of them each."""
+    where = {True: "the manifest", False: "the checkpoint"}
+    lonely = sorted(found.tensors.keys() ^ reader.tensors.keys())
+    own = _own(reader, sorted(found.tensors.keys() & reader.tensors.keys()), processes)
+    lines = list(_changed(reader, found, own, stored, progress))
+    lines, (stored.chunks, stored.nbytes) = joined(processes, lines, stored.chunks, stored.nbytes)
+    return (*(f"{name} is only in {where[name in found.tensors]}" for name in lonely), *lines)
+
+
+def _own(reader: Reader, names: Iterable[str], processes: Processes) -> list[str]:
+    """Of these tensors the ones that this process reads."""
+    every = list(names)
+    return every[processes.stretch([reader.tensors[name].nbytes for name in every])]
+
+
+def _changed(reader: Reader, found: Manifest, names: Iterable[str], stored: Stored, progress: Progress) -> Iterator[str]:
+    for name in names:
+        entry, spec = found.tensors[name], reader.tensors[name]
+        if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            yield f"{name} (in {reader.where(name)}) is {spec.dtype} {spec.shape}, and was {entry.dtype} {entry.shape}"
+            continue
+        for rows, digest in spans_of(entry.digest):
+            if found.hashed == manifest.CHUNKS:
+                have = _stored_digest(reader, name, rows, stored, progress)
+            else:
+                have = digest_of(reader, name, rows, progress)
+            if have != digest:
+                where = f"{name}[{rows.start}:{rows.stop}]" if rows else name
+                yield f"{where} (in {reader.where(name)}) is not what was written"
+
+
+def _stored_digest(reader: Reader, name: str, rows: range | None, stored: Stored, progress: Progress) -> str:
+    """Of the chunks of a tensor as they are stored, or of those that begin in some rows of its first dimension."""
+    from layouts.orbax.digest import array_digest
+
+    def told(nbytes: int) -> None:
+        stored.nbytes += nbytes
+        progress(nbytes)
+
+    digest, chunks = array_digest(reader, name, rows, told)
+    stored.chunks += chunks
+    return digest
+
+
+def digest_of(reader: Reader, name: str, rows: range | None, progress: Progress) -> str:
+    """Of the values of a tensor, or of some rows of its first dimension."""
+    spec = reader.tensors[name]
+    digest = xxhash.xxh3_128()
+    for slices in strips(spec.shape, STRIP, rows):
+        block = reader.read(name, slices)
+        digest.update(np.asarray(block, order="C").data)
+        progress(block.nbytes)
+    return digest.hexdigest()
+
+
+def decoded(reader: Reader, stored: Stored, progress: Progress, processes: Processes) -> Level:
+    """Whether every array can be read whole; where digests are of values, it has been."""
+    if not stored.chunks:
+        covered = f"{len(reader.tensors)} tensors, read whole for their digests"
+        return Level(name="decoded", covered=covered, compared=len(reader.tensors))
+    problems = []
+    for name in _own(reader, reader.tensors, processes):
+        try:
+            for slices in strips(reader.tensors[name].shape, STRIP):
+                progress(reader.read(name, slices).nbytes)
+        except InputError as error:
+            problems.append(f"{name} (in {reader.where(name)}) cannot be decoded: {error}")
+    covered = f"{len(reader.tensors)} arrays, read whole: {stored}"
+    problems, _ = joined(processes, problems)
+    return Level(name="decoded", covered=covered, compared=len(reader.tensors), differences=tuple(problems))

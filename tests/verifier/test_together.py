@@ -1,0 +1,186 @@
+"""Several processes verify together: one verdict, the same as that of one process, whatever there is to find."""
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert
+from convert.commit import processes
+from convert.commit.processes import Processes
+from convert.errors import ConvertError, StorageError, UsageError
+from layouts.hf import HFReader
+from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.tiny import adapter, whole
+
+ROOT = Path(__file__).parents[2]
+
+
+class Board:
+    """What JAX's coordination service does for processes, for threads that play them."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            assert key not in self.values
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise RuntimeError("DEADLINE_EXCEEDED")
+            return self.values[key]
+
+    def key_value_dir_get(self, key):
+        with self.changed:
+            return [(name, value) for name, value in self.values.items() if name.startswith(key)]
+
+
+def together(monkeypatch, count, *paths, own=None, **options):
+    """What each of `count` processes gets, an error or a verdict; `own` are the options of each."""
+    monkeypatch.setattr(processes, "_RUNS", itertools.repeat(0))
+    monkeypatch.setattr(processes, "_MESSAGE", 100)
+    board = Board()
+
+    def verify(index):
+        try:
+            each = (own or {}).get(index, {})
+            return convert.verify(*paths, processes=Processes(index=index, count=count, client=board), **options | each)
+        except ConvertError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(verify, range(count)))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One model in three forms, and each with bits turned in the experts and elsewhere."""
+    root = tmp_path_factory.mktemp("together")
+    make_checkpoint(root / "in", family="qwen3_moe", experts=5, embed=32, mlp=16, layers=3, values="normal", shard=20_000)
+    convert.prefuse(root / "in", root / "fused")
+    convert.prefuse(root / "in", root / "tree", to="orbax")
+    shutil.copytree(root / "fused", root / "damaged")
+    for number, file in enumerate(sorted((root / "damaged").glob("*.safetensors"))):
+        data = np.memmap(file, np.uint8, "r+")
+        data[-3 - 64 * number :: -2000][:4] ^= 1
+    return root
+
+
+PAIRS = [("in", "fused"), ("in", "damaged"), ("in", "tree"), ("damaged", "tree"), ("tree", "tree"), ("fused",), ("damaged",)]
+
+
+@pytest.mark.parametrize("count", [2, 3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", PAIRS, ids=" ".join)
+def test_the_verdict_is_that_of_one_process(root, monkeypatch, names, count):
+    """Also where there are more of them than pieces of work; all have it, and say it in the same order."""
+    paths, words = [root / name for name in names], {"gemm": False} if len(names) == 2 else {}
+    alone = convert.verify(*paths, **words)
+    assert alone.equal == ("damaged" not in names)
+    assert [each.json() for each in together(monkeypatch, count, *paths, **words)] == [alone.json()] * count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("in", "fused"), ("in", "damaged"), ("in", "tree")], ids=" ".join)
+def test_the_probes_are_divided_by_layers(root, monkeypatch, names):
+    paths = [root / name for name in names]
+    alone = convert.verify(*paths)
+    for words in ({}, {"layers": [0, 2], "experts": [1, 2]}):
+        alone = convert.verify(*paths, **words)
+        assert [each.json() for each in together(monkeypatch, 2, *paths, **words)] == [alone.json()] * 2
+
+
+@pytest.mark.parametrize("names", [("in", "fused"), ("in", "damaged"), ("fused",)], ids=" ".join)
+def test_digests_and_the_self_test_are_those_of_one_process(root, monkeypatch, names):
+    """The first one makes them alone; all have them."""
+    paths, words = [root / name for name in names], {"gemm": False} if len(names) == 2 else {}
+    words |= {"content": True, "self_test": True}
+    alone = convert.verify(*paths, **words)
+    assert alone.self_test or "damaged" in names
+    assert alone.sides[0].digest
+    assert [each.json() for each in together(monkeypatch, 2, *paths, **words)] == [alone.json()] * 2
+
+
+def test_adapters_are_for_one_process(tmp_path, monkeypatch):
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    found = together(monkeypatch, 2, given, given)
+    assert [str(each) for each in found] == ["one process compares two adapters; leave out what is said of several"] * 2
+
+
+def test_each_process_reads_its_part_alone(root, monkeypatch):
+    read, seen = HFReader.read, []
+
+    def noted(self, name, *given):
+        seen.append((self.path.name, name))
+        return read(self, name, *given)
+
+    monkeypatch.setattr(HFReader, "read", noted)
+    together(monkeypatch, 3, root / "in", root / "in", gemm=False)
+    assert len(seen) == 2 * len({name for _, name in seen})
+
+
+def test_one_that_fails_stops_the_others(root, monkeypatch):
+    monkeypatch.setattr(processes, "_LOOK", 0.05)
+    read = HFReader.read
+
+    def failing(self, name, *given):
+        if "layers.2" in name:
+            raise StorageError("the disk is gone")
+        return read(self, name, *given)
+
+    monkeypatch.setattr(HFReader, "read", failing)
+    found = together(monkeypatch, 2, root / "in", root / "in", gemm=False)
+    assert [type(each) for each in found] == [StorageError] * 2
+    assert "process 1 of 2 stopped: the disk is gone" in str(found[0])
+
+
+def test_all_must_see_the_same(root, monkeypatch):
+    monkeypatch.setattr(processes, "_LOOK", 0.05)
+    found = together(monkeypatch, 2, root / "in", root / "fused", gemm=False, own={1: {"layers": [1]}})
+    assert {type(each) for each in found} <= {UsageError, StorageError}
+    assert any("all processes must be given the same options" in str(each) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([1] * 6, [2, 2, 2]),
+        ([1] * 5, [2, 2, 1]),
+        ([9, 1, 1, 1], [1, 0, 3]),
+        ([1, 1], [1, 1, 0]),
+        ([0, 0], [2, 0, 0]),
+        ([], [0, 0, 0]),
+    ],
+)
+def test_a_part_is_a_stretch_of_the_work(sizes, parts):
+    found = [list(range(len(sizes)))[Processes(index=index, count=3).stretch(sizes)] for index in range(3)]
+    assert list(map(len, found)) == parts
+    assert list(itertools.chain.from_iterable(found)) == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize("words", [["--no-gemm"], pytest.param([], marks=pytest.mark.slow)], ids=" ".join)
+def test_the_command_prints_one_verdict(root, words):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    given = ["--verify", str(root / "in"), str(root / "damaged"), *words, "--json", "--quiet", "--coordinator", address]
+    command = [sys.executable, "-m", "convert", *given, "--num-processes", "2", "--process-id"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    children = [subprocess.Popen([*command, str(i)], env=environment, stdout=-1, stderr=-1, text=True) for i in range(2)]
+    texts = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [1, 1], texts
+    alone = convert.verify(root / "in", root / "damaged", gemm=not words, content=True, self_test=True)
+    assert json.loads(texts[0][0]) | {"run": None} == json.loads(alone.json())
+    assert [texts[0][1], *texts[1]] == ["", "", ""]
