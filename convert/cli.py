@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ import convert
 from convert.arguments import ACTIONS, EXAMPLES, IMAGES, OTHER_PROGRAM, options, parser
 from convert.errors import ConvertError, UsageError, one_line, printable, readable
 from convert.options import Choices, Running, Verification, complete, named
+from convert.progress import bars
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -77,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     quiet = arguments.quiet or bool(processes and not processes.first)
     times = 1 / (processes.count if processes else 1) + bool(given.get("content"))  # it is hashed before it is converted
     total = None if quiet else int(_input_bytes(source) * times) or None
-    with _progress(total, quiet) as progress:
+    with nullcontext() if quiet else bars(total=total) as progress:
         report = call(source, out, processes=processes, progress=progress, **given)
     print(printable(str(report)))
     return 0
@@ -149,12 +150,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         one, other = map(place, _two_paths(arguments.paths))
         print(printable(str(estimate_cost(one, other, complete(Verification, given, of=2)))))
         return 0
-    passes = 2 if len(arguments.paths) == 2 and given.get("gemm", True) else 1  # the bits, then the probes
     processes = _processes(arguments)
     quiet = arguments.quiet or bool(processes and not processes.first)
-    total = None if quiet else (passes + len(arguments.paths) * given["content"]) * _input_bytes(arguments.paths[-1])
     started = datetime.now(UTC)
-    with _progress(total, quiet) as progress:
+    with nullcontext() if quiet else bars("opening") as progress:
         verdict = convert.verify(*arguments.paths, processes=processes, progress=progress, **given)
     if processes and not processes.first:
         return 0 if verdict.equal else 1
@@ -170,7 +169,7 @@ def _digest(arguments: argparse.Namespace) -> int:
         raise UsageError("--digest takes one checkpoint or more")
     given, found = options(arguments, "--digest"), {}
     for path in arguments.paths:
-        with _progress(None if arguments.quiet else _input_bytes(path), arguments.quiet) as progress:
+        with nullcontext() if arguments.quiet else bars(total=_input_bytes(path) or None) as progress:
             found[path] = convert.digest(path, progress=progress, **given)
     if arguments.json:
         print(json.dumps({path: each.json() for path, each in found.items()}, indent=1))
@@ -188,21 +187,6 @@ def _two_paths(paths: Sequence[str]) -> tuple[str, str]:
 def _input_bytes(path: str) -> int:
     """What lies in a directory; nobody knows in a store."""
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-
-
-@contextmanager
-def _progress(total: int | None, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    if quiet:
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
-
-        def advance(done: int) -> None:
-            bar.update(done)
-
-        yield advance
 
 
 class _Stopped(BaseException):

@@ -4,9 +4,9 @@ In: what each process has to say. Out: agreement, and each one's share of the wo
 
 Of a conversion every process makes the same plan and writes its share of the output into the staging directory of the first
 one, which alone opens it, writes what stands beside the tensors and publishes. Of a verification each does a stretch of the
-work (`stretch`), and they tell each other what they have found (`gather`). They meet at few points (`agree`); a process that fails
-says so, and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is journalled
-is kept either way, whatever the number of processes next time.
+work (`stretch`), and they tell each other what they have found (`gather`). They meet at few points (`agree`); a process that
+fails says so, and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is
+journalled is kept either way, whatever the number of processes next time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert.errors import StorageError, UsageError
+from convert.progress import Progress, begin, say
 
 HELD = 160 << 20
 """Bytes that JAX takes in a process."""
@@ -28,6 +29,24 @@ _LOOK = 1.0
 _MESSAGE = 1 << 20
 """Characters in one message to the others; the service takes no more than 4 MiB."""
 _RUNS = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watched:
+    """A caller's progress (see `convert.progress.Phased`), and a look at the other processes before each word."""
+
+    progress: Progress
+    look: Callable[[], None]
+
+    def __call__(self, done: int) -> None:
+        self.look()
+        self.progress(done)
+
+    def phase(self, name: str, total: int | None) -> None:
+        begin(self.progress, name, total)
+
+    def at(self, what: str) -> None:
+        say(self.progress, what)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -106,18 +125,14 @@ class Processes:
         """The numbers of the pieces of work that are this process's own."""
         return share(sizes, self.count)[self.index]
 
-    def watched(self, progress: Callable[[int], None]) -> Callable[[int], None]:
+    def watched(self, progress: Progress) -> Progress:
         """The same callback, which stops this process soon after another has failed."""
-        if self.count == 1:
-            return progress
+        return progress if self.count == 1 else _Watched(progress=progress, look=self._look_at_times)
 
-        def watch(done: int) -> None:
-            if (now := time.monotonic()) > self._looked + _LOOK:
-                self._looked = now
-                self._look()
-            progress(done)
-
-        return watch
+    def _look_at_times(self) -> None:
+        if (now := time.monotonic()) > self._looked + _LOOK:
+            self._looked = now
+            self._look()
 
     def _tell(self, text: str) -> None:
         if self.count > 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from convert.commit.processes import ALONE, Processes
 from convert.errors import readable
 from convert.options import Verification
-from convert.progress import Progress, ignore
+from convert.progress import Progress, begin, ignore
 from convert.verifier.bits import exact
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Scope, blocks
@@ -67,7 +67,9 @@ def verify_checkpoints(
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes = ALONE) -> Verdict:
     make = _across if _differ(one, other) else _alike
     about, counts, found = make(one, other, options, report, processes)
-    levels = *found, by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
+    bits_and_probes = tuple(found)
+    begin(report, "files")
+    levels = *bits_and_probes, by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
     looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
     return Verdict(
         subject=f"{one.path} against {other.path}",

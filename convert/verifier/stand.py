@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.errors import InputError, PlanError, UsageError
 from convert.options import Verification
-from convert.progress import Progress
+from convert.progress import Progress, begin
 from convert.verifier.content.hashing import Content
 from convert.verifier.content.sides import contents, described, said_alone
 from convert.verifier.control.trials import Compare, Sides, tried
@@ -34,7 +34,10 @@ def attested(verdict: Verdict, sides: Sides, options: Verification, progress: Pr
     if not (options.content or options.self_test):
         return verdict
     verdict = stood(verdict, sides, options, progress)
-    return tried(verdict, sides, options, compare) if options.self_test else verdict
+    if not options.self_test:
+        return verdict
+    begin(progress, "self-test")
+    return tried(verdict, sides, options, compare)
 
 
 def stood(
@@ -51,6 +54,7 @@ def stood(
     found: list[Content] = []
     levels = verdict.levels
     if options.content:
+        begin(progress, "digests of what is held", sum(spec.nbytes for reader in readers for spec in reader.tensors.values()))
         try:
             found = contents(*readers, options=options, progress=progress)
             other = found[1].json() if len(found) > 1 else wanted

@@ -16,7 +16,7 @@ from convert.commit.processes import ALONE, Processes
 from convert.errors import PlanError, UsageError, readable
 from convert.evidence import known_of
 from convert.options import Verification
-from convert.progress import Progress, ignore
+from convert.progress import Progress, begin, ignore
 from convert.verifier.adapters.beside import compare_others, compare_settings
 from convert.verifier.adapters.factors import Side, difference, factors_of, same
 from convert.verifier.verdict import Level, Verdict
@@ -78,6 +78,8 @@ def _compare_experts(left: Side, right: Side, progress: Progress) -> tuple[Level
     """Every projection of every expert."""
     mine, others = ({_place(block.path): block for block in side.described.blocks} for side in (left, right))
     differ, moved, compared, trained = [], 0, 0, False
+    nbytes = {place: sum(left.reader.tensors[name].nbytes for name in _names(block)) for place, block in mine.items()}
+    begin(progress, "delta W of experts", sum(nbytes.values()))
     for place in dict.fromkeys((*mine, *others)):
         pair = [factors_of(side, blocks[place]) if place in blocks else {} for side, blocks in ((left, mine), (right, others))]
         for key in dict.fromkeys((*pair[0], *pair[1])):
@@ -90,7 +92,7 @@ def _compare_experts(left: Side, right: Side, progress: Progress) -> tuple[Level
             if why := difference(one, other):
                 projection, expert = key
                 differ.append(f"{place}.experts, expert {expert}, {projection}: {why}")
-        progress(sum(left.reader.tensors[name].nbytes for name in _names(mine.get(place))))
+        progress(nbytes.get(place, 0))
     covered = f"{compared} projections of experts in {len({*mine, *others})} blocks"
     nothing = "" if trained else "all B are zeros, so that every reading gives the same: nothing to tell apart"
     delta = Level(

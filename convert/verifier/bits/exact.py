@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from convert.commit.processes import ALONE, Processes
+from convert.progress import Progress, begin, say
 from convert.verifier.bits.alike import Difference, differing
+from convert.verifier.bits.counts import nbytes_of
 from convert.verifier.bits.logical import (
     PROJECTIONS,
     Block,
@@ -49,7 +51,7 @@ class Looked(NamedTuple):
 def compare_experts(
     a: Mapping[str, Block],
     b: Mapping[str, Block],
-    progress: Callable[[int], None],
+    progress: Progress,
     scope: Scope,
     memory: int = 2 << 30,
     jobs: int | None = 1,
@@ -64,8 +66,13 @@ def compare_experts(
     work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
     call = partial(_compare_expert, most=work.each, scratch=Scratch())
     mine = by_place(chosen, _places)[processes.stretch([1] * len(chosen))]
-    for _, together in itertools.groupby(mine, _places):  # one window after the other
-        for found in in_order(call, together, work.jobs):
+    number = {one.label: at for at, (one, _) in enumerate(pairs, start=1)}
+    each = {one.label: nbytes_of(one) // max(1, one.experts) for one, _ in pairs}
+    begin(progress, "bits of experts", sum(each[one.label] for (one, _), _ in mine))
+    for _, group in itertools.groupby(mine, _places):  # one window after the other
+        together = list(group)
+        for ((one, _), _), found in zip(together, in_order(call, together, work.jobs), strict=True):
+            say(progress, f"layer {number[one.label]}/{len(pairs)}")
             lines.extend(found.differences)
             own += found.nbytes
             progress(found.nbytes)

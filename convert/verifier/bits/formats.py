@@ -10,7 +10,7 @@ Experts are compared as everywhere in this package (`convert.verifier.bits.exact
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from convert.commit.processes import ALONE, Processes
 from convert.planning.cross_pairs import Pair, names_of
+from convert.progress import Progress, begin
 from convert.verifier.bits.across import Formats
 from convert.verifier.bits.order import by_place, hold, place_of
 from convert.verifier.share import joined
@@ -33,7 +34,7 @@ _LARGE = 64 << 20
 """Bytes of a tensor above which it is compared row by row."""
 
 
-def compare_others_across(both: Formats, memory: int, progress: Callable[[int], None], processes: Processes = ALONE) -> Level:
+def compare_others_across(both: Formats, memory: int, progress: Progress, processes: Processes = ALONE) -> Level:
     """Every tensor of the model that is no expert's, bit for bit; what is on one side only is a difference.
 
     Several processes compare a part of them each, and all of them get the level of all.
@@ -47,7 +48,9 @@ def compare_others_across(both: Formats, memory: int, progress: Callable[[int], 
     # Experts that either side has alone are a difference of level `exact`.
     seen = {name for group in both.described.groups for name in group.names} | {name for *_, name in every}
     placed = {name for pair in both.pairs for name in names_of(pair)}
-    for pair, items in itertools.groupby(every[processes.stretch(sizes)], lambda item: item[0]):
+    own = processes.stretch(sizes)
+    begin(progress, "bits of other tensors", sum(sizes[own]))
+    for pair, items in itertools.groupby(every[own], lambda item: item[0]):
         for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
             found += _compare(hf, tree, pair, index, name, progress)
             looked += hf.tensors[name].nbytes if name in hf.tensors else 0
@@ -110,7 +113,7 @@ def _compare(
     pair: Pair,
     index: Mapping[str, int],
     name: str,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> Iterator[str]:
     """One tensor of Hugging Face against its part of an array, in strips of its first axis where it is large."""
     if name not in hf.tensors:

@@ -5,9 +5,8 @@ In: the tensors of two checkpoints. Out: level `others`. It never rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from convert.commit.processes import ALONE, Processes
+from convert.progress import Progress, begin
 from convert.verifier.bits.alike import differing
 from convert.verifier.bits.order import STRIP
 from convert.verifier.bits.work import Scratch, Work, in_order
@@ -21,7 +20,7 @@ from layouts.reader import Reader, is_chunked
 def compare_others(
     readers: tuple[Reader, Reader],
     described: tuple[Description, Description],
-    progress: Callable[[int], None],
+    progress: Progress,
     memory: int,
     jobs: int | None,
     processes: Processes = ALONE,
@@ -33,6 +32,7 @@ def compare_others(
     alike = [name for name in sorted(left & right) if a.tensors[name] == b.tensors[name]]
     unlike = [_unlike(a, b, name) for name in sorted((left & right) - set(alike))]
     own = alike[processes.stretch([a.tensors[name].nbytes for name in alike])]
+    begin(progress, "bits of other tensors", sum(a.tensors[name].nbytes for name in own))
     differences, (nbytes,) = joined(processes, *_compare(readers, own, progress, memory, jobs))
     sizes = (reader.tensors[name].nbytes for reader, names in ((a, left), (b, right)) for name in names)
     why = "" if any(sizes) else "neither has a tensor that is no expert's"
@@ -52,7 +52,7 @@ def _unlike(a: Reader, b: Reader, name: str) -> str:
 
 
 def _compare(
-    readers: tuple[Reader, Reader], names: list[str], progress: Callable[[int], None], memory: int, jobs: int | None
+    readers: tuple[Reader, Reader], names: list[str], progress: Progress, memory: int, jobs: int | None
 ) -> tuple[list[str], int]:
     """The differences between these tensors of the same shape and type, and the bytes that were looked at."""
     work = Work.within(memory, 1 if any(map(is_chunked, readers)) else jobs, 2 * 8 * STRIP)

@@ -15,7 +15,7 @@ from convert.commit import manifest
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest, spans_of
 from convert.errors import InputError
-from convert.progress import Progress
+from convert.progress import Progress, begin
 from convert.verifier.bits.order import STRIP, hold
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
@@ -46,9 +46,17 @@ def changed(reader: Reader, found: Manifest, stored: Stored, progress: Progress,
     where = {True: "the manifest", False: "the checkpoint"}
     lonely = sorted(found.tensors.keys() ^ reader.tensors.keys())
     own = _own(reader, sorted(found.tensors.keys() & reader.tensors.keys()), processes)
+    begin(progress, "digests", _to_hash(reader, found, own, processes))
     lines = list(_changed(reader, found, own, stored, progress))
     lines, (stored.chunks, stored.nbytes) = joined(processes, lines, stored.chunks, stored.nbytes)
     return (*(f"{name} is only in {where[name in found.tensors]}" for name in lonely), *lines)
+
+
+def _to_hash(reader: Reader, found: Manifest, own: Iterable[str], processes: Processes) -> int | None:
+    """Bytes of these tensors; where chunks are hashed as they are stored, about this process's part of the files."""
+    if found.hashed != manifest.CHUNKS:
+        return sum(reader.tensors[name].nbytes for name in own)
+    return sum(entry.size or 0 for entry in found.files.values()) // processes.count or None
 
 
 def _own(reader: Reader, names: Iterable[str], processes: Processes) -> list[str]:
@@ -103,7 +111,9 @@ def decoded(reader: Reader, stored: Stored, progress: Progress, processes: Proce
         covered = f"{len(reader.tensors)} tensors, read whole for their digests"
         return Level(name="decoded", covered=covered, compared=len(reader.tensors))
     problems = []
-    for name in _own(reader, reader.tensors, processes):
+    own = _own(reader, reader.tensors, processes)
+    begin(progress, "decoding", sum(reader.tensors[name].nbytes for name in own))
+    for name in own:
         try:
             for slices in strips(reader.tensors[name].shape, STRIP):
                 progress(reader.read(name, slices).nbytes)

@@ -16,7 +16,7 @@ from convert.commit.processes import ALONE, Processes
 from convert.commit.recorded import Manifest, load, spans_of
 from convert.errors import InputError, readable
 from convert.options import Verification
-from convert.progress import Progress, ignore
+from convert.progress import Progress, begin, ignore
 from convert.verifier.control.altered import AlteredReader
 from convert.verifier.control.choice import of_other, told
 from convert.verifier.files.digests import Stored, changed, decoded, digest_of, hold_strips
@@ -52,6 +52,7 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
     if found is None:
         raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
     agree(processes, found, options)
+    begin(progress, "files")
     files = by_first(processes, Level, lambda: _files(path, found))
     with closing(open_checkpoint(path)) as reader:
         agree(processes, list(reader.tensors.values()))

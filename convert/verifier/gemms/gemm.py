@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from convert.commit.processes import ALONE, Processes
-from convert.progress import Progress, ignore
+from convert.progress import Progress, begin, ignore, say
 from convert.verifier.bits.logical import Block, Scope, Sides, pair
 from convert.verifier.bits.order import by_place, places_of
 from convert.verifier.gemms.backends import BACKENDS, DEFAULT, Backend
@@ -81,7 +81,8 @@ def compare_outputs(
         return tuple(_none_ran(pairs, how, broken))
     own = runnable[processes.stretch([sides[0].experts * values(sides[0]) for sides, _ in runnable])]
     ends = {sides[0].label: GRADIENTS for sides, _ in (*runnable[:1], *runnable[-1:])}
-    mine = sorted(_probe_all(own, ends, scope, how, found, progress))
+    numbers = {sides[0].label: at for at, (sides, _) in enumerate(runnable, start=1)}
+    mine = sorted(_probe_all(own, ends, numbers, scope, how, found, progress))
     routers = frozenset(joined(processes, mine)[0])
     for each in found:
         each.join(processes)
@@ -130,6 +131,7 @@ def _routed(sides: Sides, scope: Scope, how: How) -> list[Routed]:
 def _probe_all(
     runnable: Sequence[tuple[Sides, Fit]],
     ends: dict[str, int],
+    number: Mapping[str, int],
     scope: Scope,
     how: How,
     found: Sequence[Findings],
@@ -137,7 +139,8 @@ def _probe_all(
 ) -> frozenset[str]:
     """Run the probes, and give what routers there were. A layer is begun and ended as its experts come up.
 
-    `ends` are the layers in which so many experts go through what is only done there.
+    `ends` are the layers in which so many experts go through what is only done there; `number` says which layer of
+    all each one is.
     """
     every = [
         (sides, experts, allowed)
@@ -147,11 +150,13 @@ def _probe_all(
     ]
     every = by_place(every, lambda call: places_of(call[0], call[1].start))
     left = Counter(sides[0].label for sides, *_ in every)
+    begin(progress, "GEMMs", sum(len(experts) * values(sides[0]) * 2 for sides, experts, _ in every))
     routers: set[str] = set()
     begun: dict[str, list[Routed]] = {}
     weights = weights_of((call[:2] for call in every), ahead=all(allowed.ahead for _, allowed in runnable))
     for sides, experts, allowed in every:
         one, label = sides[0], sides[0].label
+        say(progress, f"layer {number[label]}/{len(number)}")
         if label not in begun:
             begun[label] = _routed(sides, scope, how)
             routers |= {to.router for to in begun[label]}
