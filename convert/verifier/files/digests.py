@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import xxhash
@@ -15,12 +16,14 @@ from convert.commit import manifest
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest, spans_of
 from convert.errors import InputError
-from convert.progress import Progress, begin
+from convert.options import Verification
+from convert.progress import Progress, begin, ignore
 from convert.verifier.bits.order import STRIP, hold
+from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.language.pattern import strips
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
 
@@ -41,13 +44,16 @@ def hold_strips(reader: Reader, names: Iterable[str], memory: int) -> None:
     hold(reader, {spec.name: lengths(next(strips(spec.shape, STRIP))) for spec in specs}, 1, memory)
 
 
-def changed(reader: Reader, found: Manifest, stored: Stored, progress: Progress, processes: Processes) -> tuple[str, ...]:
+def changed(
+    reader: Reader, found: Manifest, stored: Stored, progress: Progress, options: Verification, processes: Processes
+) -> tuple[str, ...]:
     """Each tensor that is not as the manifest has it, in words; several processes look at a part of them each."""
     where = {True: "the manifest", False: "the checkpoint"}
     lonely = sorted(found.tensors.keys() ^ reader.tensors.keys())
     own = _own(reader, sorted(found.tensors.keys() & reader.tensors.keys()), processes)
     begin(progress, "digests", _to_hash(reader, found, own, processes))
-    lines = list(_changed(reader, found, own, stored, progress))
+    work = Work.within(options.memory, 1 if is_chunked(reader) else options.jobs, 2 * 8 * STRIP)
+    lines = list(_changed(reader, found, own, stored, progress, work))
     lines, (stored.chunks, stored.nbytes) = joined(processes, lines, stored.chunks, stored.nbytes)
     return (*(f"{name} is only in {where[name in found.tensors]}" for name in lonely), *lines)
 
@@ -65,41 +71,58 @@ def _own(reader: Reader, names: Iterable[str], processes: Processes) -> list[str
     return every[processes.stretch([reader.tensors[name].nbytes for name in every])]
 
 
-def _changed(reader: Reader, found: Manifest, names: Iterable[str], stored: Stored, progress: Progress) -> Iterator[str]:
-    for name in names:
-        entry, spec = found.tensors[name], reader.tensors[name]
-        if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-            yield f"{name} (in {reader.where(name)}) is {spec.dtype} {spec.shape}, and was {entry.dtype} {entry.shape}"
-            continue
-        for rows, digest in spans_of(entry.digest):
-            if found.hashed == manifest.CHUNKS:
-                have = _stored_digest(reader, name, rows, stored, progress)
-            else:
-                have = digest_of(reader, name, rows, progress)
-            if have != digest:
-                where = f"{name}[{rows.start}:{rows.stop}]" if rows else name
-                yield f"{where} (in {reader.where(name)}) is not what was written"
+def _changed(
+    reader: Reader, found: Manifest, names: Iterable[str], stored: Stored, progress: Progress, work: Work
+) -> Iterator[str]:
+    """Several at a time, each span of a tensor that has a digest of its own; progress is told from this thread alone."""
+    look = partial(_look, reader, found, progress if work.jobs == 1 else ignore, Scratch())
+    spans = [(name, *span) for name in names for span in _spans(reader, found, name)]
+    for line, seen in in_order(look, spans, work.jobs):
+        stored.chunks += seen.chunks
+        stored.nbytes += seen.nbytes if seen.chunks else 0
+        if work.jobs > 1:
+            progress(seen.nbytes)
+        if line:
+            yield line
 
 
-def _stored_digest(reader: Reader, name: str, rows: range | None, stored: Stored, progress: Progress) -> str:
-    """Of the chunks of a tensor as they are stored, or of those that begin in some rows of its first dimension."""
-    from layouts.orbax.digest import array_digest
+def _spans(reader: Reader, found: Manifest, name: str) -> list[tuple[range | None, str | None]]:
+    """Those of a tensor; one without a digest, if there is another tensor in its place."""
+    entry, spec = found.tensors[name], reader.tensors[name]
+    return [*spans_of(entry.digest)] if (entry.dtype, entry.shape) == (spec.dtype, spec.shape) else [(None, None)]
+
+
+def _look(
+    reader: Reader, found: Manifest, progress: Progress, scratch: Scratch, span: tuple[str, range | None, str | None]
+) -> tuple[str, Stored]:
+    """What is wrong with a span of a tensor, in words, and what was hashed."""
+    (name, rows, digest), seen = span, Stored()
+    entry, spec = found.tensors[name], reader.tensors[name]
+    if digest is None:
+        line = f"{name} (in {reader.where(name)}) is {spec.dtype} {spec.shape}, and was {entry.dtype} {entry.shape}"
+        return line, seen
 
     def told(nbytes: int) -> None:
-        stored.nbytes += nbytes
+        seen.nbytes += nbytes
         progress(nbytes)
 
-    digest, chunks = array_digest(reader, name, rows, told)
-    stored.chunks += chunks
-    return digest
+    if found.hashed == manifest.CHUNKS:
+        from layouts.orbax.digest import array_digest
+
+        have, seen.chunks = array_digest(reader, name, rows, told)
+    else:
+        have = digest_of(reader, name, rows, told, scratch)
+    where = f"{name}[{rows.start}:{rows.stop}]" if rows else name
+    return "" if have == digest else f"{where} (in {reader.where(name)}) is not what was written", seen
 
 
-def digest_of(reader: Reader, name: str, rows: range | None, progress: Progress) -> str:
+def digest_of(reader: Reader, name: str, rows: range | None, progress: Progress, scratch: Scratch) -> str:
     """Of the values of a tensor, or of some rows of its first dimension."""
     spec = reader.tensors[name]
     digest = xxhash.xxh3_128()
     for slices in strips(spec.shape, STRIP, rows):
-        block = reader.read(name, slices)
+        scratch.rewind()
+        block = reader.read(name, slices, scratch.empty)
         digest.update(np.asarray(block, order="C").data)
         progress(block.nbytes)
     return digest.hexdigest()

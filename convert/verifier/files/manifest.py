@@ -17,6 +17,7 @@ from convert.commit.recorded import Manifest, load, spans_of
 from convert.errors import InputError, readable
 from convert.options import Verification
 from convert.progress import Progress, begin, ignore
+from convert.verifier.bits.work import Scratch
 from convert.verifier.control.altered import AlteredReader
 from convert.verifier.control.choice import of_other, told
 from convert.verifier.files.digests import Stored, changed, decoded, digest_of, hold_strips
@@ -59,7 +60,7 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         hold_strips(reader, found.tensors, options.memory)
         itself = by_first(processes, Level, lambda: compare_manifest(reader, found))
         stored = Stored()
-        differ = changed(reader, found, stored, progress, processes)
+        differ = changed(reader, found, stored, progress, options, processes)
         both = found.tensors.keys() & reader.tensors.keys()
         digests = Level(name="digests", covered=_covered(found, stored, options), compared=len(both), differences=differ)
         levels = [files, digests, itself]
@@ -108,5 +109,5 @@ def _self_test(reader: Reader, found: Manifest, digests: Level) -> tuple[Trial, 
         return (Trial(flipped=flipped, seen=(), untried={"digests": why}),)
     altered = AlteredReader(inner=reader, flips=(flip,))
     digest = found.tensors[flip.name].digest
-    seen = any(digest_of(altered, flip.name, rows, ignore) != wanted for rows, wanted in spans_of(digest))
+    seen = any(digest_of(altered, flip.name, rows, ignore, Scratch()) != wanted for rows, wanted in spans_of(digest))
     return (Trial(flipped=flipped, seen=("digests",) if seen else (), unseen=() if seen else ("digests",)),)
