@@ -173,6 +173,17 @@ def test_what_is_said_of_one_side_is_not_believed_where_it_is_wrong(plain):
             convert.verify(plain / "in", plain / "tree concat", gemm=False, **words)
 
 
+@pytest.mark.parametrize("other", ["in", "tree"])
+def test_what_is_said_of_a_side_alone_has_to_agree_with_its_record(plain, tmp_path, other):
+    for name, words in (("hf", {}), ("tree", {"to": "orbax"})):
+        convert.prefuse(plain / "in", tmp_path / name, **words)
+    one = plain / "in" if other == "in" else tmp_path / "tree"
+    for side in (tmp_path / "hf", tmp_path / "tree"):
+        assert convert.verify(one, side, gemm=False, source_layout_b="concat").equal
+        with pytest.raises(PlanError, match="do without --source-layout"):
+            convert.verify(one, side, gemm=False, source_layout_b="interleaved")
+
+
 def test_families_of_either_side_are_said_on_the_command_line(plain, tmp_path, capsys):
     for name, where in (("a", "in"), ("b", "concat")):
         (tmp_path / name).mkdir()

@@ -58,7 +58,8 @@ def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said
     found = find_family(config, list(hf.tensors), where=hf.path, format="hf", override=named)
     rows, scan = tree_in(tree, trees_of(found, hf.path))
     where = stacked_along(tree, _axis_said(tree, said[1].family) if scan_axis is None else scan_axis)
-    stored, real = fused_in(tree, where, None if record_of(tree).get("layout") else said[1].layout)
+    stated = None if record_of(tree).get("layout") and not said[1].own else said[1].layout
+    stored, real = fused_in(tree, where, stated)
     described = described_as(hf, found.name, said[0], [origin.layout])
     # Of the Hugging Face side only places are asked here, which are the same in all of its layouts.
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
