@@ -26,25 +26,34 @@ def cross_targets(
 
     Raises:
         InputError: a tensor is missing, or tensors that are stacked differ.
-        PlanError: a tensor of the input has no place on the other side.
+        PlanError: a tensor of the input has no place on the other side, or MaxText has no model of this kind.
     """
-    used: set[str] = set()
-    found: list[Target] = []
-    for pair in pairs_of(tree, sides, config):
-        names = names_of(pair)
-        have = [name for name in names if name in reader.tensors]
-        if not have and pair.optional:
-            continue
-        if lost := next((name for name in names if name not in reader.tensors), None):
-            raise InputError(f"{reader.path}: {lost} is missing; {len(have)} of {len(names)} such tensors are there")
-        found += _targets(reader, pair, names)
-        used.update(names)
-    if left := [name for name in reader.tensors if name not in used and name not in left_out]:
+    pairs = [(pair, names_of(pair)) for pair in pairs_of(tree, sides, config)]
+    missing = [(pair, names, sum(name in reader.tensors for name in names)) for pair, names in pairs]
+    missing = [(pair, names, have) for pair, names, have in missing if have < len(names) and (have or not pair.optional)]
+    known = {name for _, names in pairs for name in names}
+    left = [name for name in reader.tensors if name not in known and name not in left_out]
+    if missing or left:
+        _check_kind(reader, tree, config)
+    if left:  # before what is missing: of another model, both are
         raise PlanError(
             f"{reader.path}: {len(left)} tensors have no place on the other side, first {left[0]} (in "
             f"{reader.where(left[0])}); nothing is dropped, so there is no plan"
         )
-    return found
+    for _, names, have in missing:
+        lost = next(name for name in names if name not in reader.tensors)
+        raise InputError(f"{reader.path}: {lost} is missing; {have} of {len(names)} such tensors are there")
+    there = ((pair, names) for pair, names in pairs if names and names[0] in reader.tensors)
+    return [target for pair, names in there for target in _targets(reader, pair, names)]
+
+
+def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
+    """Say why tensors do not fit the tree, where `config.json` tells that it is of another kind of model."""
+    for word, values, kind in tree.only:
+        if (stated := config.get(word)) is not None and stated not in values:
+            raise PlanError(
+                f"{reader.path}: {word} is {stated} in config.json, and MaxText has no such model: its own has {kind}"
+            )
 
 
 def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Target]:

@@ -44,7 +44,7 @@ class Sides:
     """What a cross conversion is between: the family, and how its experts are stored on both sides.
 
     `tree` is MaxText's family, which knows along which axis layers are stacked, if they are (`scan`). `real` are for each role
-    the sizes of the axes that the tree stores with padding, if it is what is read.
+    the sizes of the axes that what is read stores with padding.
     """
 
     family: Family
@@ -159,7 +159,7 @@ def _pair(
     if scan:
         maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, sides.tree.scan_axis))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
-    real = {} if part else sides.real.get(role, {})
+    real = {} if part and not sides.to_maxtext else sides.real.get(role, {})  # biases are not padded in MaxText
     return Pair(role=role, part=part, source=one, target=other, counts=counts, real=real, optional=optional)
 
 

@@ -76,12 +76,11 @@ def _into_maxtext(reader: Reader, family: Family, _: Origin, choices: Choices, f
     if fused and choices.layout not in IN_MAXTEXT:
         known = ", ".join(name for name in TARGETS if name in IN_MAXTEXT)
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {choices.layout!r}; it can take {known}")
-    if record_of(reader).get("layout"):
-        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then convert it to the other format")
     described = describe(reader, family=family.name, source_layout=choices.source_layout)
     hf, came = stored_in(reader, described)
+    real = real_sizes(reader, described)
     stored = target(choices.layout, where, shards=choices.shards, align=choices.align) if fused else where.native[0]
-    return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=choices.scan, to_maxtext=True), came
+    return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=choices.scan, to_maxtext=True, real=real), came
 
 
 def _out_of_maxtext(reader: Reader, family: Family, origin: Origin, choices: Choices, fused: bool) -> _Made:
@@ -158,12 +157,25 @@ def fused_in(reader: Reader, tree: Family, stated: str | None = None) -> tuple[L
     layouts = {role: next(each.layout for each in known if each.role == role) for role in ROLES}
     if not any(Pattern(layout.pattern).padding for layout in layouts.values()):
         return layouts, {}
+    return layouts, real_sizes(reader, describe(reader, family=tree.name, source_layout=stated), ROOT)
+
+
+def real_sizes(reader: Reader, described: Description, below: str = "") -> dict[str, dict[str, int]]:
+    """How much of the padded axes of a role's weights is real; of a tree, of those `below` a place.
+
+    Raises:
+        PlanError: they differ.
+    """
     real: dict[str, dict[str, int]] = {}
-    for group in describe(reader, family=tree.name, source_layout=stated).groups:
+    for group in described.groups:
         sizes = {axis: group.sizes[axis] for axis in group.placed.pattern.padding}
-        if not group.part and str(group.index.get("path", "")).startswith(ROOT) and real.setdefault(group.role, sizes) != sizes:
-            raise PlanError(f"{reader.path}: {group.names[0]} has {sizes} behind its padding, others {real[group.role]}")
-    return layouts, real
+        if (
+            not group.part
+            and str(group.index.get("path", "")).startswith(below)
+            and real.setdefault(group.role, sizes) != sizes
+        ):
+            raise PlanError(f"{reader.path}: {group.names[0]} has {sizes} before its padding, others {real[group.role]}")
+    return real
 
 
 def _record(layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts) -> dict[str, Any] | None:

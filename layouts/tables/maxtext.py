@@ -58,7 +58,8 @@ class Tree:
     """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
 
     A multimodal model has the words for its text under `text_config`, where names begin with `wrapped`, and those of its
-    `vision` encoder under `vision_config`.
+    `vision` encoder under `vision_config`. `only` are words of `config.json`, their values in models that MaxText has, and
+    what these models have; where the word is absent, it is one of these.
     """
 
     stacks: tuple[Stack, ...]
@@ -70,6 +71,7 @@ class Tree:
     )
     wrapped: str = ""
     vision: Tree | None = None
+    only: tuple[tuple[str, tuple[object, ...], str], ...] = ()
 
 
 def numbered(first: int, step: int, run: int = 1) -> str:

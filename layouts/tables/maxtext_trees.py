@@ -41,8 +41,14 @@ _DEEPSEEK = Tree(
                 Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True),
             ),
         ),
-    )
+    ),
+    only=(("moe_layer_freq", (1,), "experts in every layer after the dense ones"),),
 )
+_ALL_SPARSE: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("mlp_only_layers", ([],), "experts in every layer"),
+    ("decoder_sparse_step", (1,), "experts in every layer"),
+)
+"""Sources: transformers `modeling_qwen3_moe.py`, `modeling_qwen3_next.py`; MaxText `models/qwen3.py` has no other layer."""
 _ROUTER = Row("mlp.gate.weight", "e k", "moe_block.gate.kernel", "k e")
 _GPT_OSS_ROWS = (
     *norms(),
@@ -124,15 +130,19 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
                     experts="moe_block",
                     rows=(*norms(), *attention("self_attention"), *QK_NORM, _ROUTER),
                 ),
-            )
+            ),
+            only=_ALL_SPARSE,
         ),
     ),
     "deepseek_v2": (_DEEPSEEK,),
     "deepseek_v3": (_DEEPSEEK,),
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
     "qwen3_next": (
-        Tree(stacks=tuple(_next_stacks())),
-        Tree(stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(full=slot == 3), word="layer") for slot in range(4))),
+        Tree(stacks=tuple(_next_stacks()), only=_ALL_SPARSE),
+        Tree(
+            stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(full=slot == 3), word="layer") for slot in range(4)),
+            only=_ALL_SPARSE,
+        ),
     ),
     "llama4": (
         Tree(

@@ -428,3 +428,33 @@ def test_what_was_fused_on_the_way_is_split_within_its_format(name, layout):
     wanted = across(reader(name), to_maxtext=True).arrays
     assert again.keys() == wanted.keys()
     assert {key: array.shape for key, array in again.items()} == {key: array.shape for key, array in wanted.items()}
+
+
+KINDS = [
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "model.layers.1", "mlp_only_layers is \\[1\\]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "model.layers.0", "decoder_sparse_step is 2"),
+    ("qwen3_next", {"mlp_only_layers": [6]}, "model.layers.6", "mlp_only_layers is \\[6\\]"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "model.layers.3", "moe_layer_freq is 2"),
+    ("qwen3_moe", {}, "model.layers.2", "tensors have no place"),
+    ("deepseek_v3", {}, "model.layers.4", "tensors have no place"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "layer", "why"), KINDS)
+def test_a_model_that_maxtext_does_not_have_is_not_incomplete(name, words, layer, why):
+    """A dense layer where the tree has experts: those are not missing. Without the words of its config, what is there tells."""
+    source = reader(name)
+    arrays = {key: array for key, array in source.arrays.items() if not key.startswith(f"{layer}.mlp.")}
+    dense = MemoryReader(arrays | gated(f"{layer}.mlp", F), config={**source.config, **words})
+    with pytest.raises(PlanError, match=why):
+        across(dense, to_maxtext=True)
+
+
+@pytest.mark.parametrize("words", [{"mlp_only_layers": [], "decoder_sparse_step": 1}, {"mlp_only_layers": None}])
+def test_words_of_a_model_that_maxtext_has_are_no_reason(words):
+    source = reader("qwen3_moe")
+    whole = MemoryReader(source.arrays, config={**source.config, **words})
+    assert across(whole, to_maxtext=True).arrays.keys() == across(source, to_maxtext=True).arrays.keys()
+    arrays = {key: array for key, array in source.arrays.items() if key != "model.layers.1.mlp.gate.weight"}
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate\.weight is missing"):
+        across(MemoryReader(arrays, config={**source.config, **words}), to_maxtext=True)
