@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from convert.conversions import plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
-from convert.keywords import Digesting, Fusing, Unfusing, Verifying, documented
-from convert.options import Choices, Verification, complete
+from convert.options import Choices, Verification
+from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying, documented
+from convert.options.option import complete
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -86,7 +87,7 @@ def verify(
     from convert.commit.processes import ALONE
     from convert.verifier import verify_checkpoints, verify_manifest
     from layouts.checkpoint import is_adapter
-    from layouts.places import place
+    from layouts.disk.places import place
 
     together = processes or ALONE
     chosen = complete(Verification, options, of=1 if b is None else 2)
@@ -113,7 +114,7 @@ def digest(path: str | Path, *, progress: Progress | None = None, **options: Unp
     """
     from convert.progress import ignore
     from convert.verifier.content.sides import content_of
-    from layouts.places import place
+    from layouts.disk.places import place
 
     return content_of(place(path), complete(Verification, options), progress or ignore)
 

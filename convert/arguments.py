@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from convert import values
 from convert.errors import UsageError, did_you_mean
-from convert.keywords import Digesting, Prefusing, Reformatting, Splitting, Verifying, options_of
-from convert.options import Named
+from convert.options import values
+from convert.options.keywords import Digesting, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options.option import Named
 
 EXAMPLES = """\
 examples:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import convert
 from convert.arguments import ACTIONS, EXAMPLES, IMAGES, OTHER_PROGRAM, options, parser
 from convert.errors import ConvertError, UsageError, one_line, printable, readable
-from convert.options import Choices, Running, Verification, complete, named
+from convert.options import Choices, Running, Verification
+from convert.options.option import complete, named
 from convert.progress import bars
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         if arguments.distributed or arguments.coordinator or arguments.num_processes or arguments.process_id is not None:
             raise UsageError("--verify --dry-run tells what one process takes; leave out what is said of several")
         from convert.verifier import estimate_cost
-        from layouts.places import place
+        from layouts.disk.places import place
 
         one, other = map(place, _two_paths(arguments.paths))
         print(printable(str(estimate_cost(one, other, complete(Verification, given, of=2)))))

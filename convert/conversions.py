@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from convert.errors import UsageError
-from convert.keywords import Planning, Prefusing, Reformatting, Splitting, documented
-from convert.options import Choices, Format, Running, complete
+from convert.options import Choices, Format, Running
+from convert.options.keywords import Planning, Prefusing, Reformatting, Splitting, documented
+from convert.options.option import complete
 
 if TYPE_CHECKING:
     from convert.adapters.plan import AdapterPlan
@@ -35,7 +36,7 @@ def plan(
     """
     from convert.run import open_and_plan
     from layouts.checkpoint import is_adapter
-    from layouts.places import place
+    from layouts.disk.places import place
 
     if (prefuse and split) or not (prefuse or split or options.get("to")):
         raise UsageError("give exactly one of prefuse=True and split=True, or only the format to convert to")
@@ -118,7 +119,7 @@ def _convert(
     from convert.commit.processes import ALONE
     from convert.run import convert_checkpoint
     from layouts.checkpoint import is_adapter
-    from layouts.places import place
+    from layouts.disk.places import place
 
     choices, running = complete(Choices, given), complete(Running, given)
     if is_adapter(place(source)):

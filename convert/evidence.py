@@ -17,7 +17,7 @@ from layouts.adapters.forms import FORMS
 from layouts.adapters.packed import Known
 from layouts.adapters.writers import STAMP, Evidence, said, written
 from layouts.checkpoint import open_checkpoint
-from layouts.files import read_object
+from layouts.disk.files import read_object
 from layouts.matching.describe import describe
 from layouts.reader import Reader
 from layouts.tables.families import FAMILIES

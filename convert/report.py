@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from convert.commit.processes import share
 from convert.errors import one_line
+from convert.options.values import in_units as size
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
-from convert.values import in_units as size
 from layouts.language.layout import ROLES, Layouts
 from layouts.language.parts import CHUNKS, PACKED_TYPES
 from layouts.language.template import Template

@@ -27,7 +27,7 @@ from convert.progress import Progress, ignore
 from convert.report import Report
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import RULE, dequantized
-from layouts.places import is_remote, place
+from layouts.disk.places import is_remote, place
 from layouts.reader import Reader, ReadLimits, is_chunked
 from layouts.windows import Windows
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layouts.disk.files import ADAPTER_FILES
+from layouts.disk.mistaken import explained, meant, snapshot
+from layouts.disk.places import is_remote, place
 from layouts.errors import InputError
-from layouts.files import ADAPTER_FILES
-from layouts.mistaken import explained, meant, snapshot
 from layouts.orbax.tree import find_item
-from layouts.places import is_remote, place
 from layouts.reader import Reader
 from layouts.shards import all_files, is_named, unindexed
 

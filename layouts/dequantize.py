@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from layouts.disk.pread import Empty
 from layouts.errors import InputError, PlanError
-from layouts.pread import Empty
 from layouts.reader import Reader, ReadLimits, ReadUnit
 from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits, numpy_dtype

@@ -3,7 +3,7 @@
 In: a directory. Out: a reader. It never writes, and never trusts a header before it was validated.
 
 The safetensors parser validates every header before we trust it, because a plain JSON reading accepts what it refuses
-(overlaps, holes, wrong sizes). Data is read into the caller's memory (see `layouts.pread`), never mapped.
+(overlaps, holes, wrong sizes). Data is read into the caller's memory (see `layouts.disk.pread`), never mapped.
 
 Source: https://github.com/huggingface/safetensors (format), transformers 5 (index file).
 """
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from layouts.disk.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
+from layouts.disk.pread import Empty, Extent, InputFile, read_block
 from layouts.errors import InputError
-from layouts.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
-from layouts.pread import Empty, Extent, InputFile, read_block
 from layouts.reader import ReadLimits
 from layouts.shards import all_files, compare_index, model_files, read_index
 from layouts.side_files import SideFiles, files_below, sort_files

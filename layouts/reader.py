@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.pread import Empty, Extent
+from layouts.disk.pread import Empty, Extent
 from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec
 from layouts.windows import Windows

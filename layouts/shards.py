@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from layouts.disk.files import INDEX, read_object
+from layouts.disk.names import part
 from layouts.errors import InputError
-from layouts.files import INDEX, read_object
-from layouts.names import part
 from layouts.side_files import OTHER_MODELS, is_any
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from layouts.disk.places import unlisted
 from layouts.errors import InputError
-from layouts.places import unlisted
 
 NEVER_FOLDERS = frozenset({".git", ".cache", ".huggingface", "__pycache__"})
 """Folders of tools that fetch or run a checkpoint; nothing in them belongs to the model."""

@@ -13,8 +13,9 @@ import pytest
 import convert
 from convert.arguments import ACTIONS, parser
 from convert.cli import main
-from convert.keywords import Digesting, Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
-from convert.options import Choices, Running, Verification, complete, named
+from convert.options import Choices, Running, Verification
+from convert.options.keywords import Digesting, Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options.option import complete, named
 from convert.run import check
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from layouts.adapters.forms import FORMS, Form
 from layouts.adapters.opening import MODEL
 from layouts.adapters.settings import CONFIG, Scale, Settings
 from layouts.adapters.writers import STAMP
+from layouts.disk.files import RECORD, parsed, read_object
 from layouts.errors import ConvertError
-from layouts.files import RECORD, parsed, read_object
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec, itemsize
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from convert.adapters.plan import AdapterPlan
 from convert.errors import one_line
-from convert.values import in_units as size
+from convert.options.values import in_units as size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

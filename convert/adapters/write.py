@@ -31,7 +31,7 @@ from convert.options import Choices, Running
 from convert.progress import Progress, ignore
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
-from layouts.files import read_bytes
+from layouts.disk.files import read_bytes
 from layouts.hf import HFReader
 
 _USUAL = Choices()

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 
 from convert.commit.files import Folder
-from layouts.places import unlisted
+from layouts.disk.places import unlisted
 
 
 def files(folder: Folder) -> Iterator[tuple[str, os.stat_result]]:

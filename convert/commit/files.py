@@ -1,7 +1,7 @@
 """The one module that creates, opens for writing, renames and removes anything on a disk.
 
 In: a directory that is open, and names below it. Out: files that are durable where a method says so. It never follows a link,
-and never leaves the directory: each name passes the gate (`layouts.names`) and is walked part by part, each from the last.
+and never leaves the directory: each name passes the gate (`layouts.disk.names`) and is walked part by part, each from the last.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.names import key, parts
+from layouts.disk.places import RemotePath
 from layouts.errors import InputError
-from layouts.names import key, parts
-from layouts.places import RemotePath
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -18,8 +18,8 @@ import xxhash
 from convert.commit.inventory import read_in_pieces
 from convert.commit.manifest import NAME, TOOL
 from convert.planning.planner import Plan
-from layouts.files import CONFIG, INDEX
-from layouts.places import files_of, is_remote
+from layouts.disk.files import CONFIG, INDEX
+from layouts.disk.places import files_of, is_remote
 from layouts.reader import Reader
 
 _PIECE, _PIECES = 4096, 16

@@ -15,9 +15,9 @@ from typing import Any
 
 import xxhash
 
+from layouts.disk.places import is_remote, names_of
 from layouts.errors import InputError
 from layouts.orbax.tree import COMMITTED
-from layouts.places import is_remote, names_of
 
 _STEP = 1 << 20
 

@@ -19,8 +19,8 @@ import xxhash
 
 from convert.commit.inventory import FileEntry
 from convert.planning.planner import Plan
+from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.errors import InputError
-from layouts.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.reader import Reader
 
 NAME = MANIFEST

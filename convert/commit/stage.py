@@ -40,8 +40,8 @@ from convert.commit.processes import ALONE, Processes
 from convert.commit.publish import publish
 from convert.commit.store import StoreStage, store_staging
 from convert.errors import ConvertError, OutputError, StorageError, UsageError
-from layouts.names import part
-from layouts.places import RemotePath
+from layouts.disk.names import part
+from layouts.disk.places import RemotePath
 
 _WAY = ".convert_way"
 

@@ -23,9 +23,9 @@ from typing import Any, cast
 
 from convert.commit.processes import ALONE, Processes
 from convert.errors import OutputError, StorageError
-from layouts.names import key
+from layouts.disk.names import key
+from layouts.disk.places import RemotePath, kvstore_of, place
 from layouts.orbax.tree import COMMITTED, METADATA
-from layouts.places import RemotePath, kvstore_of, place
 
 _JOURNAL, _RUN, _WAY = "journal", "run", "way"
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from convert.errors import readable
 from convert.planning.targets import Piece, Target
+from layouts.disk.pread import Empty
 from layouts.errors import InputError
 from layouts.language.pattern import Box, Pattern
-from layouts.pread import Empty
 from layouts.reader import Reader
 from layouts.tensors import bits
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from convert.engine.blocks import SLAB
 from convert.errors import UsageError
-from convert.options import workers
+from convert.options.option import workers
 
 STRIP = 8 << 20
 """Bytes of a strip: large enough to hide the cost of a call, small enough that many workers fit a small budget."""

@@ -19,7 +19,7 @@ from convert.engine.writer import Writer
 from convert.errors import InputError, OutputError
 from convert.planning.planner import Plan
 from convert.progress import Progress
-from layouts.files import CONFIG, INDEX
+from layouts.disk.files import CONFIG, INDEX
 from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.planning.planner import Target
-from layouts.names import part
+from layouts.disk.names import part
 from layouts.tensors import TensorSpec, itemsize
 
 SINGLE = "model.safetensors"

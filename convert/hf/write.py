@@ -27,7 +27,7 @@ from convert.hf.shards import File, index_text, pack, restore
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.files import CONFIG, INDEX, RECORD
+from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.reader import Reader
 from layouts.shards import unindexed
 

@@ -15,15 +15,15 @@ from convert.commit.inventory import FileEntry, entry_of, inventory
 from convert.engine.again import Remade, Told, each, remade
 from convert.engine.budget import make_budget
 from convert.orbax.budget import reading_budget
-from convert.orbax.keep import Kept, kept_chunks
+from convert.orbax.keeping.keep import Kept, kept_chunks
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
+from layouts.disk.places import RemotePath
 from layouts.orbax.digest import stored_digest
 from layouts.orbax.tree import DATABASE, PROCESS
-from layouts.places import RemotePath
 from layouts.reader import Reader, is_chunked
 
 

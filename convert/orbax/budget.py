@@ -19,9 +19,9 @@ from convert.engine.blocks import SLAB
 from convert.engine.budget import Budget
 from convert.engine.reading import one_for_each_source, plan_windows
 from convert.errors import UsageError
-from convert.options import workers
+from convert.options.option import workers
 from convert.orbax.chunks import Chunking, plan_chunks, touched
-from convert.orbax.keep import Kept
+from convert.orbax.keeping.keep import Kept
 from convert.orbax.origin import Origin, origin_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target

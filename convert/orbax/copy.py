@@ -27,8 +27,8 @@ from convert.engine.budget import SYNC
 from convert.engine.direct import Output, Scratch
 from convert.errors import readable
 from convert.orbax.budget import OrbaxBudget
-from convert.orbax.keep import Kept, kept_chunks
-from convert.orbax.moves import Move
+from convert.orbax.keeping.keep import Kept, kept_chunks
+from convert.orbax.keeping.moves import Move
 from convert.orbax.portions import Portion, total
 from convert.progress import Progress
 from layouts.errors import InputError

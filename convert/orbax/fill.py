@@ -25,7 +25,7 @@ from convert.orbax.chunks import Chunking
 from convert.orbax.portions import Portion
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.faults import answer, writing
+from layouts.disk.faults import answer, writing
 from layouts.language.pattern import Box
 from layouts.reader import Reader
 from layouts.tensors import bits, numpy_dtype

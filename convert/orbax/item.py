@@ -20,7 +20,7 @@ from convert.orbax.chunks import Chunking
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
 from convert.orbax.portions import Portion
-from layouts.faults import answer
+from layouts.disk.faults import answer
 from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import LOCK
 from layouts.orbax.tree import PROCESS

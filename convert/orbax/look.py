@@ -12,8 +12,8 @@ from pathlib import Path
 
 from convert.commit.files import Folder
 from convert.errors import InputError, StorageError
+from convert.orbax.keeping.moves import Move
 from convert.orbax.metadata import stored_name
-from convert.orbax.moves import Move
 from convert.orbax.origin import Origin
 from convert.planning.planner import Plan
 from layouts.orbax.arrays import describe, open_all, spec_of

@@ -20,9 +20,9 @@ from convert.errors import PlanError
 from convert.orbax.origin import CHUNKS, SHARDING, Origin
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
+from layouts.disk.files import RECORD
+from layouts.disk.names import key
 from layouts.errors import InputError
-from layouts.files import RECORD
-from layouts.names import key
 from layouts.orbax.tree import ARRAYS, BOX, COMPLETE, METADATA, OWN, PROCESS, STRINGS, Leaf
 
 _DICT = 2

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.files import RECORD, read_json
 from layouts.errors import InputError
-from layouts.files import RECORD, read_json
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import STRINGS, Leaf
 from layouts.reader import Reader

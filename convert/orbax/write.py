@@ -31,19 +31,19 @@ from convert.orbax.budget import OrbaxBudget, orbax_budget
 from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
 from convert.orbax.item import Item
-from convert.orbax.keep import Kept, keep, kept_shape
+from convert.orbax.keeping.keep import Kept, keep, kept_shape
+from convert.orbax.keeping.moves import moves, rename
 from convert.orbax.look import look, look_at_files
 from convert.orbax.metadata import check_names, render, render_step
-from convert.orbax.moves import moves, rename
 from convert.orbax.origin import Origin, origin_of
 from convert.orbax.portions import Portion, batches, by_array, cut, total
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.faults import writing
+from layouts.disk.faults import writing
+from layouts.disk.places import is_remote
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
-from layouts.places import is_remote
 from layouts.reader import Reader
 from layouts.windows import Windows
 

@@ -15,8 +15,8 @@ from convert.planning.cross_pairs import Sides, trees_of
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Target
+from layouts.disk.files import CONFIG, RECORD
 from layouts.errors import InputError, PlanError
-from layouts.files import CONFIG, RECORD
 from layouts.language.layout import ROLES, Layout, Layouts
 from layouts.language.pattern import Pattern
 from layouts.matching.candidates import candidates, record_of

@@ -18,12 +18,12 @@ from convert.verifier.content.hashing import Content
 from convert.verifier.content.sides import contents, described, said_alone
 from convert.verifier.control.trials import Compare, Sides, tried
 from convert.verifier.verdict import Level, Side, Verdict
+from layouts.disk.places import is_remote
 from layouts.language.pattern import Pattern
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
 from layouts.matching.origin import name_of, origin_of
-from layouts.places import is_remote
 from layouts.reader import Reader
 
 _AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}

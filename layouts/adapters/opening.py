@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from layouts.adapters.settings import CONFIG
+from layouts.disk.files import ADAPTER_FILES, RECORD, manifest_record, read_object
 from layouts.errors import InputError
-from layouts.files import ADAPTER_FILES, RECORD, manifest_record, read_object
 from layouts.hf import HFReader, read_shard
 
 ADAPTER = "adapter"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from layouts.adapters.patterns import Patterns
+from layouts.disk.files import ADAPTER_FILES
 from layouts.errors import InputError, PlanError
-from layouts.files import ADAPTER_FILES
 
 CONFIG = ADAPTER_FILES[0]
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga", "true", "false")

@@ -18,9 +18,9 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from layouts.disk.faults import answer, told
+from layouts.disk.places import kvstore_of
 from layouts.errors import InputError
-from layouts.faults import answer, told
-from layouts.places import kvstore_of
 from layouts.tensors import DTYPES, TensorSpec
 
 CODES = {name: code for code, name in DTYPES.items()}

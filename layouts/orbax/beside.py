@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from layouts.disk.places import is_remote, names_of
 from layouts.orbax.tree import OWN, PROCESS, UNFINISHED
-from layouts.places import is_remote, names_of
 from layouts.side_files import WEIGHT_FOLDERS, SideFiles, sort_files
 
 

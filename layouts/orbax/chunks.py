@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import tensorstore as ts
 
+from layouts.disk.faults import answer, told
 from layouts.errors import InputError
-from layouts.faults import answer, told
 from layouts.orbax.codec import PIECE, codec_of, key_form, key_of, pieces_of, zstd
 from layouts.orbax.reader import OrbaxReader
 from layouts.tensors import itemsize

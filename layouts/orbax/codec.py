@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layouts.faults import answer
+from layouts.disk.faults import answer
 
 try:
     import zstandard as zstd

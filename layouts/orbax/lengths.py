@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.files import check_size
+from layouts.disk.places import is_remote, names_of
 from layouts.errors import InputError
-from layouts.files import check_size
 from layouts.orbax.tree import DATABASE, PROCESS, Leaf
-from layouts.places import is_remote, names_of
 from layouts.tensors import TensorSpec, itemsize
 
 _BESIDE, _EACH = 64 << 10, 64

@@ -20,8 +20,10 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from layouts.faults import answer, told
-from layouts.files import CONFIG, RECORD, check_regular, manifest_record, read_object
+from layouts.disk.faults import answer, told
+from layouts.disk.files import CONFIG, RECORD, check_regular, manifest_record, read_object
+from layouts.disk.places import is_remote
+from layouts.disk.pread import Empty
 from layouts.orbax.arrays import chunk_of, decoded_size, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.beside import files_beside
 from layouts.orbax.codec import streamable
@@ -37,8 +39,6 @@ from layouts.orbax.tree import (
     read_leaves,
     read_strings,
 )
-from layouts.places import is_remote
-from layouts.pread import Empty
 from layouts.reader import ReadLimits, ReadUnit
 from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits, itemsize

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.files import read_json
+from layouts.disk.names import key
 from layouts.errors import InputError
-from layouts.files import read_json
-from layouts.names import key
 
 METADATA = "_METADATA"
 STRINGS = "_strings.json"

@@ -15,7 +15,7 @@ from convert.commit import journal
 from convert.commit.files import Folder, write_all
 from convert.errors import InputError
 from convert.orbax import write
-from layouts import names
+from layouts.disk import names
 from scripts.make_checkpoint import make_checkpoint
 from tests.commit.test_commit import contents, count_calls, partials, prefuse
 from tests.orbax.test_names import save, tree_of
@@ -378,7 +378,7 @@ METHODS = ["mkdir", "rmdir", "unlink", "touch", "symlink_to", "hardlink_to", "wr
 READING = {"O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_PATH"}
 ALLOWED = {
     "convert/commit/files.py": None,  # the one module
-    "layouts/places.py": {"mkdir", "write_bytes"},  # objects of a store
+    "layouts/disk/places.py": {"mkdir", "write_bytes"},  # objects of a store
     "convert/commit/store.py": {"write_bytes"},  # the same
     "layouts/orbax/malloc.py": {"CDLL"},  # mallopt
     "convert/cli.py": {"write_text", "os.open"},  # the report that the user names; /dev/null in place of a closed stdout

@@ -14,7 +14,7 @@ import tensorstore as ts
 
 import convert
 from convert.cli import main
-from layouts import places
+from layouts.disk import places
 from layouts.errors import InputError
 from layouts.orbax import tree
 from scripts.make_checkpoint import make_checkpoint

@@ -9,9 +9,9 @@ import os
 
 import pytest
 
-from layouts import files
+from layouts.disk import files
+from layouts.disk.files import DEPTH, check_regular, read_json, read_object
 from layouts.errors import InputError
-from layouts.files import DEPTH, check_regular, read_json, read_object
 
 
 def deep(depth):

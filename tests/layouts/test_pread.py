@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layouts import pread
+from layouts.disk import pread
+from layouts.disk.pread import Extent, InputFile, read_block
 from layouts.errors import InputError
-from layouts.pread import Extent, InputFile, read_block
 
 
 @st.composite

@@ -12,9 +12,9 @@ import tensorstore as ts
 
 import convert
 from convert import cli
-from layouts import faults
+from layouts.disk import faults
+from layouts.disk.faults import answer, told, writing
 from layouts.errors import InputError
-from layouts.faults import answer, told, writing
 from tests.orbax.test_keep import PATH, save
 
 SPEC = " [tensorstore_spec='{\"context\":{\"cache_pool\":{}}}' [source locations='tensorstore/x.cc:1\n']]"
@@ -108,7 +108,7 @@ def test_nobody_waits_for_tensorstore_without_a_limit():
     modules = [*(root / "convert").rglob("*.py"), *(root / "layouts").rglob("*.py")]
     using = {str(path.relative_to(root)): text for path in modules if "import tensorstore" in (text := path.read_text())}
     assert len(using) > 4
-    assert not [name for name, text in using.items() if ".result(" in text and name != "layouts/faults.py"]
+    assert not [name for name, text in using.items() if ".result(" in text and name != "layouts/disk/faults.py"]
 
 
 @pytest.fixture(scope="module")

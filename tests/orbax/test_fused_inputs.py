@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
-from layouts.files import CONFIG, RECORD
+from layouts.disk.files import CONFIG, RECORD
 from scripts.make_checkpoint import make_checkpoint
 from tests.planning.test_cross import reader
 from tests.tiny import MemoryReader, tree

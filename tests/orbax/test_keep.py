@@ -15,8 +15,9 @@ import xxhash
 
 import convert
 from convert.commit.files import Folder
-from convert.orbax import moves, write
-from convert.orbax.keep import keep
+from convert.orbax import write
+from convert.orbax.keeping import moves
+from convert.orbax.keeping.keep import keep
 from convert.planning.planner import make_plan
 from layouts.checkpoint import open_checkpoint
 from layouts.orbax.chunks import chunks_of, contents, key_at
@@ -130,15 +131,15 @@ def test_chunks_that_would_be_cut_are_written_anew(name, zarr3, ocdbt, tmp_path)
 @pytest.mark.parametrize("zarr3", [True, False])
 @pytest.mark.parametrize("name", {**KEPT, **CUT})
 def test_all_written_anew_is_the_same(name, zarr3, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.orbax.keep.ONE", -1)
-    monkeypatch.setattr("convert.orbax.keep._is_one", lambda reader, name: True)
+    monkeypatch.setattr("convert.orbax.keeping.keep.ONE", -1)
+    monkeypatch.setattr("convert.orbax.keeping.keep._is_one", lambda reader, name: True)
     moe = save(tmp_path / "in", (KEPT | CUT)[name], zarr3=zarr3)
     assert not is_kept(tmp_path / "in")
     check(tmp_path, moe)
 
 
 def test_a_large_array_of_one_chunk_is_cut_unless_it_should_be_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.orbax.keep.ONE", 1000)
+    monkeypatch.setattr("convert.orbax.keeping.keep.ONE", 1000)
     moe = save(tmp_path / "in", KEPT["one"])
     assert not is_kept(tmp_path / "in")
     convert.prefuse(tmp_path / "in", tmp_path / "out", keep_chunks=True)
@@ -227,10 +228,10 @@ def test_a_run_that_goes_another_way_begins_anew(anew_first, tmp_path, monkeypat
     moe = save(tmp_path / "in", KEPT["rows"])
     with monkeypatch.context() as patch:
         patch.setattr(write, "render", fail)
-        patch.setattr("convert.orbax.keep._is_one", lambda reader, name: anew_first)
+        patch.setattr("convert.orbax.keeping.keep._is_one", lambda reader, name: anew_first)
         with pytest.raises(KeyboardInterrupt):
             convert.prefuse(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setattr("convert.orbax.keep._is_one", lambda reader, name: not anew_first)
+    monkeypatch.setattr("convert.orbax.keeping.keep._is_one", lambda reader, name: not anew_first)
     check(tmp_path, moe)
     sizes = [sum(f.stat().st_size for f in (tmp_path / d).rglob("*") if f.is_file()) for d in ("in", "out")]
     assert sizes[1] < 1.5 * sizes[0] + 20_000

@@ -19,7 +19,8 @@ import convert
 ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
-from convert.orbax import copy as orbax_copy, keep as orbax_keep, write as write_orbax
+from convert.orbax import copy as orbax_copy, write as write_orbax
+from convert.orbax.keeping import keep as orbax_keep
 write_orbax.SYNC = orbax_copy.SYNC = 1 << 20
 if sys.argv[3] == "written":
     orbax_keep._is_one = lambda reader, name: True

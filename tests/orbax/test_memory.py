@@ -16,10 +16,10 @@ from scripts.make_checkpoint import make_checkpoint
 from tests.tiny import cut, store_again
 
 CHILD = """
-import sys, convert, convert.orbax.budget, convert.orbax.keep, convert.orbax.write
+import sys, convert, convert.orbax.budget, convert.orbax.keeping.keep, convert.orbax.write
 convert.orbax.budget.GRAIN, convert.orbax.write.SYNC = {grain}, {grain} << 10
 if {anew}:
-    convert.orbax.keep._is_one = lambda reader, name: True
+    convert.orbax.keeping.keep._is_one = lambda reader, name: True
 convert.{action}(sys.argv[1], sys.argv[2], memory=int(sys.argv[3]) << 20, jobs=2, **{others})
 assert not {{"jax", "orbax"}} & set(sys.modules)
 print(next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -118,7 +118,7 @@ def test_the_plan_prints_the_bound_and_says_what_is_too_little(tmp_path, capsys)
 def test_a_chunk_that_must_be_decoded_whole_sets_the_least(tmp_path, capsys, monkeypatch):
     source = make(tmp_path / "in", layers=2, embed=2048, mlp=512)  # 32 MiB a leaf
     monkeypatch.setattr("layouts.orbax.codec.zstd", None)
-    monkeypatch.setattr("convert.orbax.keep.ONE", 1 << 20)  # or the chunks would stay as they are
+    monkeypatch.setattr("convert.orbax.keeping.keep.ONE", 1 << 20)  # or the chunks would stay as they are
     command = ["--prefuse", str(source), str(tmp_path / "out"), "--quiet", "--memory"]
     assert main([*command, "256MiB"]) == 2
     found = re.search(r"(\d+) MiB are needed: .*w[io]\S* is stored in chunks", capsys.readouterr().err)

@@ -353,7 +353,7 @@ def test_streamed_conversions_are_the_same(chunk, ocdbt, zarr3, tmp_path, monkey
 def test_one_stream_serves_two_tensors_in_one_pass_each(tmp_path, monkeypatch):
     monkeypatch.setattr("convert.orbax.budget.STREAM", 8)
     monkeypatch.setattr("convert.orbax.chunks._CRUMB", 16)
-    monkeypatch.setattr("convert.orbax.keep._is_one", lambda reader, name: True)
+    monkeypatch.setattr("convert.orbax.keeping.keep._is_one", lambda reader, name: True)
     starts, restart = [], _Stream._restart
     monkeypatch.setattr(_Stream, "_restart", lambda stream: (starts.append(stream), restart(stream)))
     save(tmp_path / "in", fused(scanned()))

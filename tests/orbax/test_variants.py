@@ -324,7 +324,7 @@ def test_what_several_processes_saved_is_read(anew, tmp_path, monkeypatch):
     assert [process.returncode for process in running] == [0, 0], errors
     assert len(list((tmp_path / "in" / "5" / "default").glob("ocdbt.process_*"))) == 2
     if anew:
-        monkeypatch.setattr("convert.orbax.keep._is_one", lambda reader, name: True)
+        monkeypatch.setattr("convert.orbax.keeping.keep._is_one", lambda reader, name: True)
     convert.prefuse(tmp_path / "in", tmp_path / "out")
     convert.split(tmp_path / "out", tmp_path / "back")
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 import convert
 from convert.cli import main
 from convert.errors import UsageError
-from convert.options import Verification, named
+from convert.options import Verification
+from convert.options.option import named
 from convert.verifier.page import page
 from convert.verifier.verdict import Level, Verdict
 from scripts.make_checkpoint import make_checkpoint

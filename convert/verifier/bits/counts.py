@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.values import in_units
+from convert.options.values import in_units
 from convert.verifier.bits.logical import Block, Scope, pair
 from layouts.matching.describe import Description
 from layouts.matching.lookup import expert_counts

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.verifier.bits.stored import Axis, dimensions, logical
+from layouts.disk.pread import Empty
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
-from layouts.pread import Empty
 from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 

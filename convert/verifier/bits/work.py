@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.options import workers
+from convert.options.option import workers
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

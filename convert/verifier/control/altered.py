@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.pread import Empty
+from layouts.disk.pread import Empty
 from layouts.reader import Reader, ReadLimits, ReadUnit
 from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec

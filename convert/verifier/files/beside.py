@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.commit.inventory import entry_of, read_in_pieces
 from convert.verifier.verdict import Level
-from layouts.files import CONFIG, MANIFEST, RECORD, parsed, read_object
+from layouts.disk.files import CONFIG, MANIFEST, RECORD, parsed, read_object
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.tables.families import families_of

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from convert.commit.manifest import NAME, hashed_text
 from convert.commit.recorded import Manifest
 from convert.verifier.verdict import Level
-from layouts.files import CONFIG
+from layouts.disk.files import CONFIG
 from layouts.reader import Reader
 
 

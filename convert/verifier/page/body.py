@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from convert.values import in_units
+from convert.options.values import in_units
 from convert.verifier.environment import Run
 from convert.verifier.page.maps import map_of, text
 from convert.verifier.page.style import STYLE

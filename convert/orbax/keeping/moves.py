@@ -18,18 +18,18 @@ import tensorstore as ts
 
 from convert.commit.below import files as files_below
 from convert.commit.files import Folder
-from convert.orbax.keep import Kept, kept_chunks
+from convert.orbax.keeping.keep import Kept, kept_chunks
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
 from convert.orbax.portions import Portion
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
-from layouts.faults import answer
+from layouts.disk.faults import answer
+from layouts.disk.places import names_of
 from layouts.orbax.arrays import NODES
 from layouts.orbax.chunks import METADATA, key_at
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import DATABASE, PROCESS
-from layouts.places import names_of
 
 _ONLY = ts.KvStore.KeyRange("", "\x00")
 """The key itself, not those that begin alike."""

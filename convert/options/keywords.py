@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
-from convert.options import Choices, Format, Named, Running, Verification, named
+from convert.options import Choices, Format, Running, Verification
+from convert.options.option import Named, named
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 

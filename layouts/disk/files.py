@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.pread import InputFile
 from layouts.errors import InputError
-from layouts.pread import InputFile
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

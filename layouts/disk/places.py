@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from layouts.disk.faults import answer, told, writing
 from layouts.errors import InputError
-from layouts.faults import answer, told, writing
 
 DRIVERS: Mapping[str, str] = {"gs": "gcs", "s3": "s3"}
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

@@ -3,7 +3,7 @@
 In: a plan and an open input. Out: where each stored chunk goes, or None if one has to be cut. It never touches a chunk.
 
 Gate and up lie side by side in `wi`. So the chunks of `wi_0` and `wi_1` are chunks of `wi`, compressed bytes and all, if none
-reaches across the end of `n`. `convert.orbax.moves` does what this takes on the disk. Digests are of the chunks as stored.
+reaches across the end of `n`. `moves` does what this takes on the disk. Digests are of the chunks as stored.
 
 Large arrays that are one chunk each are kept only on demand (`--keep-chunks`): a restore onto many devices would decode the
 whole chunk on each of them.
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
+from layouts.disk.places import is_remote
 from layouts.language.layout import Placed
 from layouts.orbax.chunks import Chunk, chunks_of, grid_shape
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import ARRAYS
-from layouts.places import is_remote
 from layouts.reader import Reader
 
 ONE = 64 << 20

@@ -12,8 +12,8 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
+from layouts.disk.names import part
 from layouts.errors import InputError
-from layouts.names import part
 
 _MODEL, _SNAPSHOTS, _MAIN = "models--", "snapshots", "refs/main"
 _NAME = 200

@@ -1,0 +1,1 @@
+"""Stored chunks that stay as they are, under new names."""

@@ -1,0 +1,1 @@
+"""What touches disks and stores: paths, names, reads, and what is not there."""
