@@ -169,6 +169,8 @@ def test_the_family_is_said_once(unknown, tmp_path):
         convert.reformat(tmp_path / name, tmp_path / f"{name}-hf", to="hf")
         assert files(tmp_path / f"{name}-hf") == files(unknown)
     assert convert.verify(tmp_path / "fused", tmp_path / "later", gemm=False, family="qwen3_moe").equal
+    convert.prefuse(unknown, tmp_path / "hf", family="qwen3_moe")
+    assert convert.verify(tmp_path / "hf", tmp_path / "later", gemm=False).equal
     (tmp_path / "fused" / MANIFEST).unlink()
     convert.split(tmp_path / "fused", tmp_path / "last", to="hf", family="qwen3_moe")
     with pytest.raises(PlanError, match="made of a checkpoint of family qwen3_moe; do without --family deepseek_v3"):

@@ -212,6 +212,45 @@ def test_a_tree_can_be_called_by_its_own_family(plain, tmp_path):
         convert.verify(*sides, gemm=False, family_b="nobodys")
 
 
+NORM, Q = (f"model.layers.1.{word}.weight" for word in ("input_layernorm", "self_attn.q_proj"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        (NORM, lambda array: array.view(np.float16), f"{NORM} is F16, and params.params.decoder.layers."),
+        (NORM, lambda array: array[:-1], f"{NORM} differs from params.params.decoder.layers."),
+        (NORM, lambda array: array[None], f"{NORM} has the shape (1, {K}), which is not of the form 'k'"),
+        (Q, lambda array: array[:-1], f"{Q} has the shape "),
+        (NORM, None, f"{NORM} is not in "),
+    ],
+)
+def test_what_is_of_another_type_or_shape_is_found_across_formats(plain, tmp_path, name, change, told):
+    """The same bits in another type are another model: formats were compared by their bits alone."""
+    tensors = {n: array for file in (plain / "in").glob("*.safetensors") for n, array in load_file(file).items()}
+    array = tensors.pop(name)
+    if change:
+        tensors[name] = np.ascontiguousarray(change(array))
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "in" / "config.json").write_bytes((plain / "in" / "config.json").read_bytes())
+    verdict = convert.verify(tmp_path / "in", plain / "tree concat", gemm=False, source_layout="concat")
+    (level,) = (level for level in verdict.levels if level.differences)
+    assert level.name == "others"
+    assert level.differences[0].startswith(told)
+
+
+def test_experts_of_another_type_are_found_across_formats(plain, tmp_path):
+    tensors = {n: array for file in (plain / "in").glob("*.safetensors") for n, array in load_file(file).items()}
+    changed = {n: array.view(np.float16) if ".layers.1.mlp.experts." in n else array for n, array in tensors.items()}
+    (tmp_path / "in").mkdir()
+    save_file(changed, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "in" / "config.json").write_bytes((plain / "in" / "config.json").read_bytes())
+    verdict = convert.verify(tmp_path / "in", plain / "tree concat", gemm=False, source_layout="concat")
+    told = f"layer 1: wi is F16 with (E, K, N) {E, K, N} in one, BF16 {E, K, N} in the other"
+    assert [(level.name, level.differences) for level in verdict.levels if level.differences] == [("exact", (told,))]
+
+
 def test_what_is_too_much_in_a_tree_is_found(plain, tmp_path):
     """Its layers and experts were counted by `config.json` of the other side, so nobody looked at one more."""
     for name, sizes in (("layers", {"layers": LAYERS + 1}), ("experts", {"experts": E + 1})):

@@ -134,11 +134,16 @@ def _blocks(both: Formats, pairs: list[Pair]) -> Iterator[tuple[str, Block]]:
 
 
 def _points(tree: Reader, first: Pair) -> Iterator[dict[str, int]]:
-    """The layers of a stack: as many as it has, whatever `config.json` says, or one too many would not be seen."""
+    """The layers of a stack: as many as it has, whatever `config.json` says, or one too many would not be seen.
+
+    The run of layers in each step is what names are made from; a longer one is a difference of level `others`.
+    """
     axes = [axis for axis in LAYERS if axis in first.counts]
     spec = next((tree.tensors[name] for name in names_of(first) if name in tree.tensors), None)
     have = _sizes(tree, first, spec) if spec else {}
-    for point in itertools.product(*(range(have.get(axis, first.counts[axis])) for axis in axes)):
+    counts = {axis: have.get(axis, first.counts[axis]) for axis in axes}
+    counts |= {axis: min(counts[axis], first.counts[axis]) for axis in axes[1:]}
+    for point in itertools.product(*(range(counts[axis]) for axis in axes)):
         yield dict(zip(axes, point, strict=True))
 
 

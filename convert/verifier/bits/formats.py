@@ -55,7 +55,7 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
             found += _compare(hf, tree, pair, index, name, progress)
             looked += hf.tensors[name].nbytes if name in hf.tensors else 0
     differences, (nbytes,) = joined(processes, found, looked)
-    differences += [line for pair in others for line in _stacks_of_another_size(tree, pair)]
+    differences += [line for pair in both.pairs for line in _stacks_of_another_size(tree, pair)]
     differences += [f"{name} is only in {hf.path}" for name in hf.tensors if name not in seen]
     differences += [f"{n} is only in {tree.path}" for n in tree.tensors if n not in placed and n.startswith(ROOT)]
     rest = sum(not name.startswith(ROOT) for name in tree.tensors)
@@ -122,8 +122,9 @@ def _compare(
     spec, axes = hf.tensors[name], pair.target.pattern
     kept = [axis for axis in pair.source.pattern.axes if axis not in index]
     known = {axis: size for axis, size in pair.counts.items() if axis in axes.axes}
-    if (array := tree.tensors.get(pair.source.key.render(index))) and array.dtype != spec.dtype:
-        yield f"{name} is {spec.dtype}, and {array.name} {array.dtype}"
+    array = tree.tensors.get(pair.source.key.render(index))
+    if array is None or array.dtype != spec.dtype:
+        yield f"{name} is {spec.dtype}, and {pair.source.key.render(index)} is {array.dtype if array else 'not there'}"
         return
     if len(spec.shape) != len(axes.groups):
         yield f"{name} has the shape {spec.shape}, which is not of the form '{axes.text}'"
