@@ -93,7 +93,7 @@ def test_the_verdict_is_that_of_one_process(root, monkeypatch, names, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [("in", "fused"), ("in", "damaged"), ("in", "tree")], ids=" ".join)
+@pytest.mark.parametrize("names", [("in", "fused"), ("in", "damaged"), ("in", "tree"), ("damaged", "tree")], ids=" ".join)
 def test_the_probes_are_divided_by_layers(root, monkeypatch, names):
     paths = [root / name for name in names]
     alone = convert.verify(*paths)

@@ -180,6 +180,8 @@ class Findings:
 
     def join(self, processes: Processes) -> None:
         """Add what other processes have met in their layers; afterwards all of them have the same."""
+        if processes.count == 1:
+            return
         own = {name: getattr(self, name) for name in _JOINED} | {"apart": sorted(self.apart)}
         for name, found in merged(processes, own, _JOINED).items():
             setattr(self, name, found)
