@@ -77,9 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
     call: Callable[..., object] = getattr(convert, "reformat" if action == "to" else action)
     processes = _processes(arguments)
     quiet = arguments.quiet or bool(processes and not processes.first)
-    times = 1 / (processes.count if processes else 1) + bool(given.get("content"))  # it is hashed before it is converted
-    total = None if quiet else int(_input_bytes(source) * times) or None
-    with nullcontext() if quiet else bars(total=total) as progress:
+    with nullcontext() if quiet else bars() as progress:  # the plan says how much there is to do
         report = call(source, out, processes=processes, progress=progress, **given)
     print(printable(str(report)))
     return 0

@@ -64,8 +64,9 @@ def prefuse(
 ) -> Report | AdapterReport:
     """Write `source` to `out` with gate and up of every expert in one tensor.
 
-    `progress` is called with the bytes that were written since the last call. `processes` are those that share the work (from
-    `connect`); each of them makes the same call.
+    `progress` is called with the bytes that were written since the last call; if it is `convert.progress.Phased`, it is told
+    before how many there will be. `processes` are those that share the work (from `connect`); each of them makes the same
+    call.
 
     Raises:
         InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.

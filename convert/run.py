@@ -23,7 +23,7 @@ from convert.options import Choices, Running, Verification
 from convert.planning.choices import check
 from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan
-from convert.progress import Progress, ignore
+from convert.progress import Progress, begin, ignore
 from convert.report import Report
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import RULE, dequantized
@@ -82,6 +82,8 @@ def convert_checkpoint(
         if not (finished := (target / manifest.NAME).exists() and (not is_remote(target) or bool(mark_of(target)))):
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)
+        hashed = sum(spec.nbytes for spec in reader.tensors.values()) if running.content and processes.first else 0
+        begin(progress or ignore, "", hashed + plan.nbytes // processes.count)
         told = processes.watched(progress or ignore)
         with closing(reader):
             if running.content and processes.first:

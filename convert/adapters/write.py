@@ -28,7 +28,7 @@ from convert.commit.stage import Stage, check_output, staging
 from convert.errors import InputError, UsageError, readable
 from convert.hf.look import look
 from convert.options import Choices, Running
-from convert.progress import Progress, ignore
+from convert.progress import Progress, begin, ignore
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
 from layouts.disk.files import read_bytes
@@ -73,6 +73,7 @@ def convert_adapter(
     if not (finished := (out / manifest.NAME).exists()):
         check_output(source, out, overwrite=running.overwrite)
     reader, plan = open_and_plan(source, out, action, choices)
+    begin(progress or ignore, "", plan.nbytes)
     with closing(reader), readable(source):
         if plan.peak > running.memory:
             raise UsageError(f"{source}: a block of experts takes {plan.peak:,} bytes; raise --memory above that")

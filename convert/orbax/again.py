@@ -37,7 +37,10 @@ def stored_again(
     """
 
     def work(target: Target, rows: range | None, told: Told) -> str:
-        return stored_digest(kept.reader, kept_chunks(target, kept, rows), told)
+        digest = stored_digest(kept.reader, kept_chunks(target, kept, rows), lambda _: told(0))  # chunks are compressed
+        whole = target.spec.nbytes
+        told(whole if rows is None else whole // target.spec.shape[0] * len(rows))
+        return digest
 
     return each(work, targets, wanted, jobs, progress)
 

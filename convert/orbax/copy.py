@@ -71,17 +71,24 @@ def copy_and_hash(
             own = [portions[number] for number in processes.mine([portion.nbytes for portion in portions])]
             progress(total(portion for portion in own if portion.key in stage.done))
             left = [portion for portion in own if portion.key not in stage.done]
-            for fresh in _batches(_hashed(left, kept, budget.jobs, copier.stop)):
+            hashed = _told(_hashed(left, kept, budget.jobs, copier.stop), progress)
+            for fresh in _batches(hashed):
                 if copying.done():
                     copying.result()
                 stage.record({portion.key: digest for portion, digest in fresh})
-                progress(total(portion for portion, _ in fresh))
                 digests |= {portion.key: digest for portion, digest in fresh}
             copying.result()
         except BaseException:
             copier.stop.set()
             raise
     return digests
+
+
+def _told(found: Iterable[tuple[Portion, str]], progress: Progress) -> Iterator[tuple[Portion, str]]:
+    """The same, each counted as soon as it is hashed and not once it is worth a line in the journal."""
+    for portion, digest in found:
+        progress(portion.nbytes)
+        yield portion, digest
 
 
 def _hashed(portions: Sequence[Portion], kept: Kept, jobs: int, stop: threading.Event) -> Iterator[tuple[Portion, str]]:
