@@ -6,6 +6,7 @@ import convert
 from convert.cli import main
 from convert.orbax import copy
 from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.tiny import adapter, whole
 
 
 class Watched:
@@ -66,6 +67,15 @@ def test_kept_chunks_are_counted_while_they_are_hashed(sources, tmp_path, monkey
     watched = Watched()
     convert.prefuse(sources["orbax"], tmp_path / "out", keep_chunks=True, progress=watched)
     assert journalled[0] > 1
+
+
+def test_so_it_does_for_adapters(tmp_path):
+    adapter(tmp_path / "in", whole("per-expert"))
+    watched, again = Watched(), Watched()
+    report = convert.prefuse(tmp_path / "in", tmp_path / "out", progress=watched)
+    convert.prefuse(tmp_path / "in", tmp_path / "out", progress=again)
+    assert watched.totals == again.totals == [report.plan.nbytes]
+    assert sum(watched.steps) == sum(again.steps) == report.plan.nbytes > 0
 
 
 def test_the_bar_of_the_command_ends_full(sources, tmp_path, monkeypatch):
