@@ -52,7 +52,7 @@ def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
     for word, values, kind in tree.only:
         if (stated := config.get(word)) is not None and stated not in values:
             raise PlanError(
-                f"{reader.path}: {word} is {stated} in config.json, and MaxText has no such model: its own has {kind}"
+                f"{reader.path}: {word} is {str(stated)[:80]} in config.json, and MaxText has no such model: its own has {kind}"
             )
 
 
