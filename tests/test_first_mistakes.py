@@ -150,3 +150,13 @@ def test_no_words_at_all_show_examples(monkeypatch, capsys):
         "convert: say what to do; convert --help shows all\n\nexamples:\n  convert --prefuse ckpt ckpt-fused "
     )
     assert len(text.splitlines()) < 12
+
+
+@pytest.mark.parametrize(
+    "text", ["per-shard:maxtext", "per-shard:0", "per-shard:²", "per-shard:4:0", "per-shard:" + "9" * 5000, "x"]
+)
+def test_a_layout_that_is_none_is_no_bug_of_ours(said, tmp_path, text):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    code, message = said("--split", "in", OUT, "--source-layout", text, "--quiet")
+    assert code == (2 if text == "x" else 4)
+    assert message.startswith("convert: no layout is called ")

@@ -5,6 +5,7 @@ In: an open checkpoint, its family, the user's word. Out: layouts to try, in ord
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from layouts.tables.targets import ALIGNMENTS, TARGETS, VERSION, target
 
 ORIGIN = "hf"
 """Where the record of a MaxText tree says of which Hugging Face checkpoint it was made; see `layouts.matching.origin`."""
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +145,13 @@ def named(text: str, family: Family) -> Layouts:
     name, *options = text.split(":")
     if name in SOURCES and not options:
         return SOURCES[name]
-    if name not in TARGETS or len(options) > 2 or not all(option.isdecimal() or option in ALIGNMENTS for option in options):
-        raise PlanError(f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN")
-    shards, align = (options[0] if options else "1"), (options[1] if len(options) > 1 else "128")
+    shards, align = [*options, *("1", "128")[len(options) :]][:2]
+    sound = _NUMBER.fullmatch(shards) and (_NUMBER.fullmatch(align) or align in ALIGNMENTS)
+    if name not in TARGETS or len(options) > 2 or not sound:
+        raise PlanError(
+            f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN; "
+            f"ALIGN is a number of columns, {' or '.join(ALIGNMENTS)}"
+        )
     return target(name, family, shards=int(shards), align=align)
 
 
