@@ -232,6 +232,6 @@ def test_empty_scalar_and_unaligned_tensors_and_every_element_type_survive(tmp_p
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    for path, words in ((tmp_path, "neither *.safetensors"), (tmp_path / "none", "no such directory")):
+    for path, words in ((tmp_path, "no safetensors and no Orbax checkpoint"), (tmp_path / "none", "no such directory")):
         assert main(["--prefuse", str(path), str(tmp_path.parent / "out"), "--quiet"]) == 3
         assert words in capsys.readouterr().err
