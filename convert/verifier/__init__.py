@@ -161,7 +161,7 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
             first, second = described_alike(one, other, options)
             sides = (one, first), (other, second)
             left, right = held_alike(sides, [blocks(*side) for side in sides], scope, options.memory)
-        return measure(left, right, scope, how, (one, other) if options.content else ())
+        return measure(left, right, scope, how, options, (one, other) if options.content else ())
 
 
 def _differ(one: Reader, other: Reader) -> bool:

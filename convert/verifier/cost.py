@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from convert.options import Verification
+from convert.options.option import workers
 from convert.progress import ignore
 from convert.verifier.bits import exact
 from convert.verifier.bits.logical import Block, Scope, pair
 from convert.verifier.bits.order import experts_held, places_of
-from convert.verifier.content.hashing import jobs_here
 from layouts.reader import Reader
 from layouts.tensors import itemsize
 
@@ -53,7 +54,12 @@ class Cost:
 
 
 def measure(
-    a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None, hashed: Iterable[Reader] = ()
+    a: Mapping[str, Block],
+    b: Mapping[str, Block],
+    scope: Scope,
+    how: How | None,
+    options: Verification,
+    hashed: Iterable[Reader] = (),
 ) -> Cost:
     """Try the first experts of the first layer, and of those that are decoded with it, and multiply.
 
@@ -65,7 +71,7 @@ def measure(
     flop = sum(count * _flop(one, scope, how) for count, one in zip(experts, pairs, strict=True)) if how else 0.0
     if not pairs:
         return Cost(layers=0, experts=0, nbytes=0, flop=0, seconds=0, timed=0, hashing=_hashing(hashed))
-    seconds, timed = _try(*_first(a, b), scope, how)
+    seconds, timed = _try(*_first(a, b), scope, how, options)
     each = nbytes / sum(experts) / _nbytes(pairs[0])  # how much larger than those of the first layer they are on average
     return Cost(
         layers=len(pairs),
@@ -84,7 +90,7 @@ def _hashing(readers: Iterable[Reader]) -> float:
     started = time.perf_counter()
     hashlib.sha256(block).digest()
     each = (time.perf_counter() - started) / len(block)
-    return each * sum(spec.nbytes for reader in readers for spec in reader.tensors.values()) / jobs_here()
+    return each * sum(spec.nbytes for reader in readers for spec in reader.tensors.values()) / workers(None)
 
 
 def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Block], dict[str, Block]]:
@@ -95,7 +101,9 @@ def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Bl
     return {key: a[key] for key in alike}, {key: b[key] for key in alike}
 
 
-def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None) -> tuple[float, int]:
+def _try(
+    a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How | None, options: Verification
+) -> tuple[float, int]:
     """Seconds for an expert, and how many were tried: of all these layers by their bits, of some through the probes."""
     from convert.verifier.gemms.calls import fit
     from convert.verifier.gemms.gemm import compare_outputs
@@ -112,7 +120,7 @@ def _try(a: Mapping[str, Block], b: Mapping[str, Block], scope: Scope, how: How 
         ticks.append(time.perf_counter())
 
     tick(0)
-    exact.compare_experts(a, b, ignore, narrow)
+    exact.compare_experts(a, b, ignore, narrow, options.memory, options.jobs)
     seconds = (time.perf_counter() - ticks[0]) / (len(chosen) * len(pairs))
     if how and allowed:
         seconds *= 2 if len(pairs) > 1 else 1  # windows are loaded once more

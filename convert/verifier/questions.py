@@ -39,7 +39,8 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "gemm": Question(
         asks="Do the experts compute the same, fused and unfused?",
-        method="random tokens in skewed, empty and one-token groups, each side in its own form",
+        method="random tokens, each side in its own form; in the experts that gradients are of also in skewed, empty and "
+        "one-token groups",
         bound=_ROUNDING.format(terms="K"),
     ),
     "gradients": Question(

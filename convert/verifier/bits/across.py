@@ -155,17 +155,25 @@ def _group(both: Formats, pair: Pair, index: Mapping[str, int]) -> Group | None:
         return None
     check_equal(both.tree, [both.tree.tensors[name] for name in names])
     spec = both.tree.tensors[names[0]]
+    return group_of(both.sides, pair, index, names, spec.dtype, _sizes(both.tree, pair, spec))
+
+
+def group_of(
+    sides: Sides, pair: Pair, index: Mapping[str, int], names: tuple[str, ...], dtype: str, sizes: Mapping[str, int]
+) -> Group:
+    """One kind of expert tensors of a tree, as a description would have it."""
+    layout = sides.maxtext[pair.role]
     return Group(
         role=pair.role,
         part=pair.part,
         dims="out" if pair.part else "out in",
         placed=pair.source,
         index=index,
-        sizes=_sizes(both.tree, pair, spec),
-        dtype=spec.dtype,
+        sizes=sizes,
+        dtype=dtype,
         names=names,
-        layout=both.sides.maxtext[pair.role],
-        native=both.sides.maxtext[pair.role],
+        layout=layout,
+        native=layout,
         relaid=False,
     )
 

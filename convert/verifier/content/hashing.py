@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.errors import UsageError, one_line
+from convert.options.option import workers
 from convert.progress import Progress
 from convert.verifier.bits.order import by_place, hold, place_of
+from convert.verifier.bits.work import in_order
 from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
@@ -28,8 +28,6 @@ FORM = "moe-content-1"
 ROWS, TILE = 1 << 20, 64
 """Bytes that are turned at a time, where a tensor is stored along other axes, in squares of so many elements: 1.7 GB/s of
 bfloat16, where NumPy turns the whole with 0.7 GB/s."""
-JOBS = 8
-"""Workers at most, as in a conversion."""
 BASE = 96 << 20
 """Bytes that the process needs besides what it hashes."""
 HUGGING_FACE, OWN = "the names and axes of Hugging Face", "the tree's own names and axes"
@@ -121,25 +119,16 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
     fit = _fit(reader, units, memory)
     hold(reader, {unit.array: lengths(unit.slices) for unit in units}, 1, memory)
     ordered = by_place(units, lambda unit: [place_of(reader, unit.array, unit.slices)])
-    jobs = 1 if reader.windows.shapes else min(fit, jobs_here())
+    jobs = 1 if reader.windows.shapes else min(fit, workers(None))
     lines, total = list[str](), 0
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        for found, nbytes in pool.map(hashed, ordered):
-            lines += found
-            total += nbytes
-            progress(nbytes)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for found, nbytes in in_order(hashed, ordered, jobs):
+        lines += found
+        total += nbytes
+        progress(nbytes)
     whole = hashlib.sha256(f"{FORM}\n".encode())
     for line in sorted(lines):
         whole.update(f"{line}\n".encode())
     return Digest(sha256=whole.hexdigest(), tensors=len(lines), nbytes=total)
-
-
-def jobs_here() -> int:
-    """Workers: one per CPU that we may use, at most `JOBS`."""
-    return min(JOBS, len(os.sched_getaffinity(0)))
 
 
 def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:

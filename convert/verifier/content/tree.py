@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from convert.options import Verification
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, trees_of
 from convert.planning.cross_plan import config_of, fused_in, stacked_along, tree_in
+from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
 from convert.verifier.bits.order import STRIP
 from convert.verifier.content.hashing import Logical, Slices, Unit, rows_of
@@ -27,7 +28,6 @@ from convert.verifier.content.tensors import expert_units
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
 from layouts.language.parts import PARTS
-from layouts.matching.group import Group
 from layouts.matching.lookup import find_family
 from layouts.matching.origin import origin_of
 from layouts.reader import Reader
@@ -95,19 +95,7 @@ def _experts(tree: Reader, sides: Sides, pair: Pair) -> Iterator[Unit]:
         scan = {axis: i for axis, i in at.items() if axis in pattern.axes}
         inner = {axis: i for axis, i in at.items() if axis not in scan}
         spec = tree.tensors[key.render({**inner, "g": 0})]
-        group = Group(
-            role=pair.role,
-            part=pair.part,
-            dims="out" if pair.part else "out in",
-            placed=pair.source,
-            index=inner,
-            sizes=_sizes(tree, pair, spec),
-            dtype=spec.dtype,
-            names=(spec.name,),
-            layout=sides.maxtext[pair.role],
-            native=sides.maxtext[pair.role],
-            relaid=False,
-        )
+        group = group_of(sides, pair, inner, (spec.name,), spec.dtype, _sizes(tree, pair, spec))
         block = Block(reader=tree, groups={(pair.role, pair.part): group}, scan=scan, label=name)
         yield from expert_units([index.get("path", ""), index.get("l")], block)
 

@@ -54,28 +54,28 @@ def ask(block: Block, experts: range, tokens: int = 1, routed: tuple[NDArray[Any
     """One-hot and random rows for each of these experts, and `routed` ones: rows (R, K), and how many each expert has."""
     count, k = len(experts), block.groups["wi", ""].total("k")
     x, sizes = routed or (np.zeros((0, k), np.float32), np.zeros(count, int))
-    hot = [_spread(each, block, tokens) for each in ("wi", "wo")]
-    dice = np.random.default_rng([experts.start, k])
-    kinds = np.repeat((0, 1, 2), (count * len(hot[0]), count * RANDOM * tokens, len(x)))
+    hot, drawn = _spread(rows_of(block, tokens)), count * RANDOM * tokens
+    reading = count * len(hot[0])
+    kinds = np.repeat((0, 1, 2), (reading, drawn, len(x)))
     owners = np.concatenate([np.repeat(np.arange(count), each) for each in (len(hot[0]), RANDOM * tokens, sizes)])
     order = np.argsort(owners, kind="stable")
-    every = np.zeros((int((kinds == 0).sum() + (kinds == 1).sum()) + room_for(count, tokens), k), np.float32)
-    drawn = dice.standard_normal((int((kinds == 1).sum()), k), np.float32)
-    every[: len(order)] = np.concatenate([np.zeros((int((kinds == 0).sum()), k), np.float32), drawn, x])[order]
+    random = np.random.default_rng([experts.start, k]).standard_normal((drawn, k), np.float32)
+    every = np.zeros((reading + drawn + room_for(count, tokens), k), np.float32)
+    every[: len(order)] = np.concatenate([np.zeros((reading, k), np.float32), random, x])[order]
+    kinds = kinds[order]
     return Rows(
         x=every,
-        hot=(_placed(hot[0], kinds[order], len(every)), _placed(hot[1], kinds[order], len(every))),
+        hot=(_placed(hot[0], kinds, len(every)), _placed(hot[1], kinds, len(every))),
         sizes=np.bincount(owners, minlength=count).astype(np.int32),
-        random=np.flatnonzero(kinds[order] == 1),
-        routed=np.flatnonzero(kinds[order] == 2),
+        random=np.flatnonzero(kinds == 1),
+        routed=np.flatnonzero(kinds == 2),
     )
 
 
-def _spread(role: str, block: Block, tokens: int) -> NDArray[Any]:
-    """The rows of a weight that are read; of the shorter one, the last more than once."""
-    rows: Mapping[str, NDArray[Any]] = rows_of(block, tokens)
+def _spread(rows: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """The rows of both weights that are read, as many of each: of the shorter one, the last more than once."""
     most = max(map(len, rows.values()))
-    return np.pad(rows[role], (0, most - len(rows[role])), mode="edge")
+    return [np.pad(rows[role], (0, most - len(rows[role])), mode="edge") for role in ("wi", "wo")]
 
 
 def _placed(hot: NDArray[Any], kinds: NDArray[Any], length: int) -> NDArray[np.int32]:
