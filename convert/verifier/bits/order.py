@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from convert.errors import UsageError
 from convert.verifier.bits.logical import Block, Sides, Slab, located
 from layouts.language.pattern import strips
 from layouts.reader import Reader, ReadLimits, is_chunked
@@ -35,6 +36,9 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
     """Read these arrays through windows where chunks reach across `units`, of which so many are read `beside` one another.
 
     `units` are the lengths of what is read of each array in turn.
+
+    Raises:
+        UsageError: a chunk takes more memory than there is, and cannot be streamed.
     """
     if not is_chunked(reader):
         return
@@ -43,6 +47,11 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
     limit, shapes, streams = memory // PART, {}, 1
     for name, unit in units.items():
         spec, cost = reader.tensors[name], reader.unit(name)
+        if cost and cost.nbytes > memory and not cost.streams(STREAM):
+            raise UsageError(
+                f"--memory of {memory >> 20} MiB is too little: {name} is stored in chunks of {cost.nbytes:,} bytes, which "
+                f"have to be decoded as a whole"
+            )
         room = limit // beside // itemsize(spec.dtype)
         if cost and (found := window_shape(spec.shape, cost.shape, unit, unit, room)):
             shapes[name] = found
