@@ -7,7 +7,6 @@ In: a plan and the open input. Out: a published directory, or a proof. What is w
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -129,16 +128,13 @@ def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], st
         **made_of(plan),
         "input": input_digest(reader),
         "remarks": list(plan.remarks),
-        "tensors": {
-            name: {"dtype": spec.dtype, "shape": list(spec.shape), "xxh3_128": hashed[name]}
-            for name, spec in plan.specs.items()
-        },
+        "tensors": manifest.entries(plan.specs.values(), hashed),
         "files": {name: each.json() for name, each in inventory(stage.path, manifest.NAME, MODEL.__eq__).items()},
         "headers": {plan.file.name: manifest.hashed_text(plan.file.head[8:].decode())},
     }
+    original = None
     if not plan.restored:
         ours = manifest.Original(headers=reader.headers, texts={CONFIG: read_bytes(plan.source / CONFIG).decode()})
         earlier = plan.record is not None and plan.record["from"] != plan.way.source.name  # this was not the first step
         original = (manifest.original_files(plan.source) if earlier else None) or ours
-        content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
-    return json.dumps({**content, manifest.SEAL: manifest.seal_of(content)}, indent=1) + "\n"
+    return manifest.sealed(content, original)

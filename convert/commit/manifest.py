@@ -10,7 +10,7 @@ against accidents, not against an attacker. `convert.commit.recorded` looks a ma
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from convert.planning.planner import Plan
 from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.errors import InputError
 from layouts.reader import Reader
+from layouts.tensors import TensorSpec
 
 NAME = MANIFEST
 VERSION = 2
@@ -66,14 +67,6 @@ def render(
     plan: Plan, digests: Mapping[str, Digest], original: Original | None, beside: Beside, *, of_chunks: bool = False
 ) -> str:
     """The manifest of a finished conversion; it names no host, user or time, so that equal runs give equal bytes."""
-    tensors = {
-        target.spec.name: {
-            "dtype": target.spec.dtype,
-            "shape": list(target.spec.shape),
-            "xxh3_128": digests[target.spec.name],
-        }
-        for target in plan.targets
-    }
     content: dict[str, Any] = {
         "version": VERSION,
         "tool": TOOL,
@@ -87,14 +80,24 @@ def render(
         "input": beside.input,
         **({"content": plan.content} if plan.content else {}),
         **({"hashed": CHUNKS} if of_chunks else {}),
-        "tensors": tensors,
+        "tensors": entries((target.spec for target in plan.targets), digests),
         "sources": _sources(plan, digests),
         "files": {name: entry.json() for name, entry in beside.files.items()},
         "headers": {name: hashed_text(header) for name, header in beside.headers.items()},
     }
-    if original:
-        content["original"] = {"headers": dict(original.headers), "texts": dict(original.texts)}
-    return json.dumps({**content, SEAL: seal_of(content)}, indent=1) + "\n"
+    return sealed(content, original)
+
+
+def entries(specs: Iterable[TensorSpec], digests: Mapping[str, Digest]) -> dict[str, Any]:
+    """What a manifest says of tensors."""
+    return {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape), "xxh3_128": digests[spec.name]} for spec in specs}
+
+
+def sealed(content: Mapping[str, Any], original: Original | None) -> str:
+    """The text of a manifest: what it says, what a way back needs, and the digest of both."""
+    kept = {"original": {"headers": dict(original.headers), "texts": dict(original.texts)}} if original else {}
+    whole = {**content, **kept}
+    return json.dumps({**whole, SEAL: seal_of(whole)}, indent=1) + "\n"
 
 
 def seal_of(content: Mapping[str, Any]) -> str:

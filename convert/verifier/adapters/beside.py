@@ -10,12 +10,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from convert.verifier.adapters.factors import Side
+from convert.verifier.bits.order import STRIP
 from convert.verifier.verdict import Level
 from layouts.adapters.describe import module_of
 from layouts.adapters.settings import CONFIG
 from layouts.language.pattern import strips
 
-_STRIP = 1 << 22
 _FORMAL = frozenset(
     {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "lora_dropout"),
@@ -39,7 +39,7 @@ def compare_others(left: Side, right: Side) -> Level:
             differ.append(f"{name} is {one.dtype} {one.shape} and {other.dtype} {other.shape}")
         elif any(
             not np.array_equal(left.reader.read(one.name, part), right.reader.read(other.name, part))
-            for part in strips(one.shape, _STRIP)
+            for part in strips(one.shape, STRIP)
         ):
             differ.append(f"{name} differs")
         elif ".lora_" in name:

@@ -14,7 +14,7 @@ from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.language.pattern import strips
 from layouts.matching.describe import Description
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader
 
 
 def compare_others(
@@ -55,7 +55,7 @@ def _compare(
     readers: tuple[Reader, Reader], names: list[str], progress: Progress, memory: int, jobs: int | None
 ) -> tuple[list[str], int]:
     """The differences between these tensors of the same shape and type, and the bytes that were looked at."""
-    work = Work.within(memory, 1 if any(map(is_chunked, readers)) else jobs, 2 * 8 * STRIP)
+    work = Work.in_strips(memory, jobs, *readers)
     scratch, nbytes, counts = Scratch(), 0, dict[str, int]()
 
     def compare(item: tuple[str, tuple[slice, ...]]) -> tuple[str, int, int]:

@@ -15,7 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.options.option import workers
+from convert.verifier.bits.order import STRIP
+from layouts.reader import Reader, is_chunked
 
+_WIDEST = 8
+"""Bytes of an element, at most."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -35,6 +39,11 @@ class Work:
         """
         fit = max(1, min(workers(jobs), memory // 2 // max(1, largest)))
         return cls(jobs=fit, each=memory // 2 // fit)
+
+    @classmethod
+    def in_strips(cls, memory: int, jobs: int | None, *readers: Reader) -> Work:
+        """The same where two strips are held at a time; of what is decoded one, as that is done by many threads anyway."""
+        return cls.within(memory, 1 if any(map(is_chunked, readers)) else jobs, 2 * _WIDEST * STRIP)
 
 
 class Scratch(threading.local):  # no dataclass: threads would share its slots

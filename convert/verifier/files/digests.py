@@ -23,7 +23,7 @@ from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.language.pattern import strips
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader
 from layouts.windows import lengths
 
 
@@ -52,7 +52,7 @@ def changed(
     lonely = sorted(found.tensors.keys() ^ reader.tensors.keys())
     own = _own(reader, sorted(found.tensors.keys() & reader.tensors.keys()), processes)
     begin(progress, "digests", _to_hash(reader, found, own, processes))
-    work = Work.within(options.memory, 1 if is_chunked(reader) else options.jobs, 2 * 8 * STRIP)
+    work = Work.in_strips(options.memory, options.jobs, reader)
     lines = list(_changed(reader, found, own, stored, progress, work))
     lines, (stored.chunks, stored.nbytes) = joined(processes, lines, stored.chunks, stored.nbytes)
     return (*(f"{name} is only in {where[name in found.tensors]}" for name in lonely), *lines)
