@@ -1,4 +1,4 @@
-"""Time the proof beside reading both checkpoints once, and beside an older version.
+"""Time the proof, and content digests, beside reading both checkpoints once, and beside an older version.
 
     python scripts/benchmark_verify.py --repeats 3 --old /tmp/old-worktree --cold
 
@@ -39,6 +39,8 @@ def rows(old: Path | None) -> Iterator[tuple[str, list[str], Path]]:
         for words in (["--no-gemm"], []):
             name = " ".join(["--verify", *words]) + when
             yield name, [sys.executable, "-m", "convert", "--quiet", "--verify", "A", "B", *words], tree
+    for side, words in (("A", "one matrix for each expert and projection"), ("B", "concat")):
+        yield f"--digest, {words}", [sys.executable, "-m", "convert", "--quiet", "--digest", side], ROOT
 
 
 def make(folder: Path, sizes: list[str]) -> None:
