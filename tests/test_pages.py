@@ -53,15 +53,15 @@ def _commands(page: str) -> list[str]:
         command = block.removeprefix("python -m ")
         for placeholder, value in PLACEHOLDERS.items():
             command = command.replace(placeholder, value)
-        if command.startswith("python scripts/make_checkpoint.py") or command.removeprefix("convert ") in PATHLESS:
-            found.append(command)
-        elif (
-            command.startswith("convert --")
-            and len(command.split()) > 2
-            and parser().parse_args(shlex.split(command)[1:]).paths
-        ):
+        alone = command.startswith("python scripts/make_checkpoint.py") or command.removeprefix("convert ") in PATHLESS
+        if alone or _has_paths(command):
             found.append(command)
     return found
+
+
+def _has_paths(command: str) -> bool:
+    words = shlex.split(command)[1:] if command.startswith("convert --") else []
+    return len(words) > 1 and bool(parser().parse_args(words).paths)
 
 
 @pytest.fixture
