@@ -29,7 +29,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def open_checkpoint(path: str | Path) -> Reader:
-    """Open a checkpoint directory, whichever format it is in; an Orbax one may lie in a store (`gs://`, `s3://`).
+    """Open a checkpoint directory, whichever format it is in; it may lie in a store (`gs://`, `s3://`).
 
     Raises:
         InputError: there is none, or it is corrupt.
@@ -51,8 +51,6 @@ def open_checkpoint(path: str | Path) -> Reader:
 
         return open_adapter(path)
     if is_checkpoint(path):
-        if is_remote(path):
-            raise InputError(f"{path}: safetensors are read from a disk only; copy them there first")
         return HFReader.open(path)
     if is_remote(path):
         raise InputError(f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here")

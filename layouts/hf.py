@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from layouts.disk.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
-from layouts.disk.pread import Empty, Extent, InputFile, read_block
+from layouts.disk.places import RemotePath, is_remote
+from layouts.disk.pread import Empty, Extent, InputFile, Ranged, read_block
+from layouts.disk.stored import StoredFile, stored_header
 from layouts.errors import InputError
 from layouts.reader import ReadLimits
 from layouts.shards import all_files, compare_index, model_files, read_index
@@ -60,9 +62,9 @@ def read_shard(path: Path) -> Shard:
         InputError: not a sound safetensors file; says why when the reason is a common one.
         OSError: the system refuses, or the disk is failing.
     """
-    text = _header(path)
+    text, whole = stored_header(path) if isinstance(path, RemotePath) else (_header(path), nullcontext(path))
     try:
-        with safe_open(path, framework="np"):
+        with whole as file, safe_open(file, framework="np"):
             pass
         size, entries = len(text), parsed(text)
         if not isinstance(entries, dict):
@@ -104,7 +106,7 @@ def _header(path: Path) -> bytes:
 
 
 def _common_cause(path: Path) -> str:
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError, AttributeError), path.open("rb") as file:  # a place in a store is not opened
         if file.read(40).startswith(b"version https://git-lfs"):
             return ". It is a git-lfs pointer: run 'git lfs pull' where it came from"
     return ". Download or copy it again"
@@ -121,7 +123,7 @@ class HFReader:
     tensors: Mapping[str, TensorSpec]
     format: str = "hf"
     _home: dict[str, Shard] = field(default_factory=dict)
-    _files: dict[str, InputFile] = field(default_factory=dict)
+    _files: dict[str, Ranged] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _side: SideFiles | None = field(default=None, compare=False)
 
@@ -161,7 +163,8 @@ class HFReader:
         if self._side is None:
             own = {shard.name for shard in self.shards} | {INDEX}
             names = (name for name in files_below(self.path) if name not in own)
-            self._side = sort_files(names, lambda name: os.stat(self.path / name).st_size)
+            remote = is_remote(self.path)  # no store says how large its objects are
+            self._side = sort_files(names, lambda name: 0 if remote else os.stat(self.path / name).st_size)
         return self._side
 
     @property
@@ -203,7 +206,9 @@ class HFReader:
         shard = self._home[name]
         with self._lock:
             if (file := self._files.get(shard.name)) is None:
-                file = self._files[shard.name] = InputFile.open(self.path / shard.name)
+                path = self.path / shard.name
+                opened = StoredFile.open(path) if isinstance(path, RemotePath) else InputFile.open(path)
+                file = self._files[shard.name] = opened
         return Extent(file, shard.start + shard.offsets[name][0])
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from layouts.disk.places import unlisted
+from layouts.disk.places import is_remote, names_of, unlisted
 from layouts.errors import InputError
 
 NEVER_FOLDERS = frozenset({".git", ".cache", ".huggingface", "__pycache__"})
@@ -92,6 +92,9 @@ def files_below(root: Path) -> Iterator[str]:
         InputError: a link to a directory, or to nothing.
         OSError: a directory cannot be listed.
     """
+    if is_remote(root):
+        yield from names_of(root)
+        return
     for directory, folders, files in os.walk(root, onerror=unlisted):
         here = Path(directory).relative_to(root)
         for folder in [folder for folder in folders if folder in NEVER_FOLDERS]:

@@ -115,7 +115,7 @@ def _copy(run: Run, worker: Worker, output: Output, offset: int, digest: xxhash.
     extent.file.read(data, begin)
     digest.update(data)
     done = 0
-    if not output.passes_cache(run.nbytes):
+    if extent.file.descriptor is not None and not output.passes_cache(run.nbytes):
         done = output.copy(extent.file.descriptor, begin, run.nbytes, offset)
     if done < run.nbytes:
         output.put(data[done:], offset + done)

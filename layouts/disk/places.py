@@ -22,8 +22,8 @@ from layouts.errors import InputError
 DRIVERS: Mapping[str, str] = {"gs": "gcs", "s3": "s3"}
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """Who sets these is known by them. Told so, TensorStore looks for no others, and does not log in which files it found none."""
-_TELLING = ("_METADATA", "manifest.ocdbt", ".zarray", "zarr.json", "config.json")
-"""Files that are written anew whenever a checkpoint is."""
+_TELLING = ("_METADATA", "manifest.ocdbt", ".zarray", ".json", ".safetensors")
+"""How files end that are written anew whenever a checkpoint is."""
 
 
 def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
@@ -122,7 +122,7 @@ class _Root:
 
     def state(self, name: str) -> str:
         """What changes when an object that speaks for others is written again."""
-        if PurePosixPath(name).name not in _TELLING:
+        if not name.endswith(_TELLING):
             return ""
         with told(self.text, name):
             return str(answer(self.store.read(name, byte_range=slice(0, 1))).stamp.generation)

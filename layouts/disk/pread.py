@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,28 @@ from layouts.errors import InputError
 
 Empty = Callable[[Sequence[int], np.dtype[Any]], NDArray[Any]]
 """Gives an array of a shape and element type, with anything in it."""
-GAP = 32 << 10
-"""Bytes between two runs that are read along with them: a call costs about as much as to copy so many."""
-COVER = 1 << 20
-"""Bytes that are read at a time where gaps are read along: they stay in the cache of a core until they are picked from."""
+
+
+class Ranged(Protocol):
+    """What is read by ranges of bytes: a file, or an object of a store (`layouts.disk.stored`)."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """Of a file; None where no system call takes it."""
+
+    @property
+    def gap(self) -> int:
+        """Bytes between two runs that are read along with them: a call costs about as much as to read so many."""
+
+    @property
+    def cover(self) -> int:
+        """Bytes that are read at a time where gaps are read along."""
+
+    def read(self, view: memoryview, offset: int) -> None:
+        """Fill a view with the bytes from `offset`; see `InputFile.read`."""
+
+    def close(self) -> None:
+        """Let go of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +52,9 @@ class InputFile:
 
     path: Path
     descriptor: int
+    gap: ClassVar[int] = 32 << 10
+    cover: ClassVar[int] = 1 << 20
+    """They stay in the cache of a core until they are picked from."""
 
     @classmethod
     def open(cls, path: Path) -> InputFile:
@@ -88,7 +109,7 @@ class InputFile:
 class Extent(NamedTuple):
     """Where a tensor lies as it is read: a file, and the offset of its first byte in it."""
 
-    file: InputFile
+    file: Ranged
     start: int
 
 
@@ -96,7 +117,7 @@ def read_block(extent: Extent, shape: Sequence[int], slices: Sequence[slice], ou
     """Fill `out`, C-contiguous, with a part of a tensor of this shape.
 
     Runs of bytes that lie far from one another are read one by one. Where they are near, as parts of short rows are, they are
-    read together with what is between them, `COVER` bytes at a time, and picked out there.
+    read together with what is between them, `cover` bytes at a time, and picked out there.
 
     Raises:
         InputError, OSError: see `InputFile.read`.
@@ -106,7 +127,7 @@ def read_block(extent: Extent, shape: Sequence[int], slices: Sequence[slice], ou
         return
     strides = [out.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     run = _inner(shape, spans)
-    near = _near(spans, strides, run, out.itemsize)
+    near = _near(spans, strides, run, out.itemsize, extent.file.gap)
     for outer in itertools.product(*(range(len(span)) for span in spans[:near])):
         start = extent.start + sum((span.start + i) * step for span, i, step in zip(spans, outer, strides, strict=False))
         start += sum(span.start * step for span, step in zip(spans[near:], strides[near:], strict=True))
@@ -128,23 +149,23 @@ def _inner(shape: Sequence[int], spans: Sequence[range]) -> int:
     return axis
 
 
-def _near(spans: Sequence[range], strides: Sequence[int], run: int, itemsize: int) -> int:
+def _near(spans: Sequence[range], strides: Sequence[int], run: int, itemsize: int, gap: int) -> int:
     """The first axis of those whose runs are near one another."""
     axis = run
     extent = itemsize * math.prod(map(len, spans[run:]))
-    if extent > GAP:
+    if extent > gap:
         return run  # long runs are read as they are: picking them costs more than the calls
-    while axis and strides[axis - 1] - extent <= GAP:
+    while axis and strides[axis - 1] - extent <= gap:
         axis -= 1
         extent += (len(spans[axis]) - 1) * strides[axis]
     return axis
 
 
-def _read_over(file: InputFile, start: int, out: NDArray[Any], strides: Sequence[int]) -> None:
+def _read_over(file: Ranged, start: int, out: NDArray[Any], strides: Sequence[int]) -> None:
     """Fill `out` from a strided block of the file."""
     rest = out.itemsize + sum((size - 1) * step for size, step in zip(out.shape[1:], strides[1:], strict=True))
-    step = max(1, 1 + (COVER - rest) // strides[0])
-    if step == 1 and rest > COVER and out.ndim > 1:
+    step = max(1, 1 + (file.cover - rest) // strides[0])
+    if step == 1 and rest > file.cover and out.ndim > 1:
         for i in range(out.shape[0]):
             _read_over(file, start + i * strides[0], out[i], strides[1:])
         return

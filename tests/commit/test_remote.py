@@ -1,4 +1,4 @@
-"""Orbax checkpoints in an object store are read and written like those on a disk: with a local server that speaks S3 (moto)."""
+"""Checkpoints in a store are read, and Orbax ones written, like those on a disk: a local server speaks S3 (moto)."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import tensorstore as ts
 import convert
 from convert.cli import main
 from layouts.disk import places
+from layouts.disk.stored import StoredFile
 from layouts.errors import InputError
 from layouts.orbax import tree
 from scripts.make_checkpoint import make_checkpoint
@@ -97,7 +98,7 @@ def test_a_path_reads_like_a_directory(local, remote):
         (there / "nothing").read_text()
 
 
-def test_what_cannot_be_done_is_said(remote, local, tmp_path, capsys, server):
+def test_what_cannot_be_done_is_said(remote, local, tmp_path, capsys):
     assert main(["--prefuse", f"s3://{BUCKET}/nothing", str(tmp_path / "out"), "--quiet"]) == 3
     assert "no such directory" in capsys.readouterr().err
     assert main(["--prefuse", str(local), f"s3://{BUCKET}/out-2", "--overwrite", "--quiet"]) == 2
@@ -108,10 +109,6 @@ def test_what_cannot_be_done_is_said(remote, local, tmp_path, capsys, server):
     assert "must not contain one another" in capsys.readouterr().err
     with pytest.raises(InputError, match="known stores are gs://, s3://"):
         places.place("ftp://host/file")
-    spec = {"driver": "s3", "bucket": BUCKET, "path": "hf/", "endpoint": server, "aws_region": "us-east-1"}
-    ts.KvStore.open(spec).result().write("model.safetensors", b"x").result()
-    assert main(["--prefuse", f"s3://{BUCKET}/hf", str(tmp_path / "out"), "--quiet"]) == 3
-    assert "are read from a disk only" in capsys.readouterr().err
 
 
 ROOT = Path(__file__).parents[2]
@@ -296,3 +293,58 @@ def test_several_processes_write_to_a_store(server, fresh, tmp_path):
     assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}", gemm=False).equal
     manifest = json.loads(client().get_object(Bucket=BUCKET, Key=f"{fresh}/convert_manifest.json")["Body"].read())
     assert len(manifest["tensors"]["params.params.decoder.layers.moe_block.wi"]["xxh3_128"]) == 12
+
+
+@pytest.fixture
+def shards(server, fresh, tmp_path):
+    """A checkpoint of Hugging Face, on a disk and in a store."""
+    local = make_checkpoint(tmp_path / "hf", family="qwen3_moe")
+    for file in filter(Path.is_file, local.rglob("*")):
+        client().upload_file(str(file), BUCKET, f"{fresh}/{file.relative_to(local).as_posix()}")
+    return local, f"s3://{BUCKET}/{fresh}"
+
+
+@pytest.mark.parametrize("words", [["--prefuse"], ["--prefuse", "--layout", "interleaved"], ["--to", "orbax"]], ids=" ".join)
+def test_safetensors_are_read_from_a_store_as_from_a_disk(shards, words, tmp_path, capsys):
+    local, remote = shards
+    for source, out in ((local, "same"), (remote, "out")):
+        assert main([*words, str(source), str(tmp_path / out), "--quiet"]) == 0, capsys.readouterr().err
+    assert convert.digest(tmp_path / "out").model == convert.digest(remote).model
+    assert convert.verify(remote, tmp_path / "out").equal
+    back = ["--split"] if "--prefuse" in words else ["--to", "hf"]
+    assert main([*back, str(tmp_path / "out"), str(tmp_path / "again"), "--quiet"]) == 0
+    for file in filter(Path.is_file, local.rglob("*")):
+        assert (tmp_path / "again" / file.relative_to(local)).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda data: data[:-3], "its header says that it has"),
+        (lambda data: data + b"more", "its header says that it has"),
+        (lambda data: data[:5], "not a sound safetensors file"),
+        (lambda data: b"\xff" * 8 + data[8:], "its header has"),
+        (lambda data: data[:8] + b"[" + data[9:], "not a sound safetensors file"),
+    ],
+    ids=["cut", "longer", "no header", "a huge header", "no JSON"],
+)
+def test_a_damaged_object_is_named(shards, change, text, tmp_path, capsys):
+    local, remote = shards
+    file = min(local.glob("*.safetensors"))
+    bucket, _, prefix = remote.removeprefix("s3://").partition("/")
+    client().put_object(Bucket=bucket, Key=f"{prefix}/{file.name}", Body=change(file.read_bytes()))
+    assert main(["--prefuse", remote, str(tmp_path / "out"), "--quiet"]) == 3
+    error = capsys.readouterr().err
+    assert text in error
+    assert f"{remote}/{file.name}" in error
+    assert len(error) < 400
+
+
+def test_an_object_that_is_written_anew_is_not_mixed(shards, tmp_path):
+    local, remote = shards
+    file = min(local.glob("*.safetensors"))
+    bucket, _, prefix = remote.removeprefix("s3://").partition("/")
+    opened = StoredFile.open(places.place(remote) / file.name)
+    client().put_object(Bucket=bucket, Key=f"{prefix}/{file.name}", Body=file.read_bytes()[::-1])
+    with pytest.raises(InputError, match="written anew"):
+        opened.read(memoryview(bytearray(9)), 0)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layouts.disk import pread
 from layouts.disk.pread import Extent, InputFile, read_block
 from layouts.errors import InputError
 
@@ -32,8 +31,8 @@ def test_any_block_is_what_numpy_cuts(tmp_path_factory, gap, cover, case):
     path = tmp_path_factory.mktemp("block") / "file"
     path.write_bytes(b"head" + array.tobytes())
     with pytest.MonkeyPatch.context() as patched, closing(InputFile.open(path)) as file:
-        patched.setattr(pread, "GAP", gap)
-        patched.setattr(pread, "COVER", cover)
+        patched.setattr(InputFile, "gap", gap)
+        patched.setattr(InputFile, "cover", cover)
         out = np.empty(array[cut].shape, dtype)
         read_block(Extent(file, 4), shape, cut, out)
     assert np.array_equal(out, array[cut])
@@ -59,7 +58,7 @@ def test_what_lies_in_one_piece_takes_one_call(tmp_path, monkeypatch):
 def test_parts_of_short_rows_take_few_calls(tmp_path, monkeypatch):
     asked = calls(tmp_path, monkeypatch, (3000, 1000), (slice(0, 3000), slice(250, 750)))
     assert len(asked) == 3
-    assert max(asked) <= pread.COVER
+    assert max(asked) <= InputFile.cover
 
 
 def test_long_runs_are_read_without_what_is_between_them(tmp_path, monkeypatch):
