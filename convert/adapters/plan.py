@@ -17,9 +17,9 @@ from convert.adapters.outline import config_of_output, file_for, kept_record, re
 from convert.adapters.recipes import recipes
 from convert.commit import manifest
 from convert.errors import PlanError, UsageError
-from convert.evidence import known_of
 from convert.hf.shards import File
 from convert.options import Choices
+from convert.options.evidence import known_of
 from layouts.adapters.describe import Description, describe
 from layouts.adapters.forms import DEFAULTS, FORMS, GATE_UP, Form
 from layouts.adapters.opening import config_of

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from convert.commit.processes import ALONE, Processes
 from convert.errors import PlanError, UsageError, readable
-from convert.evidence import known_of
 from convert.options import Verification
+from convert.options.evidence import known_of
 from convert.progress import Progress, begin, ignore
 from convert.verifier.adapters.beside import compare_others, compare_settings
 from convert.verifier.adapters.factors import Side, difference, factors_of, same
