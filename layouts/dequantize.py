@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,9 @@ from numpy.typing import NDArray
 
 from layouts.disk.pread import Empty
 from layouts.errors import InputError, PlanError
-from layouts.reader import Reader, ReadLimits, ReadUnit
-from layouts.side_files import SideFiles
+from layouts.reader import Reader, ReadUnit
 from layouts.tensors import TensorSpec, bits, numpy_dtype
-from layouts.windows import Windows
+from layouts.through import Through
 
 FP8, SCALE, BLOCKS, SCALES = "F8_E4M3", "_scale_inv", "_blocks", "_scales"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -38,23 +36,12 @@ _PART = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DequantizingReader:
+class DequantizingReader(Through):
     """See `layouts.reader.Reader`; `quantized` is what the values of a tensor are made from: data and scales."""
 
-    inner: Reader
     tensors: Mapping[str, TensorSpec]
     quantized: Mapping[str, tuple[str, str]]
     block: tuple[int, int]
-
-    @property
-    def path(self) -> Path:
-        """The directory as the user gave it."""
-        return self.inner.path
-
-    @property
-    def format(self) -> str:
-        """That of the checkpoint."""
-        return self.inner.format
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -62,9 +49,9 @@ class DequantizingReader:
         return {key: value for key, value in self.inner.config.items() if key != "quantization_config"}
 
     @property
-    def record(self) -> Mapping[str, Any] | None:
+    def record(self) -> None:
         """None: what we made ourselves is not read through this."""
-        return None
+        return
 
     @property
     def records(self) -> Mapping[str, Any]:
@@ -72,31 +59,13 @@ class DequantizingReader:
         return {}
 
     @property
-    def side_files(self) -> SideFiles:
-        """As they are."""
-        return self.inner.side_files
-
-    @property
     def headers(self) -> Mapping[str, str]:
         """None: the files of what is computed are others."""
         return {}
 
-    @property
-    def windows(self) -> Windows:
-        """Those of the checkpoint."""
-        return self.inner.windows
-
     def unit(self, name: str) -> ReadUnit | None:
         """As the quantised data is read."""
         return self.inner.unit(self._sources(name)[0])
-
-    def extent(self, name: str) -> None:  # noqa: ARG002
-        """None: what is read may be computed."""
-        return
-
-    def hold(self, limits: ReadLimits, windows: Windows) -> None:
-        """As the checkpoint does."""
-        self.inner.hold(limits, windows)
 
     def where(self, name: str) -> str:
         """The place of the quantised data."""
@@ -151,10 +120,6 @@ class DequantizingReader:
         exponents = code in ("U8", "F8_E8M0")
         found: NDArray[Any] = _exponents()[stored] if exponents else stored.view(numpy_dtype(code)).astype(np.float32)
         return found
-
-    def close(self) -> None:
-        """Let go of all."""
-        self.inner.close()
 
 
 @cache

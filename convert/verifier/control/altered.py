@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layouts.disk.pread import Empty
-from layouts.reader import Reader, ReadLimits, ReadUnit
-from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec
-from layouts.windows import Windows
+from layouts.through import Through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,77 +31,15 @@ class Flip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AlteredReader:
+class AlteredReader(Through):
     """`inner` with some bits flipped; see `layouts.reader.Reader`."""
 
-    inner: Reader
     flips: tuple[Flip, ...]
-
-    @property
-    def path(self) -> Path:
-        """Where the checkpoint is."""
-        return self.inner.path
-
-    @property
-    def format(self) -> str:
-        """As it is."""
-        return self.inner.format
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """As they are."""
         return self.inner.tensors
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """As it is."""
-        return self.inner.config
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """As it is."""
-        return self.inner.record
-
-    @property
-    def records(self) -> Mapping[str, Any]:
-        """As they are."""
-        return self.inner.records
-
-    @property
-    def side_files(self) -> SideFiles:
-        """As they are."""
-        return self.inner.side_files
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """As they are."""
-        return self.inner.headers
-
-    @property
-    def custom_metadata(self) -> Any:
-        """Of a tree, as it is."""
-        return getattr(self.inner, "custom_metadata", None)
-
-    @property
-    def windows(self) -> Windows:
-        """As they are."""
-        return self.inner.windows
-
-    def where(self, name: str) -> str:
-        """As it is."""
-        return self.inner.where(name)
-
-    def unit(self, name: str) -> ReadUnit | None:
-        """As it is."""
-        return self.inner.unit(name)
-
-    def extent(self, name: str) -> None:  # noqa: ARG002
-        """None: nothing may be read past `read`."""
-        return
-
-    def hold(self, limits: ReadLimits, windows: Windows) -> None:
-        """As the checkpoint does."""
-        self.inner.hold(limits, windows)
 
     def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
         """A block, with the bits flipped that it holds."""

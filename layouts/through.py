@@ -1,0 +1,87 @@
+"""A checkpoint that is read as another one: what any reader says that shows another reader with something changed.
+
+In: an open checkpoint. Out: what it says, unchanged. Who derives from it says what is different, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layouts.reader import Reader, ReadLimits, ReadUnit
+from layouts.side_files import SideFiles
+from layouts.windows import Windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Through:
+    """See `layouts.reader.Reader`, of which `tensors` and `read` are left to whoever derives from it; `inner` is asked."""
+
+    inner: Reader
+
+    @property
+    def path(self) -> Path:
+        """The directory as the user gave it."""
+        return self.inner.path
+
+    @property
+    def format(self) -> str:
+        """That of the checkpoint."""
+        return self.inner.format
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """As it is."""
+        return self.inner.config
+
+    @property
+    def record(self) -> Mapping[str, Any] | None:
+        """As it is."""
+        return self.inner.record
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """As they are."""
+        return self.inner.records
+
+    @property
+    def side_files(self) -> SideFiles:
+        """As they are."""
+        return self.inner.side_files
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """As they are."""
+        return self.inner.headers
+
+    @property
+    def custom_metadata(self) -> Any:
+        """Of a tree, as it is."""
+        return getattr(self.inner, "custom_metadata", None)
+
+    @property
+    def windows(self) -> Windows:
+        """Those of the checkpoint."""
+        return self.inner.windows
+
+    def where(self, name: str) -> str:
+        """As it is."""
+        return self.inner.where(name)
+
+    def unit(self, name: str) -> ReadUnit | None:
+        """As it is."""
+        return self.inner.unit(name)
+
+    def extent(self, name: str) -> None:  # noqa: ARG002
+        """None: nothing may be read past `read`."""
+        return
+
+    def hold(self, limits: ReadLimits, windows: Windows) -> None:
+        """As the checkpoint does."""
+        self.inner.hold(limits, windows)
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        self.inner.close()
