@@ -16,9 +16,8 @@ from convert.options.values import in_units as size
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
 from layouts.language.layout import ROLES, Layouts
-from layouts.language.parts import CHUNKS, PACKED_TYPES
+from layouts.language.parts import CHUNKS, EXTRA
 from layouts.language.template import Template
-from layouts.matching.checks import PACKED
 from layouts.tables.families import FAMILIES, NOT_GATED
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import TARGETS
@@ -71,7 +70,7 @@ def _joined(lines: Iterable[str]) -> str:
 
 def _headline(plan: Plan) -> str:
     moved = [target for target in plan.targets if target.role in ROLES]
-    experts = max((target.sizes["e"] for target in moved), default=0)
+    experts = max((target.sizes.get("e", 0) for target in moved), default=0)
     others = len(plan.targets) - len(moved)
     how = "copied as they are" if all(t.role != OTHER for t in plan.targets) else "in the other format's axes"
     return (
@@ -85,7 +84,7 @@ def _blocks(moved: Iterable[Target]) -> int:
     found = {}
     for target in (t for t in moved if t.role == "wi" and not t.part):
         place = target.target.key.text, *((axis, at) for axis, at in target.index.items() if axis not in "eg")
-        layers = (target.sizes[axis] for axis in target.target.pattern.axes if axis not in {*"ekgd", *CHUNKS})
+        layers = (target.sizes[axis] for axis in target.target.pattern.axes if axis not in {*"ekg", *EXTRA, *CHUNKS})
         found[place] = math.prod(layers)
     return sum(found.values())
 
@@ -94,7 +93,7 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     """The plan as `--dry-run` prints it: one line per kind of tensor, with layers and experts folded into ranges."""
     lines = [_headline(plan), ""]
     for (source, target, shape, dtype), group in _fold(plan.targets).items():
-        packed = ", packed: in and out keep their order" if group[0].part in PACKED or dtype in PACKED_TYPES else ""
+        packed = ", packed: in and out keep their order" if group[0].packed else ""
         lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}{packed}")
     lines.append("")
     verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(plan.targets)]

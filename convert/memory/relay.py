@@ -81,7 +81,7 @@ class Relay:
         """The target's arrays as one, stacked in the order of their grid."""
         whole = self._stacked([self._opened(array, library) for array in arrays], library)
         pattern, sizes = self.target.pattern, dict(self.target.sizes)
-        order = self.target.order
+        order = self._kept
         for axis in sorted(pattern.reversed):
             whole = library.flip(whole, order.index(axis))
         stored = pattern.stored(sizes)
@@ -110,11 +110,13 @@ class Relay:
             array = library.transpose(array, [axes.index(axis) for axis in (*others, *cut)])
             array = array.reshape((*(sizes[axis] for axis in others), *wanted.values()))
             axes = [*others, *wanted]
+        array = array.reshape([size for axis, size in zip(axes, array.shape, strict=True) if axis in self.target.order])
+        axes = [axis for axis in axes if axis in self.target.order]  # without dimensions of size 1 that only the source has
         return library.transpose(array, [axes.index(axis) for axis in self.target.order if axis in axes])
 
     def _stacked(self, parts: list[Any], library: Operations) -> Any:
         """All sources as one array, the axes of their names at the target's places."""
-        sizes, order = dict(self.source.sizes), self.target.order
+        sizes, order = dict(self.source.sizes), self._kept
         missing = list(self.source.named)
         while missing:
             axis = missing.pop()
@@ -122,6 +124,12 @@ class Relay:
             step = sizes[axis]
             parts = [library.stack(parts[start : start + step], at) for start in range(0, len(parts), step)]
         return parts[0]
+
+    @property
+    def _kept(self) -> list[str]:
+        """The target's axes without those of size 1 that only it has: it gets them with its shape."""
+        only = set(self.target.pattern.fixed) - {*self.source.order, *CHUNKS}
+        return [axis for axis in self.target.order if axis not in only]
 
     @staticmethod
     def _chunks(side: Side) -> dict[str, int]:

@@ -128,7 +128,7 @@ def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> 
         for group in groups:
             before = group.native if group.relaid else described.family.native[0][group.role]
             layout = wanted[group.role] if wanted else before
-            for made in relay.targets(reader, group, groups, layout, described.family.experts):
+            for made in relay.targets(reader, group, groups, layout, described.family.experts, bare=bool(wanted)):
                 yield group, made
 
 
@@ -137,7 +137,7 @@ def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
     if described.family.by_structure:
         consumer, way = "MaxText's wi", ""
     for group in described.groups:
-        if group.role == "wi" and group.part and not {"in", "out", "rest", "both"} & set(group.dims.split()):
+        if group.role == "wi" and group.part and not {"in", "out", "rest", "both", "all"} & set(group.dims.split()):
             raise PlanError(
                 f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
                 f"has room for one, and to make them one would change values{way}"
@@ -153,7 +153,8 @@ def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target
 def _first_source(target: Target) -> str:
     if target.role == "verbatim":
         return target.spec.name
-    return next(target.pieces(target.target.pattern.whole(target.sizes))).source
+    key, first = target.source.key, next(target.pieces(target.target.pattern.whole(target.sizes)), None)
+    return first.source if first else key.render({**dict.fromkeys(key.slots, 0), **target.index})  # it has no elements
 
 
 def _verbatim(spec: TensorSpec) -> Target:

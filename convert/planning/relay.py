@@ -11,20 +11,23 @@ from collections.abc import Iterator, Sequence
 from convert.planning.targets import Target, cut
 from layouts.errors import PlanError
 from layouts.language.layout import Layout, Placed
-from layouts.language.parts import AXES, CHUNKS, PARTS, companion, is_in_first, takes
+from layouts.language.parts import AXES, CHUNKS, EXTRA, PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern
-from layouts.matching.checks import PACKED, is_packed
 from layouts.matching.group import Group
+from layouts.matching.packing import packs
+from layouts.quantisation import block_of
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
 _NUMBER = {part.name: number for number, part in enumerate(PARTS)}
 
 
-def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layout, experts: str) -> Iterator[Target]:
+def targets(
+    reader: Reader, group: Group, beside: Sequence[Group], layout: Layout, experts: str, *, bare: bool = False
+) -> Iterator[Target]:
     """The tensors that hold this group in the wanted layout: one per point of the axes in the key.
 
-    `beside` are all groups of the same role and block, this one among them.
+    `beside` are all groups of the same role and block, this one among them; `bare` is without dimensions of size 1.
 
     Raises:
         PlanError: the layout cannot hold them without loss.
@@ -33,9 +36,10 @@ def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layou
     if not takes(layout.key, group.part):
         raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
     if any(slot in "eg" and slot not in group.sizes for slot in placed.key.slots):
-        raise PlanError(f"{reader.path}: {group.names[0]} is one number for gate and up, and the wanted layout has them apart")
+        of = "gate and up" if "e" in group.sizes else "all experts"
+        raise PlanError(f"{reader.path}: {group.names[0]} is one number for {of}, and the wanted layout has them apart")
     try:
-        pattern = _pattern(reader, group, beside, placed.pattern)
+        pattern = _pattern(reader, group, beside, placed.pattern, bare=bare)
         sizes = cut(group.sizes, pattern)
         shape = pattern.shape(sizes)
     except ValueError as error:
@@ -54,20 +58,21 @@ def targets(reader: Reader, group: Group, beside: Sequence[Group], layout: Layou
             source_sizes=group.sizes,
             source=group.placed,
             target=target,
+            packed=group.packed,
         )
 
 
-def _pattern(reader: Reader, group: Group, beside: Sequence[Group], weight: Pattern) -> Pattern:
+def _pattern(reader: Reader, group: Group, beside: Sequence[Group], weight: Pattern, *, bare: bool) -> Pattern:
     """The wanted pattern for this part: fewer dims for a companion, coarser words for a scale, in and out as packed."""
     in_first = is_in_first(weight, group.role)
-    if is_packed(beside):
+    if group.packed:
         in_first = next(is_in_first(g.placed.pattern, g.role) for g in beside if {"in", "out"} <= set(g.dims.split()))
-    pattern = companion(weight, group.role, group.dims, in_first=in_first)
-    scan = sum(axis not in {"e", "k", "g", "d", *CHUNKS} for axis in group.placed.pattern.axes)
+    pattern = companion(weight, group.role, group.dims, in_first=in_first, bare=bare)
+    scan = sum(axis not in {"e", "k", "g", *EXTRA, *CHUNKS} for axis in group.placed.pattern.axes)
     if scan and "..." not in pattern.axes:
         raise ValueError(f"{scan} scan axes have no place in it")
     pattern = pattern.expand(len(pattern.groups) - ("..." in pattern.axes) + scan)
-    if is_packed(beside) and AXES[group.role][0] in pattern.padding:
+    if group.packed and AXES[group.role][0] in pattern.padding:
         raise ValueError("values are packed along the axis that would be padded")
     words = pattern.text
     for axis in ("n", "k"):
@@ -95,8 +100,9 @@ def _unit(reader: Reader, group: Group, beside: Sequence[Group], axis: str, patt
     whole, own = _finest(beside, axis), group.total(axis)
     if own == whole or (own == 1 and axis in AXES[group.role][:1]):
         return 1
-    block = _block(reader, axis, group.role)
-    if (group.part in PACKED or reader.format == "orbax") and whole % own == 0:  # MaxText has whole blocks only
+    sizes = block_of(reader.config)
+    block = sizes[AXES[group.role][::-1].index(axis)] if sizes else None
+    if (packs(group) or reader.format == "orbax") and whole % own == 0:  # MaxText has whole blocks only
         unit = whole // own
     elif block and -(-whole // block) == own:
         unit = block
@@ -107,14 +113,6 @@ def _unit(reader: Reader, group: Group, beside: Sequence[Group], axis: str, patt
     if dimension[-1] != axis:
         raise ValueError(f"it takes gate and up in turn, and a block of {unit} would hold both")
     return unit
-
-
-def _block(reader: Reader, axis: str, role: str) -> int | None:
-    sizes = (reader.config.get("quantization_config") or {}).get("weight_block_size")
-    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        return None
-    found: int = sizes[AXES[role][::-1].index(axis)]
-    return found
 
 
 def _coarser(pattern: Pattern, text: str, axis: str, unit: int, whole: int) -> str:

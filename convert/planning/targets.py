@@ -59,6 +59,8 @@ class Target:
     source_sizes: Mapping[str, int]
     source: Placed
     target: Placed
+    packed: bool = False
+    """Whether several values are in an element, so that in and out keep their order."""
 
     @property
     def moved(self) -> bool:
@@ -74,10 +76,11 @@ class Target:
         if not all(map(len, real.values())):
             return
         full = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)} | real
+        ones = {axis: range(1) for axis, size in self.source.pattern.fixed.items() if size == 1}
         single = [axis for axis in full if axis in self.source.key.slots or axis in self._turned]
         for point in itertools.product(*(full[axis] for axis in single)):
             here = full | {axis: range(i, i + 1) for axis, i in zip(single, point, strict=True)}
-            there = {axis: self._turn(axis, span) for axis, span in here.items()}
+            there = ones | {axis: self._turn(axis, span) for axis, span in here.items()}
             name = self.source.key.render({**self.index, **{axis: there[axis].start for axis in single}})
             for in_target, in_source in self._runs(here):
                 target_box, source_box = {**here, **in_target}, {**there, **in_source}
@@ -121,7 +124,7 @@ def cut(sizes: Mapping[str, int], pattern: Pattern) -> dict[str, int]:
     Raises:
         ValueError: it does not divide.
     """
-    found = {axis: size for axis, size in sizes.items() if axis not in CHUNKS}
+    found = {axis: size for axis, size in {**sizes, **pattern.fixed}.items() if axis not in CHUNKS}
     if "n" not in sizes:
         return found
     rest = math.prod(sizes.get(axis, 1) for axis in CHUNKS)

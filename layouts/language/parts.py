@@ -6,7 +6,8 @@ A layout states where a projection's weight is. Its companions lie beside it and
 contracted axis, a block scale has one element for a block of the weight. So they need no layout of their own, only this table.
 
 Sources: DeepSeek-V3 `weight_scale_inv`; compressed-tensors `weight_packed`, `weight_shape`, ...; ModelOpt `weight_scale_2`;
-Inkling2-Loop `weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`.
+Inkling2-Loop `weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`;
+ModelOpt `unified_export_hf` (block scales of four dimensions, one number for a stacked tensor); MLX `QuantizedSwitchLinear`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ AXES: Mapping[str, tuple[str, str]] = {"wi": ("k", "n"), "wo": ("n", "k")}
 """Role -> the axis that its GEMM contracts ("in") and the one that it gives ("out")."""
 CHUNKS = ("s", "c", "n")
 """The axes into which `n` may be cut, outermost first."""
-PACKED_TYPES = frozenset({"U8"})
-"""Element types of a weight that hold several values in one element."""
+EXTRA = ("d", "u")
+"""The axes of dimensions that are no axis of the weight: of size 1, or of any size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,10 @@ class Part:
     """A tensor of a projection.
 
     `word` is its name behind a dot (`gate_proj.weight_scale`) and `name` the one behind an underscore (`gate_up_proj_scale`).
-    `dims` are the dimensions it may have, tried in order: `out` and `in`, `one` (a dimension of size 1), `rest` (one of any
-    size), or none; `both` is one number for gate and up together. `turned` parts are stored with in and out exchanged against
-    the family's weights. Those that are `packed` hold several values in an element, so that in and out keep their order.
+    `dims` are the dimensions it may have, tried in order: `out` and `in`, `one` (a dimension of size 1, behind the word before
+    it), `rest` (one of any size), or none; `both` is one number for gate and up together, `all` one for all experts, too.
+    `turned` parts are stored with in and out exchanged against the family's weights. Those that are `packed` hold several
+    values in an element whatever their type, so that in and out keep their order.
     """
 
     name: str
@@ -42,8 +44,10 @@ class Part:
     packed: bool = False
 
 
-_SCALE = ("out in", "one", "out", "")
-_SCALAR = ("one", "", "both")
+_SCALAR = ("one", "", "both", "both one", "all", "all one")
+_BLOCKS = ("out one in one", "out in", "out")
+_SCALE = (*_SCALAR, *_BLOCKS)
+"""From few numbers to many: one for gate and one for up is not taken for a row of outputs."""
 
 PARTS: Sequence[Part] = (
     Part(name="", word="weight"),
@@ -58,16 +62,26 @@ PARTS: Sequence[Part] = (
     Part(name="outer_scale_denominator", word="weight_outer_scale_denominator", dims=_SCALAR),
     Part(name="packed", word="weight_packed", packed=True),
     Part(name="shape", word="weight_shape", dims=("rest",)),
-    Part(name="zero_point", word="weight_zero_point", packed=True),
+    Part(name="zero_point", word="weight_zero_point", dims=_SCALE, packed=True),
     Part(name="group_index", word="weight_g_idx", dims=("in",)),
-    Part(name="block_scale", word="scale", packed=True),  # DeepSeek-V4: two FP4 values to an I8 element
+    Part(name="block_scale", word="scale", dims=_SCALE),  # DeepSeek-V4
     Part(name="qscale", word="qscale_weight", dims=_SCALE),
+    Part(name="qscale_act", word="qscale_act", dims=_SCALAR),
+    Part(name="pre_quant_scale", word="pre_quant_scale", dims=("in",)),
+    Part(name="input_zero_point", word="input_zero_point", dims=_SCALAR),
     Part(name="qweight", word="qweight", turned=True, packed=True),
     Part(name="qzeros", word="qzeros", turned=True, packed=True),
     Part(name="g_idx", word="g_idx", dims=("in",)),
     Part(name="scales", word="scales", turned=True),
     Part(name="blocks", word="blocks", dims=("out in rest",), turned=True, packed=True),
+    Part(name="group_scales", word="group_scales"),
+    Part(name="group_biases", word="group_biases"),
 )
+VOCABULARIES: Mapping[str, Mapping[str, str]] = {
+    "scale": {"scale": "weight_scale"},
+    "mlx": {"bias": "bias", "group_scales": "scales", "group_biases": "biases"},
+}
+"""What stands behind `{part:`, and the companions that such a key has: name -> word. MLX calls other things `scales`."""
 
 
 _SLOT = re.compile(r"\{part(?::([a-z_0-9]+))?\}")
@@ -78,12 +92,13 @@ _ABSENT = "\0"
 def words(key: str) -> str:
     """A key with `{part}` as a choice of the words that fit: `.{part}` and `_{part}` have the word, else `_name` or nothing.
 
-    `{part:scale}` leaves out all companions but this one.
+    `{part:scale}` leaves out all companions but those of this vocabulary.
     """
     if not (found := _SLOT.search(key)):
         return key
     dotted = key[: found.start()].endswith((".", "_"))
-    choice = [part.word if dotted else part.name and f"_{part.name}" for part in PARTS]
+    own = VOCABULARIES.get(found[1] or "", {})
+    choice = [own.get(part.name, part.word) if dotted else part.name and f"_{part.name}" for part in PARTS]
     kept = [word if takes(key, part.name) else _ABSENT + word for part, word in zip(PARTS, choice, strict=True)]
     return _SLOT.sub(f"{{part:{','.join(kept)}}}", key)
 
@@ -91,12 +106,21 @@ def words(key: str) -> str:
 def takes(key: str, name: str) -> bool:
     """Whether a key has a place for a companion (all have for the weight)."""
     found = _SLOT.search(key)
-    return not name or bool(found and found[1] in (None, name))
+    return not name or bool(found and (found[1] is None or name in VOCABULARIES.get(found[1], ())))
 
 
 def only(key: str, name: str) -> str:
-    """A key that takes no companions but this one."""
+    """A key that takes no companions but those of this vocabulary."""
     return _SLOT.sub(f"{{part:{name}}}", key)
+
+
+def worded(key: str) -> str | None:
+    """A key whose companions have their words behind an underscore (`gate_up_proj_weight_scale`); None if it has them so.
+
+    ModelOpt hangs them on a parameter that is no module. The weight itself keeps its name, which such a key does not have.
+    """
+    found = key.removesuffix("{part}")
+    return f"{found}_{{part}}" if found != key and not found.endswith((".", "_")) else None
 
 
 def forms(weight: Pattern, role: str, part: Part) -> list[tuple[str, Pattern]]:
@@ -111,8 +135,11 @@ def is_in_first(pattern: Pattern, role: str) -> bool:
     return contracted < given
 
 
-def companion(weight: Pattern, role: str, dims: str, *, in_first: bool) -> Pattern:
-    """The pattern of a companion with these dims, from that of its weight, with the contracted dimension first or not."""
+def companion(weight: Pattern, role: str, dims: str, *, in_first: bool, bare: bool = False) -> Pattern:
+    """The pattern of a companion with these dims, from that of its weight, with the contracted dimension first or not.
+
+    A `bare` one has no dimensions of size 1: they say nothing, and `dims` brings them back.
+    """
     tokens: list[str | None] = list(weight.tokens)
     axis_in, axis_out = AXES[role]
     at_in, at_out = _dimension(weight, axis_in), _dimension(weight, axis_out)
@@ -124,10 +151,21 @@ def companion(weight: Pattern, role: str, dims: str, *, in_first: bool) -> Patte
         tokens[at_in] = _without(tokens[at_in], axis_in)
     if "out" not in wanted:
         tokens[at_out] = _without(tokens[at_out], axis_out)
-    if "both" in wanted:
-        tokens = [_without(token, "g") for token in tokens]
-    extra = {"one": "d=1", "rest": "d"}
-    return Pattern(" ".join(filter(None, [*tokens, *(extra[word] for word in wanted if word in extra)])))
+    for axis in _LACKS.get(wanted[0] if wanted else "", ""):
+        tokens = [_without(token, axis) for token in tokens]
+    place = {"out one": at_out, "in one": at_in}
+    names, tokens = iter(EXTRA), [*tokens, None]
+    for before, word in zip(["", *wanted], wanted, strict=False):
+        if word in _SIZES and not (bare and word == "one"):
+            at = place.get(f"{before} {word}", -1)
+            tokens[at] = f"{tokens[at] or ''} {next(names)}{_SIZES[word]}"
+    return Pattern(" ".join(" ".join(filter(None, tokens)).split()))
+
+
+_SIZES: Mapping[str, str] = {"one": "=1", "rest": ""}
+"""What the words for other dimensions say of their sizes."""
+_LACKS: Mapping[str, str] = {"both": "g", "all": "ge"}
+"""The axes that a companion lacks besides those of its GEMM."""
 
 
 def _dimension(pattern: Pattern, axis: str) -> int:

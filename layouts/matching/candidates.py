@@ -12,6 +12,7 @@ from typing import Any
 
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Layout, Layouts, checked
+from layouts.language.parts import worded
 from layouts.language.pattern import Pattern
 from layouts.reader import Reader
 from layouts.tables.families import Family
@@ -199,10 +200,16 @@ def _present_first(reader: Reader, family: Family) -> tuple[Layouts, ...]:
     return tuple(sorted(family.stored, key=lambda table: id(table) not in there))
 
 
+def _worded(table: Layouts) -> Layouts:
+    """The layout whose companions have their words behind an underscore; nothing where they stand so or behind a dot."""
+    keys = {role: worded(layout.key) for role, layout in table.items()}
+    return {role: Layout(key, table[role].pattern) for role, key in keys.items() if key}
+
+
 def _apart(first: Iterable[Known], tables: Iterable[Layouts]) -> tuple[Known, ...]:
-    """The layouts whose keys no earlier one has with another meaning."""
-    kept = list(first)
-    for table in tables:
+    """The layouts whose keys no earlier one has with another meaning; behind them, how quantisers name their companions."""
+    kept, tables = list(first), list(tables)
+    for table in (*tables, *filter(None, map(_worded, tables))):
         known = {each.layout.key: each.layout for each in kept}
         if all(known.get(layout.key, layout) == layout for layout in table.values()):
             kept += [Known(role=role, layout=layout) for role, layout in table.items() if layout.key not in known]

@@ -11,29 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
-from layouts.language.parts import AXES, PACKED_TYPES, PARTS
+from layouts.language.parts import AXES
 from layouts.language.template import Index, Template
 from layouts.matching.lookup import expert_counts
+from layouts.matching.packing import WEIGHTS
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from layouts.matching.group import Group
 
-PACKED = frozenset(part.name for part in PARTS if part.packed)
-WEIGHTS = ("", "packed", "qweight", "blocks")
-"""The parts that are weights; every role of a block has one."""
 
-
-def check_equal(reader: Reader, specs: Sequence[TensorSpec]) -> None:
-    """All tensors of a group have one shape and one element type.
+def check_equal(reader: Reader, specs: Sequence[TensorSpec], part: str = "") -> None:
+    """All tensors of a group have one shape and one element type; only a companion may have no elements (GPTQ's `g_idx`).
 
     Raises:
         InputError: they have no elements.
         PlanError: they are not alike.
     """
     first = specs[0]
-    if not first.nbytes:
+    if not first.nbytes and part in WEIGHTS:
         raise InputError(f"{reader.path}: {first.name} (in {reader.where(first.name)}) has no elements: {first.shape}")
     for spec in specs:
         if (spec.shape, spec.dtype) != (first.shape, first.dtype):
@@ -78,11 +75,6 @@ def _shards(reader: Reader, names: Iterable[str]) -> str:
     return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
 
 
-def is_packed(groups: Iterable[Group]) -> bool:
-    """Whether a projection is stored with several values to an element, so that in and out must keep their order."""
-    return any(group.part in PACKED or (not group.part and group.dtype in PACKED_TYPES) for group in groups)
-
-
 def check_blocks(reader: Reader, groups: Sequence[Group], *, whole: bool = True) -> None:
     """Every MoE block has all roles if it is whole, they agree on E, K and N, and companions are not larger than their weights.
 
@@ -104,7 +96,7 @@ def check_blocks(reader: Reader, groups: Sequence[Group], *, whole: bool = True)
         if not all(weights.values()):
             continue
         wi, wo = weights["wi"][0], weights["wo"][0]
-        packed = any(is_packed(held) for held in roles.values())
+        packed = wi.packed or wo.packed
         if any(wi.total(axis) != wo.total(axis) for axis in ("e" if packed else "ekn")):
             sizes = [{axis: group.total(axis) for axis in "ekn"} for group in (wi, wo)]
             raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
@@ -132,7 +124,7 @@ def _check_companions(reader: Reader, role: str, weight: Group, held: Iterable[G
     """Companions are for as many experts as the weight, and a bias for as many outputs; scales have their own grid."""
     for group in held:
         exact = ("e", AXES[role][1]) if group.part == "bias" else ("e",)
-        for axis in exact:
+        for axis in (axis for axis in exact if axis in group.sizes):  # one number for all experts is for none of them
             if group.total(axis) != weight.total(axis):
                 raise PlanError(
                     f"{reader.path}: {group.names[0]} is for {group.total(axis)} ({axis}), but {weight.names[0]} has "

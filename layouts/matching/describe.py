@@ -20,6 +20,7 @@ from layouts.matching.checks import check_blocks, check_equal, check_grid
 from layouts.matching.group import Block, Group
 from layouts.matching.lookup import expert_counts, find_family
 from layouts.matching.origin import hf_name, origin_of
+from layouts.matching.packing import WEIGHTS, marked
 from layouts.matching.refusal import Refusal, check_beside, hint
 from layouts.matching.witness import check_layers, check_routers, check_said
 from layouts.reader import Reader
@@ -39,6 +40,7 @@ class Description:
 
 
 _Key = tuple[str, int, Block]
+_Fitted = tuple[str, Pattern, dict[str, int]]
 _Matched = dict[_Key, tuple[Known, Placed, list[str]]]
 
 
@@ -114,9 +116,9 @@ def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Mat
 
 
 def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group, ...]:
-    """The groups; those of `wo` first, because it says how much of a padded `wi` is real."""
+    """The groups; those of `wo` first, because it says how much of a padded `wi` is real, and weights before companions."""
     made: dict[_Key, Group] = {}
-    for key in sorted(matched, key=lambda key: key[0] == "wi"):
+    for key in sorted(matched, key=lambda key: (key[0] == "wi", PARTS[key[1]].name not in WEIGHTS)):
         role, part, block = key
         each, placed, names = matched[key]
         entry = known.stored.get(names[0]) or known.stored.get(f"{role}.{PARTS[part].name}")
@@ -125,12 +127,13 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
             sizes = _beside(placed.pattern, made.get(("wo", 0, block)))
         else:
             found, sizes = [(entry.dims, Pattern(entry.pattern))], dict(entry.unpadded)
-        check_equal(reader, [reader.tensors[name] for name in names])
+        check_equal(reader, [reader.tensors[name] for name in names], PARTS[part].name)
         place = placed.key.bind("part", part)
         grid = check_grid(reader, role, place, dict(block), names)
         weight = matched.get((role, 0, block))
         scan = _scan_axes(reader, weight[1].pattern, weight[2][0]) if weight else None
-        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan)
+        beside = next((g for (r, _, b), g in made.items() if (r, b) == (role, block)), None)
+        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan, beside)
         made[key] = Group(
             role=role,
             part=PARTS[part].name,
@@ -144,7 +147,7 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
             native=each.natives[each.native_of.get(names[0], 0)] if each.natives else each.layout,
             relaid=bool(each.natives),
         )
-    return tuple(made[key] for key in matched)
+    return marked(reader, [made[key] for key in matched])
 
 
 def _beside(pattern: Pattern, wo: Group | None) -> dict[str, int]:
@@ -155,12 +158,21 @@ def _beside(pattern: Pattern, wo: Group | None) -> dict[str, int]:
 
 
 def _fit(
-    reader: Reader, spec: TensorSpec, found: Sequence[tuple[str, Pattern]], known: Mapping[str, int], scan: int | None
-) -> tuple[str, Pattern, dict[str, int]]:
-    """The first form that a tensor of this shape can have, with its sizes; its weight is stacked along `scan` axes."""
+    reader: Reader,
+    spec: TensorSpec,
+    found: Sequence[tuple[str, Pattern]],
+    known: Mapping[str, int],
+    scan: int | None,
+    weight: Group | None,
+) -> _Fitted:
+    """The first form that a tensor of this shape can have, with its sizes; its weight is stacked along `scan` axes.
+
+    One that is for as many experts as the weight goes first: `[1]` is one number for all of them, not for one expert.
+    """
     stated = expert_counts(reader.config)
     flat = {"e": min(stated)} if len(stated) == 1 and any("e" in g and len(g) > 1 for g in found[0][1].groups) else {}
-    problems = []
+    problems: list[ValueError] = []
+    fits: list[_Fitted] = []
     for dims, form in found:
         try:
             if scan is not None and "..." in form.axes and _extra(form, len(spec.shape)) != scan:
@@ -170,8 +182,13 @@ def _fit(
         except ValueError as error:
             problems.append(error)
             continue
-        have = {**known, **sizes}["e"]
-        if stated and have not in stated:
+        if weight is None or sizes.get("e") in (None, weight.sizes.get("e")):
+            fits.insert(0, (dims, pattern, sizes))
+            break
+        fits.append((dims, pattern, sizes))
+    for dims, pattern, sizes in fits[:1]:
+        have = {**known, **sizes}.get("e")
+        if stated and have is not None and have not in stated:
             said = " or ".join(map(str, sorted(stated)))
             raise InputError(f"{reader.path}: {spec.name} is of {have} experts, but config.json says {said}")
         return dims, pattern, sizes

@@ -23,7 +23,8 @@ class Group:
     `part` is empty for the weight and names a companion (see `layouts.language.parts`); `dims` are the dimensions that it has.
     `sizes` are logical: without padding, and `n` is what a chunk has where the pattern cuts it into shards (`s`) and chunks
     (`c`).
-    `layout` is the one that it is in, `native` the one before it was `relaid`, or the same.
+    `layout` is the one that it is in, `native` the one before it was `relaid`, or the same. The weight beside it, or this one,
+    is `packed` if it holds several values in an element (`layouts.matching.packing`).
     """
 
     role: str
@@ -37,6 +38,7 @@ class Group:
     layout: Layout
     native: Layout
     relaid: bool
+    packed: bool = False
 
     def total(self, axis: str) -> int:
         """The size of a logical axis, over all its shards and chunks."""

@@ -15,6 +15,7 @@ from layouts.matching.group import Block
 from layouts.matching.lookup import fitting, knows, told_by_names
 from layouts.reader import Reader
 from layouts.tables.families import Family
+from layouts.tables.foreign import WORDS
 from layouts.tables.targets import TARGETS, target
 
 _PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
@@ -69,6 +70,7 @@ class Refusal:
             return
         if any(other.parse(name) is not None for other in self.others):
             return
+        self._foreign(name)
         for layout, key in self.fused:
             if key.parse(name) is not None:
                 raise PlanError(
@@ -80,6 +82,20 @@ class Refusal:
             raise PlanError(
                 f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
                 f"{self.family.name} does not know; expected names such as {expected}{hint(self.reader, self.family)}"
+            )
+
+    def _foreign(self, name: str) -> None:
+        """See that the name is not one of an expert in a form that belongs to another library.
+
+        Raises:
+            PlanError: it is.
+        """
+        parts = name.split(".")
+        found = next((WORDS[part] for part in parts if part in WORDS), None)
+        if found and (_is_like_an_expert(name) or any(part.endswith("_exps") for part in parts)):
+            raise PlanError(
+                f"{self.reader.path}: {name} (in {self.reader.where(name)}) belongs to {found[0]}, which no layout of "
+                f"plain weights can hold: {found[1]}"
             )
 
 

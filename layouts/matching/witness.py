@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from layouts.errors import InputError, PlanError
-from layouts.language.parts import CHUNKS
-from layouts.matching.checks import is_packed
+from layouts.language.parts import CHUNKS, EXTRA
 from layouts.matching.group import Group
 from layouts.matching.lookup import EXPERT_COUNTS, expert_counts
+from layouts.matching.packing import hidden_sizes
 from layouts.reader import Reader
 
 ROUTERS = (
@@ -26,8 +26,6 @@ ROUTERS = (
     "gate.kernel",
 )
 """A router's name beside its experts; it has a row, or a column, for each of them."""
-HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim")
-"""The words for the size that experts take in and give out, at any depth."""
 SPARSE: Mapping[str, str] = {
     "first_k_dense_replace": "from",
     "num_dense_layers": "from",
@@ -57,7 +55,7 @@ def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
         return
     for group in (group for group in groups if group.role == "wi" and not group.part):
         experts, embed = group.total("e"), group.sizes.get("k")
-        stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", "d", *CHUNKS}]
+        stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", *EXTRA, *CHUNKS}]
         for name in _beside(group):
             if name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
                 continue
@@ -79,8 +77,8 @@ def check_said(reader: Reader, groups: Sequence[Group]) -> None:
     Raises:
         PlanError: what would be the embed dim has another size than the model, and what would be the mlp dim has that.
     """
-    stated = set(_hidden(reader.config))
-    for group in (group for group in groups if group.role == "wi" and not group.part and not is_packed([group])):
+    stated = set(hidden_sizes(reader.config))
+    for group in (group for group in groups if group.role == "wi" and not group.part and not group.packed):
         k, n = group.total("k"), group.total("n")
         if stated and k not in stated and n in stated:
             raise PlanError(
@@ -88,14 +86,6 @@ def check_said(reader: Reader, groups: Sequence[Group]) -> None:
                 f"model's hidden size is {n}: it is stored the other way round. Name its "
                 f"layout with --source-layout, or its model with --family"
             )
-
-
-def _hidden(config: Mapping[str, Any]) -> Iterator[int]:
-    for key, value in config.items():
-        if key in HIDDEN and type(value) is int:
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _hidden(value)
 
 
 def _beside(group: Group) -> Iterator[str]:

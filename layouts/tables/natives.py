@@ -105,12 +105,12 @@ AUTOMODEL = layouts(
     wo=("{experts}.down_projs", "e n k"),
 )
 MLX = layouts(
-    wi=("{path}.{l}.mlp.switch_mlp.{g:gate_proj,up_proj}.weight", "e n k"),
-    wo=("{path}.{l}.mlp.switch_mlp.down_proj.weight", "e k n"),
+    wi=("{path}.{l}.mlp.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{path}.{l}.mlp.switch_mlp.down_proj.{part:mlx}", "e k n"),
 )
 MLX_SPARSE = layouts(
-    wi=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.{g:gate_proj,up_proj}.weight", "e n k"),
-    wo=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.down_proj.weight", "e k n"),
+    wi=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.down_proj.{part:mlx}", "e k n"),
 )
 TITAN = layouts(
     wi=("{path}.{l}.moe.experts.{g:w1,w3}", "e n k"),

@@ -100,14 +100,14 @@ def _held(sides: Sides, kind: Kind) -> int:
 def _nbytes(block: Block, kind: Kind) -> int:
     group = block.groups[kind]
     whole = sum(block.reader.tensors[name].nbytes for name in group.names)
-    return whole // max(1, math.prod([group.sizes["e"], *(group.sizes[axis] for axis in block.scan)]))
+    return whole // max(1, math.prod([group.sizes.get("e", 1), *(group.sizes[axis] for axis in block.scan)]))
 
 
 def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
     """The parts in which an expert is compared: the whole if it is within so many bytes, or can be cut nowhere."""
     axis = min(cuttable(sides[0], kind) & cuttable(sides[1], kind), default=None)
     count = -(-_held(sides, kind) // most)
-    if count == 1 or axis is None:
+    if count <= 1 or axis is None:
         yield None
         return
     size = sides[0].groups[kind].total(axis)
@@ -124,20 +124,21 @@ def _compare_expert(item: tuple[Sides, int], most: int, scratch: Scratch) -> Loo
 
 def _compare_kind(sides: Sides, kind: Kind, e: int, most: int, scratch: Scratch) -> Looked:
     role, part = kind
-    where, nbytes, sizes = f"{sides[0].label}, expert {e}", 0, dict.fromkeys(PROJECTIONS[role], 0)
+    words = PROJECTIONS[role] if role == "wo" or "g" in sides[0].groups[kind].sizes else (" and ".join(PROJECTIONS[role]),)
+    where, nbytes, sizes = f"{sides[0].label}, expert {e}", 0, dict.fromkeys(words, 0)
     found: dict[str, list[Difference]] = {}
     for cut in _cuts(sides, kind, most):
         scratch.rewind()
         try:
             one, other = (projections(block, kind, e, scratch.empty, cut) for block in sides)
-            for projection, x, y in zip(PROJECTIONS[role], one, other, strict=True):
+            for projection, x, y in zip(words, one, other, strict=True):
                 nbytes, sizes[projection] = nbytes + x.nbytes, sizes[projection] + x.size
                 if difference := differing(x, y):
                     found.setdefault(projection, []).append(_moved(difference, role, cut))
         except ValueError as error:
             return Looked(nbytes, [f"{where}, {_words(kind)}: {error}"])
     lines = []
-    for g, projection in enumerate(PROJECTIONS[role]):
+    for g, projection in enumerate(words):
         if projection in found:
             said = _said(found[projection], sizes[projection], kind)
             lines.append(f"{_names(*sides, kind, e, g)}{where}, {f'{projection} {part}'.strip()}: {said}")

@@ -1,8 +1,7 @@
 """Read expert weights back in their logical axes, independently of the code that fuses.
 
-In: descriptions of checkpoints. Out: layers, and the bits of each expert. It never uses the code that fuses: where
-`convert.engine.blocks` copies views by its own arithmetic, this takes whole stored slabs of one expert apart. Of two
-implementations of one table a mistake in one shows.
+In: descriptions of checkpoints. Out: layers, and the bits of each expert. It never uses the code that fuses: where that copies
+views by its own arithmetic, this takes whole stored slabs apart. Of two implementations of one table a mistake in one shows.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Block:
     @property
     def experts(self) -> int:
         """E."""
-        return next(iter(self.groups.values())).sizes["e"]
+        return next(group.sizes["e"] for group in self.groups.values() if "e" in group.sizes)
 
     @property
     def number(self) -> int:
@@ -102,8 +101,8 @@ def key_of(index: Mapping[str, Any], scan: Mapping[str, int]) -> str:
 
 
 def _unstack(reader: Reader, place: str, groups: Mapping[Kind, Group]) -> Iterator[Block]:
-    sizes = next(iter(groups.values())).sizes
-    scan = {axis: size for axis, size in sizes.items() if axis not in ("e", "k", "g", "n", "s", "c", "d")}
+    sizes = dict(item for group in groups.values() for item in group.sizes.items())
+    scan = {axis: size for axis, size in sizes.items() if axis not in ("e", "k", "g", "n", "s", "c", "d", "u")}
     for point in itertools.product(*map(range, scan.values())):
         label = " ".join([place, *(f"scanned {position}" for position in point)])
         yield Block(reader=reader, groups=groups, scan=dict(zip(scan, point, strict=True)), label=label)
@@ -169,8 +168,8 @@ def projections(block: Block, kind: Kind, e: int, empty: Empty = np.empty, cut: 
     """
     if "g" in block.groups[kind].placed.key.slots:
         return [part(block, kind, e, g, empty, cut) for g in (0, 1)]
-    found = part(block, kind, e, 0, empty, cut)
-    return list(found) if kind[0] == "wi" else [found]
+    found = part(block, kind, e, empty=empty, cut=cut)
+    return list(found) if kind[0] == "wi" and "g" in block.groups[kind].sizes else [found]  # one for both, too
 
 
 def part(block: Block, kind: Kind, e: int, g: int = 0, empty: Empty = np.empty, cut: Cut | None = None) -> NDArray[Any]:
@@ -185,7 +184,8 @@ def part(block: Block, kind: Kind, e: int, g: int = 0, empty: Empty = np.empty, 
         rest = dims[at][1:]
         data = data.reshape([*data.shape[:at], *([data.shape[at]] if rest else []), *data.shape[at + 1 :]])
         dims = [*dims[:at], *([rest] if rest else []), *dims[at + 1 :]]
-    return logical(data, dims, kind[0])
+    found, held = logical(data, dims, kind[0]), sum(axis.name in "du" for dimension in dims for axis in dimension)
+    return found[(..., *[None] * (block.groups[kind].dims.split().count("one") - held))]  # of size 1, and not stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-ORDER = {"wi": ("g", "k", "s", "c", "n", "d"), "wo": ("n", "k", "d")}
+ORDER = {"wi": ("g", "k", "s", "c", "n", "d", "u"), "wo": ("n", "k", "d", "u")}
 """Role -> the logical order of axes; shards and chunks of `n` stand before it, so that together they are the logical `n`."""
 
 

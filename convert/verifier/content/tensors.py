@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from convert.verifier.bits.logical import Block, Kind, located, part
@@ -35,7 +36,7 @@ def expert_units(place: list[Any], block: Block) -> Iterator[Unit]:
     """Every expert of a MoE layer that is called `place`, one stored tensor at a time."""
     for kind, group in sorted(block.groups.items()):
         halves = (0, 1) if "g" in group.placed.key.slots else (None,)
-        for e in range(group.sizes["e"]):
+        for e in range(block.experts):
             for g in halves:
                 found = located(block, kind, {"e": e, "g": g or 0}, range(e, e + 1))
                 nbytes = math.prod(found.lengths) * itemsize(group.dtype)
@@ -52,7 +53,11 @@ def _expert(place: list[Any], block: Block, kind: Kind, e: int, g: int | None) -
         what = f"{' and '.join(WORDS[role])} {name}".strip()
         raise InputError(f"{block.reader.path}: {block.label}, expert {e}, {what}: {error}; it is damaged") from None
     words = WORDS[role] if g is None else WORDS[role][g : g + 1]
-    for word, each in zip(words, array if role == "wi" and g is None else [array], strict=True):
+    if role == "wi" and "g" not in group.sizes:
+        words, array = (" and ".join(words),), array[np.newaxis]
+    elif role == "wo" or g is not None:
+        array = array[np.newaxis]
+    for word, each in zip(words, array, strict=True):
         turned = each.swapaxes(0, 1) if {"out", "in"} <= set(group.dims.split()) else each
         yield Logical(name=[place, e, word, name], dtype=group.dtype, shape=turned.shape, pieces=rows_of(turned))
 
