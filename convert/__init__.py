@@ -6,6 +6,7 @@
     report = convert.prefuse("in", "out")            # wi_0, wi_1 -> wi (E, K, 2N)
     report = convert.split("out", "again")           # the exact inverse
     report = convert.verify("in", "out")             # equal weights, equal grouped GEMMs
+    report = convert.merge("adapter", "merged", base="in")   # base + LoRA, computed in float32
     content = convert.digest("out")                  # a sha256 that is the same in every layout
 
 Nothing here prints or exits; progress goes to a callback. Heavy libraries are imported when a function needs them.
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from convert.conversions import plan, prefuse, reformat, split
+from convert.conversions import merge, plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 from convert.options import Choices, Verification
 from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying, documented
@@ -39,6 +40,7 @@ __all__ = [
     "connect",
     "digest",
     "layout_of",
+    "merge",
     "plan",
     "prefuse",
     "prefuse_params",

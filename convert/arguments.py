@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from convert.errors import UsageError, did_you_mean
 from convert.options import values
-from convert.options.keywords import Digesting, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options.keywords import Digesting, MergingInto, Prefusing, Reformatting, Splitting, Verifying, options_of
 from convert.options.option import Named
 
 EXAMPLES = """\
@@ -20,6 +20,7 @@ examples:
   convert --prefuse ckpt ckpt-fused                      wi_0, wi_1 -> wi (E, K, 2N), wo (E, N, K)
   convert --prefuse ckpt ckpt-v5 --layout transformers   gate_up_proj (E, 2N, K), as transformers 5 loads it
   convert --split ckpt-fused ckpt-again                  the exact inverse
+  convert --merge adapter merged --base ckpt             base + LoRA adapter, computed in float32
   convert --verify ckpt ckpt-fused                       equal weights and equal grouped GEMMs
   convert --verify ckpt-fused                            the digests in its manifest
   convert --digest ckpt ckpt-fused                       what they hold, by one sha256 each
@@ -31,6 +32,7 @@ exit codes: 0 done or equal, 1 a difference, 2 usage, 3 input missing or corrupt
 ACTIONS: Mapping[str, type] = {
     "--prefuse": Prefusing,
     "--split": Splitting,
+    "--merge": MergingInto,
     "--to": Reformatting,
     "--verify": Verifying,
     "--digest": Digesting,
@@ -43,7 +45,7 @@ IMAGES = frozenset(
 """How files end, and options begin, of the other program that is called `convert`."""
 OTHER_PROGRAM = "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick"
 _NATURAL, _POSITIVE = values.natural, values.positive
-_PLANNED = ("--prefuse", "--split", "--to", "--verify")
+_PLANNED = ("--prefuse", "--split", "--merge", "--to", "--verify")
 _EVERY = (*_PLANNED, "--digest", "--families")
 _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("--dry-run", _PLANNED, {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
@@ -89,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     action = found.add_mutually_exclusive_group()
     action.add_argument("--prefuse", action="store_true", help="write CKPT_IN to CKPT_OUT with one fused tensor wi")
     action.add_argument("--split", action="store_true", help="write CKPT_IN to CKPT_OUT with separate gate and up")
+    action.add_argument("--merge", action="store_true", help="write --base CKPT with the adapter CKPT_IN in it to CKPT_OUT")
     action.add_argument("--verify", action="store_true", help="compare two checkpoints, or re-check one's digests")
     action.add_argument(
         "--digest", action="store_true", help="print a sha256 of what checkpoints hold, the same in every layout"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors are one message on stderr."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     arguments.command = shlex.join(["convert", *(sys.argv[1:] if argv is None else argv)])
     try:
         with _signals():
@@ -67,11 +67,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return _digest(arguments)
     if arguments.verify:
         return _verify(arguments)
-    action = next((word for word in ("prefuse", "split", "to") if getattr(arguments, word, None)), None)
+    action = next((word for word in ("prefuse", "split", "merge", "to") if getattr(arguments, word, None)), None)
     if action is None:
         return _nothing_to_do(arguments.paths)
     given = options(arguments, f"--{action}")
     source, out = _two_paths(arguments.paths)
+    if action == "merge" and "base" not in given:
+        raise UsageError("--merge ADAPTER OUT needs the checkpoint that the adapter is for: --base CKPT")
     if arguments.dry_run:
         return _dry_run(arguments, source, out, given)
     call: Callable[..., object] = getattr(convert, "reformat" if action == "to" else action)
@@ -92,7 +94,7 @@ def _nothing_to_do(paths: Sequence[str]) -> int:
         raise UsageError(OTHER_PROGRAM)
     if f"--{paths[0]}" in ACTIONS or paths[0] in ("families",):
         raise UsageError(f"did you mean: {shlex.join(['convert', f'--{paths[0]}', *paths[1:]])}")
-    raise UsageError("say what to do: --prefuse, --split, --verify, --digest, --families, or --to the other format")
+    raise UsageError("say what to do: --prefuse, --split, --merge, --verify, --digest, --families, or --to the other format")
 
 
 def _processes(arguments: argparse.Namespace) -> Processes | None:
@@ -116,14 +118,14 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
 
     choices = {each.name for each in named(Choices)}
     chosen = {name: value for name, value in given.items() if name in choices}
-    planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, **chosen)
+    planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, merge=arguments.merge, **chosen)
     if not isinstance(planned, Plan):
         from convert.adapters.report import describe_plan as describe_adapter
 
         print(printable(describe_adapter(planned)))
         return 0
     processes = Processes(count=arguments.num_processes or 1)
-    with readable(source), closing(open_checkpoint(source)) as reader:
+    with readable(source), closing(open_checkpoint(planned.source)) as reader:
         writer = writer_of(planned, reader, complete(Running, given), processes)
         pieces = writer.pieces()
     print(printable(describe_plan(planned, writer.budget.peak + processes.held, writer.budget.jobs)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from convert.errors import UsageError
 from convert.options import Choices, Format, Running
-from convert.options.keywords import Planning, Prefusing, Reformatting, Splitting, documented
+from convert.options.keywords import Merging, Planning, Prefusing, Reformatting, Splitting, documented
 from convert.options.option import complete
 
 if TYPE_CHECKING:
@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 
 @documented(Planning)
 def plan(
-    source: str | Path, out: str | Path, *, prefuse: bool = False, split: bool = False, **options: Unpack[Planning]
+    source: str | Path,
+    out: str | Path,
+    *,
+    prefuse: bool = False,
+    split: bool = False,
+    merge: bool = False,
+    **options: Unpack[Planning],
 ) -> Plan | AdapterPlan:
     """Plan a conversion from names and shapes alone, writing nothing.
 
     Raises:
-        UsageError: not exactly one of `prefuse` and `split`, or neither and no `to`.
+        UsageError: not exactly one of `prefuse`, `split` and `merge`, or none and no `to`.
         InputError: the checkpoint is missing or corrupt.
         PlanError: no lossless plan exists.
     """
@@ -38,11 +44,11 @@ def plan(
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place
 
-    if (prefuse and split) or not (prefuse or split or options.get("to")):
-        raise UsageError("give exactly one of prefuse=True and split=True, or only the format to convert to")
-    action: Action = "prefuse" if prefuse else "split" if split else "convert"
+    if prefuse + split + merge > 1 or not (prefuse or split or merge or options.get("to")):
+        raise UsageError("give exactly one of prefuse=True, split=True and merge=True, or only the format to convert to")
+    action: Action = "prefuse" if prefuse else "split" if split else "merge" if merge else "convert"
     choices = complete(Choices, options)
-    if is_adapter(place(source)):
+    if action != "merge" and is_adapter(place(source)):
         from convert.adapters.write import open_and_plan as open_adapter_and_plan
 
         opened, adapter = open_adapter_and_plan(place(source), place(out), action, choices)
@@ -91,6 +97,27 @@ def split(
     return _convert("split", source, out, processes, progress, options)
 
 
+@documented(Merging)
+def merge(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Merging],
+) -> Report | AdapterReport:
+    """Write the checkpoint `base` to `out` with the LoRA adapter `source` in its weights: W + scale * B @ A in float32.
+
+    The one conversion that computes. Each weight is rounded once, to its own type; tensors that the adapter does not change are
+    copied as they are, and so are the layout and the files of the base.
+
+    Raises:
+        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+    """
+    return _convert("merge", source, out, processes, progress, {**options, "base": base})
+
+
 @documented(Reformatting)
 def reformat(
     source: str | Path,
@@ -123,7 +150,7 @@ def _convert(
     from layouts.disk.places import place
 
     choices, running = complete(Choices, given), complete(Running, given)
-    if is_adapter(place(source)):
+    if action != "merge" and is_adapter(place(source)):
         from convert.adapters.write import convert_adapter
 
         return convert_adapter(place(source), place(out), action, choices, running, processes or ALONE, progress)

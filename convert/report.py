@@ -69,6 +69,11 @@ def _joined(lines: Iterable[str]) -> str:
 
 
 def _headline(plan: Plan) -> str:
+    if plan.merging:
+        return (
+            f"merge  {plan.merging.adapter} into {plan.source} ({plan.family}, layout {plan.layout}): "
+            f"{len(plan.merging.names)} of {len(plan.targets)} tensors computed, all others copied as they are"
+        )
     moved = [target for target in plan.targets if target.role in ROLES]
     experts = max((target.sizes.get("e", 0) for target in moved), default=0)
     others = len(plan.targets) - len(moved)
@@ -95,8 +100,10 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     for (source, target, shape, dtype), group in _fold(plan.targets).items():
         packed = ", packed: in and out keep their order" if group[0].packed else ""
         lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}{packed}")
-    lines.append("")
-    verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(plan.targets)]
+    computed, told = (plan.merging.names, plan.merging.lines) if plan.merging else (frozenset[str](), ())
+    lines += [*(f"  {line}" for line in told), ""]
+    kept = (target for target in plan.targets if target.spec.name not in computed)
+    verbatim = [f"  {name}  x{count}  {size(nbytes)}" for name, count, nbytes in _fold_names(kept)]
     lines += ["copied as they are:", *(verbatim or ["  nothing"])]
     lines += [f"note: {remark}" for remark in plan.remarks]
     if plan.computed:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert.commit import manifest
-from convert.commit.identity import fingerprint, state_of
+from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
 from convert.commit.stage import check_output, staging
 from convert.commit.store import mark_of
@@ -39,6 +39,10 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
         UsageError: choices that do not go together, or with this checkpoint.
         InputError, PlanError: see `convert.errors`.
     """
+    if action == "merge":
+        from convert.adapters.merge import open_and_merge
+
+        return open_and_merge(source, place(out), choices)
     check(choices)
     with readable(source):
         return _open_and_plan(source, out, action, choices)
@@ -118,15 +122,23 @@ def _write(
 ) -> tuple[int, tuple[str, ...]]:
     """Execute a plan into a staging directory and publish it; how many tensors were there, and what the user should know."""
     writer = writer_of(plan, reader, running, processes)
-    state = state_of(plan.source, plan.never_copied)
+    state = _state(plan)
     mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)
     with staging(plan.out, mark, resume=running.resume, overwrite=running.overwrite, processes=processes) as stage:
         resumed = len(stage.done)
         notes = writer.write(stage, progress, processes)
-        now = state_of(plan.source, plan.never_copied)
-        if now.content != state.content:  # a new hard link changes ctime, and nothing that was read
+        if _state(plan).content != state.content:  # a new hard link changes ctime, and nothing that was read
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     return resumed, notes
+
+
+def _state(plan: Plan) -> State:
+    """The state of all that is read."""
+    found = state_of(plan.source, plan.never_copied)
+    if plan.merging is None:
+        return found
+    other = state_of(plan.merging.adapter)
+    return State(found.content + other.content, found.system + other.system)
 
 
 def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes) -> Writer:
@@ -154,5 +166,6 @@ def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running) -> Wri
 
         budget = reading_budget(memory, jobs, plan, reader)
     else:
-        budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
+        base, each = (plan.merging.base, plan.merging.each) if plan.merging else (0, 0)
+        budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), base=base, each=each)
     return HFWriter(plan=plan, reader=reader, budget=budget, max_shard_size=running.max_shard_size)

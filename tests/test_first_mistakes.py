@@ -117,7 +117,7 @@ def test_a_model_in_the_cache_of_the_hub_is_taken(said, tmp_path, given, main_is
 COMMANDS = {
     ("prefuse", "a", "b"): "did you mean: convert --prefuse a b",
     ("verify", "a", "b c"): "did you mean: convert --verify a 'b c'",
-    ("a", "b"): "say what to do: --prefuse, --split, --verify, --digest, --families, or --to the other format",
+    ("a", "b"): "say what to do: --prefuse, --split, --merge, --verify, --digest, --families, or --to the other format",
     ("a.png", "b.JPG"): "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick",
     (
         "a",

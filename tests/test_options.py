@@ -14,7 +14,7 @@ import convert
 from convert.arguments import ACTIONS, parser
 from convert.cli import main
 from convert.options import Choices, Running, Verification
-from convert.options.keywords import Digesting, Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options.keywords import Digesting, Merging, Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
 from convert.options.option import complete, named
 from convert.run import check
 
@@ -34,6 +34,7 @@ WRONG = {
     "convert.prefuse('in', 'out', shards='eight')": 'incompatible type "str"',
     "convert.split('in', 'out', layout='concat')": 'Unexpected keyword argument "layout"',
     "convert.reformat('in', 'out')": 'Missing named argument "to"',
+    "convert.merge('in', 'out')": 'Missing named argument "base"',
     "convert.verify('in', 'out', overwrite=True)": 'Unexpected keyword argument "overwrite"',
 }
 
@@ -56,19 +57,21 @@ def test_keywords_have_the_names_and_types_of_the_definitions(kinds, keywords):
 
 def test_what_only_some_functions_take_is_a_part_of_it():
     everything = get_type_hints(Prefusing)
-    for keywords in (Splitting, Reformatting):
+    for keywords in (Splitting, Merging, Reformatting):
         assert get_type_hints(keywords).items() <= everything.items()
     assert get_type_hints(Digesting).items() <= get_type_hints(Verifying).items()
 
 
 @pytest.mark.parametrize(
-    "function", [convert.plan, convert.prefuse, convert.split, convert.reformat, convert.verify, convert.digest]
+    "function",
+    [convert.plan, convert.prefuse, convert.split, convert.merge, convert.reformat, convert.verify, convert.digest],
 )
 def test_help_shows_every_option_with_its_default_and_sentence(function):
     keywords = {
         "plan": Planning,
         "prefuse": Prefusing,
         "split": Splitting,
+        "merge": Merging,
         "reformat": Reformatting,
         "verify": Verifying,
         "digest": Digesting,
@@ -137,7 +140,7 @@ def test_numbers_of_numpy_are_numbers():
         (["--prefuse", "a", "b", "--json"], "--json is for --verify and --digest, not for --prefuse"),
         (
             ["--families", "--num-processes", "4"],
-            "--num-processes is for --prefuse, --split, --to and --verify, not for --families",
+            "--num-processes is for --prefuse, --split, --merge, --to and --verify, not for --families",
         ),
         (
             ["--verify", "a", "b", "--dry-run", "--num-processes", "4"],
@@ -148,7 +151,7 @@ def test_numbers_of_numpy_are_numbers():
             "--num-processes and --process-id go with --coordinator HOST:PORT, or with --dry-run",
         ),
         (["--to", "hf", "a", "b", "--shards", "2"], "--shards is for --prefuse, not for --to"),
-        (["--families", "--jobs", "2"], "--jobs is for --prefuse, --split, --to and --verify, not for --families"),
+        (["--families", "--jobs", "2"], "--jobs is for --prefuse, --split, --merge, --to and --verify, not for --families"),
     ],
 )
 def test_an_option_of_another_action_is_refused(words, said, capsys):

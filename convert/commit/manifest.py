@@ -149,11 +149,18 @@ def original_files(path: Path) -> Original | None:
 
 def original_of(plan: Plan, reader: Reader) -> Original | None:
     """What a later way back needs; a checkpoint that we made keeps what it remembers."""
+    if plan.merging:  # what the base remembers of names and files is as true of the output
+        return original_files(plan.source) if plan.record else None
     if plan.computed or (plan.format == "hf" and plan.record is None):
         return None
     if (reader.record or not reader.headers) and (kept := original_files(plan.source)):
         return kept
     if not reader.headers:
         return None
-    texts = {name: (plan.source / name).read_bytes().decode() for name in (CONFIG, INDEX) if (plan.source / name).exists()}
+    return files_of(reader)
+
+
+def files_of(reader: Reader) -> Original:
+    """The files that an input has now."""
+    texts = {name: (reader.path / name).read_bytes().decode() for name in (CONFIG, INDEX) if (reader.path / name).exists()}
     return Original(headers=reader.headers, texts=texts)

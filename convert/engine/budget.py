@@ -25,30 +25,31 @@ USUAL = 20_000
 class Budget:
     """How many workers may run, and the bytes each may hold: one strip being filled and one slab of a source.
 
-    `base` is what the process holds besides.
+    `base` is what the process holds besides, and `each` what a worker does where values are computed.
     """
 
     jobs: int
     strip: int
     base: int
+    each: int = 0
 
     @property
     def peak(self) -> int:
         """The bound on resident memory that the plan prints, in bytes."""
-        return self.base + self.jobs * (self.strip + SLAB)
+        return self.base + self.jobs * (self.strip + SLAB + self.each)
 
 
-def make_budget(memory: int, jobs: int | None, tensors: int = USUAL) -> Budget:
+def make_budget(memory: int, jobs: int | None, tensors: int = USUAL, *, base: int = 0, each: int = 0) -> Budget:
     """Fit as many workers as asked for (default: one per CPU that we may use, at most 8) into `memory` bytes.
 
-    `tensors` counts those of the input and of the output.
+    `tensors` counts those of the input and of the output; `base` and `each` come on top, at any rate and by worker.
 
     Raises:
         UsageError: not even one fits.
     """
-    base = BASE + EACH * max(tensors, USUAL)
-    fit = (memory - base) // (SLAB + STRIP)
+    base += BASE + EACH * max(tensors, USUAL)
+    fit = (memory - base) // (SLAB + STRIP + each)
     if fit < 1:
-        least = (base + SLAB + STRIP >> 20) + 1
+        least = (base + SLAB + STRIP + each >> 20) + 1
         raise UsageError(f"--memory of {memory >> 20} MiB is too little: one worker and the plan need {least} MiB")
-    return Budget(jobs=min(workers(jobs), fit), strip=STRIP, base=base)
+    return Budget(jobs=min(workers(jobs), fit), strip=STRIP, base=base, each=each)

@@ -27,7 +27,7 @@ from convert.engine.direct import Output
 from convert.hf.shards import File
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader
 
 AHEAD = 64
 """Tensors handed out per worker, so that none waits while finished ones are synced."""
@@ -49,11 +49,12 @@ def write_tensors(
     progress: Progress,
     *,
     beside: int = 0,
+    ordered: bool = False,
 ) -> dict[str, str]:
     """Write every tensor that the stage does not hold yet, and return the digests (xxh3-128 of the bytes, hex).
 
     They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name. The disk must
-    have room for `beside` more bytes, of what stands beside them.
+    have room for `beside` more bytes, of what stands beside them. If they are `ordered`, neighbours are written together.
 
     Raises:
         OSError: the disk is full or failing; finished tensors are journalled.
@@ -63,7 +64,7 @@ def write_tensors(
     for file in files:
         _preallocate(stage.folder, file)
     tasks = _tasks(targets, files)
-    tasks = [task for task in (tasks if is_chunked(reader) else _in_turn(tasks)) if task.target.spec.name not in digests]
+    tasks = [task for task in (tasks if ordered else _in_turn(tasks)) if task.target.spec.name not in digests]
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
     lock = threading.Lock()

@@ -28,7 +28,7 @@ from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.disk.files import CONFIG, INDEX, RECORD
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 from layouts.shards import unindexed
 
 REWRITTEN = (CONFIG, INDEX, manifest.NAME)
@@ -47,7 +47,7 @@ def plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
 
 
 def _plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
-    original = _remembered(plan)
+    original = _remembered(plan, reader)
     files = restore(original.headers, (target.spec for target in plan.targets)) if original else None
     if files is None:
         metadata = _metadata(reader)
@@ -60,8 +60,10 @@ def _plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
     return files
 
 
-def _remembered(plan: Plan) -> manifest.Original | None:
-    """The original files, for an output whose experts are as they were."""
+def _remembered(plan: Plan, reader: Reader) -> manifest.Original | None:
+    """The original files, for an output whose experts are as they were; those of the base, where an adapter is merged."""
+    if plan.merging:
+        return manifest.files_of(reader)
     return manifest.original_files(plan.source) if plan.record is None and not plan.computed else None
 
 
@@ -97,13 +99,16 @@ class HFWriter:
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
         targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
-        digests = write_tensors(targets, own, self.reader, stage, self.budget, progress, beside=plan.side_bytes)
+        ordered = is_chunked(self.reader) or plan.merging is not None  # neighbours share what is decoded, or A and B
+        digests = write_tensors(
+            targets, own, self.reader, stage, self.budget, progress, beside=plan.side_bytes, ordered=ordered
+        )
         processes.agree("written")
         if not processes.first:
             return ()
         self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
         look(stage.folder, files)
-        original = _remembered(plan)
+        original = _remembered(plan, self.reader)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
         return ()
@@ -149,7 +154,7 @@ def _begins(path: Path, head: bytes) -> bool:
 
 def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:
     """Index and config. A split restores the original texts if what they say is still what the checkpoint says."""
-    original = _remembered(plan)
+    original = _remembered(plan, reader)
     old = original.texts if original else {}
     config = {key: value for key, value in reader.config.items() if key != RECORD}
     texts: dict[str, str] = {}

@@ -18,21 +18,29 @@ from layouts.adapters.packed import Known
 from layouts.adapters.writers import STAMP, Evidence, said, written
 from layouts.checkpoint import open_checkpoint
 from layouts.disk.files import read_object
-from layouts.matching.describe import describe
+from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
 from layouts.tables.families import FAMILIES
 
 _LIBRARY = re.compile(r"transformers\.models\.([a-z0-9_]+)(?:\..*)?")
 
 
-def known_of(reader: Reader, config: Mapping[str, Any], record: Mapping[str, Any], choices: Choices | Verification) -> Known:
+def known_of(
+    reader: Reader,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    choices: Choices | Verification,
+    model: Description | None = None,
+) -> Known:
     """Gather what is known; what the user said goes before what the file tells, and must not contradict its record.
+
+    `model` is the base, where it has been opened already.
 
     Raises:
         UsageError, PlanError: an unknown writer or family, or contradictions.
         InputError: the base cannot be read.
     """
-    sizes, of_base = _base(choices.base) if choices.base else ({}, None)
+    sizes, of_base = _sizes(model) if model else _base(choices.base) if choices.base else ({}, None)
     stated = {
         "--family": _family(choices.family),
         "--base": of_base,
@@ -62,10 +70,14 @@ def _base(path: str) -> tuple[dict[str, int], str]:
     with closing(open_checkpoint(path)) as reader:
         if reader.format not in ("hf", "orbax"):
             raise UsageError(f"--base {path}: this is an adapter; give the checkpoint that it is for")
-        described = describe(reader)
-        group = next(group for group in described.groups if not group.part)
-        sizes = {axis: group.total(axis) if axis != "e" else group.sizes["e"] for axis in "ekn"}
-        return sizes, described.family.name
+        return _sizes(describe(reader))
+
+
+def _sizes(model: Description) -> tuple[dict[str, int], str]:
+    """Of the first of its weights; an entirely quantised base has none that tell."""
+    group = next((group for group in model.groups if not group.part), None)
+    sizes = {axis: group.total(axis) if axis != "e" else group.sizes["e"] for axis in "ekn"} if group else {}
+    return sizes, model.family.name
 
 
 def _family(name: object) -> str | None:

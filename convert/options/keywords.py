@@ -66,6 +66,25 @@ class Reformatting(_Tree, _Running, total=False):
     dequantize: Literal["bf16"] | None
 
 
+class Merging(TypedDict, total=False):
+    """What `merge` takes, besides the base."""
+
+    jobs: int | None
+    memory: int | str
+    resume: bool
+    overwrite: bool
+    family: str | None
+    source_layout: str | None
+    copy_all: bool
+    from_writer: str | None
+
+
+class MergingInto(Merging, total=False):
+    """The same with the base, as the command takes it."""
+
+    base: str | None
+
+
 class Unfusing(TypedDict, total=False):
     """What `split_params` takes, besides the layout."""
 

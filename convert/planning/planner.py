@@ -25,11 +25,25 @@ from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
 from layouts.tensors import TensorSpec
 
-__all__ = ["Action", "Piece", "Plan", "Target", "make_plan"]
+__all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "verbatim"]
 
-Action = Literal["prefuse", "split", "convert"]
-"""What a conversion does to the experts; `convert` leaves them as the other format has them."""
+Action = Literal["prefuse", "split", "convert", "merge"]
+"""What a conversion does to the experts; `convert` leaves them as the other format has them, `merge` where they are."""
 DEFAULTS = Choices()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merging:
+    """An adapter whose updates are computed into the tensors `names`; `lines` tell how.
+
+    That takes `base` bytes besides, and `each` more for each worker.
+    """
+
+    adapter: Path
+    names: frozenset[str]
+    lines: tuple[str, ...]
+    base: int
+    each: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +77,7 @@ class Plan:
     """What could not be told of the input."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
+    merging: Merging | None = None
     content: Mapping[str, Any] | None = None
     """The digest of what the input holds, and so the output, if it was asked for (`convert.verifier.content`)."""
 
@@ -96,7 +111,7 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
     if not any(made.moved for made in found):
         state = "as they were published" if action == "split" else f"in layout {layout!r}"
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
-    found += [_verbatim(reader.tensors[name]) for name in described.verbatim]
+    found += [verbatim(reader.tensors[name]) for name in described.verbatim]
     _check_names(reader, found)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
@@ -157,7 +172,8 @@ def _first_source(target: Target) -> str:
     return first.source if first else key.render({**dict.fromkeys(key.slots, 0), **target.index})  # it has no elements
 
 
-def _verbatim(spec: TensorSpec) -> Target:
+def verbatim(spec: TensorSpec) -> Target:
+    """A tensor of the output that is named and stored as in the input."""
     same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
     sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
     return Target(spec=spec, role="verbatim", index={}, sizes=sizes, source_sizes=sizes, source=same, target=same)

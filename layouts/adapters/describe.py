@@ -44,16 +44,16 @@ def module_of(name: str) -> str:
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
-def describe(reader: Reader, settings: Settings, known: Known) -> Description:
-    """Say what every tensor of an adapter is.
+def describe(reader: Reader, settings: Settings, known: Known, *, experts: bool = True) -> Description:
+    """Say what every tensor of an adapter is; unless it must be on `experts`, it may be on other modules alone.
 
     Raises:
         InputError: experts are missing, or shapes and settings contradict one another.
         PlanError: no form of the table, several of them, or one that nobody can tell.
     """
     plain = plain_names(reader.tensors, reader.path)
-    form, found, others = _matched(reader, plain)
-    if form.wrapped:
+    form, found, others = _matched(reader, plain, experts=experts)
+    if form.wrapped and found:
         form, units, remarks = decide(reader.path, form, {p: _one(each) for p, each in found.items()}, settings, known)
     else:
         units, remarks = dict(zip(range(len(form.units)), form.units, strict=True)), ()
@@ -66,7 +66,7 @@ def _one(words: _Words) -> dict[str, dict[str, tuple[int, ...]]]:
     return {word: {side: each[0].shape for side, each in sides.items()} for word, sides in words.items()}
 
 
-def _matched(reader: Reader, plain: Mapping[str, str]) -> tuple[Form, _Found, dict[str, str]]:
+def _matched(reader: Reader, plain: Mapping[str, str], *, experts: bool) -> tuple[Form, _Found, dict[str, str]]:
     """The form that all names on experts have, its tensors, and all others; forms may have the word for down in common."""
     hits: dict[str, dict[str, Mapping[str, int | str]]] = {}
     for name, stored in plain.items():
@@ -75,7 +75,7 @@ def _matched(reader: Reader, plain: Mapping[str, str]) -> tuple[Form, _Found, di
         if not hits[name]:
             _check_other(reader, name, spec)
     ours = {name: each for name, each in hits.items() if each}
-    if not ours:
+    if not ours and experts:
         first = ", ".join(sorted(reader.tensors)[:3]) or "none"
         raise PlanError(f"{reader.path}: no LoRA on experts found here, so there is nothing to convert. First tensors: {first}")
     common = set(FORMS).intersection(*ours.values())
