@@ -8,6 +8,8 @@
     report = convert.verify("in", "out")             # equal weights, equal grouped GEMMs
     report = convert.merge("adapter", "merged", base="in")   # base + LoRA, computed in float32
     content = convert.digest("out")                  # a sha256 that is the same in every layout
+    params = convert.load("in", layout="concat")     # straight onto devices, in any layout
+    report = convert.save(params, "new", like="in", layout="concat")
 
 Nothing here prints or exits; progress goes to a callback. Heavy libraries are imported when a function needs them.
 """
@@ -23,6 +25,7 @@ from convert.errors import ConvertError, InputError, OutputError, PlanError, Sto
 from convert.options import Choices, Verification
 from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying, documented
 from convert.options.option import complete
+from convert.pipeline.calls import load, save
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -40,11 +43,13 @@ __all__ = [
     "connect",
     "digest",
     "layout_of",
+    "load",
     "merge",
     "plan",
     "prefuse",
     "prefuse_params",
     "reformat",
+    "save",
     "split",
     "split_params",
     "verify",

@@ -141,22 +141,24 @@ def _state(plan: Plan) -> State:
     return State(found.content + other.content, found.system + other.system)
 
 
-def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes) -> Writer:
+def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes, like: Reader | None = None) -> Writer:
     """The one place that chooses how an output is written; TensorStore is imported only if it is needed.
+
+    It is stored as `like` is, if that is given; else as what is read was, or once was.
 
     Raises:
         UsageError: it cannot be done within `running.memory`, or not in this place.
     """
     with readable(plan.source):
-        return _writer_of(plan, reader, running.memory - processes.held, running)
+        return _writer_of(plan, reader, running.memory - processes.held, running, like)
 
 
-def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running) -> Writer:
+def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running, like: Reader | None) -> Writer:
     jobs = running.jobs
     if plan.format == "orbax":
         from convert.orbax.write import OrbaxWriter
 
-        return OrbaxWriter.make(plan, reader, memory, jobs)
+        return OrbaxWriter.make(plan, reader, memory, jobs, like)
     if is_remote(plan.out):
         raise UsageError(f"{plan.out}: safetensors are written to disks only; write them there and copy them")
     from convert.hf.write import HFWriter
@@ -168,4 +170,5 @@ def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running) -> Wri
     else:
         base, each = (plan.merging.base, plan.merging.each) if plan.merging else (0, 0)
         budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), base=base, each=each)
-    return HFWriter(plan=plan, reader=reader, budget=budget, max_shard_size=running.max_shard_size)
+    original = manifest.files_as_they_are(like) if like else None
+    return HFWriter(plan=plan, reader=reader, budget=budget, max_shard_size=running.max_shard_size, original=original)

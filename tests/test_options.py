@@ -14,7 +14,18 @@ import convert
 from convert.arguments import ACTIONS, parser
 from convert.cli import main
 from convert.options import Choices, Running, Verification
-from convert.options.keywords import Digesting, Merging, Planning, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options.keywords import (
+    Digesting,
+    Loading,
+    Merging,
+    Planning,
+    Prefusing,
+    Reformatting,
+    Saving,
+    Splitting,
+    Verifying,
+    options_of,
+)
 from convert.options.option import complete, named
 from convert.run import check
 
@@ -57,14 +68,24 @@ def test_keywords_have_the_names_and_types_of_the_definitions(kinds, keywords):
 
 def test_what_only_some_functions_take_is_a_part_of_it():
     everything = get_type_hints(Prefusing)
-    for keywords in (Splitting, Merging, Reformatting):
+    for keywords in (Splitting, Merging, Reformatting, Loading, Saving):
         assert get_type_hints(keywords).items() <= everything.items()
     assert get_type_hints(Digesting).items() <= get_type_hints(Verifying).items()
 
 
 @pytest.mark.parametrize(
     "function",
-    [convert.plan, convert.prefuse, convert.split, convert.merge, convert.reformat, convert.verify, convert.digest],
+    [
+        convert.plan,
+        convert.prefuse,
+        convert.split,
+        convert.merge,
+        convert.reformat,
+        convert.verify,
+        convert.digest,
+        convert.load,
+        convert.save,
+    ],
 )
 def test_help_shows_every_option_with_its_default_and_sentence(function):
     keywords = {
@@ -75,6 +96,8 @@ def test_help_shows_every_option_with_its_default_and_sentence(function):
         "reformat": Reformatting,
         "verify": Verifying,
         "digest": Digesting,
+        "load": Loading,
+        "save": Saving,
     }
     parameters = inspect.signature(function).parameters
     for each in options_of(keywords[function.__name__]):

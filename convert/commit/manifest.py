@@ -155,12 +155,10 @@ def original_of(plan: Plan, reader: Reader) -> Original | None:
         return None
     if (reader.record or not reader.headers) and (kept := original_files(plan.source)):
         return kept
-    if not reader.headers:
-        return None
-    return files_of(reader)
+    return files_as_they_are(reader) if reader.headers else None
 
 
-def files_of(reader: Reader) -> Original:
-    """The files that an input has now."""
+def files_as_they_are(reader: Reader) -> Original:
+    """What it takes to make the files of a checkpoint again, but for the data."""
     texts = {name: (reader.path / name).read_bytes().decode() for name in (CONFIG, INDEX) if (reader.path / name).exists()}
     return Original(headers=reader.headers, texts=texts)

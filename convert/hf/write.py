@@ -35,19 +35,18 @@ REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
 
 
-def plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
-    """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed.
+def plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Original | None = None) -> tuple[File, ...]:
+    """The files of the output: the original ones again where they are given and they fit, else freshly packed.
 
     Raises:
         InputError: what the input remembers cannot be read.
         PlanError: a side file has the name of one of them.
     """
     with readable(plan.source):
-        return _plan_files(plan, reader, limit)
+        return _plan_files(plan, reader, limit, original)
 
 
-def _plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
-    original = _remembered(plan, reader)
+def _plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Original | None) -> tuple[File, ...]:
     files = restore(original.headers, (target.spec for target in plan.targets)) if original else None
     if files is None:
         metadata = _metadata(reader)
@@ -63,7 +62,7 @@ def _plan_files(plan: Plan, reader: Reader, limit: int) -> tuple[File, ...]:
 def _remembered(plan: Plan, reader: Reader) -> manifest.Original | None:
     """The original files, for an output whose experts are as they were; those of the base, where an adapter is merged."""
     if plan.merging:
-        return manifest.files_of(reader)
+        return manifest.files_as_they_are(reader)
     return manifest.original_files(plan.source) if plan.record is None and not plan.computed else None
 
 
@@ -80,6 +79,8 @@ def _metadata(reader: Reader) -> dict[str, str]:
 class HFWriter:
     """See `convert.engine.writer.Writer`. Files hold at most `max_shard_size` bytes of data, unless a tensor is larger.
 
+    `original` are the files to make again; if None, those that the input's manifest remembers.
+
     Each of several processes writes whole files, since not every network file system is good at two writing one.
     """
 
@@ -87,15 +88,22 @@ class HFWriter:
     reader: Reader
     budget: Budget
     max_shard_size: int
+    original: manifest.Original | None = None
 
     def pieces(self) -> list[tuple[str, int]]:
         """The files."""
-        return [(file.name, file.size) for file in plan_files(self.plan, self.reader, self.max_shard_size)]
+        return [(file.name, file.size) for file in self._files()]
+
+    def _remembered(self) -> manifest.Original | None:
+        return self.original or _remembered(self.plan, self.reader)
+
+    def _files(self) -> tuple[File, ...]:
+        return plan_files(self.plan, self.reader, self.max_shard_size, self._remembered())
 
     def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
         """Shards by all processes; the first one adds what stands beside them."""
         assert isinstance(stage, Stage)
-        plan, files = self.plan, plan_files(self.plan, self.reader, self.max_shard_size)
+        plan, files = self.plan, self._files()
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
         targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
@@ -108,14 +116,14 @@ class HFWriter:
             return ()
         self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
         look(stage.folder, files)
-        original = _remembered(plan, self.reader)
+        original = self._remembered()
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
         return ()
 
     def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> None:
         plan, reader = self.plan, self.reader
-        for name, text in _texts(plan, reader, files).items():
+        for name, text in _texts(plan, reader, files, self._remembered()).items():
             stage.folder.write_text(name, text)
         for name in plan.side_files:
             if name not in REWRITTEN:
@@ -131,7 +139,7 @@ class HFWriter:
 
     def unlike(self, found: Manifest) -> str | None:
         """Other files, or other headers, which stand in the output itself."""
-        files = plan_files(self.plan, self.reader, self.max_shard_size)
+        files = self._files()
         shards = {name: entry.size for name, entry in found.files.items() if name.endswith(".safetensors")}
         for file in files:
             if shards.get(file.name) != file.size:
@@ -152,9 +160,8 @@ def _begins(path: Path, head: bytes) -> bool:
         return file.read(len(head)) == head
 
 
-def _texts(plan: Plan, reader: Reader, files: Sequence[File]) -> dict[str, str]:
+def _texts(plan: Plan, reader: Reader, files: Sequence[File], original: manifest.Original | None) -> dict[str, str]:
     """Index and config. A split restores the original texts if what they say is still what the checkpoint says."""
-    original = _remembered(plan, reader)
     old = original.texts if original else {}
     config = {key: value for key, value in reader.config.items() if key != RECORD}
     texts: dict[str, str] = {}

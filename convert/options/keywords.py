@@ -100,6 +100,32 @@ class Fusing(Unfusing, total=False):
     source_layout: str | None
 
 
+class _Held(TypedDict, total=False):
+    shards: int
+    align: int | str
+    family: str | None
+    source_layout: str | None
+    scan: bool
+    scan_axis: int | None
+    params_only: bool
+    drop_optimizer: bool
+    memory: int | str
+    jobs: int | None
+
+
+class Loading(_Held, total=False):
+    """What `load` takes, besides the layout."""
+
+    dequantize: Literal["bf16"] | None
+
+
+class Saving(_Held, total=False):
+    """What `save` takes, besides the layout."""
+
+    overwrite: bool
+    copy_all: bool
+
+
 class Verifying(TypedDict, total=False):
     """What `verify` takes."""
 

@@ -38,7 +38,7 @@ def render(plan: Plan, origin: Origin, chunks: Mapping[str, tuple[int, ...]], *,
     Raises:
         InputError: metadata of the input is damaged.
     """
-    first = {target.spec.name: _first_source(target) for target in plan.targets}
+    first = {target.spec.name: _first_source(target, origin) for target in plan.targets}
     files = {METADATA: json.dumps(_tree(plan, origin, first, kept))}
     if origin.texts is not None:
         files[STRINGS] = origin.texts
@@ -61,7 +61,7 @@ def stored_name(target: Target, origin: Origin) -> str:
     Raises:
         InputError: it leads elsewhere; templates of records are input, and so is all that is rendered from them.
     """
-    leaf = origin.leaves.get(_first_source(target))
+    leaf = origin.leaves.get(_first_source(target, origin))
     return key(f"{target.spec.name}.{BOX}" if leaf and leaf.boxed else target.spec.name, "an array of the output")
 
 
@@ -103,7 +103,10 @@ def _below(name: str, place: Path) -> tuple[str, ...]:
     return parts[len(place.parts) :] if parts[: len(place.parts)] == place.parts else ()
 
 
-def _first_source(target: Target) -> str:
+def _first_source(target: Target, origin: Origin) -> str:
+    """The leaf of the origin that an array is like: that of its own name, else the first one that it is made of."""
+    if target.spec.name in origin.leaves:
+        return target.spec.name
     piece = next(target.pieces(target.target.pattern.whole(target.sizes)), None)
     return piece.source if piece else target.spec.name
 

@@ -65,8 +65,8 @@ class OrbaxWriter:
     wanted: int | None
 
     @classmethod
-    def make(cls, plan: Plan, reader: Reader, memory: int, jobs: int | None) -> OrbaxWriter:
-        """Choose the way and the settings that stay within `memory` bytes.
+    def make(cls, plan: Plan, reader: Reader, memory: int, jobs: int | None, like: Reader | None = None) -> OrbaxWriter:
+        """Choose the way and the settings that stay within `memory` bytes; `like`, or what is read, says how trees are stored.
 
         Raises:
             UsageError: none do.
@@ -74,7 +74,7 @@ class OrbaxWriter:
             PlanError: two things would have one name.
         """
         with readable(reader.path):
-            origin, kept = origin_of(reader), keep(plan, reader)
+            origin, kept = origin_of(like or reader), keep(plan, reader)
             check_names(plan, origin)
             render(plan, origin, {target.spec.name: target.spec.shape for target in plan.targets})  # or it fails at the end
         return cls(

@@ -25,10 +25,13 @@ from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
 from layouts.tensors import TensorSpec
 
-__all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "verbatim"]
+__all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "plan_as_stored", "verbatim"]
 
-Action = Literal["prefuse", "split", "convert", "merge"]
-"""What a conversion does to the experts; `convert` leaves them as the other format has them, `merge` where they are."""
+Action = Literal["prefuse", "split", "convert", "merge", "save"]
+"""What a conversion does to the experts.
+
+`convert` leaves them as the other format has them, `merge` where they are; `save` is a tree in memory.
+"""
 DEFAULTS = Choices()
 
 
@@ -92,8 +95,12 @@ class Plan:
         return sum(self.side_files.values())
 
 
-def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS, *, whole: bool = True) -> Plan:
+def make_plan(
+    reader: Reader, out: Path, action: Action, choices: Choices = DEFAULTS, *, whole: bool = True, idle: bool = False
+) -> Plan:
     """Plan the conversion of an open checkpoint within its format; `whole` as for `describe`.
+
+    With `idle`, experts that are in the wanted layout already are taken as they are.
 
     Raises:
         PlanError: no lossless plan exists, or there is nothing to do.
@@ -108,7 +115,7 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
     found = [made for _, made in experts]
     if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
         _check_scalars(reader, described, layout)
-    if not any(made.moved for made in found):
+    if not idle and not any(made.moved for made in found):
         state = "as they were published" if action == "split" else f"in layout {layout!r}"
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
     found += [verbatim(reader.tensors[name]) for name in described.verbatim]
@@ -131,6 +138,28 @@ def make_plan(reader: Reader, out: Path, action: Action, choices: Choices = DEFA
         never_copied=beside.never,
         remarks=described.remarks,
         keep_chunks=choices.keep_chunks,
+    )
+
+
+def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
+    """Every tensor as it is, whatever it is: nothing is described."""
+    targets = tuple(map(verbatim, reader.tensors.values()))
+    _check_names(reader, list(targets))
+    beside = reader.side_files
+    copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
+    record = reader.record
+    return Plan(
+        source=reader.path,
+        out=Path(),
+        action="convert",
+        format=reader.format,
+        family=str((record or {}).get("family", "")),
+        layout=str((record or {}).get("layout", "native")),
+        record=record,
+        targets=targets,
+        side_files=copied,
+        left_out_files=left_out_files,
+        never_copied=beside.never,
     )
 
 

@@ -1,0 +1,110 @@
+"""The library calls between checkpoints and pipelines; `import convert` has them.
+
+In: paths, trees and options (`convert.options`). Out: trees, reports, functions. Nothing here prints or exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from convert.options import Choices, Running
+from convert.options.keywords import Loading, Saving, documented
+from convert.options.option import complete
+
+if TYPE_CHECKING:
+    from convert.progress import Progress
+    from convert.report import Report
+
+
+@documented(Loading)
+def load(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    names: Literal["hf", "maxtext"] | Callable[[str], str] | None = None,
+    sharding: Any = None,
+    dtype: Any = None,
+    lazy: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[Loading],
+) -> dict[str, Any]:
+    """Read any checkpoint straight into JAX's arrays, in any layout; each device reads its own bytes only.
+
+    `layout` is a target layout, `native` for experts as they were published, or None for all as it is stored. `names` are those
+    of Hugging Face (one flat dictionary), of MaxText (a nested one), or what a function makes of each name; those of the
+    checkpoint if None. `sharding` is one for all, a tree of them by the names in the result, or a function of name and shape.
+    `dtype` is one for all floats of 16 bits and more, or a function of name and stored type; values are rounded to it.
+    With `lazy`, leaves have a shape, a type and `load()`, which reads. Otherwise the host holds no more than `memory` besides
+    what is on its own devices.
+
+    Raises:
+        InputError: the checkpoint is missing or corrupt, or changes while it is read.
+        PlanError: no lossless plan exists.
+        UsageError: a layout, a name, a sharding or a type that does not exist or does not fit; `memory` is too little.
+    """
+    import weakref
+    from contextlib import ExitStack
+
+    from convert.commit.identity import state_of
+    from convert.engine.reading import in_order
+    from convert.errors import InputError
+    from convert.pipeline.kinds import kinds_of
+    from convert.pipeline.lazy import Lazy
+    from convert.pipeline.load import Loader
+    from convert.pipeline.request import held, opened, request
+    from convert.progress import begin, ignore
+
+    choices, running, told = complete(Choices, options), complete(Running, options), progress or ignore
+    with ExitStack() as until:
+        reader = opened(path, choices)
+        until.callback(reader.close)
+        asked = request(reader, layout, names, choices)
+        loader = Loader.make(asked.plan, reader, running)
+        targets = {asked.names[each.spec.name]: each for each in in_order(asked.plan.targets, reader)}
+        kinds = kinds_of(targets, sharding, dtype)
+        if lazy:
+            weakref.finalize(loader, until.pop_all().close)
+            return held({name: Lazy(kind, loader) for name, kind in kinds.items()}, nested=asked.nested)
+        begin(told, "loading", sum(kind.nbytes for kind in kinds.values()))
+        state = state_of(reader.path, asked.plan.never_copied)
+        leaves = loader.leaves(kinds, told)
+        if state_of(reader.path, asked.plan.never_copied).content != state.content:
+            raise InputError(f"{reader.path}: it has changed while it was read; load it again once it is at rest")
+        return held(leaves, nested=asked.nested)
+
+
+@documented(Saving)
+def save(
+    params: Any,
+    path: str | Path,
+    *,
+    like: str | Path,
+    layout: str | None = None,
+    names: Literal["hf", "maxtext"] | Callable[[str], str] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[Saving],
+) -> Report:
+    """Write a tree that `load(like, layout=..., names=...)` gave, with other values: the way back, with the same arguments.
+
+    The output is as `like` is: its layout, names, files, config and side files, with a manifest. Leaves come from the devices
+    block by block. Values that have not changed give the same files, byte for byte.
+
+    Raises:
+        PlanError: a leaf is missing, is one too many, or has another shape or type than it had.
+        InputError: `like` is missing or corrupt, or what should be padding holds something else than zeros.
+        OutputError, StorageError: see `convert.errors`; the output is absent or complete in any case.
+        UsageError: as `load`; or leaves lie on devices of other processes.
+    """
+    from contextlib import closing
+
+    from convert.pipeline.request import opened, request
+    from convert.pipeline.save import write
+    from convert.progress import ignore
+    from layouts.disk.places import place
+
+    choices, running = complete(Choices, options), complete(Running, options)
+    with closing(opened(like, choices)) as reader:
+        asked = request(reader, layout, names, choices)
+        return write(params, asked, reader, place(path), running, progress or ignore)

@@ -1,0 +1,41 @@
+"""Write a tree as the checkpoint that it was loaded from: its names, its files, its config, leaf by leaf from the devices.
+
+In: a tree, the plan by which it was loaded. Out: a checkpoint, published as any other output. It never changes `like`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from convert.commit.identity import fingerprint, state_of
+from convert.commit.processes import ALONE
+from convert.commit.stage import check_output, staging
+from convert.errors import InputError, readable
+from convert.options import Running
+from convert.pipeline.back import TreeReader, checked, reversed_plan
+from convert.pipeline.request import Request
+from convert.progress import Progress, begin
+from convert.report import Report
+from convert.run import writer_of
+from layouts.reader import Reader
+
+
+def write(params: Any, asked: Request, like: Reader, out: Path, running: Running, progress: Progress) -> Report:
+    """Write the tree; see `convert.save` for what it raises."""
+    started = time.monotonic()
+    check_output(like.path, out, overwrite=running.overwrite)
+    with readable(like.path):
+        leaves = checked(asked, params)
+        plan = reversed_plan(asked.plan, like, out)
+        reader = TreeReader(like=like, leaves=leaves, tensors={target.spec.name: target.spec for target in asked.plan.targets})
+    begin(progress, "saving", plan.nbytes)
+    writer = writer_of(plan, reader, running, ALONE, like)
+    state = state_of(like.path, plan.never_copied)
+    # Another tree may have been saved there before, and nothing tells the two apart: nothing is resumed.
+    with staging(out, fingerprint(plan, {}, state), resume=False, overwrite=running.overwrite) as stage:
+        notes = writer.write(stage, progress, ALONE)
+        if state_of(like.path, plan.never_copied).content != state.content:
+            raise InputError(f"{like.path}: it has changed while it was read; run again once it is at rest")
+    return Report(plan=plan, seconds=time.monotonic() - started, resumed=0, notes=notes)

@@ -1,0 +1,148 @@
+"""Saving: what was loaded becomes the files that it came from, byte for byte, and new values stand where the old ones stood."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import convert
+import scripts.make_checkpoint as made
+from tests import tiny
+from tests.pipeline.test_load import LAYOUTS, OLMOE, PLAIN, WI, cut
+
+MANIFEST = "convert_manifest.json"
+
+
+def files(path):
+    found = tiny.tree(path)
+    found.pop(MANIFEST, None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("a") / "hf", tiny.tensors(OLMOE), tiny.config(OLMOE))
+
+
+@pytest.mark.parametrize("layout", [None, "native", *LAYOUTS])
+def test_the_same_files_again(source, tmp_path, layout):
+    options = LAYOUTS.get(layout, {})
+    params = convert.load(source, layout=layout, sharding=cut, **options)
+    report = convert.save(params, tmp_path / "out", like=source, layout=layout, **options)
+    assert files(tmp_path / "out") == files(source)
+    assert report.written
+    assert "save" in str(report)
+    assert convert.verify(tmp_path / "out").equal
+
+
+@pytest.mark.parametrize("family", PLAIN, ids=lambda family: family.name)
+def test_every_family_becomes_its_own_files_again(family, tmp_path):
+    """Of those without a name in config.json too: their own tensors tell."""
+    source = tiny.checkpoint(tmp_path / "a", tiny.tensors(family, others=False), tiny.config(family), shards=2, extra=False)
+    options = {"family": family.name}
+    convert.save(convert.load(source, layout="concat", **options), tmp_path / "b", like=source, layout="concat", **options)
+    assert files(tmp_path / "b") == files(source)
+
+
+def test_a_prefused_checkpoint_is_saved_prefused(source, tmp_path):
+    convert.prefuse(source, tmp_path / "fused", layout="interleaved")
+    params = convert.load(tmp_path / "fused", layout="native")
+    convert.save(params, tmp_path / "out", like=tmp_path / "fused", layout="native")
+    assert files(tmp_path / "out") == files(tmp_path / "fused")
+    convert.split(tmp_path / "out", tmp_path / "split")
+    assert files(tmp_path / "split") == files(source)
+
+
+@pytest.mark.parametrize(("layout", "scan"), [(None, True), ("per-shard", True), ("concat", False)])
+def test_maxtexts_tree_becomes_hugging_faces_files_again(tmp_path, layout, scan):
+    source = made.make_checkpoint(tmp_path / "hf", family="qwen3_moe")
+    asked = {"names": "maxtext", "layout": layout, "scan": scan, **({"shards": 2} if layout == "per-shard" else {})}
+    convert.save(convert.load(source, sharding=cut, **asked), tmp_path / "out", like=source, **asked)
+    assert files(tmp_path / "out") == files(source)
+
+
+def test_an_orbax_checkpoint_is_saved_as_orbax(tmp_path):
+    source = made.make_checkpoint(tmp_path / "a", family="qwen3_moe", format="orbax", train_state=True)
+    params = convert.load(source, layout="per-shard", shards=2)
+    convert.save(params, tmp_path / "b", like=source, layout="per-shard", shards=2)
+    verdict = convert.verify(source, tmp_path / "b", gemm=False)
+    assert verdict.equal, str(verdict)
+    assert convert.verify(tmp_path / "b").equal
+    item = next(tmp_path.glob("b/**/_METADATA")).parent
+    restored, original = tiny.restore(item), tiny.restore(next(tmp_path.glob("a/**/_METADATA")).parent)
+    assert jax.tree.structure(restored) == jax.tree.structure(original)
+
+
+def test_trained_values_stand_where_the_old_ones_stood(source, tmp_path):
+    params = convert.load(source, layout="concat", sharding=cut)
+    params[WI] = jnp.arange(params[WI].size, dtype="f4").reshape(params[WI].shape)
+    convert.save(params, tmp_path / "out", like=source, layout="concat")
+    found = {name: array for file in (tmp_path / "out").glob("*.safetensors") for name, array in load_file(file).items()}
+    gate = np.asarray(params[WI])[3, :, : tiny.N]
+    assert np.array_equal(found["model.layers.1.mlp.experts.3.gate_proj.weight"], gate.T)
+    old = tiny.load(source)
+    changed = {name for name in old if not np.array_equal(old[name], found[name].view("u4"))}
+    assert changed == {name for name in old if "layers.1.mlp.experts." in name and "down" not in name}
+
+
+def test_numpys_and_torchs_arrays_too(source, tmp_path):
+    held = {name: np.asarray(array) for name, array in convert.load(source, layout="concat").items()}
+    convert.save(held, tmp_path / "out", like=source, layout="concat")
+    assert files(tmp_path / "out") == files(source)
+
+
+def test_names_of_a_function(source, tmp_path):
+    def short(name):
+        return name.replace("model.layers.", "l")
+
+    params = convert.load(source, layout="concat", names=short)
+    convert.save(params, tmp_path / "out", like=source, layout="concat", names=short)
+    assert files(tmp_path / "out") == files(source)
+
+
+def lacking(params):
+    return {name: array for name, array in params.items() if name != WI}
+
+
+REFUSED = {
+    "missing": (lacking, convert.PlanError, f"{WI} is not there"),
+    "one more": (lambda p: {**p, "x": jnp.ones(2)}, convert.PlanError, r"x \(1 such leaves\) has no place"),
+    "another shape": (lambda p: {**p, WI: p[WI][:, :, 1:]}, convert.PlanError, r"is float32 \(12, 6, 7\), and float32"),
+    "another type": (lambda p: {**p, WI: p[WI].astype("bfloat16")}, convert.PlanError, "is bfloat16"),
+    "no array": (lambda p: {**p, WI: 3}, convert.PlanError, f"{WI} is a int"),
+    "no data": (jax.eval_shape, convert.UsageError, "it holds no data"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_tree_that_is_not_as_it_was_loaded_is_refused(source, tmp_path, case):
+    change, kind, said = REFUSED[case]
+    params = convert.load(source, layout="concat")
+    params = jax.eval_shape(lambda: params) if case == "no data" else change(params)
+    with pytest.raises(kind, match=said):
+        convert.save(params, tmp_path / "out", like=source, layout="concat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_not_replaced_unless_asked(source, tmp_path):
+    params = convert.load(source)
+    convert.save(params, tmp_path / "out", like=source)
+    with pytest.raises(convert.OutputError, match="exists already"):
+        convert.save(params, tmp_path / "out", like=source)
+    convert.save(params, tmp_path / "out", like=source, overwrite=True)
+    with pytest.raises(convert.OutputError, match="contain one another"):
+        convert.save(params, source, like=source, overwrite=True)
+
+
+def test_another_tree_after_an_interruption_is_not_mixed_with_it(source, tmp_path):
+    params = convert.load(source)
+
+    def stop(done):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.save({name: array * 0 for name, array in params.items()}, tmp_path / "out", like=source, progress=stop)
+    convert.save(params, tmp_path / "out", like=source)
+    assert files(tmp_path / "out") == files(source)
