@@ -108,8 +108,9 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines += [f"note: {remark}" for remark in plan.remarks]
     if plan.computed:
         lines.append(f"computed, not only moved: {plan.computed}")
-    if plan.left_out:
-        lines += ["left out, as --params-only says:", *(f"  {name}" for name in plan.left_out)]
+    for option in dict.fromkeys(plan.left_out.values()):
+        lines += [f"left out, as {option} says:", *(f"  {name}" for name, by in plan.left_out.items() if by == option)]
+    lines += [f"held once by MaxText, and compared before anything is written: {one} = {other}" for one, other in plan.twins]
     lines += _files(plan)
     lines.append("")
     lines.append(f"output {plan.out}: {len(plan.targets)} tensors, {size(plan.nbytes + plan.side_bytes)}; nothing was written")

@@ -17,6 +17,7 @@ from convert.commit.stage import check_output, staging
 from convert.commit.store import mark_of
 from convert.engine.budget import make_budget
 from convert.engine.done import prove
+from convert.engine.twins import compare_twins
 from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
@@ -59,6 +60,8 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             reader = with_optimizer(reader, drop=choices.drop_optimizer)
         if choices.to is not None and choices.to != reader.format:
             plan = make_cross_plan(reader, place(out), action, choices)
+        elif choices.drop_mtp:
+            raise UsageError(f"{source} is {reader.format} already; --drop-mtp is for conversions between formats (--to)")
         elif action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
@@ -109,6 +112,8 @@ def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running
         raise UsageError(
             f"--content: values are computed ({plan.computed}), so the output holds another content than the input"
         )
+    if choices.drop_mtp:
+        raise UsageError("--content: --drop-mtp leaves out tensors, so the output holds another content than the input")
     options = Verification(
         family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis, memory=running.memory
     )
@@ -121,6 +126,8 @@ def _write(
     plan: Plan, reader: Reader, running: Running, processes: Processes, progress: Progress
 ) -> tuple[int, tuple[str, ...]]:
     """Execute a plan into a staging directory and publish it; how many tensors were there, and what the user should know."""
+    with readable(plan.source):
+        compare_twins(plan.twins, reader)
     writer = writer_of(plan, reader, running, processes)
     state = _state(plan)
     mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)

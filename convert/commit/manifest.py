@@ -76,6 +76,7 @@ def render(
         "layout": plan.layout,
         "record": plan.record,
         **({"computed": plan.computed} if plan.computed else {}),
+        **({"left_out": dict(plan.left_out)} if plan.left_out else {}),
         **({"options": dict(beside.options)} if beside.options else {}),
         "input": beside.input,
         **({"content": plan.content} if plan.content else {}),

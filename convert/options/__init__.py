@@ -78,6 +78,10 @@ class Choices:
     drop_optimizer: Annotated[
         bool, Option(text="Orbax: leave out the optimizer's state, which cannot always be fused (muon)", read=values.switch)
     ] = False
+    drop_mtp: Annotated[
+        bool,
+        Option(text="between formats: leave out blocks that predict further tokens (MTP)", read=values.switch),
+    ] = False
     keep_chunks: Annotated[
         bool,
         Option(text="Orbax: do not cut arrays that are one large chunk (fast; restores read them whole)", read=values.switch),

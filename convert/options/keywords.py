@@ -33,6 +33,7 @@ class _Tree(TypedDict, total=False):
     scan_axis: int | None
     params_only: bool
     drop_optimizer: bool
+    drop_mtp: bool
     copy_all: bool
 
 

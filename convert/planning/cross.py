@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of
+from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there
+from convert.planning.stacks import mtp_places
 from convert.planning.targets import OTHER, Target, cut
 from layouts.errors import InputError, PlanError
 from layouts.reader import Reader
@@ -28,23 +29,44 @@ def cross_targets(
         InputError: a tensor is missing, or tensors that are stacked differ.
         PlanError: a tensor of the input has no place on the other side, or MaxText has no model of this kind.
     """
-    pairs = [(pair, names_of(pair)) for pair in pairs_of(tree, sides, config)]
-    missing = [(pair, names, sum(name in reader.tensors for name in names)) for pair, names in pairs]
-    missing = [(pair, names, have) for pair, names, have in missing if have < len(names) and (have or not pair.optional)]
-    known = {name for _, names in pairs for name in names}
-    left = [name for name in reader.tensors if name not in known and name not in left_out]
+    have = {name for name in reader.tensors if name not in left_out}
+    pairs = [(pair, names_of(pair)) for pair in there(pairs_of(tree, sides, config), have)]
+    missing = [(names, sum(name in have for name in names)) for _, names in pairs]
+    missing = [(names, count) for names, count in missing if count < len(names)]
+    left = have.difference(*(names for _, names in pairs))
     if missing or left:
         _check_kind(reader, tree, config)
     if left:  # before what is missing: of another model, both are
+        first = next(name for name in reader.tensors if name in left)
         raise PlanError(
-            f"{reader.path}: {len(left)} tensors have no place on the other side, first {left[0]} (in "
-            f"{reader.where(left[0])}); nothing is dropped, so there is no plan"
+            f"{reader.path}: {len(left)} tensors have no place on the other side, first {first} (in "
+            f"{reader.where(first)}); nothing is dropped, so there is no plan{_hint(sides, tree, config, left)}"
         )
-    for _, names, have in missing:
-        lost = next(name for name in names if name not in reader.tensors)
-        raise InputError(f"{reader.path}: {lost} is missing; {have} of {len(names)} such tensors are there")
-    there = ((pair, names) for pair, names in pairs if names and names[0] in reader.tensors)
-    return [target for pair, names in there for target in _targets(reader, pair, names)]
+    for names, count in missing:
+        lost = next(name for name in names if name not in have)
+        raise InputError(f"{reader.path}: {lost} is missing; {count} of {len(names)} such tensors are there")
+    moved = (item for item in pairs if not (item[0].twin and sides.to_maxtext))
+    return [target for pair, names in moved for target in _targets(reader, pair, names)]
+
+
+def twins_of(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Tensors of Hugging Face that MaxText does not have, each with the one that has to hold the same.
+
+    Raises:
+        PlanError: there is no other one.
+    """
+    pairs = there(pairs_of(tree, sides, config), reader.tensors) if sides.to_maxtext else []
+    places = {pair.target.key.text: names_of(pair)[0] for pair in pairs if not pair.twin}
+    for pair in (pair for pair in pairs if pair.twin and pair.target.key.text not in places):
+        raise PlanError(f"{reader.path}: {names_of(pair)[0]} has no place in MaxText, which has no {pair.target.key.text} here")
+    return tuple((names_of(pair)[0], places[pair.target.key.text]) for pair in pairs if pair.twin)
+
+
+def _hint(sides: Sides, tree: Tree, config: Mapping[str, Any], left: Collection[str]) -> str:
+    places = mtp_places(tree, config) if sides.to_maxtext else ()
+    if places and all(name.startswith(places) for name in left):
+        return "; --drop-mtp leaves out blocks that predict further tokens, as these are"
+    return ""
 
 
 def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:

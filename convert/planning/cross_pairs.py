@@ -6,10 +6,11 @@ In: a tree and `config.json`. Out: pairs of places. It never looks at a checkpoi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from convert.planning.stacks import Part, expert_count, layers_of, parts_of
 from convert.planning.targets import OTHER
 from layouts.errors import PlanError
 from layouts.language.layout import Layout, Layouts, Placed
@@ -17,7 +18,7 @@ from layouts.language.parts import PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
 from layouts.tables.families import Family
-from layouts.tables.maxtext import HEADS, LAYERS, ROOT, Row, Stack, Tree, numbered
+from layouts.tables.maxtext import LAYERS, ROOT, Row, Tree
 from layouts.tables.maxtext_trees import COMPUTED, TREES
 
 _BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
@@ -27,11 +28,14 @@ _BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
 class Pair:
     """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads.
 
-    `real` are those of the source's axes that are stored with padding.
+    `real` are those of the source's axes that are stored with padding. Tensors of one `block` are there together, or none is. A
+    `twin` is in Hugging Face only, and holds what stands elsewhere as well.
     """
 
     role: str
     part: str = ""
+    block: str = ""
+    twin: bool = False
     source: Placed
     target: Placed
     counts: Mapping[str, int]
@@ -80,67 +84,40 @@ def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pa
     Raises:
         PlanError: `config.json` does not say how many layers or experts there are.
     """
-    text, vision = config.get("text_config"), config.get("vision_config")
-    if not tree.vision or not isinstance(text, Mapping):
-        yield from _pairs(tree, sides, config, "")
-        return
-    yield from _pairs(tree, sides, text, tree.wrapped)
-    if isinstance(vision, Mapping):  # MaxText can leave that part of the model out
-        yield from (replace(pair, optional=True) for pair in _pairs(tree.vision, sides, vision, ""))
+    for part in parts_of(tree, config):
+        for pair in _pairs(part, sides):
+            yield replace(pair, optional=True) if part.optional else pair
 
 
-def _pairs(tree: Tree, sides: Sides, config: Mapping[str, Any], wrapped: str) -> Iterator[Pair]:
-    heads = {axis: config[word] for axis, word in HEADS.items() if type(config.get(word)) is int}
-    for row in tree.outside:
-        yield _pair(sides, _of_row(row, wrapped, ROOT), optional=row.optional, counts=heads)
-    for stack in tree.stacks:
-        count = _layers(stack, config)
-        if not count:
-            continue
+def there(pairs: Iterable[Pair], names: Collection[str]) -> list[Pair]:
+    """Of the kinds of tensors that may be there, those of which the source has some, or should; `names` are its tensors."""
+    found = [(pair, any(name in names for name in names_of(pair))) for pair in pairs]
+    blocks = {pair.block for pair, has in found if has and not pair.twin}
+    return [pair for pair, has in found if (has or not pair.optional) and (not pair.block or pair.block in blocks)]
+
+
+def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
+    heads = part.heads
+    for row in part.tree.outside:
+        yield _pair(sides, _of_row(row, part.named(row.hf), ROOT), optional=row.optional, counts=heads)
+    for layers in layers_of(part):
+        stack, block = layers.stack, layers.block
         scan = sides.scan and stack.scanned is not None
         single = f"{ROOT}{stack.scanned if scan else stack.single}."
-        layer = wrapped + _layer(stack, config)
-        counts = {**heads, "l": count, **({"p": stack.run} if stack.run > 1 else {})}
+        counts = {**heads, "l": layers.count, **({"p": stack.run} if stack.run > 1 else {})}
         axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
         for row in stack.rows:
-            yield _pair(sides, _of_row(row, layer, single), scan=axes, optional=row.optional, counts=counts)
+            places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else single)
+            yield _pair(sides, places, scan=axes, optional=row.optional, counts=counts, block=block, twin=row.twin)
         if stack.experts:
-            places = layer + tree.hf_experts, single + stack.experts
-            yield from _experts(sides, places, axes, {**counts, "e": _expert_count(config), "g": 2})
-
-
-def _layers(stack: Stack, config: Mapping[str, Any]) -> int:
-    """How many layers a stack has; none if it is one for models of another kind."""
-    first, last = (config.get(word) if isinstance(word, str) else word for word in (stack.first, stack.last))
-    if type(first) is not int or type(last) is not int:
-        raise PlanError(f"config.json does not say {stack.first} and {stack.last}, which say how many layers there are")
-    if stack.when:
-        word, values = stack.when
-        if type(config.get(word)) is not int:
-            raise PlanError(f"config.json does not say {word}, which says what kind of layers there are")
-        if config[word] not in values:
-            return 0
-    if stack.run > 1 and last % stack.step:
-        raise PlanError(f"{last} layers ({stack.last}) do not make whole cycles of {stack.step}, and MaxText has only such")
-    return max(0, -(-(last - first) // stack.step))
-
-
-def _layer(stack: Stack, config: Mapping[str, Any]) -> str:
-    first = config[stack.first] if isinstance(stack.first, str) else stack.first
-    return f"{stack.hf}.{numbered(first, stack.step, stack.run)}."
-
-
-def _expert_count(config: Mapping[str, Any]) -> int:
-    words = ("num_experts", "num_local_experts", "n_routed_experts")
-    stated = {int(config[word]) for word in words if type(config.get(word)) is int}
-    if len(stated) != 1:
-        raise PlanError(f"config.json should state the number of experts once; found {sorted(stated)}")
-    return stated.pop()
+            at = layers.hf + part.tree.hf_experts, single + stack.experts
+            experts = _experts(sides, at, axes, {**counts, "e": expert_count(part.config), "g": 2})
+            yield from (replace(pair, block=block) for pair in experts)
 
 
 def _of_row(row: Row, hf: str, maxtext: str) -> tuple[Placed, Placed]:
     return (
-        Placed(Template(hf + row.hf), Pattern(row.hf_axes)),
+        Placed(Template(hf), Pattern(row.hf_axes)),
         Placed(Template(maxtext + row.maxtext), Pattern(row.maxtext_axes)),
     )
 
@@ -154,13 +131,18 @@ def _pair(
     scan: tuple[str, ...] = (),
     role: str = OTHER,
     part: str = "",
+    block: str = "",
+    twin: bool = False,
 ) -> Pair:
     hf, maxtext = places
+    counts = {**maxtext.key.choices, **counts}
     if scan:
         maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, sides.tree.scan_axis))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
     real = {} if part and not sides.to_maxtext else sides.real.get(role, {})  # biases are not padded in MaxText
-    return Pair(role=role, part=part, source=one, target=other, counts=counts, real=real, optional=optional)
+    return Pair(
+        role=role, part=part, block=block, twin=twin, source=one, target=other, counts=counts, real=real, optional=optional
+    )
 
 
 def _scanned(pattern: Pattern, layers: tuple[str, ...], at: int) -> Pattern:

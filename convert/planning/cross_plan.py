@@ -6,14 +6,16 @@ In: an open checkpoint and choices. Out: a plan. It never reads data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from convert.options import Choices
-from convert.planning.cross import cross_targets
+from convert.planning.cross import cross_targets, twins_of
 from convert.planning.cross_pairs import Sides, trees_of
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
+from convert.planning.stacks import mtp_places
 from convert.planning.targets import Target
 from layouts.disk.files import CONFIG, RECORD
 from layouts.errors import InputError, PlanError
@@ -26,7 +28,7 @@ from layouts.matching.origin import Origin, name_of, origin_of
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
-from layouts.tables.maxtext import ROOT, Tree
+from layouts.tables.maxtext import MTP, ROOT, Tree
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import IN_MAXTEXT, TARGETS, target
 
@@ -48,8 +50,10 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     side_files = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
-    left_out = tuple(name for name in reader.tensors if choices.params_only and not to_maxtext and not name.startswith(ROOT))
-    targets = sorted(cross_targets(reader, tree, sides, config, set(left_out)), key=lambda target: target.spec.name)
+    left_out = _left_out(reader, tree, config, choices)
+    if choices.drop_mtp and to_maxtext:
+        origin = replace(origin, without="mtp")
+    targets = sorted(cross_targets(reader, tree, sides, config, left_out), key=lambda target: target.spec.name)
     return Plan(
         source=reader.path,
         out=out,
@@ -57,14 +61,26 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         format="orbax" if to_maxtext else "hf",
         family=found.name,
         layout=choices.layout if fused else ("maxtext" if to_maxtext else "native"),
-        record=_record(choices.layout if fused else None, sides, targets, came),
+        record=_record(choices.layout if fused else None, sides, targets, came, origin.without),
         targets=tuple(targets),
         side_files=side_files,
         left_out_files=left_out_files,
         never_copied=beside.never,
         left_out=left_out,
+        twins=() if choices.drop_mtp else twins_of(reader, tree, sides, config),
         scanned=sides.scan if to_maxtext else None,
     )
+
+
+def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Choices) -> dict[str, str]:
+    """The tensors that the user does not want, and the option that says so."""
+    to_maxtext, found = reader.format == "hf", dict[str, str]()
+    if choices.params_only and not to_maxtext:
+        found |= {name: "--params-only" for name in reader.tensors if not name.startswith(ROOT)}
+    if choices.drop_mtp:
+        places = mtp_places(tree, config) if to_maxtext else (f"{ROOT}{MTP}.",)
+        found |= {name: "--drop-mtp" for name in reader.tensors if places and name.startswith(places)}
+    return found
 
 
 _Made = tuple[Tree, Sides, Layouts]
@@ -178,9 +194,11 @@ def real_sizes(reader: Reader, described: Description, below: str = "") -> dict[
     return real
 
 
-def _record(layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts) -> dict[str, Any] | None:
+def _record(
+    layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts, without: str | None
+) -> dict[str, Any] | None:
     """The record of the experts, in the words of the format that has them; a tree's says of what it was made, too."""
-    origin = Origin(family=sides.family.name, layout=name_of(came)) if sides.to_maxtext else Origin()
+    origin = Origin(family=sides.family.name, layout=name_of(came), without=without) if sides.to_maxtext else Origin()
     if layout is None:
         return family_record(sides.tree, origin) if sides.to_maxtext else None
     owner, wanted = (sides.tree, sides.maxtext) if sides.to_maxtext else (sides.family, sides.hf)

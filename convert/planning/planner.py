@@ -70,8 +70,10 @@ class Plan:
     """Other weights and their indexes, which are copied only if that is asked for: name -> bytes."""
     never_copied: tuple[str, ...] = ()
     """Files of the input, and folders (with `/`), that no output has."""
-    left_out: tuple[str, ...] = ()
-    """Tensors of the input that the user asked to leave out."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the input that the user asked to leave out, and by which option."""
+    twins: tuple[tuple[str, str], ...] = ()
+    """Tensors of the input that the output does not have, each with the one that has to hold the same."""
     scanned: bool | None = None
     """Whether the layers of a MaxText tree that is made are stacked."""
     keep_chunks: bool = False

@@ -141,6 +141,11 @@ class Template:
         return tuple(axis for slot in self._slots for axis in slot.axes)
 
     @cached_property
+    def choices(self) -> Mapping[str, int]:
+        """How many words each choice has."""
+        return {slot.axis: len(slot.words) for slot in self._slots if slot.words}
+
+    @cached_property
     def _regex(self) -> re.Pattern[str]:
         pattern = re.escape(self._literals[0])
         for slot, literal in zip(self._slots, self._literals[1:], strict=True):

@@ -22,15 +22,17 @@ from layouts.tables.natives import SOURCES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What is known of it: the names of a family and of a row of `SOURCES`."""
+    """What is known of it: the names of a family and of a row of `SOURCES`, and what was left out on the way (`mtp`)."""
 
     family: str | None = None
     layout: str | None = None
+    without: str | None = None
 
     @property
     def words(self) -> dict[str, str]:
         """As it stands in a record; nothing if nothing is known."""
-        return {word: value for word, value in (("family", self.family), ("layout", self.layout)) if value}
+        words = (("family", self.family), ("layout", self.layout), ("without", self.without))
+        return {word: value for word, value in words if value}
 
 
 def origin_of(reader: Reader, family: str | None = None) -> Origin:
@@ -49,12 +51,13 @@ def origin_of(reader: Reader, family: str | None = None) -> Origin:
     stated = found.get("family")
     if stated and said and hf_name(stated) != said:
         raise PlanError(f"{reader.path}: it was made of a checkpoint of family {stated}; do without --family {family}")
-    return Origin(family=stated or said, layout=found.get("layout"))
+    return Origin(family=stated or said, layout=found.get("layout"), without=found.get("without"))
 
 
 def _is_known(found: Mapping[str, Any]) -> bool:
     family, layout = found.get("family"), found.get("layout")
-    return (family is None or hf_name(family) is not None) and (layout is None or layout in list(SOURCES))
+    known = (family is None or hf_name(family) is not None) and (layout is None or layout in list(SOURCES))
+    return known and found.get("without") in (None, "mtp")
 
 
 def hf_name(family: object) -> str | None:

@@ -6,30 +6,35 @@ A row is read in both directions. MaxText stacks the layers of a `Stack` into on
 `param_scan_axis`), or has one subtree per layer when they are not scanned; the patterns here are those of one layer. Experts
 are not in the rows: the tables of families and targets have them.
 
-Axes: `k` embed, `v` vocabulary, `h` query heads, `j` key/value heads, `d` head width, `f` dense or shared mlp, `e` expert,
-others as the rows use them.
+Axes: `k` embed, `v` vocabulary, `h` query heads, `j` key/value heads, `x` heads of an indexer, `d` head width, `f` dense or
+shared mlp, `e` expert, others as the rows use them. An axis in a name, as `{q:query,key,value}`, is several tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 LAYERS = ("l", "p")
 """The axes of layers: a stack's steps, and the run of layers in each, if there are several."""
 ROOT = "params.params."
 """Where a training checkpoint of MaxText has its weights."""
+MTP = "mtp_block"
+"""And below it, its blocks that predict further tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A tensor: key and pattern in Hugging Face, key and pattern in MaxText. An `optional` one may be absent."""
+    """A tensor: key and pattern in Hugging Face, key and pattern in MaxText. An `optional` one may be absent.
+
+    A `twin` is in Hugging Face only: it holds once more what `maxtext` is, which stands outside the layers.
+    """
 
     hf: str
     hf_axes: str
     maxtext: str
     maxtext_axes: str
     optional: bool = False
+    twin: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,11 @@ class Stack:
 
     `hf` is where Hugging Face has layers, `scanned` the subtree of all of them, `single` that of layer `{l}`, counted within
     the stack. MaxText never stacks layers without `scanned`. With `run`, each step is of so many layers in a row, which are
-    stacked once more, on an axis `p` behind `l`. The stack is there if the word `when` has one of these values.
+    stacked once more, on an axis `p` behind `l`. The stack is there if the word `when` has one of these values. Where a word is
+    a list in `config.json`, its length counts.
+
+    With `copies`, a word of `config.json`, there are so many layers from `first` on, each with a subtree of its own: `{m}` in
+    MaxText's names counts them from 1. Each is there as a whole, or not at all (transformers leaves MTP blocks out).
     """
 
     scanned: str | None
@@ -50,6 +59,7 @@ class Stack:
     run: int = 1
     last: str = "num_hidden_layers"
     when: tuple[str, tuple[int, ...]] | None = None
+    copies: str | None = None
     hf: str = "model.layers"
 
 
@@ -57,9 +67,12 @@ class Stack:
 class Tree:
     """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
 
-    A multimodal model has the words for its text under `text_config`, where names begin with `wrapped`, and those of its
-    `vision` encoder under `vision_config`. `only` are words of `config.json`, their values in models that MaxText has, and
-    what these models have; where the word is absent, it is one of these.
+    A multimodal model has the words for its text under `text_config`, where names that begin with the first text of `wrapped`
+    begin with the second, and those of its `encoders` under the words given here, all of it in the part `within`, if that is
+    there. `heads` are the axes whose sizes `config.json` has to give, because a shape does not tell a head from its width.
+    `mtp` are places of blocks that predict further tokens, which `--drop-mtp` leaves out besides those of stacks with `copies`.
+    `only` are words of `config.json`, their values in models that MaxText has, and what these models have; where the word is
+    absent, it is one of these.
     """
 
     stacks: tuple[Stack, ...]
@@ -69,8 +82,11 @@ class Tree:
         Row("model.norm.weight", "k", "decoder.decoder_norm.scale", "k"),
         Row("lm_head.weight", "v k", "decoder.logits_dense.kernel", "k v", optional=True),
     )
-    wrapped: str = ""
-    vision: Tree | None = None
+    wrapped: tuple[str, str] = ("", "")
+    within: str = ""
+    encoders: tuple[tuple[str, Tree], ...] = ()
+    heads: tuple[tuple[str, str], ...] = (("h", "num_attention_heads"), ("j", "num_key_value_heads"), ("x", "index_n_heads"))
+    mtp: tuple[str, ...] = ()
     only: tuple[tuple[str, tuple[object, ...], str], ...] = ()
 
 
@@ -78,7 +94,3 @@ def numbered(first: int, step: int, run: int = 1) -> str:
     """The slot of the layers `first`, `first + step`, ...: `{l}`, `{l*4+1}` for 1, 5, 9, or `{l*4+p}` with runs of several."""
     offset = "p" if run > 1 else first or ""
     return f"{{l{f'*{step}' if step > 1 else ''}{f'+{offset}' if offset else ''}}}"
-
-
-HEADS: Mapping[str, str] = {"h": "num_attention_heads", "j": "num_key_value_heads"}
-"""The axes whose sizes `config.json` has to give, because a shape does not tell a head from its width."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from layouts.tables.maxtext import Row
 
 
-def attention(place: str, *, bias: bool = False, shared: str = "j") -> tuple[Row, ...]:
+def attention(place: str, *, bias: bool = False, shared: str = "j", out: str = "o_proj") -> tuple[Row, ...]:
     """Grouped-query attention: q, k and v by head, and the projection back. `shared` are the heads of k and v."""
     projections = (("q_proj", "query", "h"), ("k_proj", "key", shared), ("v_proj", "value", shared))
     rows = [Row(f"self_attn.{q}.weight", f"({h} d) k", f"{place}.{name}.kernel", f"k {h} d") for q, name, h in projections]
-    rows.append(Row("self_attn.o_proj.weight", "k (h d)", f"{place}.out.kernel", "h d k"))
+    rows.append(Row(f"self_attn.{out}.weight", "k (h d)", f"{place}.out.kernel", "h d k"))
     if bias:
         rows += [Row(f"self_attn.{q}.bias", f"({h} d)", f"{place}.{name}.bias", f"{h} d") for q, name, h in projections]
-        rows.append(Row("self_attn.o_proj.bias", "k", f"{place}.out.bias", "k"))
+        rows.append(Row(f"self_attn.{out}.bias", "k", f"{place}.out.bias", "k"))
     return tuple(rows)
 
 
@@ -43,6 +43,11 @@ def norm(hf: str, maxtext: str) -> tuple[Row, ...]:
     return (Row(f"{hf}.weight", "k", f"{maxtext}.scale", "k"), Row(f"{hf}.bias", "k", f"{maxtext}.bias", "k"))
 
 
+def linear(hf: str, maxtext: str) -> tuple[Row, ...]:
+    """A linear layer with a bias."""
+    return (Row(f"{hf}.weight", "o k", f"{maxtext}.kernel", "k o"), Row(f"{hf}.bias", "o", f"{maxtext}.bias", "o"))
+
+
 QK_NORM = (
     Row("self_attn.q_norm.weight", "d", "self_attention.query_norm.scale", "d"),
     Row("self_attn.k_norm.weight", "d", "self_attention.key_norm.scale", "d"),
@@ -59,7 +64,8 @@ LATENT = (
     Row("self_attn.o_proj.weight", "k (h d)", "self_attention.out.kernel", "h d k"),
     Row("self_attn.indexer.k_norm.bias", "i", "self_attention.indexer.k_norm.bias", "i", optional=True),
     Row("self_attn.indexer.k_norm.weight", "i", "self_attention.indexer.k_norm.scale", "i", optional=True),
-    Row("self_attn.indexer.weights_proj.weight", "i k", "self_attention.indexer.weights_proj.kernel", "k i", optional=True),
+    Row("self_attn.indexer.weights_proj.weight", "x k", "self_attention.indexer.weights_proj.kernel", "k x", optional=True),
+    Row("self_attn.indexer.wq_b.weight", "(x d) r", "self_attention.indexer.wq_b.kernel", "r x d", optional=True),
     Row("self_attn.indexer.wk.weight", "i k", "self_attention.indexer.wk.kernel", "k i", optional=True),
 )
 """Latent attention, with an indexer or without."""

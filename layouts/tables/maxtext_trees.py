@@ -14,12 +14,38 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from layouts.tables.maxtext import Row, Stack, Tree, numbered
+from layouts.tables.maxtext import MTP, Row, Stack, Tree, numbered
 from layouts.tables.maxtext_rows import LATENT, QK_NORM, attention, gated, norms
-from layouts.tables.maxtext_vision import LLAMA4_VISION
+from layouts.tables.maxtext_vision import LLAMA4_VISION, QWEN3_OMNI, QWEN3_VL
 
 _DEEPSEEK_MOE = "DeepSeekMoeBlock_0.MoeBlock_0"
+_DEEPSEEK_ROWS = (
+    *norms(),
+    *LATENT,
+    *gated("mlp.shared_experts", "DeepSeekMoeBlock_0.shared_experts"),
+    Row("mlp.gate.weight", "e k", f"{_DEEPSEEK_MOE}.gate.kernel", "k e"),
+    Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True),
+)
+_BLOCK = "mtp_{m}_transformer_layer."
+_DEEPSEEK_MTP = Stack(
+    scanned=None,
+    single=f"{MTP}.mtp_layer_{{m}}",
+    experts=_BLOCK + _DEEPSEEK_MOE,
+    first="num_hidden_layers",
+    copies="num_nextn_predict_layers",
+    rows=(
+        Row("enorm.weight", "k", "mtp_{m}_embedding_norm.scale", "k"),
+        Row("hnorm.weight", "k", "mtp_{m}_hidden_state_norm.scale", "k"),
+        Row("eh_proj.weight", "k i", "mtp_{m}_projection.kernel", "i k"),
+        Row("shared_head.norm.weight", "k", "mtp_{m}_final_norm.scale", "k"),
+        Row("embed_tokens.weight", "v k", "token_embedder.embedding", "v k", twin=True),
+        Row("shared_head.head.weight", "v k", "decoder.logits_dense.kernel", "k v", twin=True),
+        *(replace(row, maxtext=_BLOCK + row.maxtext) for row in _DEEPSEEK_ROWS),
+    ),
+)
+"""MaxText `layers/multi_token_prediction.py`: the embedding comes first in `eh_proj`, as in vLLM's `deepseek_mtp.py`."""
 _DEEPSEEK = Tree(
+    wrapped=("", "language_model."),  # Kimi K2.5
     stacks=(
         Stack(
             scanned="decoder.dense_layers",
@@ -33,14 +59,9 @@ _DEEPSEEK = Tree(
             single="decoder.moe_layers_{l}",
             experts=_DEEPSEEK_MOE,
             first="first_k_dense_replace",
-            rows=(
-                *norms(),
-                *LATENT,
-                *gated("mlp.shared_experts", "DeepSeekMoeBlock_0.shared_experts"),
-                Row("mlp.gate.weight", "e k", f"{_DEEPSEEK_MOE}.gate.kernel", "k e"),
-                Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True),
-            ),
+            rows=_DEEPSEEK_ROWS,
         ),
+        _DEEPSEEK_MTP,
     ),
     only=(("moe_layer_freq", (1,), "experts in every layer after the dense ones"),),
 )
@@ -50,6 +71,17 @@ _ALL_SPARSE: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 """Sources: transformers `modeling_qwen3_moe.py`, `modeling_qwen3_next.py`; MaxText `models/qwen3.py` has no other layer."""
 _ROUTER = Row("mlp.gate.weight", "e k", "moe_block.gate.kernel", "k e")
+_QWEN3 = Tree(
+    stacks=(
+        Stack(
+            scanned="decoder.layers",
+            single="decoder.layers_{l}",
+            experts="moe_block",
+            rows=(*norms(), *attention("self_attention"), *QK_NORM, _ROUTER),
+        ),
+    ),
+    only=_ALL_SPARSE,
+)
 _GPT_OSS_ROWS = (
     *norms(),
     *attention("GptOssAttention", bias=True),
@@ -121,24 +153,14 @@ def _llama4_stacks() -> Iterator[Stack]:
 
 
 TREES: Mapping[str, tuple[Tree, ...]] = {
-    "qwen3_moe": (
-        Tree(
-            stacks=(
-                Stack(
-                    scanned="decoder.layers",
-                    single="decoder.layers_{l}",
-                    experts="moe_block",
-                    rows=(*norms(), *attention("self_attention"), *QK_NORM, _ROUTER),
-                ),
-            ),
-            only=_ALL_SPARSE,
-        ),
-    ),
+    "qwen3_moe": (_QWEN3,),
+    "qwen3_vl_moe": (replace(_QWEN3, wrapped=("model.", "model.language_model."), encoders=QWEN3_VL),),
+    "qwen3_omni_moe": (replace(_QWEN3, wrapped=("", "thinker."), within="thinker_config", encoders=QWEN3_OMNI),),
     "deepseek_v2": (_DEEPSEEK,),
     "deepseek_v3": (_DEEPSEEK,),
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
     "qwen3_next": (
-        Tree(stacks=tuple(_next_stacks()), only=_ALL_SPARSE),
+        Tree(stacks=tuple(_next_stacks()), only=_ALL_SPARSE, mtp=("mtp.",)),
         Tree(
             stacks=tuple(_turn(slot, 4, "mlp.routed_experts", _next_rows(full=slot == 3), word="layer") for slot in range(4)),
             only=_ALL_SPARSE,
@@ -148,8 +170,8 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
         Tree(
             stacks=tuple(_llama4_stacks()),
             hf_experts="feed_forward.experts",
-            wrapped="language_model.",
-            vision=LLAMA4_VISION,
+            wrapped=("", "language_model."),
+            encoders=(("vision_config", LLAMA4_VISION),),
         ),
     ),
 }

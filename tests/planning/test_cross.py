@@ -13,147 +13,10 @@ from convert.planning.cross_pairs import Sides, trees_of
 from convert.planning.cross_plan import make_cross_plan, tree_in
 from layouts.tables.families import FAMILIES, maxtext
 from layouts.tables.targets import IN_MAXTEXT, target
+from tests.planning.models import MODELS, TWINS, D, E, F, H, J, K, N, X, gated, llama4, random, reader
 from tests.tiny import MemoryReader, fill, run, same
 
-K, H, J, D, V, N, E, F = 8, 4, 2, 3, 11, 5, 12, 7
-RNG = np.random.default_rng(0)
 P = "params.params."
-
-
-def random(*shape: int) -> np.ndarray:
-    return RNG.integers(0, 2**32, shape, dtype="u4")
-
-
-def outside() -> dict[str, np.ndarray]:
-    return {"model.embed_tokens.weight": random(V, K), "model.norm.weight": random(K), "lm_head.weight": random(V, K)}
-
-
-def norms(layer: str) -> dict[str, np.ndarray]:
-    return {f"{layer}.{name}.weight": random(K) for name in ("input_layernorm", "post_attention_layernorm")}
-
-
-def attention(layer: str, heads: int = H) -> dict[str, np.ndarray]:
-    shapes = {"q_proj": (heads * D, K), "k_proj": (J * D, K), "v_proj": (J * D, K), "o_proj": (K, H * D)}
-    return {f"{layer}.self_attn.{name}.weight": random(*shape) for name, shape in shapes.items()}
-
-
-def gated(place: str, width: int) -> dict[str, np.ndarray]:
-    shapes = {"gate_proj": (width, K), "up_proj": (width, K), "down_proj": (K, width)}
-    return {f"{place}.{name}.weight": random(*shape) for name, shape in shapes.items()}
-
-
-def experts(layer: str) -> dict[str, np.ndarray]:
-    return {name: array for e in range(E) for name, array in gated(f"{layer}.mlp.experts.{e}", N).items()}
-
-
-def qwen3_moe(layers: int) -> dict[str, np.ndarray]:
-    found = outside()
-    for layer in (f"model.layers.{i}" for i in range(layers)):
-        found |= norms(layer) | attention(layer) | experts(layer) | {f"{layer}.mlp.gate.weight": random(E, K)}
-        found |= {f"{layer}.self_attn.{name}.weight": random(D) for name in ("q_norm", "k_norm")}
-    return found
-
-
-def deepseek_v3(layers: int) -> dict[str, np.ndarray]:
-    found = outside()
-    latent = {
-        "q_a_proj": (6, K), "q_a_layernorm": (6,), "q_b_proj": (H * 5, 6), "kv_a_proj_with_mqa": (9, K),
-        "kv_a_layernorm": (7,), "kv_b_proj": (H * 4, 7), "o_proj": (K, H * D),
-    }  # fmt: skip
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        found |= norms(layer) | {f"{layer}.self_attn.{name}.weight": random(*shape) for name, shape in latent.items()}
-        if i < 2:
-            found |= gated(f"{layer}.mlp", F)
-        else:
-            found |= experts(layer) | gated(f"{layer}.mlp.shared_experts", N) | {f"{layer}.mlp.gate.weight": random(E, K)}
-            found |= {f"{layer}.mlp.gate.e_score_correction_bias": random(E)}
-    return found
-
-
-def gpt_oss(layers: int) -> dict[str, np.ndarray]:
-    found = outside()
-    for layer in (f"model.layers.{i}" for i in range(layers)):
-        found |= norms(layer) | attention(layer)
-        biases = {"q_proj": H * D, "k_proj": J * D, "v_proj": J * D, "o_proj": K}
-        found |= {f"{layer}.self_attn.{name}.bias": random(size) for name, size in biases.items()}
-        mlp = {
-            "router.weight": (E, K), "router.bias": (E,), "experts.gate_up_proj": (E, K, 2 * N), "experts.down_proj": (E, N, K),
-            "experts.gate_up_proj_bias": (E, 2 * N), "experts.down_proj_bias": (E, K),
-        }  # fmt: skip
-        found |= {f"{layer}.mlp.{name}": random(*shape) for name, shape in mlp.items()}
-        found |= {f"{layer}.self_attn.sinks": random(H)}
-    return found
-
-
-def qwen3_next(layers: int) -> dict[str, np.ndarray]:
-    found = outside()
-    linear = {
-        "in_proj_qkvz.weight": (20, K), "in_proj_ba.weight": (6, K), "conv1d.weight": (14, 1, 4), "A_log": (3,),
-        "dt_bias": (3,), "norm.weight": (D,), "out_proj.weight": (K, 9),
-    }  # fmt: skip
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        found |= norms(layer) | experts(layer) | gated(f"{layer}.mlp.shared_expert", F)
-        found |= {f"{layer}.mlp.gate.weight": random(E, K), f"{layer}.mlp.shared_expert_gate.weight": random(1, K)}
-        if i % 4 == 3:
-            found |= attention(layer, 2 * H) | {f"{layer}.self_attn.{name}.weight": random(D) for name in ("q_norm", "k_norm")}
-        else:
-            found |= {f"{layer}.linear_attn.{name}": random(*shape) for name, shape in linear.items()}
-    return found
-
-
-def llama4(layers: int, step: int = 2) -> dict[str, np.ndarray]:
-    found = outside()
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        found |= norms(layer) | attention(layer)
-        if (i + 1) % step:
-            found |= gated(f"{layer}.feed_forward", F)
-        else:
-            mlp = {"router.weight": (E, K), "experts.gate_up_proj": (E, K, 2 * N), "experts.down_proj": (E, N, K)}
-            found |= {f"{layer}.feed_forward.{name}": random(*shape) for name, shape in mlp.items()}
-            found |= gated(f"{layer}.feed_forward.shared_expert", N)
-    return {f"language_model.{name}": array for name, array in found.items()} | llama4_vision()
-
-
-def llama4_vision() -> dict[str, np.ndarray]:
-    c, h, d, f = 6, 3, 2, 10
-    shapes = {
-        "class_embedding": (c,), "positional_embedding_vlm": (5, c), "patch_embedding.linear.weight": (c, 12),
-        "layernorm_pre.weight": (c,), "layernorm_pre.bias": (c,), "layernorm_post.weight": (c,), "layernorm_post.bias": (c,),
-        "vision_adapter.mlp.fc1.weight": (7, 24), "vision_adapter.mlp.fc2.weight": (9, 7),
-    }  # fmt: skip
-    for layer in ("model.layers.0", "model.layers.1"):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes |= {f"{layer}.self_attn.{name}.weight": (c, h * d), f"{layer}.self_attn.{name}.bias": (c,)}
-        for name, sizes in (("fc1", (f, c)), ("fc2", (c, f))):
-            shapes |= {f"{layer}.mlp.{name}.weight": sizes, f"{layer}.mlp.{name}.bias": sizes[:1]}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{layer}.{name}.weight": (c,), f"{layer}.{name}.bias": (c,)}
-    found = {f"vision_model.{name}": random(*shape) for name, shape in shapes.items()}
-    return found | {"multi_modal_projector.linear_1.weight": random(K, 9)}
-
-
-MODELS = {
-    "qwen3_moe": (qwen3_moe, 3),
-    "deepseek_v3": (deepseek_v3, 5),
-    "gpt_oss": (gpt_oss, 4),
-    "qwen3_next": (qwen3_next, 8),
-    "llama4": (llama4, 8),
-}
-COUNT = {"deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts", "llama4": "num_local_experts"}
-
-
-def reader(name: str) -> MemoryReader:
-    make, layers = MODELS[name]
-    config = {"model_type": name, "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": J}
-    config |= {COUNT.get(name, "num_experts"): E, "first_k_dense_replace": 2}
-    if name == "llama4":
-        text = config | {"model_type": "llama4_text", "interleave_moe_layer_step": 2}
-        vision = {"num_attention_heads": 3, "num_hidden_layers": 2}
-        config = {"model_type": name, "text_config": text, "vision_config": vision}
-    return MemoryReader(make(layers), config=config)
 
 
 def across(
@@ -184,7 +47,8 @@ def across(
 def test_there_and_back(name, scan, axis, fused):
     original = reader(name)
     tree = across(original, to_maxtext=True, fused=fused, scan=scan, axis=axis)
-    assert sum(array.size for array in tree.arrays.values()) == sum(array.size for array in original.arrays.values())
+    twins = sum(array.size for key, array in original.arrays.items() if key.endswith(TWINS))
+    assert sum(array.size for array in tree.arrays.values()) == sum(array.size for array in original.arrays.values()) - twins
     assert any(key.endswith(".wi") for key in tree.arrays) == bool(fused)
     again = across(tree, to_maxtext=False, is_fused=bool(fused), axis=axis)
     assert same(again.arrays, original.arrays)
@@ -193,7 +57,7 @@ def test_there_and_back(name, scan, axis, fused):
 @pytest.mark.parametrize("layout", sorted(IN_MAXTEXT))
 def test_every_layout_that_maxtext_has_a_place_for(layout, monkeypatch):
     """Two shards of 256 columns are two chunks of 128 each for `lane`; for `per-shard` and `gmm-ep` nothing is padded."""
-    monkeypatch.setattr("tests.planning.test_cross.N", 512)
+    monkeypatch.setattr("tests.planning.models.N", 512)
     original = reader("qwen3_moe")
     tree = across(original, to_maxtext=True, fused=layout)
     wi = tree.arrays[P + "decoder.layers.moe_block.wi"]
@@ -252,7 +116,8 @@ def test_layers_are_stacked_along_the_axis_that_maxtext_is_given(name):
     one, other = (across(source, to_maxtext=True, fused="concat", axis=axis).arrays for axis in (1, 0))
     assert one.keys() == other.keys()
     for key, array in one.items():
-        layers = 0 if not key.startswith(P + "decoder.") or "layers" not in key else 2 if "local_layers" in key else 1
+        stacked = key.startswith(P + "decoder.") and "layers" in key
+        layers = 0 if not stacked else 2 if "local_layers" in key else 1
         assert np.array_equal(np.moveaxis(array, 0, layers), other[key]), key
 
 
@@ -458,3 +323,90 @@ def test_words_of_a_model_that_maxtext_has_are_no_reason(words):
     arrays = {key: array for key, array in source.arrays.items() if key != "model.layers.1.mlp.gate.weight"}
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate\.weight is missing"):
         across(MemoryReader(arrays, config={**source.config, **words}), to_maxtext=True)
+
+
+def rule(array: np.ndarray, *shape: int) -> np.ndarray:
+    """MaxText's `reshape_kernel`."""
+    return array.T.reshape(shape)
+
+
+def test_an_indexer_and_a_block_that_predicts_further_tokens():
+    """DeepSeek-V3.2 by `param_mapping.py`, its MTP block by `multi_token_prediction.py`, which never stacks it."""
+    source = reader("deepseek_v32")
+    tree, hf = across(source, to_maxtext=True, fused="concat").arrays, source.arrays
+    index, last = "model.layers.2.self_attn.indexer.", "model.layers.3."
+    block = P + "mtp_block.mtp_layer_1.mtp_1_"
+    moe = block + "transformer_layer.DeepSeekMoeBlock_0.MoeBlock_0."
+    stack = P + "decoder.moe_layers.self_attention.indexer."
+    gate, up = (hf[f"{last}mlp.experts.11.{word}_proj.weight"].T for word in ("gate", "up"))
+    wanted = {
+        stack + "wq_b.kernel": rule(hf[f"model.layers.2.{index}wq_b.weight"], 6, X, 3)[:, None],
+        stack + "weights_proj.kernel": hf[f"model.layers.2.{index}weights_proj.weight"].T[:, None],
+        block + "embedding_norm.scale": hf[last + "enorm.weight"],
+        block + "hidden_state_norm.scale": hf[last + "hnorm.weight"],
+        block + "projection.kernel": hf[last + "eh_proj.weight"].T,
+        block + "final_norm.scale": hf[last + "shared_head.norm.weight"],
+        block + "transformer_layer.self_attention.wq_b.kernel": rule(hf[last + "self_attn.q_b_proj.weight"], 6, H, 5),
+        moe + "gate.kernel": hf[last + "mlp.gate.weight"].T,
+    }
+    assert same({name: tree.get(name) for name in wanted}, wanted)
+    assert np.array_equal(tree[moe + "wi"][11], np.concatenate((gate, up), -1))
+    assert not any("embed_tokens" in name or "shared_head" in name for name in tree)
+
+
+def test_two_blocks_that_predict_further_tokens_have_a_subtree_each():
+    source = reader("deepseek_v32")
+    second = {n.replace("layers.3.", "layers.4."): random(*a.shape) for n, a in source.arrays.items() if "layers.3." in n}
+    second |= {n.replace("3", "4", 1): source.arrays[n] for n in source.arrays if n.endswith(TWINS)}
+    two = MemoryReader(source.arrays | second, config=source.config | {"num_nextn_predict_layers": 2})
+    tree = across(two, to_maxtext=True)
+    assert P + "mtp_block.mtp_layer_2.mtp_2_projection.kernel" in tree.arrays
+    assert same(across(tree, to_maxtext=False).arrays, two.arrays)
+
+
+@pytest.mark.parametrize("gone", ["eh_proj.weight", "embed_tokens.weight", "mlp.experts.3.up_proj.weight"])
+def test_a_block_that_predicts_further_tokens_is_there_as_a_whole_or_not_at_all(gone):
+    source = reader("deepseek_v32")
+    without = {name: array for name, array in source.arrays.items() if not name.startswith("model.layers.3.")}
+    bare = MemoryReader(without, config=source.config)  # as transformers saves it
+    assert same(across(across(bare, to_maxtext=True), to_maxtext=False).arrays, without)
+    arrays = {name: array for name, array in source.arrays.items() if name != f"model.layers.3.{gone}"}
+    with pytest.raises(InputError, match=rf"model\.layers\.3\.{gone} is missing".replace(".", r"\.").replace(r"\\.", r"\.")):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+
+
+@pytest.mark.parametrize("count", [-1, 65, "1", [1]])
+def test_a_number_of_blocks_that_is_none_is_refused(count):
+    source = reader("deepseek_v32")
+    with pytest.raises(PlanError, match="num_nextn_predict_layers"):
+        across(MemoryReader(source.arrays, config=source.config | {"num_nextn_predict_layers": count}), to_maxtext=True)
+
+
+def test_what_is_seen_and_heard_goes_where_maxtext_has_it():
+    """By the hooks of `param_mapping.py`: `split_qkv_*`, `reshape_conv3d_patch_embed`, `reshape_conv2d_audio`, ..."""
+    source = reader("qwen3_omni_moe")
+    tree, hf = across(source, to_maxtext=True).arrays, source.arrays
+    seen, heard = P + "vision_encoder.Qwen3OmniMoeVisionEncoder_0.", P + "audio_encoder.Qwen3OmniAudioEncoder_0."
+    block, layer = "thinker.visual.blocks.1.", "thinker.audio_tower.layers.1."
+    routers = [f"thinker.model.layers.{i}.mlp.gate.weight" for i in range(2)]
+    wanted = {
+        seen + "patch_embed.proj.kernel": hf["thinker.visual.patch_embed.proj.weight"].transpose(2, 3, 4, 1, 0),
+        seen + "pos_embed_interpolate.pos_embed": hf["thinker.visual.pos_embed.weight"],
+        seen + "blocks_1.attn.attn.out.kernel": rule(hf[block + "attn.proj.weight"], 2, 3, 6),
+        seen + "blocks_1.mlp_out.kernel": hf[block + "mlp.linear_fc2.weight"].T,
+        seen + "merger_2.mlp_2.kernel": hf["thinker.visual.merger_list.2.mlp.2.weight"].T,
+        P + "vision_encoder.Qwen3OmniMoeVisionProjector_0.merger.mlp_0.bias": hf["thinker.visual.merger.mlp.0.bias"],
+        heard + "conv2d2.kernel": hf["thinker.audio_tower.conv2d2.weight"].transpose(2, 3, 1, 0),
+        heard + "conv_out.kernel": hf["thinker.audio_tower.conv_out.weight"].T,
+        heard + "layers_1.self_attention_audio.query.kernel": rule(hf[layer + "self_attn.q_proj.weight"], 8, 4, 2),
+        heard + "layers_1.self_attention_audio.key.bias": hf[layer + "self_attn.k_proj.bias"].reshape(4, 2),
+        heard + "layers_1.self_attention_audio.out.kernel": rule(hf[layer + "self_attn.out_proj.weight"], 4, 2, 8),
+        heard + "layers_1.AudioMLP.wo.kernel": hf[layer + "fc2.weight"].T,
+        P + "audio_encoder.Qwen3OmniAudioProjector_0.proj2.kernel": hf["thinker.audio_tower.proj2.weight"].T,
+        P + "decoder.layers.moe_block.gate.kernel": stacked(hf, routers, np.transpose),
+    }
+    for at, word in enumerate(("query", "key", "value")):
+        part = slice(6 * at, 6 * at + 6)
+        wanted[f"{seen}blocks_1.attn.attn.{word}.kernel"] = rule(hf[block + "attn.qkv.weight"][part], 6, 2, 3)
+        wanted[f"{seen}blocks_1.attn.attn.{word}.bias"] = hf[block + "attn.qkv.bias"][part].reshape(2, 3)
+    assert same({name: tree.get(name) for name in wanted}, wanted)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.errors import PlanError
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, trees_of
+from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there, trees_of
 from convert.planning.cross_plan import config_of, fused_in, stacked_along, tree_in
+from convert.planning.stacks import mtp_places
 from convert.verifier.bits.counts import Counts, expert_words, layer_words, nbytes_of, skipped_words
 from convert.verifier.bits.logical import Block, Scope, blocks, key_of
 from convert.verifier.bits.logical import pair as pair_of
@@ -35,7 +36,10 @@ from layouts.tensors import TensorSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
-    """Two checkpoints, and the kinds of tensors that both have, from MaxText's side to that of Hugging Face."""
+    """Two checkpoints, and the kinds of tensors that both have, from MaxText's side to that of Hugging Face.
+
+    `left_out` is how names begin that the record of the tree says it was made without.
+    """
 
     hf: Reader
     tree: Reader
@@ -43,6 +47,11 @@ class Formats:
     sides: Sides
     pairs: tuple[Pair, ...]
     described: Description
+    left_out: tuple[str, ...] = ()
+
+    def lacks(self, name: str) -> bool:
+        """Whether the user has left a tensor of Hugging Face out."""
+        return bool(self.left_out) and name.startswith(self.left_out)
 
 
 def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said()), scan_axis: int | None = None) -> Formats:
@@ -63,8 +72,9 @@ def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said
     described = described_as(hf, found.name, said[0], [origin.layout])
     # Of the Hugging Face side only places are asked here, which are the same in all of its layouts.
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
-    pairs = tuple(pair for pair in pairs_of(rows, sides, config) if not (pair.optional and _lacks(tree, pair)))
-    return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs, described=described)
+    pairs = tuple(there(pairs_of(rows, sides, config), tree.tensors))
+    left_out = mtp_places(rows, config) if origin.without and not any(pair.block for pair in pairs) else ()
+    return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs, described=described, left_out=left_out)
 
 
 def _axis_said(tree: Reader, family: str | None) -> int | None:
@@ -76,10 +86,6 @@ def _axis_said(tree: Reader, family: str | None) -> int | None:
     if family is None or hf_name(family):
         return None
     return find_family({}, (), where=tree.path, format="orbax", override=family).scan_axis
-
-
-def _lacks(tree: Reader, pair: Pair) -> bool:
-    return not any(name in tree.tensors for name in names_of(pair))
 
 
 def counts_of(both: Formats) -> Counts:
@@ -100,7 +106,12 @@ def counts_of(both: Formats) -> Counts:
 
 def all_layers_of(both: Formats) -> dict[str, Block]:
     """The MoE layers of the Hugging Face side, whatever is compared of them."""
-    return blocks(both.hf, both.described)
+    found = blocks(both.hf, both.described)
+    return {key: block for key, block in found.items() if not any(map(both.lacks, _names(block)))}
+
+
+def _names(block: Block) -> list[str]:
+    return [name for group in block.groups.values() for name in group.names]
 
 
 def layers_of(both: Formats, scope: Scope) -> tuple[dict[str, Block], dict[str, Block]]:

@@ -10,6 +10,7 @@ Experts are compared as everywhere in this package (`convert.verifier.bits.exact
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     hf, tree = both.hf, both.tree
     others = [pair for pair in both.pairs if pair.role not in ROLES]
     every = [(pair, *item) for pair in others for item in _hf_names(pair)]
-    sizes = [hf.tensors[name].nbytes if name in hf.tensors else 0 for *_, name in every]
+    sizes = [_nbytes(hf, pair, name) for pair, _, name in every]
     found: list[str] = []
     looked = 0
     # Experts that either side has alone are a difference of level `exact`.
@@ -53,15 +54,18 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     for pair, items in itertools.groupby(every[own], lambda item: item[0]):
         for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
             found += _compare(hf, tree, pair, index, name, progress)
-            looked += hf.tensors[name].nbytes if name in hf.tensors else 0
+            looked += _nbytes(hf, pair, name)
     differences, (nbytes,) = joined(processes, found, looked)
     differences += [line for pair in both.pairs for line in _stacks_of_another_size(tree, pair)]
-    differences += [f"{name} is only in {hf.path}" for name in hf.tensors if name not in seen]
+    lonely = [name for name in hf.tensors if name not in seen]
+    differences += [f"{name} is only in {hf.path}" for name in lonely if not both.lacks(name)]
+    dropped = sum(map(both.lacks, hf.tensors))
+    words = f"; {dropped} tensors of MTP blocks were left out of the tree, as its record says" if dropped else ""
     differences += [f"{n} is only in {tree.path}" for n in tree.tensors if n not in placed and n.startswith(ROOT)]
     rest = sum(not name.startswith(ROOT) for name in tree.tensors)
     return Level(
         name="others",
-        covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart",
+        covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart{words}",
         compared=nbytes,
         differences=tuple(differences),
     )
@@ -76,10 +80,22 @@ def _stacks_of_another_size(tree: Reader, pair: Pair) -> Iterator[str]:
 
 
 def _hf_names(pair: Pair) -> Iterator[tuple[dict[str, int], str]]:
+    """Each tensor of Hugging Face, as often as MaxText has an array for a part of it."""
     key = pair.target.key
-    for point in itertools.product(*(range(pair.counts[slot]) for slot in key.slots)):
-        index = dict(zip(key.slots, point, strict=True))
+    slots = (*key.slots, *_cut(pair))
+    for point in itertools.product(*(range(pair.counts[slot]) for slot in slots)):
+        index = dict(zip(slots, point, strict=True))
         yield index, key.render(index)
+
+
+def _cut(pair: Pair) -> list[str]:
+    """The axes of a tensor of Hugging Face that MaxText has in its names: it has an array for each step."""
+    return [axis for axis in pair.source.key.slots if axis in pair.target.pattern.axes]
+
+
+def _nbytes(hf: Reader, pair: Pair, name: str) -> int:
+    parts = math.prod(pair.counts[axis] for axis in _cut(pair))
+    return hf.tensors[name].nbytes // parts if name in hf.tensors else 0
 
 
 def _in_order(
@@ -134,15 +150,15 @@ def _compare(
         slices = (*rows, *[slice(None)] * (len(spec.shape) - len(rows)))
         block = hf.read(name, slices)
         try:
-            one = rearrange(block, f"{axes.text} -> {' '.join(kept)}", **known)
+            one = rearrange(block, f"{axes.text} -> {' '.join([*_cut(pair), *kept])}", **known)
         except EinopsError:
             yield f"{name} has the shape {spec.shape}, which is not of the form '{axes.text}' with {known}"
             return
-        other = _other(tree, pair, index, strip)
+        one, other = one[tuple(index[axis] for axis in _cut(pair))], _other(tree, pair, index, strip)
         if other is None or not np.array_equal(one, other):
             yield f"{name} differs from {pair.source.key.render({'l': 0, **index})}"
             return
-        progress(block.nbytes)
+        progress(one.nbytes)
 
 
 class _Part(NamedTuple):

@@ -18,7 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from convert.options import Verification
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, trees_of
+from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there, trees_of
 from convert.planning.cross_plan import config_of, fused_in, stacked_along, tree_in
 from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
@@ -48,7 +48,7 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
     where = stacked_along(tree, options.scan_axis)
     stored, real = fused_in(tree, where, options.source_layout)
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
-    pairs = [pair for pair in pairs_of(rows, sides, config) if _is_there(tree, pair)]
+    pairs = [pair for pair in there(pairs_of(rows, sides, config), tree.tensors) if _is_there(tree, pair)]
     known = {name for pair in pairs for name in names_of(pair)}
     if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} ^ known):
         raise PlanError(f"{lonely[0]} {'is missing' if lonely[0] in known else 'has no place in Hugging Face'}")
@@ -109,10 +109,10 @@ class _Row:
     index: Mapping[str, int]
     sizes: Mapping[str, int]
 
-    @property
-    def array(self) -> str:
-        """The name of the array."""
-        return self.pair.source.key.render(self.index)
+    def array(self, strip: Mapping[str, range]) -> str:
+        """The name of the array that has a strip."""
+        at = {axis: span.start for axis, span in strip.items()}
+        return self.pair.source.key.render({**dict.fromkeys(self.pair.source.key.slots, 0), **self.index, **at})
 
     def slices(self, strip: Mapping[str, range]) -> Slices:
         """Its part of the array; of a strip that part alone."""
@@ -130,28 +130,32 @@ class _Row:
             return
         size = self.sizes[axes[0]]
         step = max(1, STRIP * size // max(1, math.prod(self.sizes[axis] for axis in axes)))
+        if axes[0] in self.pair.source.key.slots:
+            step = 1  # each is an array of its own
         for start in range(0, size, step):
             yield {axes[0]: range(start, min(start + step, size))}
 
     def read(self) -> Iterator[Logical]:
         """As Hugging Face has it."""
         pattern = self.pair.target.pattern
-        name, dtype = self.pair.target.key.render(self.index), self.tree.tensors[self.array].dtype
+        name, dtype = self.pair.target.key.render(self.index), self.tree.tensors[self.array({})].dtype
         yield Logical(name=name, dtype=dtype, shape=pattern.shape(self.sizes), pieces=self._pieces())
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
         axes = self.pair.source.pattern.axes
         dropped = tuple(at for at, axis in enumerate(axes) if axis in self.index)
-        kept = " ".join(axis for axis in axes if axis not in self.index)
+        named = [axis for axis in self.pair.source.key.slots if axis not in self.index]
+        kept = " ".join([*named, *(axis for axis in axes if axis not in self.index)])
         for strip in self.strips():
-            data = self.tree.read(self.array, self.slices(strip)).squeeze(dropped)
+            data = self.tree.read(self.array(strip), self.slices(strip)).squeeze(dropped)
+            data = data.reshape((1,) * len(named) + data.shape)
             yield from rows_of(rearrange(data, f"{kept} -> {self.pair.target.pattern.text}"))
 
 
 def _rows(tree: Reader, _: Sides, pair: Pair) -> Iterator[Unit]:
     """One kind of any other tensor."""
     for at in _layers(pair):
-        spec = tree.tensors[pair.source.key.render(at)]
+        spec = tree.tensors[pair.source.key.render({**dict.fromkeys(pair.source.key.slots, 0), **at})]
         row = _Row(tree=tree, pair=pair, index=at, sizes=_sizes(tree, pair, spec))
         first = row.slices(next(row.strips(), {}))
         nbytes = math.prod(lengths(first)) * itemsize(spec.dtype)

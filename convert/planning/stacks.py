@@ -1,0 +1,134 @@
+"""How many layers and experts a tree has, and where they are, by the words of `config.json`. Pure.
+
+In: a tree and `config.json`. Out: its parts, the stacks of each with their places, or an error that names the word. It never
+looks at a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from layouts.errors import PlanError
+from layouts.tables.maxtext import Stack, Tree, numbered
+
+_MOST = 64
+"""Blocks of one kind that have a subtree each; published models have one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The text of a model, or an encoder: its tree and its words. MaxText can leave an encoder out (`optional`)."""
+
+    tree: Tree
+    config: Mapping[str, Any]
+    wrapped: tuple[str, str] = ("", "")
+    optional: bool = False
+
+    def named(self, name: str) -> str:
+        """What the checkpoint calls a tensor of the table."""
+        before, instead = self.wrapped
+        return instead + name.removeprefix(before) if name.startswith(before) else name
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Sizes of axes that no shape tells."""
+        return {axis: self.config[word] for axis, word in self.tree.heads if type(self.config.get(word)) is int}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """The layers of a stack: how many, and where in Hugging Face. Those of one `block` are there together, or not at all."""
+
+    stack: Stack
+    count: int
+    hf: str
+    block: str = ""
+
+
+def parts_of(tree: Tree, config: Mapping[str, Any]) -> Iterator[Part]:
+    """The text of a model, and its encoders."""
+    inner = config.get(tree.within)
+    config = inner if isinstance(inner, Mapping) else config
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        yield Part(tree=tree, config=config)
+        return
+    yield Part(tree=tree, config=text, wrapped=tree.wrapped)
+    for word, encoder in tree.encoders:
+        if isinstance(stated := config.get(word), Mapping):
+            yield Part(tree=encoder, config=stated, optional=True)
+
+
+def layers_of(part: Part) -> Iterator[Layers]:
+    """The stacks that are there.
+
+    Raises:
+        PlanError: `config.json` does not say how many layers there are.
+    """
+    for stack in part.tree.stacks:
+        if stack.copies:
+            yield from _copies(part, stack, stack.copies)
+        elif count := _count(stack, part.config):
+            first = _number(part.config, stack.first)
+            hf = part.named(f"{stack.hf}.{numbered(first or 0, stack.step, stack.run)}.")
+            yield Layers(stack=stack, count=count, hf=hf)
+
+
+def mtp_places(tree: Tree, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the names of blocks that predict further tokens begin in Hugging Face."""
+    text = next(parts_of(tree, config))
+    return (*(text.named(place) for place in tree.mtp), *(layers.hf for layers in layers_of(text) if layers.block))
+
+
+def expert_count(config: Mapping[str, Any]) -> int:
+    """How many experts there are.
+
+    Raises:
+        PlanError: `config.json` does not say it, or says two numbers.
+    """
+    words = ("num_experts", "num_local_experts", "n_routed_experts")
+    stated = {int(config[word]) for word in words if type(config.get(word)) is int}
+    if len(stated) != 1:
+        raise PlanError(f"config.json should state the number of experts once; found {sorted(stated)}")
+    return stated.pop()
+
+
+def _copies(part: Part, stack: Stack, word: str) -> Iterator[Layers]:
+    count, first = part.config.get(word) or 0, _number(part.config, stack.first)
+    if type(count) is not int or not 0 <= count <= _MOST:
+        raise PlanError(f"{word} is {str(count)[:80]} in config.json; it should be a number up to {_MOST}")
+    for m in range(1, count + 1):
+        rows = tuple(replace(row, maxtext=_numbered(row.maxtext, m)) for row in stack.rows)
+        one = replace(
+            stack, single=_numbered(stack.single, m), rows=rows, experts=_numbered(stack.experts, m) if stack.experts else None
+        )
+        hf = part.named(f"{stack.hf}.{(first or 0) + m - 1}.")
+        yield Layers(stack=one, count=1, hf=hf, block=one.single)
+
+
+def _numbered(text: str, m: int) -> str:
+    return text.replace("{m}", str(m))
+
+
+def _number(config: Mapping[str, Any], word: int | str) -> int | None:
+    found = config.get(word) if isinstance(word, str) else word
+    found = len(found) if isinstance(found, list) else found
+    return found if type(found) is int else None
+
+
+def _count(stack: Stack, config: Mapping[str, Any]) -> int:
+    """How many layers a stack has; none if it is one for models of another kind."""
+    first, last = _number(config, stack.first), _number(config, stack.last)
+    if first is None or last is None:
+        raise PlanError(f"config.json does not say {stack.first} and {stack.last}, which say how many layers there are")
+    if stack.when:
+        word, values = stack.when
+        if type(config.get(word)) is not int:
+            raise PlanError(f"config.json does not say {word}, which says what kind of layers there are")
+        if config[word] not in values:
+            return 0
+    if stack.run > 1 and last % stack.step:
+        raise PlanError(f"{last} layers ({stack.last}) do not make whole cycles of {stack.step}, and MaxText has only such")
+    return max(0, -(-(last - first) // stack.step))

@@ -1,0 +1,167 @@
+"""Every tree of MaxText on the disk: proven on both sides, the way back byte for byte, and what is left out is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import convert
+from convert.cli import main
+from convert.errors import PlanError, UsageError
+from tests.planning.models import MODELS, TWINS, reader
+from tests.tiny import tree
+
+NEW = ("deepseek_v32", "kimi_k25", "qwen3_vl_moe", "qwen3_omni_moe")
+
+
+def save(name: str, where: Path) -> Path:
+    found = reader(name)
+    where.mkdir()
+    save_file({key: array.view("f4") for key, array in found.arrays.items()}, where / "model.safetensors")
+    (where / "config.json").write_text(json.dumps(found.config))
+    return where
+
+
+def edit(where: Path, *changes: str, drop: bool = False) -> None:
+    """Flip a bit of some tensors, or leave them out."""
+    file = where / "model.safetensors"
+    arrays = load_file(file)
+    for name in changes:
+        if drop:
+            del arrays[name]
+        else:
+            arrays[name].view("u4").flat[-1] ^= 1
+    save_file(arrays, file)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A checkpoint and the fused tree of it, made once for each name."""
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def made(name: str) -> tuple[Path, Path]:
+        if name not in found:
+            where = tmp_path_factory.mktemp(name)
+            found[name] = save(name, where / "in"), where / "tree"
+            convert.prefuse(*found[name], to="orbax")
+        return found[name]
+
+    return made
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_there_proven_and_back(name, pairs, tmp_path):
+    source, out = pairs(name)
+    assert convert.verify(source, out, gemm=False).equal
+    assert convert.digest(source).model == convert.digest(out).model
+    convert.split(out, tmp_path / "again", to="hf")
+    assert tree(source).items() <= tree(tmp_path / "again").items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(("scan", "axis", "fused"), [(True, 0, True), (True, 1, False), (False, 1, True), (False, 1, False)])
+def test_there_proven_and_back_in_every_form(name, scan, axis, fused, tmp_path):
+    source, out = save(name, tmp_path / "in"), tmp_path / "tree"
+    (convert.prefuse if fused else convert.reformat)(source, out, to="orbax", scan=scan, scan_axis=axis)
+    assert convert.verify(source, out).equal
+    (convert.split if fused else convert.reformat)(out, tmp_path / "again", to="hf")
+    assert tree(source).items() <= tree(tmp_path / "again").items()
+
+
+BITS = [
+    ("deepseek_v32", "model.layers.3.eh_proj.weight"),
+    ("deepseek_v32", "model.layers.3.mlp.experts.7.down_proj.weight"),
+    ("deepseek_v32", "model.layers.3.embed_tokens.weight"),
+    ("qwen3_vl_moe", "model.visual.blocks.1.attn.qkv.weight"),
+    ("qwen3_vl_moe", "model.visual.blocks.0.attn.qkv.bias"),
+    ("qwen3_omni_moe", "thinker.audio_tower.conv2d3.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor"), BITS)
+def test_one_flipped_bit_is_found(name, tensor, pairs, tmp_path):
+    source, out = pairs(name)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    edit(other, tensor)
+    verdict = convert.verify(other, out, gemm=False)
+    assert not verdict.equal
+    assert tensor.split(".experts")[0] in str(verdict)
+    assert convert.digest(other).model != convert.digest(out).model
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_copy_that_is_none_is_not_dropped(twin, tmp_path, capsys):
+    source = save("deepseek_v32", tmp_path / "in")
+    name = f"model.layers.3.{twin.removeprefix('layers.3.')}"
+    edit(source, name)
+    assert main(["--prefuse", str(source), str(tmp_path / "out"), "--to", "orbax", "--quiet"]) == 4
+    assert f"{name} (in model.safetensors) is not what" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    convert.prefuse(source, tmp_path / "out", to="orbax", drop_mtp=True)
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    source, out = save("deepseek_v32", tmp_path / "in"), tmp_path / "out"
+    gone = {name for name in load_file(source / "model.safetensors") if name.startswith("model.layers.3.")}
+    assert main(["--prefuse", str(source), str(out), "--to", "orbax", "--drop-mtp", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "left out, as --drop-mtp says:" in said
+    assert all(f"  {name}\n" in said for name in gone)
+    report = convert.prefuse(source, out, to="orbax", drop_mtp=True)
+    manifest = json.loads((out / "convert_manifest.json").read_text())
+    assert manifest["left_out"] == dict.fromkeys(sorted(gone), "--drop-mtp") == dict(sorted(report.plan.left_out.items()))
+    assert not any("mtp" in name for name in manifest["tensors"])
+    verdict = convert.verify(source, out, gemm=False)
+    assert verdict.equal
+    assert f"{len(gone)} tensors of MTP blocks were left out" in str(verdict)
+    convert.split(out, tmp_path / "again", to="hf")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(
+        np.array_equal(a.view("u4"), again.pop(n).view("u4"))
+        for n, a in load_file(source / "model.safetensors").items()
+        if n not in gone
+    )
+    assert not again
+    # What is missing without the user's word is a difference.
+    convert.prefuse(source, tmp_path / "whole", to="orbax")
+    edit(source, *gone, drop=True)
+    assert not convert.verify(source, tmp_path / "whole", gemm=False).equal
+
+
+def test_a_block_is_left_out_on_the_way_back(tmp_path):
+    source = save("deepseek_v32", tmp_path / "in")
+    convert.prefuse(source, tmp_path / "tree", to="orbax")
+    report = convert.split(tmp_path / "tree", tmp_path / "again", to="hf", drop_mtp=True)
+    assert all(name.startswith("params.params.mtp_block.") for name in report.plan.left_out)
+    assert not any("layers.3." in name for name in load_file(tmp_path / "again" / "model.safetensors"))
+
+
+def test_blocks_without_a_place_are_named_with_the_way_out(tmp_path):
+    """Qwen3-Next publishes `mtp.*`, and MaxText has no place for it."""
+    source = save("qwen3_next", tmp_path / "in")
+    file = source / "model.safetensors"
+    save_file(load_file(file) | {"mtp.fc.weight": np.ones((8, 16), "f4"), "mtp.norm.weight": np.ones(8, "f4")}, file)
+    with pytest.raises(PlanError, match=r"2 tensors have no place .*--drop-mtp leaves out"):
+        convert.prefuse(source, tmp_path / "out", to="orbax")
+    convert.prefuse(source, tmp_path / "out", to="orbax", drop_mtp=True)
+    assert convert.verify(source, tmp_path / "out", gemm=False).equal
+
+
+def test_where_nothing_can_be_left_out(tmp_path):
+    source = save("deepseek_v32", tmp_path / "in")
+    with pytest.raises(UsageError, match="--drop-mtp is for conversions between formats"):
+        convert.prefuse(source, tmp_path / "out", drop_mtp=True)
+    with pytest.raises(UsageError, match="--content: --drop-mtp leaves out"):
+        convert.prefuse(source, tmp_path / "out", to="orbax", drop_mtp=True, content=True)
+
+
+def test_every_tree_has_a_model():
+    from layouts.tables.families import FAMILIES
+    from layouts.tables.maxtext_trees import TREES
+
+    names = {next(f.name for f in FAMILIES if name in f.model_types) for name in MODELS}
+    assert set(TREES) - names == {"deepseek_v2"}, "which has the tree of deepseek_v3"
