@@ -13,8 +13,8 @@ import xxhash
 
 from convert.commit.inventory import read_in_pieces
 from convert.errors import PlanError, UsageError, readable
-from convert.options.evidence import known_of
 from convert.options import Choices
+from convert.options.evidence import known_of
 from convert.planning.planner import Merging, Plan, verbatim
 from layouts.adapters.describe import Description, describe
 from layouts.adapters.merging.pairing import pair

@@ -55,7 +55,7 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
         layout=str((like.record or {}).get("layout", "native")),
         record=like.record,
         targets=tuple(made[name] for name in like.tensors),
-        left_out=(),
+        left_out={},
         scanned=None,
     )
 
