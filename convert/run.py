@@ -67,7 +67,9 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         else:
             plan = make_plan(reader, place(out), action, choices)
         computed = RULE if choices.dequantize else None
-        return reader, replace(plan, computed=computed)
+        if choices.mesh and plan.format != "orbax":
+            raise UsageError(f"{source}: --mesh is for an Orbax output, whose chunks are cut for it; this one is {plan.format}")
+        return reader, replace(plan, computed=computed, mesh=choices.mesh)
     except BaseException:
         reader.close()
         raise

@@ -27,7 +27,7 @@ from layouts.hf import HFReader
 
 def made_of(plan: AdapterPlan) -> dict[str, Any]:
     """What the manifest of this plan says in `MADE`."""
-    words = (plan.action, "adapter", plan.family, plan.layout, plan.record, None)
+    words = (plan.action, "adapter", plan.family, plan.layout, plan.record, None, None)
     return dict(zip(manifest.MADE, words, strict=True))
 
 

@@ -69,9 +69,8 @@ def _sample(path: Path, size: int) -> Iterator[bytes]:
 
 def fingerprint(plan: Plan, options: Mapping[str, Any], state: State) -> str:
     """Sixteen hex digits that tell one conversion from another: the plan, its side files, the options, the input's state."""
-    digest = hashlib.sha256(
-        repr((TOOL, plan.action, plan.layout, plan.record, plan.computed, sorted(options.items()), *state)).encode()
-    )
+    made = plan.action, plan.layout, plan.record, plan.computed, sorted((plan.mesh or {}).items())
+    digest = hashlib.sha256(repr((TOOL, *made, sorted(options.items()), *state)).encode())
     digest.update("\n".join(f"{t.spec.name} {t.source.key.text}" for t in plan.targets).encode())
     digest.update(_line(*plan.side_files))
     return digest.hexdigest()[:16]

@@ -33,7 +33,7 @@ SOURCE = "source:"
 TOOL = "1.0.0.dev0"
 """This tool's version, written into every manifest."""
 
-MADE = ("action", "format", "family", "layout", "record", "computed")
+MADE = ("action", "format", "family", "layout", "record", "computed", "mesh")
 """What a manifest says of the conversion, but for its tensors."""
 
 Digest = str | Mapping[str, str]
@@ -76,6 +76,7 @@ def render(
         "layout": plan.layout,
         "record": plan.record,
         **({"computed": plan.computed} if plan.computed else {}),
+        **({"mesh": dict(plan.mesh)} if plan.mesh else {}),
         **({"left_out": dict(plan.left_out)} if plan.left_out else {}),
         **({"options": dict(beside.options)} if beside.options else {}),
         "input": beside.input,

@@ -98,7 +98,9 @@ def _other_files(plan: Plan, found: Manifest) -> Iterator[str]:
 def _made(plan: Plan) -> Mapping[str, Any]:
     """What the manifest of this plan says in `MADE`, as JSON gives it back."""
     record = json.loads(json.dumps(plan.record))
-    return dict(zip(manifest.MADE, (plan.action, plan.format, plan.family, plan.layout, record, plan.computed), strict=True))
+    mesh = dict(plan.mesh) if plan.mesh else None
+    words = plan.action, plan.format, plan.family, plan.layout, record, plan.computed, mesh
+    return dict(zip(manifest.MADE, words, strict=True))
 
 
 def _spec(found: tuple[str, tuple[int, ...]] | None) -> str:

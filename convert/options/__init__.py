@@ -40,6 +40,16 @@ _SourceLayout = Annotated[
     str | None,
     Option(text="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards", show="NAME"),
 ]
+_Mesh = Annotated[
+    Mapping[str, int] | None,
+    Option(
+        text="devices by the axes of their mesh: --verify runs on so many, too; to orbax: chunks end where their parts do",
+        read=values.mesh,
+        show="fsdp=16,tensor=4",
+        default="one device",
+        of=2,
+    ),
+]
 _Content = Annotated[
     bool,
     Option(
@@ -86,6 +96,7 @@ class Choices:
         bool,
         Option(text="Orbax: do not cut arrays that are one large chunk (fast; restores read them whole)", read=values.switch),
     ] = False
+    mesh: _Mesh = None
     copy_all: Annotated[
         bool,
         Option(
@@ -129,10 +140,7 @@ class Verification:
     ] = None
     tokens: Annotated[int, Option(text="T times the tokens of each probe", read=values.positive, show="T", of=2)] = 1
     backend: Annotated[str, Option(text="which grouped GEMM; all for all that run here", show="NAME", of=2)] = "ragged_dot"
-    mesh: Annotated[
-        Mapping[str, int] | None,
-        Option(text="run on so many devices, too", read=values.mesh, show="expert=4,model=2", default="one device", of=2),
-    ] = None
+    mesh: _Mesh = None
     allow_not_run: Annotated[
         bool, Option(text="accept that a level cannot run (no GEMM here takes the type of the experts)", read=values.switch)
     ] = False

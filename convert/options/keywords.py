@@ -34,6 +34,7 @@ class _Tree(TypedDict, total=False):
     params_only: bool
     drop_optimizer: bool
     drop_mtp: bool
+    mesh: Mapping[str, int] | str | None
     copy_all: bool
 
 

@@ -20,6 +20,8 @@ saved, and on those of the output, which are ours to choose. `write.OrbaxWriter`
    each array. Taken for every input that cannot be kept: Hugging Face, stores, arrays of one large chunk, other layouts.
    Memory: boxes, decoded chunks in a cache, and chunks on their way to the disk.
 
+   With `--mesh`, chunks also end where the parts of its devices do (`mesh`), and none is kept.
+
 3. Streamed. A chunk above 64 MB is not decoded as a whole. Its zstd stream is read from front to back, with a window of
    8 MiB (`layouts.orbax.stream`). It is a part of the second way, chosen for each array. It takes zstd or no compression, in C
    order, which is all that Orbax writes. Other codecs need room for two decoded chunks, and the error says how much that is.

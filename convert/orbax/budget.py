@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from convert.errors import UsageError
 from convert.options.option import workers
 from convert.orbax.chunks import Chunking, plan_chunks, touched
 from convert.orbax.keeping.keep import Kept
+from convert.orbax.mesh import cuts_of
 from convert.orbax.origin import Origin, origin_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
@@ -64,6 +65,8 @@ class OrbaxBudget:
     peak: int
     streams: int = 0
     windows: Windows = field(default_factory=Windows)
+    cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Into how many parts a mesh cuts the dimensions of an array."""
 
     @property
     def limits(self) -> ReadLimits:
@@ -77,9 +80,9 @@ class OrbaxBudget:
         unit = reader.unit(source.source) if source else None
         if unit and not unit.streams(self.stream):
             held = self.cache // 4
-        return plan_chunks(
-            target, unit.shape if unit else None, max(1, self.box // size), held // size, max(1, self.grain // size)
-        )
+        cuts = self.cuts.get(target.spec.name, ())
+        limits = max(1, self.box // size), held // size, max(1, self.grain // size)
+        return plan_chunks(target, unit.shape if unit else None, *limits, cuts)
 
 
 class _Reading(NamedTuple):
@@ -103,7 +106,8 @@ def orbax_budget(
     base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
     largest = ""
     least = None
-    settings = list(_settings(wanted, origin.ocdbt))
+    cuts = cuts_of(plan, origin)
+    settings = [replace(budget, cuts=cuts) for budget in _settings(wanted, origin.ocdbt)]
     if kept:
         return _keeping(settings[0], memory, base)
     kinds = list(_kinds(plan, reader))

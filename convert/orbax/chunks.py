@@ -21,6 +21,8 @@ from layouts.language.pattern import Pattern
 
 _CRUMB = 1 << 18
 """Elements that a box should have at least, if need be by holding several experts."""
+_CRUMBS = 64
+"""Of a chunk of the usual size: what is smaller is not cut for a mesh, as a restore reads it at once whatever its part is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +69,20 @@ class Chunking:
         return not any(self.box[b] < self.cell[b] and self.box[a] > 1 for a, b in itertools.combinations(axes, 2))
 
 
-def plan_chunks(target: Target, source_chunk: Sequence[int] | None, limit: int, held: int, grain: int) -> Chunking:
+def plan_chunks(
+    target: Target,
+    source_chunk: Sequence[int] | None,
+    limit: int,
+    held: int,
+    grain: int,
+    cuts: Sequence[int] = (),
+) -> Chunking:
     """Choose boxes of at most `limit` elements: for expert tensors one expert of one layer, or a part of its rows.
 
     Any part of a source without chunks can be read alone. Source chunks that hold small parts of many experts (Orbax cuts the
     longest axes first) are joined along the rows to cells of up to `held` elements, which must stay decoded together; else
-    the chunks of the target would be crumbs. Chunks have about `grain` elements, if the lengths can be halved that far.
+    the chunks of the target would be crumbs. Chunks have about `grain` elements, if the lengths can be halved that far, and end
+    where the stored dimensions are cut into `cuts` equal parts.
     """
     pattern, sizes = target.target.pattern, _stored(target)
     axes = tuple(sizes)
@@ -104,7 +114,8 @@ def plan_chunks(target: Target, source_chunk: Sequence[int] | None, limit: int, 
             box[axis] = _divisor(cell[axis], room)
     if axes and (source_chunk is None or axes[0] not in target.source.pattern.axes):
         cell[axes[0]] = box[axes[0]]  # no chunk reaches along it, so that the array can be cut there
-    return Chunking(target=target, cell=cell, box=box, chunk=_grid(pattern, sizes, box, source, grain))
+    chunk = _grid(pattern, sizes, box, source, grain)
+    return Chunking(target=target, cell=cell, box=box, chunk=_in_parts(pattern, sizes, box, chunk, cuts, grain))
 
 
 def _stored(target: Target) -> dict[str, int]:
@@ -151,6 +162,24 @@ def _grid(
             break
     _keep_blocks(pattern, sizes, chunk)
     return chunk
+
+
+def _in_parts(
+    pattern: Pattern,
+    sizes: Mapping[str, int],
+    box: Mapping[str, int],
+    chunk: Mapping[str, int],
+    cuts: Sequence[int],
+    grain: int,
+) -> Mapping[str, int]:
+    """The chunk, made to end where each of these parts of a dimension ends; as it was, where only crumbs would do."""
+    found = dict(chunk)
+    for group, count in zip(pattern.groups, cuts, strict=False):
+        part = math.prod(sizes[axis] for axis in group) // count
+        if part % math.prod(found[axis] for axis in group):
+            found |= dict.fromkeys(group, 1)
+            found[group[-1]] = _divisor(math.gcd(box[group[-1]], part), chunk[group[-1]])
+    return found if math.prod(found.values()) >= grain // _CRUMBS else chunk
 
 
 def _keep_blocks(pattern: Pattern, sizes: Mapping[str, int], chunk: dict[str, int]) -> None:

@@ -42,7 +42,7 @@ def render(plan: Plan, origin: Origin, chunks: Mapping[str, tuple[int, ...]], *,
     files = {METADATA: json.dumps(_tree(plan, origin, first, kept))}
     if origin.texts is not None:
         files[STRINGS] = origin.texts
-    if shardings := _shardings(plan, origin, first):
+    if shardings := _shardings(plan, origin):
         files[SHARDING] = json.dumps(shardings)
     if arrays := _arrays(plan, origin, first, chunks):
         files[f"{CHUNKS}/process_0"] = json.dumps({"array_metadatas": arrays})
@@ -174,15 +174,20 @@ def _custom_metadata(plan: Plan, origin: Origin) -> Any:
     return kept | ({RECORD: dict(plan.record)} if plan.record else {}) or None
 
 
-def _shardings(plan: Plan, origin: Origin, first: Mapping[str, str]) -> dict[str, str]:
+def _shardings(plan: Plan, origin: Origin) -> dict[str, str]:
     """What `_sharding` says, by the base64 of the arrays' names."""
     made = {}
     for target in plan.targets:
-        leaf = origin.leaves.get(first[target.spec.name])
-        text = origin.shardings.get(_base64(leaf.stored)) if leaf else None
-        if isinstance(text, str):
+        if text := sharding_of(target, origin):
             made[_base64(stored_name(target, origin))] = _fitting(text, target.spec.shape) if target.moved else text
     return made
+
+
+def sharding_of(target: Target, origin: Origin) -> str | None:
+    """What the input says of the sharding of a target's first source, as JSON."""
+    leaf = origin.leaves.get(_first_source(target))
+    text = origin.shardings.get(_base64(leaf.stored)) if leaf else None
+    return text if isinstance(text, str) else None
 
 
 def _fitting(text: str, shape: Sequence[int]) -> str:

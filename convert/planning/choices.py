@@ -21,6 +21,8 @@ def check(choices: Choices) -> None:
     for name in ("from_writer", "base"):
         if getattr(choices, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is for LoRA adapters, and this is a checkpoint")
+    if choices.mesh and choices.keep_chunks:
+        raise UsageError("--mesh cuts chunks anew, and --keep-chunks keeps them as they are; give one of them")
     source = (choices.source_layout or choices.layout).partition(":")[0]
     for name, known in ((choices.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
         if name not in known:

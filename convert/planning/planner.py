@@ -78,6 +78,8 @@ class Plan:
     """Whether the layers of a MaxText tree that is made are stacked."""
     keep_chunks: bool = False
     """Whether Orbax chunks stay as they are even where an array is one large chunk."""
+    mesh: Mapping[str, int] | None = None
+    """The devices that will restore an Orbax output, by axes of their mesh: its chunks end where their parts do."""
     remarks: tuple[str, ...] = ()
     """What could not be told of the input."""
     computed: str | None = None

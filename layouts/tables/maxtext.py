@@ -12,6 +12,7 @@ shared mlp, `e` expert, others as the rows use them. An axis in a name, as `{q:q
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 LAYERS = ("l", "p")
@@ -20,6 +21,19 @@ ROOT = "params.params."
 """Where a training checkpoint of MaxText has its weights."""
 MTP = "mtp_block"
 """And below it, its blocks that predict further tokens."""
+
+_EMBED = ("fsdp", "fsdp_transpose", "context", "context_usp_ulysses", "expert")
+_WIDE = ("tensor", "tensor_sequence", "autoregressive")
+SHARDED: Mapping[str, tuple[str, ...]] = {
+    "e": ("expert",),
+    **dict.fromkeys(("n", "f"), ("fsdp_transpose", *_WIDE)),
+    **dict.fromkeys(("h", "j", "x", "v"), _WIDE),
+    **dict.fromkeys(("k", "r"), _EMBED),
+}
+"""By which axes of its mesh MaxText cuts an axis of a weight: the first in this order has them. `r` is that of latent queries.
+
+Source: MaxText `configs/base.yml` (`logical_axis_rules`), and the `kernel_axes` of its layers.
+"""
 
 
 @dataclass(frozen=True, slots=True)

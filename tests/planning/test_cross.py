@@ -340,8 +340,8 @@ def test_an_indexer_and_a_block_that_predicts_further_tokens():
     stack = P + "decoder.moe_layers.self_attention.indexer."
     gate, up = (hf[f"{last}mlp.experts.11.{word}_proj.weight"].T for word in ("gate", "up"))
     wanted = {
-        stack + "wq_b.kernel": rule(hf[f"model.layers.2.{index}wq_b.weight"], 6, X, 3)[:, None],
-        stack + "weights_proj.kernel": hf[f"model.layers.2.{index}weights_proj.weight"].T[:, None],
+        stack + "wq_b.kernel": rule(hf[index + "wq_b.weight"], 6, X, 3)[:, None],
+        stack + "weights_proj.kernel": hf[index + "weights_proj.weight"].T[:, None],
         block + "embedding_norm.scale": hf[last + "enorm.weight"],
         block + "hidden_state_norm.scale": hf[last + "hnorm.weight"],
         block + "projection.kernel": hf[last + "eh_proj.weight"].T,

@@ -50,7 +50,13 @@ class Kept:
 
 def keep(plan: Plan, reader: Reader) -> Kept | None:
     """Say how all chunks of a checkpoint can be kept; None if some cannot."""
-    if not isinstance(reader, OrbaxReader) or not _complete(reader) or is_remote(reader.path) or is_remote(plan.out):
+    if (
+        plan.mesh
+        or not isinstance(reader, OrbaxReader)
+        or not _complete(reader)
+        or is_remote(reader.path)
+        or is_remote(plan.out)
+    ):
         return None
     parts: dict[str, tuple[Part, ...]] = {}
     for target in plan.targets:
