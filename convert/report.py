@@ -61,7 +61,8 @@ class Report:
             lines.append(f"{_left_out(plan)}: {', '.join(plan.left_out_files)}")
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
-        return _joined([*lines, *(f"note: {note}" for note in self.notes)])
+        said = plan.remarks if plan.merging else ()  # what was taken of an adapter decides on its numbers
+        return _joined([*lines, *(f"note: {note}" for note in (*said, *self.notes))])
 
 
 def _joined(lines: Iterable[str]) -> str:

@@ -33,14 +33,20 @@ from layouts.matching.describe import describe as describe_model
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
+_USUAL = Choices()
+_ALLOWED = frozenset({"base", "family", "source_layout", "from_writer", "copy_all"})
+
 
 def open_and_merge(source: str | Path, out: Path, choices: Choices) -> tuple[MergingReader, Plan]:
     """Open an adapter and its base and plan their merging; the caller closes the reader.
 
     Raises:
-        UsageError: the one is no adapter, or there is no base.
+        UsageError: the one is no adapter, there is no base, or a choice is none of these.
         InputError, PlanError: see `layouts.adapters.merging.pairing`.
     """
+    for name in Choices.__dataclass_fields__.keys() - _ALLOWED:
+        if getattr(choices, name) != getattr(_USUAL, name):
+            raise UsageError(f"--{name.replace('_', '-')} is not for --merge, whose output is as the base")
     if choices.base is None:
         raise UsageError("merge needs the checkpoint that the adapter is for: base")
     if not is_adapter(place(source)):
@@ -91,7 +97,7 @@ def _planned(base: Reader, model: Model, adapter: HFReader, out: Path, choices: 
         left_out_files=left_out,
         never_copied=beside.never,
         remarks=(*model.remarks, *described.remarks),
-        computed=f"{RULE}; adapter xxh3_128 {_digest(adapter.path)}",
+        computed="; ".join((RULE, f"adapter xxh3_128 {_digest(adapter.path)}", *described.remarks)),
         merging=Merging(
             adapter=adapter.path, names=frozenset(sites), lines=tuple(_lines(sites, base.tensors)), base=any_rate, each=each
         ),

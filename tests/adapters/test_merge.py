@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -151,6 +152,7 @@ def test_the_rule_is_that_of_the_manifest(tmp_path):
             assert found[name][o, i].tobytes() == total.astype(BF16).tobytes()
     record = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())
     assert record["action"] == "merge"
+    assert record["computed"].endswith("packing of B by peft_version 0.21.2 in adapter_config.json")
     assert record["computed"].startswith("W + scale * (B @ A) in float32, ranks added in their order, rounded once")
 
 
@@ -247,10 +249,37 @@ def test_what_stands_beside_experts(tmp_path):
     wanted["lm_head.weight"] = head.astype(BF16)
     wanted["model.layers.0.self_attn.q_proj.bias"] = bias.astype(BF16)
     same(got, wanted)
+    both = others() | {f"{prefix}.layers.0.self_attn.q_proj.base_layer.weight": np.ones((K, K), "f4")}
+    got = merged(adapter(tmp_path / "both", both), onto, tmp_path / "of-both")
+    a, b = (each for name, each in others().items() if "q_proj" in name)
+    assert np.allclose(got["model.layers.0.self_attn.q_proj.weight"].astype(float), 1 + SCALE * b @ a, rtol=2**-8)
     headless = {name.replace("model.model.model.", "model.model."): each for name, each in others().items()}
     assert any(".layers.0." in name and "model.model.model" not in name for name in headless)
     got = merged(adapter(tmp_path / "headless", headless), onto, tmp_path / "of-headless")
     same(got, merged(adapter(tmp_path / "plain", others()), onto, tmp_path / "of-plain"))
+
+
+@pytest.mark.parametrize(
+    ("published", "loaded"),
+    [
+        ("language_model.model.", "model.language_model."),
+        ("model.", "model.language_model."),
+        ("model.language_model.", "language_model.model."),
+    ],
+)
+def test_models_that_see_have_other_names_in_the_library(published, loaded, tmp_path):
+    tensors, prefix = weights(BF16), "base_model.model."
+    update = whole("per-expert")
+    wanted = merged(adapter(tmp_path / "in", update), base(tmp_path / "base", tensors), tmp_path / "out")
+
+    def renamed(arrays):
+        return {
+            name.replace("model.", published, 1) if name.startswith("model.") else name: each for name, each in arrays.items()
+        }
+
+    onto = base(tmp_path / "other", renamed(tensors))
+    given = {prefix + loaded + name.removeprefix(f"{prefix}model."): each for name, each in update.items()}
+    same(merged(adapter(tmp_path / "given", given), onto, tmp_path / "found"), renamed(wanted))
 
 
 def test_scales_of_modules_and_experts(tmp_path):
@@ -284,8 +313,11 @@ def test_workers_and_strips_change_no_byte_and_all_is_recorded(tmp_path, capsys,
     assert "model.layers.*.mlp.experts.*.gate_proj.weight  BF16 (4, 6)  x6  + 2 * B A of rank 2" in told
     assert not (tmp_path / "out").exists()
     merged(given, onto, tmp_path / "out", "--jobs", "1")
+    assert "note: form packed: roles by shapes; packing of B by peft_version 0.21.2" in capsys.readouterr().out
     monkeypatch.setattr("convert.engine.budget.STRIP", 8)
     monkeypatch.setattr("layouts.adapters.merging.product._PART", 3)
+    with pytest.raises(convert.UsageError, match="--layout is not for --merge"):
+        convert.plan(given, tmp_path / "no", merge=True, base=str(onto), layout="vllm")
     convert.merge(given, tmp_path / "again", base=str(onto), jobs=3)
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
     assert set(tree(tmp_path / "out")) == {*before[0], "convert_manifest.json"}
@@ -350,7 +382,15 @@ def test_bases_that_cannot_be_merged_into(changed, config, code, words, tmp_path
     assert words in capsys.readouterr().err
 
 
-def test_tied_embeddings_a_tree_and_the_wrong_words(tmp_path, capsys):
+def test_quantised_and_tied_bases_and_the_wrong_words(tmp_path, capsys):
+    tensors = weights(np.float32)
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = np.ones((1, 1), "f4")
+    quantised = base(tmp_path / "fp8", tensors, quantization_config={"weight_block_size": [128, 128]})
+    assert merged(adapter(tmp_path / "fp8-in", whole("per-expert")), quantised, tmp_path / "out") == 4
+    assert "is F8_E4M3, and weights are merged in F32, BF16, F16 only; dequantise the base first" in capsys.readouterr().err
+    assert run("--merge", adapter(tmp_path / "beside", others()), tmp_path / "beside-out", "--base", quantised) == 0
     tensors = {name: each for name, each in weights(np.float32).items() if name != "lm_head.weight"}
     onto, given = base(tmp_path / "base", tensors), adapter(tmp_path / "in", whole("per-expert"))
     assert merged(adapter(tmp_path / "tied", TIED), onto, tmp_path / "out") == 4
