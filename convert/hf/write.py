@@ -48,6 +48,8 @@ def plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Origin
 
 def _plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Original | None) -> tuple[File, ...]:
     files = restore(original.headers, (target.spec for target in plan.targets)) if original else None
+    if files and not all(file.offsets for file in files) and len(unindexed(file.name for file in files)) < len(files):
+        files = None  # an index, which names files by their tensors, would leave out those that hold none
     if files is None:
         metadata = _metadata(reader)
         if plan.record:

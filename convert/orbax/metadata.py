@@ -185,7 +185,7 @@ def _shardings(plan: Plan, origin: Origin) -> dict[str, str]:
 
 def sharding_of(target: Target, origin: Origin) -> str | None:
     """What the input says of the sharding of a target's first source, as JSON."""
-    leaf = origin.leaves.get(_first_source(target))
+    leaf = origin.leaves.get(_first_source(target, origin))
     text = origin.shardings.get(_base64(leaf.stored)) if leaf else None
     return text if isinstance(text, str) else None
 

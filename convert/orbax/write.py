@@ -10,6 +10,7 @@ run continues behind it, and removes what an interrupted run left of a batch, so
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from convert.commit.stage import AnyStage, Stage
 from convert.commit.store import StoreFolder
 from convert.engine.again import Remade
 from convert.engine.budget import SYNC
-from convert.errors import readable
+from convert.errors import PlanError, readable
 from convert.orbax.again import files_of_item, stored_again, written_again
 from convert.orbax.budget import OrbaxBudget, orbax_budget
 from convert.orbax.copy import copy_and_hash
@@ -42,6 +43,7 @@ from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.disk.faults import writing
 from layouts.disk.places import is_remote
+from layouts.orbax.arrays import CHUNKS
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.reader import Reader
@@ -71,16 +73,19 @@ class OrbaxWriter:
         Raises:
             UsageError: none do.
             InputError: the name of an array leads elsewhere.
-            PlanError: two things would have one name.
+            PlanError: two things would have one name, or an array would have more chunks than are read again.
         """
         with readable(reader.path):
             origin, kept = origin_of(like or reader), keep(plan, reader)
             check_names(plan, origin)
             render(plan, origin, {target.spec.name: target.spec.shape for target in plan.targets})  # or it fails at the end
+        budget = orbax_budget(memory, jobs, plan, reader, origin, kept)
+        if not kept:
+            _check_chunks(plan, reader, budget)
         return cls(
             plan=plan,
             reader=reader,
-            budget=orbax_budget(memory, jobs, plan, reader, origin, kept),
+            budget=budget,
             origin=origin,
             kept=kept,
             memory=memory,
@@ -190,6 +195,22 @@ class OrbaxWriter:
         if self.kept:
             return stored_again(targets, wanted, self.kept, self.budget.jobs, progress)
         return written_again(self.plan, targets, wanted, self.reader, (self.memory, self.wanted), progress)
+
+
+def _check_chunks(plan: Plan, reader: Reader, budget: OrbaxBudget) -> None:
+    """An output is one that we read again: its arrays have no more chunks than those of an input may have.
+
+    Raises:
+        PlanError: one would have more.
+    """
+    for target in plan.targets:
+        chunk = budget.chunking(target, reader).shape
+        count = math.prod(-(-size // max(1, step)) for size, step in zip(target.spec.shape, chunk, strict=True))
+        if count > CHUNKS:
+            raise PlanError(
+                f"{reader.path}: {target.spec.name} {target.spec.shape} would be written in {count:,} chunks of {chunk}; "
+                f"{CHUNKS:,} are the most that are read again"
+            )
 
 
 def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:

@@ -21,6 +21,10 @@ from layouts.tensors import TensorSpec
 if TYPE_CHECKING:
     from layouts.matching.group import Group
 
+_WHOLE = frozenset("kgnd")
+"""Axes along which blocks are copied as wholes. Along the others (experts, stacked layers, shards) it goes step by step."""
+_MOST = 1 << 24
+"""Such steps that a tensor may have: the largest models have some 25,000 experts in all their layers."""
 
 def check_equal(reader: Reader, specs: Sequence[TensorSpec], part: str = "") -> None:
     """All tensors of a group have one shape and one element type; only a companion may have no elements (GPTQ's `g_idx`).
@@ -79,11 +83,12 @@ def check_blocks(reader: Reader, groups: Sequence[Group], *, whole: bool = True)
     """Every MoE block has all roles if it is whole, they agree on E, K and N, and companions are not larger than their weights.
 
     Raises:
-        InputError: a weight is missing.
+        InputError: a weight is missing, or a size is none that a model has.
         PlanError: sizes do not fit together.
     """
     found: dict[frozenset[tuple[str, int | str]], dict[str, list[Group]]] = {}
     for group in groups:
+        _check_steps(reader, group)
         roles = found.setdefault(frozenset(group.index.items()), {})
         roles.setdefault(group.role, []).append(group)
     for roles in found.values():
@@ -101,6 +106,17 @@ def check_blocks(reader: Reader, groups: Sequence[Group], *, whole: bool = True)
             sizes = [{axis: group.total(axis) for axis in "ekn"} for group in (wi, wo)]
             raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
     _check_alike(reader, list(found.values()))
+
+
+def _check_steps(reader: Reader, group: Group) -> None:
+    """What is taken one by one is no more than a model has: a few bytes of a header say 2**40 experts."""
+    steps = {axis: size for axis, size in group.sizes.items() if axis not in _WHOLE}
+    if math.prod(steps.values()) > _MOST:
+        name = group.names[0]
+        raise InputError(
+            f"{reader.path}: {name} (in {reader.where(name)}) would be {math.prod(steps.values()):,} experts, those of stacked "
+            f"layers and shards counted ({steps}); {_MOST:,} are the most that are read"
+        )
 
 
 def _check_alike(reader: Reader, blocks: Sequence[Mapping[str, Sequence[Group]]]) -> None:

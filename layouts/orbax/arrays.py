@@ -19,8 +19,11 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from layouts.disk.faults import answer, told
+from layouts.disk.files import LIMITS
 from layouts.disk.places import kvstore_of
 from layouts.errors import InputError
+from layouts.orbax.codec import METADATA
+from layouts.orbax.lengths import check_values
 from layouts.tensors import DTYPES, TensorSpec
 
 CODES = {name: code for code, name in DTYPES.items()}
@@ -69,9 +72,14 @@ def open_all(item: Path, specs: Mapping[str, Any]) -> dict[str, Any]:
     """All arrays, opened at once.
 
     Raises:
-        InputError: one cannot be.
+        InputError: one cannot be, or its metadata in a database is longer than any is.
     """
     context = make_context(0, None)
+    for name, spec in specs.items():
+        if spec["kvstore"]["driver"] == "ocdbt":
+            with told(item, name):
+                values = answer(ts.KvStore.open(spec["kvstore"], context=context))
+            check_values(values, [(key := METADATA[spec["driver"]], LIMITS[key])], f"{item}: {name}")
     futures = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
     stores = {}
     for name, future in futures.items():

@@ -17,12 +17,11 @@ import tensorstore as ts
 
 from layouts.disk.faults import answer, told
 from layouts.errors import InputError
-from layouts.orbax.codec import PIECE, codec_of, key_form, key_of, pieces_of, zstd
+from layouts.orbax.codec import METADATA, PIECE, codec_of, grid_shape, key_form, key_of, pieces_of, zstd
+from layouts.orbax.lengths import check_stored
 from layouts.orbax.reader import OrbaxReader
 from layouts.tensors import itemsize
 
-METADATA: Mapping[str, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
-"""The key of an array's own metadata, by TensorStore's driver."""
 _OTHERS = (*METADATA.values(), ".zattrs")
 _ZSTD, _FRAME = b"\x28\xb5\x2f\xfd", 18
 """How a zstd frame begins, and the bytes of its header at most (RFC 8878, 3.1.1)."""
@@ -38,12 +37,6 @@ class Chunk(NamedTuple):
     at: tuple[int, ...]
     name: str
     key: str
-
-
-def grid_shape(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a stored chunk, which may hold smaller ones (`sharding_indexed`)."""
-    found = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    return tuple(map(int, found))
 
 
 def key_at(metadata: Mapping[str, Any], at: tuple[int, ...]) -> str:
@@ -124,6 +117,8 @@ def contents(reader: OrbaxReader, chunks: Sequence[Chunk]) -> Iterator[bytes]:
                 yield from _landed(reader, reading, 0)
                 yield from _looked_at(reader, chunk, pieces_of(reader.values(name), chunk.key, 0, None)())
                 continue
+            if reader.use_ocdbt:
+                check_stored(reader.values(name), reader.grids[name], reader.tensors[name], [chunk.at], reader.item)
             reading.append((chunk, reader.values(name).read(chunk.key)))
             yield from _landed(reader, reading, min(_AHEAD, PIECE // max(1, size)))
         yield from _landed(reader, reading, 0)

@@ -20,10 +20,25 @@ try:
 except ImportError:  # then such chunks are decoded whole
     zstd = None  # type: ignore[assignment]
 
-__all__ = ["PIECE", "Codec", "Pieces", "codec_of", "fetch", "key_form", "key_of", "pieces_of", "streamable", "zstd"]
+__all__ = [
+    "METADATA",
+    "PIECE",
+    "Codec",
+    "Pieces",
+    "codec_of",
+    "fetch",
+    "grid_shape",
+    "key_form",
+    "key_of",
+    "pieces_of",
+    "streamable",
+    "zstd",
+]
 
 PIECE = 1 << 20
 """Bytes of a stored chunk that are fetched at a time, and below which rows are read whole, although a part is wanted."""
+METADATA: Mapping[str, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
+"""The key of an array's own metadata, by TensorStore's driver."""
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
@@ -61,6 +76,12 @@ def codec_of(metadata: Mapping[str, Any]) -> Codec | None:
         return None
     prefix, separator = key_form(metadata)
     return Codec(compressed=bool(names), shard=shard, prefix=prefix, separator=separator)
+
+
+def grid_shape(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a stored chunk, which may hold smaller ones (`sharding_indexed`)."""
+    found = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    return tuple(map(int, found))
 
 
 def key_form(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:

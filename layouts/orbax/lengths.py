@@ -1,28 +1,33 @@
-"""How large files of an item may be that are read as a whole: metadata, manifests of databases, chunks in their own files.
+"""How large what an item stores may be where it is read as a whole: metadata, manifests of databases, chunks.
 
-In: an item's directory and what its arrays say of themselves. Out: nothing, or an error. It never opens a file.
-A file of 8 GiB costs nothing where it is a hole, and as a chunk of some kB it would be read into memory.
+In: an item's directory, its databases, what its arrays say of themselves. Out: nothing, or an error. It never reads more than a
+byte. A file of 8 GiB costs nothing where it is a hole, and as a chunk of some kB it would be read into memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.faults import answer
 from layouts.disk.files import check_size
 from layouts.disk.places import is_remote, names_of
 from layouts.errors import InputError
+from layouts.orbax.codec import METADATA, grid_shape, key_form, key_of
 from layouts.orbax.tree import DATABASE, PROCESS, Leaf
 from layouts.tensors import TensorSpec, itemsize
 
 _BESIDE, _EACH = 64 << 10, 64
 """Bytes that a stored chunk may have besides twice those of its elements, and of each chunk in a shard: of frames and index."""
+_RATIO, _ZEROS = 1 << 15, 16 << 30
+"""Bytes that a stored one stands for at most (zstd: 128 KiB by 4 bytes), and bytes of zeros that may be left out anyway."""
 
-
-_METADATA = ("zarr.json", ".zarray", ".zattrs")
+_METADATA = (*METADATA.values(), ".zattrs")
 
 
 def check_metadata(item: Path, leaves: Iterable[Leaf], *, ocdbt: bool, zarr3: bool) -> None:
@@ -58,6 +63,77 @@ def check_chunks(item: Path, stored: Mapping[str, str], grids: Mapping[str, Any]
                 raise InputError(f"{where}: it has {size:,} bytes, and {most:,} are the most that a chunk of {name} may have")
 
 
+def check_values(found: Any, wanted: Iterable[tuple[str, int]], where: str) -> None:
+    """Refuse values of a key-value store, by key, that are longer than these bytes. A database says of each how long it is.
+
+    Raises:
+        InputError: one is. Whatever else is wrong with a value, who reads it says so.
+    """
+    # The byte behind the last one: a database answers from its tree that there is none (30 microseconds each).
+    asked = [(key, most, found.read(key, byte_range=slice(most, most + 1))) for key, most in wanted]
+    for key, most, reading in asked:
+        try:
+            beyond = answer(reading).value
+        except ValueError:
+            continue
+        if beyond:
+            raise InputError(f"{where}: {key} has more than {most:,} bytes, which are the most that it may have")
+
+
+def check_stored(
+    found: Any, metadata: Mapping[str, Any], spec: TensorSpec, places: Iterable[tuple[int, ...]], where: object
+) -> None:
+    """The same of the stored chunks of an array at these places of its grid."""
+    most, form = _most(metadata, itemsize(spec.dtype)), key_form(metadata)
+    check_values(found, ((key_of(*form, at), most) for at in places), f"{where}: {spec.name}")
+
+
+def chunks_under(metadata: Mapping[str, Any], slices: Sequence[slice]) -> Iterator[tuple[int, ...]]:
+    """The places of the stored chunks that a block lies in."""
+    spans = zip(slices, grid_shape(metadata), strict=True)
+    return itertools.product(*(range(cut.start // step, -(-cut.stop // step)) for cut, step in spans))
+
+
+def check_total(item: Path, tensors: Iterable[TensorSpec]) -> None:
+    """Refuse arrays that are larger together than what is stored can stand for: 3 kB that say petabytes would take years.
+
+    Chunks of zeros need not be stored. An optimizer that has not begun is all zeros, but its parameters lie beside it.
+
+    Raises:
+        InputError: they are.
+        OSError: a directory cannot be listed.
+    """
+    wanted = sum(spec.nbytes for spec in tensors) - _ZEROS
+    if wanted <= 0 or is_remote(item):
+        return
+    held = 0
+    for size in _sizes(item):
+        held += size
+        if held * _RATIO >= wanted:
+            return
+    raise InputError(
+        f"{item}: its arrays would have {wanted + _ZEROS:,} bytes, and the {held:,} bytes that are stored cannot stand for so "
+        f"much: the metadata is damaged. Get the checkpoint again"
+    )
+
+
+def _sizes(item: Path) -> Iterator[int]:
+    """Those of all files, each directory once, wherever links lead."""
+    seen, waiting = set(), [os.fspath(item)]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:  # a link to nothing
+                    continue
+                if not stat.S_ISDIR(found.st_mode):
+                    yield found.st_size
+                elif (place := (found.st_dev, found.st_ino)) not in seen:
+                    seen.add(place)
+                    waiting.append(entry.path)
+
+
 def _size(path: str) -> int:
     """Of a file; none of a link to nothing, which whoever needs it finds missing."""
     try:
@@ -68,8 +144,8 @@ def _size(path: str) -> int:
 
 def _most(metadata: Mapping[str, Any], width: int) -> int:
     """Bytes that a stored chunk may have."""
-    grid = metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    grid = grid_shape(metadata)
     codecs = metadata.get("codecs") or [{}]
     inner = codecs[0].get("configuration", {}).get("chunk_shape", grid)
-    elements, chunks = math.prod(map(int, grid)), math.prod(grid) // max(1, math.prod(inner))
+    elements, chunks = math.prod(grid), math.prod(grid) // max(1, math.prod(inner))
     return 2 * width * elements + _BESIDE + _EACH * int(chunks)

@@ -46,3 +46,26 @@ def test_a_damaged_memory_is_an_error(source, tmp_path, original):
     path.write_text(json.dumps({**json.loads(path.read_text()), "original": original}))
     with pytest.raises(convert.InputError, match="'original' should hold"):
         convert.split(tmp_path / "fused", tmp_path / "again")
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_files_without_tensors_come_back_only_where_they_are_read_again(source, tmp_path, index):
+    """A manifest may remember such files; an index, which names files by their tensors, cannot."""
+    if not index:
+        (source / "model.safetensors.index.json").unlink()
+        for number, file in enumerate(sorted(source.glob("*.safetensors"))):
+            file.rename(source / f"model-{number + 1:05}-of-00009.safetensors")
+        held = len(list(source.glob("*.safetensors")))
+        for number in range(held, 9):
+            (source / f"model-{number + 1:05}-of-00009.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    convert.prefuse(source, tmp_path / "fused")
+    if index:
+        path = tmp_path / "fused" / "convert_manifest.json"
+        found = json.loads(path.read_text())
+        found["original"]["headers"]["x.safetensors"] = "{}"
+        path.write_text(json.dumps(found))
+    convert.split(tmp_path / "fused", tmp_path / "again")
+    assert convert.verify(tmp_path / "again").equal
+    names = {path.name for path in source.glob("*.safetensors")}
+    assert not index or not (tmp_path / "again" / "x.safetensors").exists()
+    assert index or {path.name for path in (tmp_path / "again").glob("*.safetensors")} == names

@@ -1,6 +1,7 @@
 """safetensors files whose header, or whose length, is not what it should be."""
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +9,11 @@ from tests.hostile.variants import (
     COMPARE,
     DRY,
     FEW,
+    ITSELF,
     ORBAX,
     PREFUSE,
     REFUSED,
+    SPLIT,
     Change,
     Sandbox,
     Table,
@@ -128,6 +131,23 @@ def _experts(shape: list[int], count: int = 1, dtype: str = "U8") -> Change:
     return change
 
 
+def _hole(count: int, n: int, k: int) -> Change:
+    """So many experts in two tensors of zeros, which take no room on the disk."""
+
+    def change(box: Sandbox) -> None:
+        _experts([1])(box)
+        config = json.loads(place(box, "config.json").read_text())
+        place(box, "config.json").write_text(json.dumps(config | {"num_experts": count}))
+        wi, wo = 2 * count * n * k, count * n * k
+        shapes = {"gate_up_proj": ([0, wi], [count, 2 * n, k]), "down_proj": ([wi, wi + wo], [count, k, n])}
+        header = {f"model.layers.0.mlp.experts.{name}": _entry(*shape) for name, shape in shapes.items()}
+        shard("model.safetensors", header)(box)
+        path = place(box, "model.safetensors")
+        os.truncate(path, path.stat().st_size + wi + wo)
+
+    return change
+
+
 def variants() -> Iterator[Table]:
     """All of them, by kind."""
     headers, experts, lengths = Table("header", []), Table("shape of experts", []), Table("length of a shard", [])
@@ -148,6 +168,17 @@ def variants() -> Iterator[Table]:
         words = f"{len(shape)} sizes" if len(shape) > 3 else f"sizes {shape}"
         experts.add(words, "hf", _experts(shape), PREFUSE, ORBAX, DRY)
     experts.add("2,000 experts of nothing", "hf", _experts([0, 4], 2000), PREFUSE, slow=True)
+    for count, n, k in ((1 << 30, 1, 1), (1 << 26, 1 << 6, 1 << 6)):
+        experts.add(
+            f"{count:,} experts of ({n}, {k}) in a hole",
+            "hf",
+            _hole(count, n, k),
+            PREFUSE,
+            SPLIT,
+            DRY,
+            ITSELF,
+            codes=frozenset({3}),
+        )
     for dtype in ("BOOL", "F8_E4M3", "I8", "F8_E8M0"):
         experts.add(f"of {dtype}", "hf", _experts([4, 4], dtype=dtype), PREFUSE, ORBAX)
     for left in (0, 1, 7, 8, 9, 100, -1):

@@ -148,21 +148,26 @@ def variants() -> Iterator[Table]:
 
 
 def _all_experts(table: Table) -> None:
-    """Experts that are alike, and huge: what is not stored stands for zeros, so that 3 kB say petabytes."""
-    for name, n, chunk in (
-        ("chunks of one", 10**9, 1),
-        ("huge chunks", 1 << 40, 1 << 40),
-        ("chunks of rows", 1 << 50, 1 << 20),
+    """Experts that are alike, and huge along one axis: what is not stored stands for zeros, so that 3 kB say petabytes."""
+    for name, axis, size, chunk in (
+        ("chunks of one", "n", 10**9, 1),
+        ("huge chunks", "n", 1 << 40, 1 << 40),
+        ("chunks of rows", "n", 1 << 50, 1 << 20),
+        ("huge chunks of rows", "k", 1 << 40, 1 << 40),
+        ("a stack of layers", "l", 1 << 40, 1 << 40),
+        ("no end of them", "e", 1 << 40, 1 << 40),
     ):
 
-        def change(box: Sandbox, n: int = n, chunk: int = chunk) -> None:
+        def change(box: Sandbox, axis: str = axis, size: int = size, chunk: int = chunk) -> None:
             edit("_METADATA", ("store_array_data_equal_to_fill_value",), False)(box)
-            for word in ("wi_0", "wi_1", "wo"):
-                shape, chunks = ([3, 2, n, 16], [1, 1, chunk, 1]) if word == "wo" else ([3, 2, 16, n], [1, 1, 1, chunk])
-                edit(f"{WI.replace('wi_0', word)}/zarr.json", (), partial(_resized, shape=shape, chunk=chunks))(box)
+            sizes, chunks = {"e": 3, "l": 2, "k": 16, "n": 8} | {axis: size}, dict.fromkeys("elkn", 1) | {axis: chunk}
+            for word, axes in (("wi_0", "elkn"), ("wi_1", "elkn"), ("wo", "elnk")):
+                shape, grid = [sizes[each] for each in axes], [chunks[each] for each in axes]
+                edit(f"{WI.replace('wi_0', word)}/zarr.json", (), partial(_resized, shape=shape, chunk=grid))(box)
                 shutil.rmtree(box.source / WI.replace("wi_0", word) / "c")
 
-        table.add(f"all experts are huge, in {name}", "dirs", change, PREFUSE, RELAID, DRY, COMPARE, ITSELF)
+        codes = frozenset({3})
+        table.add(f"all experts are huge, in {name}", "dirs", change, PREFUSE, RELAID, DRY, COMPARE, ITSELF, codes=codes)
 
 
 def _fitted(value: Any, array: str) -> Any:
@@ -216,12 +221,30 @@ def _databases(table: Table) -> None:
             codes = DOCUMENTED if "process's" in where else frozenset({3})
             table.add(f"{where} is gone", base, _each(pattern, None), codes=codes)
     table.add("it is another's", "ocdbt", _swapped, PREFUSE, COMPARE)
+    for name, key, size in (
+        ("a chunk", "params.params.decoder.decoder_norm.scale/0", 1 << 20),
+        ("a chunk of an expert", "params.params.decoder.layers.moe_block.wi_0/0.0.0.0", 1 << 20),
+        ("metadata", "params.params.decoder.layers.moe_block.wi_0/.zarray", 17 << 20),
+    ):
+        table.add(f"{name} is longer than any", "ocdbt", _longer(key, size), PREFUSE, RELAID, COMPARE, codes=frozenset({3}))
     for name, value in wrong(("null", "true", "a text", "an empty object")):
         table.add(f"directories, and the mark is {name}", "dirs", edit("_METADATA", ("use_ocdbt",), value), slow=rare(name))
         table.add(
             f"a database, and the mark is {name}", "ocdbt", edit("@item/_METADATA", ("use_ocdbt",), value), slow=rare(name)
         )
     table.add("a database, and the mark of zarr 3 is wrong", "ocdbt", edit("@item/_METADATA", ("use_zarr3",), True))
+
+
+def _longer(key: str, size: int) -> Change:
+    """A value of a database with spaces behind it; the database is sound, and says how long the value is."""
+
+    def change(box: Sandbox) -> None:
+        import tensorstore as ts
+
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{box.item}/"}).result()
+        store.write(key, store.read(key).result().value + b" " * size).result()
+
+    return change
 
 
 def _each(pattern: str, content: Any) -> Change:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from convert import cli
 from layouts.disk import faults
 from layouts.disk.faults import answer, told, writing
 from layouts.errors import InputError
+from layouts.orbax import lengths
+from layouts.tensors import TensorSpec
 from tests.orbax.test_keep import PATH, save
 
 SPEC = " [tensorstore_spec='{\"context\":{\"cache_pool\":{}}}' [source locations='tensorstore/x.cc:1\n']]"
@@ -37,6 +40,21 @@ def test_faults_of_the_system(text, code):
         assert raised.value.errno == code
         assert len(str(raised.value)) < 350
         assert "tensorstore_spec" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "stored", "sound"), [(16 << 30, 0, True), (17 << 30, 1 << 15, True), (17 << 30, 1 << 14, False)]
+)
+def test_what_is_stored_must_be_able_to_stand_for_the_arrays(tmp_path, nbytes, stored, sound):
+    """2**15 to one is what zstd reaches, and 16 GiB of zeros need not be stored at all; what a link leads to counts."""
+    (tmp_path / "disk" / "d").mkdir(parents=True)
+    (tmp_path / "disk" / "d" / "values").write_bytes(bytes(stored))
+    (tmp_path / "item").mkdir()
+    (tmp_path / "item" / "d").symlink_to(tmp_path / "disk" / "d")
+    (tmp_path / "item" / "again").symlink_to(tmp_path / "item")
+    arrays = [TensorSpec(name="x", dtype="U8", shape=(nbytes,))]
+    with nullcontext() if sound else pytest.raises(InputError, match="metadata is damaged"):
+        lengths.check_total(tmp_path / "item", arrays)
 
 
 @pytest.mark.parametrize("text", ["NOT_FOUND: no chunk", "DATA_LOSS: bad", "FAILED_PRECONDITION: x", "INVALID_ARGUMENT: y"])

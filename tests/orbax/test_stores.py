@@ -18,6 +18,7 @@ import tensorstore as ts
 import xxhash
 
 import convert
+from convert import cli
 from convert.orbax import copy, write
 from convert.orbax.chunks import plan_chunks
 from convert.planning.planner import make_plan
@@ -104,6 +105,14 @@ def test_prefuse_and_split_restore_bit_for_bit(make, ocdbt, zarr3, tmp_path):
     assert (written["use_ocdbt"], written["use_zarr3"]) == (ocdbt, zarr3)
     assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
     assert convert.verify(tmp_path / "out").equal
+
+
+def test_an_output_of_more_chunks_than_are_read_again_is_not_begun(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "in", scanned())
+    monkeypatch.setattr("convert.orbax.write.CHUNKS", 0)
+    assert cli.main(["--prefuse", "--layout", "interleaved", str(tmp_path / "in"), str(tmp_path / "out")]) == 4
+    assert "0 are the most that are read again" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_split_restores_the_metadata_of_the_tree(tmp_path):

@@ -20,7 +20,8 @@ from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.disk.places import is_remote
 from layouts.language.layout import Placed
-from layouts.orbax.chunks import Chunk, chunks_of, grid_shape
+from layouts.orbax.chunks import Chunk, chunks_of
+from layouts.orbax.codec import grid_shape
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import ARRAYS
 from layouts.reader import Reader

@@ -27,7 +27,8 @@ from convert.planning.targets import Target
 from layouts.disk.faults import answer
 from layouts.disk.places import names_of
 from layouts.orbax.arrays import NODES
-from layouts.orbax.chunks import METADATA, key_at
+from layouts.orbax.chunks import key_at
+from layouts.orbax.codec import METADATA
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import DATABASE, PROCESS
 
