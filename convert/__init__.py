@@ -25,7 +25,7 @@ from convert.errors import ConvertError, InputError, OutputError, PlanError, Sto
 from convert.options import Choices, Verification
 from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying, documented
 from convert.options.option import complete
-from convert.pipeline.calls import load, save
+from convert.pipeline.calls import load, save, sync_plan
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -52,6 +52,7 @@ __all__ = [
     "save",
     "split",
     "split_params",
+    "sync_plan",
     "verify",
 ]
 

@@ -23,6 +23,7 @@ from convert.options.keywords import (
     Reformatting,
     Saving,
     Splitting,
+    Syncing,
     Verifying,
     options_of,
 )
@@ -68,7 +69,7 @@ def test_keywords_have_the_names_and_types_of_the_definitions(kinds, keywords):
 
 def test_what_only_some_functions_take_is_a_part_of_it():
     everything = get_type_hints(Prefusing)
-    for keywords in (Splitting, Merging, Reformatting, Loading, Saving):
+    for keywords in (Splitting, Merging, Reformatting, Loading, Saving, Syncing):
         assert get_type_hints(keywords).items() <= everything.items()
     assert get_type_hints(Digesting).items() <= get_type_hints(Verifying).items()
 
@@ -98,6 +99,7 @@ def test_help_shows_every_option_with_its_default_and_sentence(function):
         "digest": Digesting,
         "load": Loading,
         "save": Saving,
+        "sync_plan": Syncing,
     }
     parameters = inspect.signature(function).parameters
     for each in options_of(keywords[function.__name__]):

@@ -115,7 +115,15 @@ def _word(dtype: Any) -> Any:
 
 
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
-    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
+    """The same bits as another type. bfloat16 is put together of bytes that are there.
+
+    Else a CPU takes the integers for what they become, and picks between them as floats of 32 bits: the smallest become zeros.
+    """
+    if array.dtype == dtype:
+        return array
+    if dtype == jnp.bfloat16:
+        array = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(array, jnp.uint8))  # type: ignore[no-untyped-call]
+    return jax.lax.bitcast_convert_type(array, dtype)
 
 
 @_as_bits.defjvp

@@ -57,7 +57,7 @@ class Moves:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tree:
+class Tree:
     """A tree as the planner sees a checkpoint, of which it asks names and shapes alone."""
 
     tensors: Mapping[str, TensorSpec]
@@ -71,6 +71,9 @@ class _Tree:
     def where(self, name: str) -> str:
         """The place of a leaf, for messages."""
         return name.partition(".")[0]
+
+    def unit(self, name: str) -> None:
+        """Any part can be read alone."""
 
 
 def planned(
@@ -112,11 +115,11 @@ def _planned(
     before, after = (family.native, wanted) if action == "prefuse" else ((), family.native[0])
     before = before if there is None else (named(there, family), *before)
     check_arrays(held, family, (*before, *family.native, wanted))
-    tensors = {name: _spec(name, each.leaf) for name, each in held.items() if each.leaf is not None}
+    tensors = {name: spec_of(name, each.leaf) for name, each in held.items() if each.leaf is not None}
     if not has_gates(tensors, family, before if action == "split" else ()):
         moves = tuple(_places(held, _empty_pairs(family, before, after)))
         return Moves(moves=moves or absent(tensors, family, before, said=bool(choices.family)), record=None)
-    reader = _Tree(tensors=tensors, format=family.format, record=record, config=config)
+    reader = Tree(tensors=tensors, format=family.format, record=record, config=config)
     plan = make_plan(cast(Reader, reader), Path(), action, choices, whole=False)
     return Moves(moves=(*_moves(plan), *_places(held, _pairs(plan))), record=_whole(plan.record, family))
 
@@ -128,7 +131,8 @@ def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
     return dict(sizes)
 
 
-def _spec(name: str, leaf: Leaf) -> TensorSpec:
+def spec_of(name: str, leaf: Leaf) -> TensorSpec:
+    """What the planner asks of a leaf."""
     return TensorSpec(name=name, dtype=_CODES.get(leaf.dtype, _OTHER_TYPE), shape=tuple(leaf.array.shape))
 
 

@@ -9,7 +9,7 @@ cloned, and their attributes replaced. All else that JAX knows as a tree keeps i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,11 @@ def flatten(root: Any) -> dict[str, Held]:
             raise PlanError(f"{name}: two leaves have this name, {found[name].path} and {path}; rename one")
         found[name] = Held(path=path, node=node, leaf=leaf_of(node))
     return found
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """A path of JAX's as the name of a leaf, without `ROOT`."""
+    return ".".join(word for entry in path for word in _words(_key(entry)))
 
 
 def rebuilt(root: Any, held: Mapping[str, Held], made: Mapping[Sequence[str], Mapping[str, Any]]) -> Any:

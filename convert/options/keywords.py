@@ -102,13 +102,18 @@ class Fusing(Unfusing, total=False):
     source_layout: str | None
 
 
-class _Held(TypedDict, total=False):
+class Syncing(TypedDict, total=False):
+    """What `sync_plan` takes, besides the layout."""
+
     shards: int
     align: int | str
     family: str | None
     source_layout: str | None
     scan: bool
     scan_axis: int | None
+
+
+class _Held(Syncing, total=False):
     params_only: bool
     drop_optimizer: bool
     memory: int | str

@@ -5,15 +5,17 @@ In: paths, trees and options (`convert.options`). Out: trees, reports, functions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from convert.errors import UsageError
 from convert.options import Choices, Running
-from convert.options.keywords import Loading, Saving, documented
+from convert.options.keywords import Loading, Saving, Syncing, documented
 from convert.options.option import complete
 
 if TYPE_CHECKING:
+    from convert.pipeline.sync import Sync
     from convert.progress import Progress
     from convert.report import Report
 
@@ -108,3 +110,42 @@ def save(
     with closing(opened(like, choices)) as reader:
         asked = request(reader, layout, names, choices)
         return write(params, asked, reader, place(path), running, progress or ignore)
+
+
+@documented(Syncing)
+def sync_plan(
+    source: Any,
+    target: Any,
+    *,
+    layout: str | None = None,
+    names: Literal["hf", "maxtext"] | Callable[[str], str] | None = None,
+    source_names: Literal["hf", "maxtext"] = "maxtext",
+    config: Mapping[str, Any] | None = None,
+    cast: bool = False,
+    **options: Unpack[Syncing],
+) -> Sync:
+    """The pure function that turns a trainer's tree into a server's, planned once; for weight sync in RL.
+
+    `source` and `target` are trees of arrays or of `jax.ShapeDtypeStruct`. `layout` and `names` say what they say in `load`.
+    `source_names` is whose names the source has; for the other ones' names, `config` has to be what `config.json` says.
+    The result is in the containers and shardings of `target`, and in its element types: these may differ only with `cast`.
+    Call it within your own jit, or take `jitted(donate=True)`, which is compiled with the target's shardings.
+
+    Raises:
+        PlanError: a leaf of the target is not made, a leaf of the source has no place, or shapes or types differ.
+        InputError, UsageError: as `load`.
+    """
+    from convert.pipeline.sync import plan_sync
+
+    if source_names not in ("hf", "maxtext"):
+        raise UsageError(f"source_names: {source_names!r} is neither of hf, maxtext")
+    return plan_sync(
+        source,
+        target,
+        layout=layout,
+        names=names,
+        config=config or {},
+        hf=source_names == "hf",
+        cast_types=cast,
+        choices=complete(Choices, options),
+    )

@@ -173,3 +173,16 @@ def test_what_goes_forth_comes_back_as_the_derivative(layout, options):
     back = convert.split_params({name: weight}, convert.layout_of(args, layout=layout, **options))
     for key in args:
         np.testing.assert_array_equal(found[key], jnp.where(back[key] == 0, 1, back[key]))
+
+
+@pytest.mark.parametrize("layout", ["concat", "per-shard"])
+def test_the_smallest_numbers_and_nans_of_two_bytes_pass_as_they_are(layout):
+    """A CPU picks between floats of 16 bits as floats of 32, and makes zeros of the smallest."""
+    words = np.arange(1 << 16, dtype="u2").reshape(2, 2, 4, 4096)
+    gate, up = words.view("bfloat16")
+    asked = {"layout": layout, **({"shards": 2, "align": 4096} if layout == "per-shard" else {})}
+    wanted = convert.prefuse_params({"m": {"wi_0": gate, "wi_1": up}}, **asked)["m"]["wi"]
+    held = {"m": {"wi_0": jnp.asarray(gate), "wi_1": jnp.asarray(up)}}
+    for call in (convert.prefuse_params, jax.jit(partial(convert.prefuse_params, **asked))):
+        found = call(held, **(asked if call is convert.prefuse_params else {}))
+        assert np.asarray(found["m"]["wi"]).tobytes() == np.ascontiguousarray(wanted).tobytes()

@@ -1,0 +1,141 @@
+"""Weight sync: what one jitted function makes of a trainer's tree is what the file engine makes of its checkpoint."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import convert
+import scripts.make_checkpoint as made
+from tests.pipeline.test_load import bits, cut, dotted
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return made.make_checkpoint(tmp_path_factory.mktemp("a") / "hf", family="qwen3_moe", layers=2, experts=4)
+
+
+def config(source):
+    return json.loads((source / "config.json").read_text())
+
+
+def specs(params, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding and sharding("", x.shape)), params)
+
+
+def equal(one, other):
+    one, other = bits(dotted(one)), bits(dotted(other))
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+CASES = {
+    "per-shard, in MaxText's tree": ({}, {"layout": "per-shard", "shards": 2}),
+    "of a tree that is not scanned": ({"scan": False}, {"layout": "concat"}),
+    "to Hugging Face's names": ({}, {"names": "hf"}),
+    "to Hugging Face's names, not scanned": ({"scan": False}, {"names": "hf", "layout": "vllm"}),
+    "fused, to Hugging Face's names": ({"layout": "concat"}, {"names": "hf", "source_layout": "concat"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_what_the_file_engine_makes(source, case):
+    before, after = CASES[case]
+    trainer = convert.load(source, names="maxtext", **before)
+    wanted = {word: value for word, value in {"names": "maxtext", **before, **after}.items() if word != "source_layout"}
+    server = convert.load(source, **{**wanted, "layout": after.get("layout")})
+    sync = convert.sync_plan(specs(trainer), specs(server), config=config(source), **after)
+    found = jax.jit(sync)(trainer)
+    assert equal(found, server)
+    assert jax.tree.structure(found) == jax.tree.structure(server)
+
+
+def test_out_of_hugging_faces_names(source):
+    server = convert.load(source, names="maxtext", layout="concat")
+    trainer = convert.load(source)
+    sync = convert.sync_plan(trainer, server, layout="concat", names="maxtext", source_names="hf", config=config(source))
+    assert equal(sync.jitted()(trainer), server)
+
+
+def test_shardings_types_and_containers_are_the_servers():
+    trainer = jax.tree.map(lambda x: jax.device_put(x, cut("", x.shape)), small("bfloat16"))
+    padded = convert.prefuse_params(small("float32"), layout="per-shard", shards=2)
+    asked = {"layout": "per-shard", "shards": 2}
+    with pytest.raises(convert.PlanError, match=r"is bfloat16, and float32 in the second tree; cast=True"):
+        convert.sync_plan(trainer, padded, **asked)
+    sync = convert.sync_plan(trainer, FrozenDict(specs(padded, cut)), **asked, cast=True)
+    for found in (sync(trainer), sync.jitted()(trainer)):
+        assert isinstance(found, FrozenDict)
+        assert equal(found.unfreeze(), padded)
+        assert all(x.sharding.is_equivalent_to(cut("", x.shape), x.ndim) for x in jax.tree.leaves(found))
+
+
+def small(dtype):
+    shapes = {"wi_0": (4, 6, 8), "wi_1": (4, 6, 8), "wo": (4, 8, 6)}
+    return {"layer": {"moe": {name: jnp.arange(192, dtype=dtype).reshape(shape) for name, shape in shapes.items()}}}
+
+
+def test_donated_arrays_are_given_up():
+    trainer, server = small("float32"), convert.prefuse_params(small("float32"), layout="interleaved")
+    sync = convert.sync_plan(trainer, server, layout="interleaved").jitted(donate=True)
+    assert equal(sync(trainer), server)
+    assert all(array.is_deleted() for array in jax.tree.leaves(trainer))
+
+
+def test_gradients_go_through_it():
+    moe = {
+        "layer": {
+            "moe": {name: jnp.ones(shape) for name, shape in {"wi_0": (2, 3, 4), "wi_1": (2, 3, 4), "wo": (2, 4, 3)}.items()}
+        }
+    }
+    target = {"layer": {"moe": {"wi": jnp.zeros((2, 3, 8)), "wo": jnp.zeros((2, 4, 3))}}}
+    sync = convert.sync_plan(moe, target, layout="concat")
+    weights = jnp.arange(48.0).reshape(2, 3, 8)
+    found = jax.grad(lambda tree: jnp.sum(sync(tree)["layer"]["moe"]["wi"] * weights))(moe)["layer"]["moe"]
+    assert np.array_equal(jnp.concatenate([found["wi_0"], found["wi_1"]], -1), weights)
+
+
+def test_a_server_of_nnx_with_names_of_its_own():
+    trainer = {"layer": {"moe": {"wi_0": jnp.ones((2, 3, 4)), "wi_1": jnp.ones((2, 3, 4)) * 2, "wo": jnp.ones((2, 4, 3))}}}
+    names = {"layer.moe.wi": "experts.w13", "layer.moe.wo": "experts.w2"}
+    server = nnx.State({"experts": {"w13": nnx.Param(jnp.zeros((2, 3, 8))), "w2": nnx.Param(jnp.zeros((2, 4, 3)))}})
+    sync = convert.sync_plan(trainer, server, layout="concat", names=names.__getitem__)
+    found = sync.jitted()(trainer)
+    assert isinstance(found, nnx.State)
+    assert np.array_equal(found["experts"]["w13"].get_value()[..., 4:], trainer["layer"]["moe"]["wi_1"])
+
+
+TREE = {
+    "layer": {"moe": {"wi_0": jnp.ones((2, 3, 4)), "wi_1": jnp.ones((2, 3, 4)), "wo": jnp.ones((2, 4, 3))}, "norm": jnp.ones(3)}
+}
+MOE = {"wi": jnp.ones((2, 3, 8)), "wo": jnp.ones((2, 4, 3))}
+REFUSED = {
+    "a leaf too many there": (
+        {"layer": {"moe": {**MOE, "bias": jnp.ones(3)}, "norm": jnp.ones(3)}},
+        "bias of the second tree is not",
+    ),
+    "a leaf too many here": ({"layer": {"moe": MOE}}, "layer.norm has no place in the second tree"),
+    "another shape": (
+        {"layer": {"moe": {**MOE, "wi": jnp.ones((2, 3, 9))}, "norm": jnp.ones(3)}},
+        r"becomes \(2, 3, 8\), and is",
+    ),
+    "no array": ({"layer": {"moe": {**MOE, "wi": "text"}, "norm": jnp.ones(3)}}, "wi is a str and no array"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_trees_that_do_not_fit(case):
+    target, said = REFUSED[case]
+    with pytest.raises(convert.PlanError, match=said):
+        convert.sync_plan(TREE, target, layout="concat")
+
+
+def test_a_tree_that_is_not_as_planned():
+    sync = convert.sync_plan(TREE, {"layer": {"moe": MOE, "norm": jnp.ones(3)}}, layout="concat")
+    with pytest.raises(convert.PlanError, match="norm is not in the tree"):
+        sync({"layer": {"moe": TREE["layer"]["moe"]}})
+    with pytest.raises(convert.UsageError, match="source_names: 'torch' is neither"):
+        convert.sync_plan(TREE, TREE, source_names="torch")
