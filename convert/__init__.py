@@ -10,6 +10,7 @@
     content = convert.digest("out")                  # a sha256 that is the same in every layout
     params = convert.load("in", layout="concat")     # straight onto devices, in any layout
     report = convert.save(params, "new", like="in", layout="concat")
+    print(convert.inspect("in"))                     # what it is, from its headers alone
 
 Nothing here prints or exits; progress goes to a callback. Heavy libraries are imported when a function needs them.
 """
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from convert.answers import inspect
 from convert.conversions import merge, plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 from convert.options import Choices, Verification
@@ -42,6 +44,7 @@ __all__ = [
     "UsageError",
     "connect",
     "digest",
+    "inspect",
     "layout_of",
     "load",
     "merge",

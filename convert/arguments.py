@@ -10,25 +10,22 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
+from convert.answers.words import ABOUT, EPILOG, EXAMPLES, IMAGES, OTHER_PROGRAM
 from convert.errors import UsageError, did_you_mean
 from convert.options import values
-from convert.options.keywords import Digesting, MergingInto, Prefusing, Reformatting, Splitting, Verifying, options_of
+from convert.options.keywords import (
+    Digesting,
+    Inspecting,
+    MergingInto,
+    Prefusing,
+    Reformatting,
+    Splitting,
+    Verifying,
+    options_of,
+)
 from convert.options.option import Named
+from convert.progress import KINDS
 
-EXAMPLES = """\
-examples:
-  convert --prefuse ckpt ckpt-fused                      wi_0, wi_1 -> wi (E, K, 2N), wo (E, N, K)
-  convert --prefuse ckpt ckpt-v5 --layout transformers   gate_up_proj (E, 2N, K), as transformers 5 loads it
-  convert --split ckpt-fused ckpt-again                  the exact inverse
-  convert --merge adapter merged --base ckpt             base + LoRA adapter, computed in float32
-  convert --verify ckpt ckpt-fused                       equal weights and equal grouped GEMMs
-  convert --verify ckpt-fused                            the digests in its manifest
-  convert --digest ckpt ckpt-fused                       what they hold, by one sha256 each
-"""
-EPILOG = f"""{EXAMPLES}
-exit codes: 0 done or equal, 1 a difference, 2 usage, 3 input missing or corrupt, 4 cannot plan, 5 output exists or in use,
-6 disk full or failing (run again to go on), 70 a bug, 130 / 143 interrupted (run again to go on)
-"""
 ACTIONS: Mapping[str, type] = {
     "--prefuse": Prefusing,
     "--split": Splitting,
@@ -36,19 +33,19 @@ ACTIONS: Mapping[str, type] = {
     "--to": Reformatting,
     "--verify": Verifying,
     "--digest": Digesting,
+    "--inspect": Inspecting,
 }
 """What each action takes; `--to` alone is the one that only changes the format."""
-IMAGES = frozenset(
-    [f".{end}" for end in ("png", "jpg", "jpeg", "gif", "webp", "tif", "tiff", "bmp", "svg", "pdf", "heic")]
-    + [f"-{word}" for word in ("resize", "quality", "crop", "rotate", "density")]
-)
-"""How files end, and options begin, of the other program that is called `convert`."""
-OTHER_PROGRAM = "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick"
 _NATURAL, _POSITIVE = values.natural, values.positive
 _PLANNED = ("--prefuse", "--split", "--merge", "--to", "--verify")
-_EVERY = (*_PLANNED, "--digest", "--families")
+_TABLES = ("--families", "--layouts", "--version")
+_EVERY = (*_PLANNED, "--digest", "--inspect", *_TABLES)
 _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("--dry-run", _PLANNED, {"action": "store_true", "help": "print the plan and touch nothing; --verify: the cost"}),
+    (
+        "--dry-run",
+        _PLANNED,
+        {"action": "store_true", "help": "print the plan and touch nothing, and fail as the run would; --verify: the cost"},
+    ),
     (
         "--distributed",
         _PLANNED,
@@ -57,12 +54,42 @@ _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("--coordinator", _PLANNED, {"metavar": "HOST:PORT", "help": "where process 0 of several is; implies --distributed"}),
     ("--num-processes", _PLANNED, {"type": _POSITIVE, "metavar": "P", "help": "how many; --dry-run: divide the work"}),
     ("--process-id", _PLANNED, {"type": _NATURAL, "metavar": "I", "help": "which of them this is, from 0"}),
-    ("--json", ("--verify", "--digest"), {"action": "store_true", "help": "print the verdict, or the digests, as JSON"}),
+    ("--json", _EVERY, {"action": "store_true", "help": "print the answer, or the error, as JSON"}),
     ("--report", ("--verify",), {"metavar": "FILE.html", "help": "--verify: write the verdict as one offline page, too"}),
-    ("--quiet", _EVERY, {"action": "store_true", "help": "no progress bar"}),
+    (
+        "--progress",
+        (*_PLANNED, "--digest"),
+        {
+            "choices": KINDS,
+            "help": "on stderr; plain is a line every 30 s (default: a bar on a terminal, else plain)",
+        },
+    ),
+    ("--quiet", _EVERY, {"action": "store_true", "help": "no progress"}),
     ("--debug", _EVERY, {"action": "store_true", "help": "show tracebacks"}),
 )
 """Arguments that the library has no option for, and the actions that take them."""
+_DO: Mapping[str, str] = {
+    "--prefuse": "write CKPT_IN to CKPT_OUT with one fused tensor wi",
+    "--split": "write CKPT_IN to CKPT_OUT with separate gate and up",
+    "--merge": "write --base CKPT with the adapter CKPT_IN in it to CKPT_OUT",
+    "--verify": "compare two checkpoints, or re-check one's digests",
+    "--digest": "print a sha256 of what checkpoints hold, the same in every layout",
+    "--inspect": "say what a checkpoint is, from its headers, and what could be done with it",
+    "--families": "print the model families in the table, or what is known of one: --families NAME",
+    "--layouts": "print the layouts, with what they are for",
+    "--version": "print the version of this tool",
+}
+"""The actions that exclude each other; `--to` goes with some of them."""
+_GROUPS: Mapping[str, str] = {
+    "layout": "layout shards align source_layout family",
+    "formats": "to scan scan_axis params_only drop_optimizer drop_mtp keep_chunks mesh copy_all dequantize",
+    "adapters": "from_writer base",
+    "resources": "jobs memory max_shard_size resume overwrite",
+    "several processes": "distributed coordinator num_processes process_id",
+    "output": "dry_run json report progress quiet debug content",
+}
+"""Under which heading the help has each option; the others are under `verify`."""
+_VERIFY = "verify"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,30 +106,54 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
 
 
+class _Help(argparse.Action):
+    """`--help`, and `--help verify`, which has the options of one action alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: Any, option_string: str | None = None) -> None:
+        """Print it and leave."""
+        flag = f"--{values}".replace("----", "--") if values else None
+        if flag and flag not in _EVERY:
+            parser.error(f"argument {option_string}: no action is called {values!r}{did_you_mean(flag, _EVERY)}")
+        _made(flag).print_help()
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """All options, with their help."""
+    return _made(None)
+
+
+def _made(only: str | None) -> argparse.ArgumentParser:
+    """All options, or those of one action."""
     found = _Parser(
         prog="convert",
+        usage=f"convert {only or 'ACTION'} [CKPT ...] [options]",
         allow_abbrev=False,
-        description="Fuse the gate and up projections of MoE checkpoints (safetensors, Orbax) offline, split them, prove it.",
+        add_help=False,
+        description=f"{ABOUT}\n\n{_examples(only)}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    action = found.add_mutually_exclusive_group()
-    action.add_argument("--prefuse", action="store_true", help="write CKPT_IN to CKPT_OUT with one fused tensor wi")
-    action.add_argument("--split", action="store_true", help="write CKPT_IN to CKPT_OUT with separate gate and up")
-    action.add_argument("--merge", action="store_true", help="write --base CKPT with the adapter CKPT_IN in it to CKPT_OUT")
-    action.add_argument("--verify", action="store_true", help="compare two checkpoints, or re-check one's digests")
-    action.add_argument(
-        "--digest", action="store_true", help="print a sha256 of what checkpoints hold, the same in every layout"
-    )
-    action.add_argument("--families", action="store_true", help="print the model families in the table")
-    found.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
+    do = found.add_argument_group("do")
+    do.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
+    do.add_argument("-h", "--help", nargs="?", metavar="ACTION", action=_Help, help="show this, or the options of one action")
+    action = do.add_mutually_exclusive_group()
+    for flag, text in _DO.items():
+        action.add_argument(flag, action="store_true", help=text if only in (None, flag) else argparse.SUPPRESS)
+    groups = {title: found.add_argument_group(title) for title in (*list(_GROUPS)[:2], _VERIFY, *list(_GROUPS)[2:])}
+    home = {name: groups[title] for title, names in _GROUPS.items() for name in names.split()}
     for each, actions in _taken().values():
-        _add(found, each, "--verify: " if actions == ["--verify"] else "")
-    for flag, _, words in _COMMAND:
-        found.add_argument(flag, **_read(words))
+        if only is None or only in actions:
+            _add(home.get(each.name, groups[_VERIFY]), each, "--verify: " if actions == ["--verify"] else "")
+    for flag, takers, words in _COMMAND:
+        if only is None or only in takers:
+            home[flag[2:].replace("-", "_")].add_argument(flag, **_read(words))
     return found
+
+
+def _examples(only: str | None) -> str:
+    lines = EXAMPLES.splitlines(keepends=True)
+    return "".join(line for line in lines if only is None or only in line or line == lines[0])
 
 
 def _taken() -> dict[str, tuple[Named, list[str]]]:
@@ -114,7 +165,7 @@ def _taken() -> dict[str, tuple[Named, list[str]]]:
     return found
 
 
-def _add(parser: argparse.ArgumentParser, each: Named, before: str) -> None:
+def _add(parser: argparse._ArgumentGroup, each: Named, before: str) -> None:
     option, text = each.option, f"{before}{each.sentence}"
     if each.is_switch and (each.default or option.either):
         flag = f"--{each.name.replace('_', '-')}"

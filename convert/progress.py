@@ -5,16 +5,24 @@ In: bytes that are done, and the phase that they are of. Out: nothing, or bars o
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from convert.options.values import in_units
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call, from one thread at a time; it may be `Phased`."""
 _BEAT = 0.5
 """Seconds between two drawings of a bar, while nothing is done."""
+LINE, RECORD = 30.0, 1.0
+"""Seconds between two lines of progress for people who read a log, and for programs."""
+KINDS = ("auto", "bar", "plain", "json", "none")
+"""How progress can be shown; `auto` is a bar on a terminal, and else a plain line from time to time."""
 
 
 @runtime_checkable
@@ -86,6 +94,69 @@ class Bars:
             self._bar = None
 
 
+class Lines:
+    """A line at most every so many seconds, in words or as JSON: for logs and for programs."""
+
+    def __init__(self, name: str, total: int | None, *, json: bool = False, file: Any = None) -> None:
+        self._json, self._file, self._every = json, file or sys.stderr, RECORD if json else LINE
+        self._lock, self._what, self._told = threading.Lock(), "", time.monotonic()
+        self._name, self._total, self._done, self._began = name, total, 0, self._told
+
+    def __call__(self, done: int) -> None:
+        """See `Phased`."""
+        with self._lock:
+            self._done += done
+        self.beat()
+
+    def phase(self, name: str, total: int | None) -> None:
+        """See `Phased`."""
+        with self._lock:
+            if self._json and self._done:
+                self._tell(time.monotonic())
+            self._name, self._total, self._done, self._what, self._began = name, total, 0, "", time.monotonic()
+
+    def at(self, what: str) -> None:
+        """See `Phased`."""
+        self._what = what
+
+    def beat(self) -> None:
+        """Say where it is, if it is time."""
+        with self._lock:
+            if (now := time.monotonic()) - self._told >= self._every:
+                self._tell(now)
+
+    def close(self) -> None:
+        """Programs are told the last number, too."""
+        with self._lock:
+            if self._json:
+                self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        self._told, rate = now, self._done / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / rate if self._total and rate else None
+        if self._json:
+            found = {"phase": self._name, "at": self._what, "done": self._done, "total": self._total}
+            line = json.dumps({**found, "bytes_per_second": round(rate), "seconds_left": left and round(left, 1)})
+        else:
+            of = f" of {in_units(self._total)}" if self._total else ""
+            ahead = f", {left:.0f} s left" if left is not None else ""
+            where = ": ".join(filter(None, ("convert", self._name, self._what)))
+            line = f"{where}: {in_units(self._done)}{of}, {in_units(rate)}/s{ahead}"
+        print(line, file=self._file, flush=True)
+
+
+def watching(kind: str, name: str = "", total: int | None = None) -> AbstractContextManager[Progress | None]:
+    """Progress as a user wants it shown, on stderr; see `KINDS`."""
+    if kind == "none":
+        return nullcontext()
+    if kind == "bar" or (kind == "auto" and sys.stderr.isatty()):
+        return bars(name, total)
+    return _kept_alive(Lines(name, total, json=kind == "json"))
+
+
+_Shown = TypeVar("_Shown", Bars, Lines)
+
+
 @contextmanager
 def bars(name: str = "", total: int | None = None, file: Any = None) -> Iterator[Bars]:
     """Bars on stderr, the first of which is there at once; each moves while a long step has nothing to say."""
@@ -94,6 +165,13 @@ def bars(name: str = "", total: int | None = None, file: Any = None) -> Iterator
     where = file or sys.stderr
     found = Bars(lambda **words: tqdm(**words, unit="B", unit_scale=True, file=where, dynamic_ncols=True, leave=False))
     found.phase(name, total)
+    with _kept_alive(found):
+        yield found
+
+
+@contextmanager
+def _kept_alive(found: _Shown) -> Iterator[_Shown]:
+    """With a thread that lets it say that time passes."""
     over = threading.Event()
 
     def beat() -> None:

@@ -1,6 +1,6 @@
-"""What a person reads: the plan, the summary of a run, the families.
+"""What a person reads: the plan, the summary of a run.
 
-In: plans, reports, tables. Out: text. It never prints it.
+In: plans, reports. Out: text. It never prints it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from convert.errors import one_line
 from convert.options.values import in_units as size
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
-from layouts.language.layout import ROLES, Layouts
+from layouts.language.layout import ROLES
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.language.template import Template
-from layouts.tables.families import FAMILIES, NOT_GATED
-from layouts.tables.natives import SOURCES
-from layouts.tables.targets import TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,35 +171,3 @@ def _fold_names(targets: Iterable[Target]) -> list[tuple[str, int, int]]:
         count, nbytes = counts.get(folded, (0, 0))
         counts[folded] = (count + 1, nbytes + target.spec.nbytes)
     return [(name, count, nbytes) for name, (count, nbytes) in counts.items()]
-
-
-def families_table() -> str:
-    """The tables of families and of layouts, as `--families` prints them."""
-    names = {id(table): name for name, table in SOURCES.items()}
-    families = [
-        (
-            family.name,
-            family.experts,
-            " or ".join(names[id(native)] for native in family.native),
-            ", ".join(family.model_types) or f"(told by {'structure' if family.by_structure else 'names'})",
-        )
-        for family in FAMILIES
-    ]
-    tables = (
-        [("family", "experts", "stored as", "model_type"), *families],
-        [("stored as", "gate and up", "axes", "down", "axes"), *map(_row, SOURCES.items())],
-        [("--layout", "gate and up", "axes", "down", "axes"), *map(_row, TARGETS.items())],
-        [("no gate, so nothing to fuse", ""), *NOT_GATED.items()],
-    )
-    return "\n\n".join("\n".join(_aligned(table)) for table in tables)
-
-
-def _row(entry: tuple[str, Layouts]) -> tuple[str, ...]:
-    name, table = entry
-    return (name, *(text for role in ("wi", "wo") for text in (table[role].key, table[role].pattern)))
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

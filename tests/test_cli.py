@@ -99,7 +99,6 @@ def test_the_families_are_printed(capsys):
     assert run("--families") == 0
     printed = capsys.readouterr().out
     assert all(family.name in printed for family in FAMILIES)
-    assert "{experts}.{e}.{g:w1,w3}.{part}" in printed
     assert "no gate, so nothing to fuse" in printed
 
 
@@ -231,7 +230,7 @@ def test_a_bug_of_ours_is_called_one_and_shows_no_traceback(monkeypatch, capsys)
 
 
 def test_progress_goes_to_stderr_and_the_summary_to_stdout(source, tmp_path, capsys):
-    assert main(["--prefuse", str(source), str(tmp_path / "fused")]) == 0
+    assert main(["--prefuse", str(source), str(tmp_path / "fused"), "--progress", "bar"]) == 0
     printed = capsys.readouterr()
     assert "B/s" in printed.err
     assert printed.out.splitlines()[1].startswith(f"wrote  {tmp_path / 'fused'}: ")
@@ -270,3 +269,30 @@ def test_the_library_raises_and_plans_without_writing(source, tmp_path):
     with pytest.raises(convert.InputError):
         convert.prefuse(tmp_path / "none", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_dry_run_fails_where_the_disk_is_too_small(source, tmp_path, capsys, monkeypatch):
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result([*real[:2], real.f_blocks, 1, 1, *real[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    assert run("--prefuse", source, tmp_path / "new" / "out", "--dry-run") == 6
+    assert f"{tmp_path}: the disk is too small: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_report_is_tried_before_the_work(source, tmp_path, there, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "verify", lambda *_, **__: pytest.fail("it has begun"))
+    (tmp_path / "page.html").mkdir()
+    where = tmp_path / "page.html" if there else tmp_path / "no" / "page.html"
+    assert run("--verify", source, source, "--report", where) == 6
+    assert str(where) in capsys.readouterr().err
+
+
+def test_trying_leaves_a_report_as_it_is(source, tmp_path, monkeypatch):
+    for name, text in (("old.html", "old"), ("new.html", None)):
+        if text:
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(convert, "verify", lambda *_, **__: (_ for _ in ()).throw(convert.InputError("gone")))
+        assert run("--verify", source, source, "--report", tmp_path / name) == 3
+    assert (tmp_path / "old.html").read_text() == "old"
+    assert not (tmp_path / "new.html").exists()

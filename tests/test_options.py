@@ -108,9 +108,7 @@ def test_help_shows_every_option_with_its_default_and_sentence(function):
 
 
 def test_the_command_line_has_every_option_once():
-    lines = [
-        line.strip() for line in parser().format_help().partition("\noptions:")[2].partition("\nexamples:")[0].splitlines()
-    ]
+    lines = [line.strip() for line in parser().format_help().partition("\ndo:")[2].partition("\nexit codes:")[0].splitlines()]
     for keywords in ACTIONS.values():
         for each in options_of(keywords):
             assert sum(each.flag in line.split("  ")[0].replace(",", "").split() for line in lines) == 1, each.flag
@@ -162,7 +160,12 @@ def test_numbers_of_numpy_are_numbers():
             ["--split", "a", "b", "--layout", "concat"],
             "--layout is for --prefuse, not for --split. Did you mean --source-layout?",
         ),
-        (["--prefuse", "a", "b", "--json"], "--json is for --verify and --digest, not for --prefuse"),
+        (["--prefuse", "a", "b", "--report", "x"], "--report is for --verify, not for --prefuse"),
+        (["--inspect", "a", "--jobs", "2"], "--jobs is for --prefuse, --split, --to and --verify, not for --inspect"),
+        (
+            ["--layouts", "--progress", "bar"],
+            "--progress is for --prefuse, --split, --to, --verify and --digest, not for --layouts",
+        ),
         (
             ["--families", "--num-processes", "4"],
             "--num-processes is for --prefuse, --split, --merge, --to and --verify, not for --families",

@@ -1,8 +1,12 @@
 """Progress adds up to what was announced, and that is what the plan writes: padded, compressed, kept, or looked at again."""
 
+import io
+import json
+
 import pytest
 
 import convert
+from convert import progress
 from convert.cli import main
 from convert.orbax import copy
 from scripts.make_checkpoint import make_checkpoint
@@ -105,8 +109,62 @@ def test_the_bar_of_the_command_ends_full(sources, tmp_path, monkeypatch):
             return None
 
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    assert main(["--prefuse", str(sources["orbax"]), str(tmp_path / "kept"), "--keep-chunks"]) == 0
-    assert main(["--prefuse", str(sources["hf"]), str(tmp_path / "padded"), "--layout", "gmm-ep"]) == 0
+    assert main(["--prefuse", str(sources["orbax"]), str(tmp_path / "kept"), "--keep-chunks", "--progress", "bar"]) == 0
+    assert main(["--prefuse", str(sources["hf"]), str(tmp_path / "padded"), "--layout", "gmm-ep", "--progress", "bar"]) == 0
     told = [bar for bar in bars if bar.total is not None]  # the first of each command knows nothing yet
     assert all(bar.n == bar.total > 0 for bar in told)
     assert len(told) == 2
+
+
+class Clock:
+    """A clock that is a second later whenever it is looked at."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        self.now += 1.0
+        return self.now
+
+
+def shown(monkeypatch, **words) -> list[str]:
+    """What is printed of 100 steps in 3 phases, 1 s or 2 each."""
+    monkeypatch.setattr(progress, "time", Clock())
+    screen = io.StringIO()
+    lines = progress.Lines("reading", 400, file=screen, **words)
+    for _ in range(100):
+        lines(4)
+    lines.phase("hashing", None)
+    lines.at("layer 3/48")
+    for _ in range(40):
+        lines(1)
+    lines.phase("GEMMs", 10)
+    lines(10)
+    lines.close()
+    return screen.getvalue().splitlines()
+
+
+def test_a_log_has_a_plain_line_every_30_seconds(monkeypatch):
+    lines = shown(monkeypatch)
+    assert lines[0] == "convert: reading: 120 B of 400 B, 4 B/s, 70 s left"
+    assert len(lines) == 4
+    assert lines[3].startswith("convert: hashing: layer 3/48: ")
+
+
+def test_programs_have_a_line_of_json_each_second_and_the_last_number(monkeypatch):
+    lines = [json.loads(line) for line in shown(monkeypatch, json=True)]
+    assert all(line.keys() == {"phase", "at", "done", "total", "bytes_per_second", "seconds_left"} for line in lines)
+    last = {line["phase"]: line["done"] for line in lines}
+    assert last == {"reading": 400, "hashing": 40, "GEMMs": 10}
+
+
+@pytest.mark.parametrize("kind", ["auto", "plain", "json", "none", "bar"])
+def test_off_a_terminal_there_is_no_bar_unless_it_is_asked_for(sources, tmp_path, kind, capsys):
+    assert main(["--prefuse", str(sources["hf"]), str(tmp_path / "out"), "--progress", kind]) == 0
+    err = capsys.readouterr().err
+    assert ("\r" in err) == (kind == "bar")
+    if kind == "json":
+        ends = [json.loads(line) for line in err.splitlines()]
+        assert ends[-1]["done"] == ends[-1]["total"] > 0
+    elif kind != "bar":
+        assert err == ""

@@ -66,7 +66,7 @@ class Choices:
     """What a user may choose of the tensors of an output; how they are written is not among it."""
 
     layout: Annotated[
-        str, Option(text="target layout of wi and wo; convert --families lists them", show="NAME", instead="--source-layout")
+        str, Option(text="target layout of wi and wo; convert --layouts lists them", show="NAME", instead="--source-layout")
     ] = "concat"
     shards: Annotated[
         int, Option(text="tensor-parallel shards of the layouts per-shard and lane", read=values.positive, show="S")

@@ -166,6 +166,14 @@ class Digesting(TypedDict, total=False):
     source_layout: str | None
 
 
+class Inspecting(TypedDict, total=False):
+    """What `inspect` takes."""
+
+    family: str | None
+    source_layout: str | None
+    scan_axis: int | None
+
+
 def options_of(keywords: type) -> Iterator[Named]:
     """The options that are among these keywords, in the order of their definitions."""
     kinds = (Verification,) if keywords in (Verifying, Digesting) else (Choices, Running)

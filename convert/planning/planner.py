@@ -25,7 +25,7 @@ from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
 from layouts.tensors import TensorSpec
 
-__all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "plan_as_stored", "verbatim"]
+__all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "plan_as_stored", "plan_described", "verbatim"]
 
 Action = Literal["prefuse", "split", "convert", "merge", "save"]
 """What a conversion does to the experts.
@@ -110,9 +110,20 @@ def make_plan(
         PlanError: no lossless plan exists, or there is nothing to do.
         InputError: experts are missing.
     """
-    layout = choices.layout
     said, scan_axis = choices.source_layout, choices.scan_axis
     described = describe(reader, family=choices.family, source_layout=said, scan_axis=scan_axis, whole=whole)
+    return plan_described(reader, described, out, action, choices, idle=idle)
+
+
+def plan_described(
+    reader: Reader, described: Description, out: Path, action: Action, choices: Choices = DEFAULTS, *, idle: bool = False
+) -> Plan:
+    """The same of what is described already: who asks for several plans describes once.
+
+    Raises:
+        PlanError: no lossless plan exists, or there is nothing to do.
+    """
+    layout = choices.layout
     wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
     origin = origin_of(reader, choices.family)
     experts = list(_experts(reader, described, None if action == "split" else wanted))

@@ -26,6 +26,7 @@ _WHOLE = frozenset("kgnd")
 _MOST = 1 << 24
 """Such steps that a tensor may have: the largest models have some 25,000 experts in all their layers."""
 
+
 def check_equal(reader: Reader, specs: Sequence[TensorSpec], part: str = "") -> None:
     """All tensors of a group have one shape and one element type; only a companion may have no elements (GPTQ's `g_idx`).
 

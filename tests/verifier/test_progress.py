@@ -120,7 +120,7 @@ def test_a_bar_moves_while_a_step_says_nothing(monkeypatch):
 
 
 def test_the_command_shows_each_phase_and_quiet_shows_none(root, capsys):
-    assert main(["--verify", str(root / "in"), str(root / "padded"), "--no-gemm"]) == 0
+    assert main(["--verify", str(root / "in"), str(root / "padded"), "--no-gemm", "--progress", "bar"]) == 0
     shown = capsys.readouterr().err
     assert all(word in shown for word in ("opening", "bits of experts", OTHERS, "files", "B/s"))
     assert main(["--verify", str(root / "in"), str(root / "padded"), "--no-gemm", "--quiet"]) == 0

@@ -1,0 +1,55 @@
+"""`--inspect`, `--families`, `--layouts` and `--version`: what is answered without reading data.
+
+In: parsed arguments. Out: an `Answer`. Nothing here prints or exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import convert
+from convert.actions.answer import Answer, no_paths
+from convert.answers.envelope import envelope
+from convert.arguments import options
+from convert.errors import UsageError
+
+
+def inspect(arguments: argparse.Namespace) -> Answer:
+    """What a checkpoint is; see `convert.inspect`."""
+    given = options(arguments, "--inspect")
+    if len(arguments.paths) != 1:
+        raise UsageError(f"--inspect takes one checkpoint; found {len(arguments.paths)} paths")
+    found = convert.inspect(arguments.paths[0], **given)
+    code = found.problem.exit_code if found.problem else 0
+    return Answer(text=str(found), document=envelope("inspect", code, found.json()), exit_code=code, problem=found.problem)
+
+
+def families(arguments: argparse.Namespace) -> Answer:
+    """All families, or one."""
+    from convert.answers import tables
+
+    options(arguments, "--families")
+    if len(arguments.paths) > 1:
+        raise UsageError("--families takes the name of one family, or none")
+    name = next(iter(arguments.paths), None)
+    return Answer(text=tables.families_text(name), document=envelope("families", 0, tables.families(name)))
+
+
+def layouts(arguments: argparse.Namespace) -> Answer:
+    """All layouts."""
+    from convert.answers import tables
+
+    options(arguments, "--layouts")
+    no_paths(arguments, "--layouts")
+    return Answer(text=tables.layouts_text(), document=envelope("layouts", 0, tables.layouts()))
+
+
+def version(arguments: argparse.Namespace) -> Answer:
+    """The version of this tool."""
+    from convert.commit.manifest import TOOL
+
+    options(arguments, "--version")
+    no_paths(arguments, "--version")
+    found = {"tool": TOOL, "python": platform.python_version()}
+    return Answer(text=f"moe-convert {TOOL} (Python {found['python']})", document=envelope("version", 0, found))

@@ -1,0 +1,90 @@
+"""`--verify` and `--digest`.
+
+In: parsed arguments. Out: an `Answer`. Nothing here prints or exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import convert
+from convert.actions.answer import Answer, processes_of, shown, two_paths
+from convert.answers.envelope import envelope
+from convert.arguments import options
+from convert.errors import UsageError
+from convert.options import Verification
+from convert.options.option import complete
+from convert.progress import watching
+
+
+def verify(arguments: argparse.Namespace) -> Answer:
+    """A verdict, or what it would cost; of several processes, the first one has something to say."""
+    from convert.verifier.environment import run_of
+    from convert.verifier.page import page
+
+    if len(arguments.paths) not in (1, 2):
+        raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
+    whole = bool(arguments.json or arguments.report)
+    given = {"content": whole, "self_test": whole, **options(arguments, "--verify")}
+    if arguments.dry_run:
+        return _cost(arguments, given)
+    if arguments.report:
+        _try_to_write(Path(arguments.report))
+    processes = processes_of(arguments)
+    started = datetime.now(UTC)
+    with watching(shown(arguments, processes), "opening") as progress:
+        verdict = convert.verify(*arguments.paths, processes=processes, progress=progress, **given)
+    run = run_of(arguments.command, started)
+    if not processes or processes.first:
+        if arguments.report:
+            Path(arguments.report).write_text(page(verdict, run), encoding="utf-8")
+        document = verdict.json(run) if arguments.json else ""
+        return Answer(text=str(verdict), document=document, exit_code=0 if verdict.equal else 1)
+    return Answer(text="", document="", exit_code=0 if verdict.equal else 1)
+
+
+def _try_to_write(path: Path) -> None:
+    """See before hours of work that a page can be written there; what stands there stays until then.
+
+    Raises:
+        OSError: it cannot.
+    """
+    new = not path.exists()
+    with path.open("a", encoding="utf-8"):
+        pass
+    if new:
+        path.unlink()
+
+
+def _cost(arguments: argparse.Namespace, given: Mapping[str, Any]) -> Answer:
+    if arguments.distributed or arguments.coordinator or arguments.num_processes or arguments.process_id is not None:
+        raise UsageError("--verify --dry-run tells what one process takes; leave out what is said of several")
+    from convert.verifier import estimate_cost
+    from layouts.disk.places import place
+
+    one, other = map(place, two_paths(arguments.paths))
+    text = str(estimate_cost(one, other, complete(Verification, given, of=2)))
+    empty = {"plan": None, "peak_bytes": None, "workers": None, "free_bytes": None}
+    return Answer(text=text, document=envelope("dry-run", 0, {**empty, "cost": text}))
+
+
+def digest(arguments: argparse.Namespace) -> Answer:
+    """The digest of each checkpoint."""
+    if not arguments.paths:
+        raise UsageError("--digest takes one checkpoint or more")
+    given, found = options(arguments, "--digest"), {}
+    for path in arguments.paths:
+        with watching(shown(arguments, None), total=_input_bytes(path) or None) as progress:
+            found[path] = convert.digest(path, progress=progress, **given)
+    document = json.dumps({path: each.json() for path, each in found.items()}, indent=1)
+    return Answer(text="\n".join(each.told(path) for path, each in found.items()), document=document)
+
+
+def _input_bytes(path: str) -> int:
+    """What lies in a directory; nobody knows in a store."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())

@@ -1,0 +1,185 @@
+"""Look at a checkpoint as a conversion would, without data: the answer to `--inspect`.
+
+In: a path and what the user says of it. Out: an `Inspection`. It never reads data and never writes; what it says of `--prefuse`
+and `--split` is what their plans say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from convert.answers.inspection import Blocks, Inspection
+from convert.answers.tables import MADE_FOR
+from convert.errors import ConvertError, PlanError, readable
+from convert.options import Choices
+from convert.options.values import in_units as size
+from convert.planning.planner import Action, plan_described
+from layouts.checkpoint import is_adapter, open_checkpoint
+from layouts.disk.files import CONFIG, INDEX, RECORD
+from layouts.disk.places import place
+from layouts.language.layout import ROLES
+from layouts.language.parts import CHUNKS
+from layouts.matching.candidates import record_of
+from layouts.matching.describe import Description, describe
+from layouts.matching.group import Group
+from layouts.orbax.state import with_optimizer
+from layouts.reader import Reader, is_chunked
+from layouts.tables.natives import SOURCES
+
+_AXES = frozenset({"e", "k", "g", "n", "d", *CHUNKS})
+_OUT = "OUT"
+"""The name of an output that nobody makes."""
+
+
+def inspected(path: str | Path, choices: Choices) -> Inspection:
+    """See `convert.inspect`."""
+    with readable(path), closing(open_checkpoint(path)) as reader:
+        facts = _facts(path, reader)
+        if is_adapter(place(path)):
+            return Inspection(**facts, **_adapter(place(path)))
+        try:
+            said = {"family": choices.family, "source_layout": choices.source_layout, "scan_axis": choices.scan_axis}
+            described = describe(reader, **said)  # type: ignore[arg-type]
+        except ConvertError as problem:
+            why = f"cannot: {problem}"
+            return Inspection(**facts, **_nothing(why, why), problem=problem)
+        return Inspection(**facts, **_described(reader, described, choices))
+
+
+def _facts(path: str | Path, reader: Reader) -> dict[str, Any]:
+    """What needs no family."""
+    dtypes: dict[str, int] = defaultdict(int)
+    for spec in reader.tensors.values():
+        dtypes[spec.dtype] += spec.nbytes
+    carried, left_out = reader.side_files.chosen(copy_all=False)
+    return {
+        "path": str(path),
+        "format": reader.format,
+        "files": len({reader.where(name) for name in reader.tensors}),
+        "tensors": len(reader.tensors),
+        "nbytes": sum(dtypes.values()),
+        "dtypes": dict(sorted(dtypes.items(), key=lambda entry: -entry[1])),
+        "indexed": (reader.path / INDEX).exists(),
+        "side_files": carried,
+        "left_out": tuple(left_out),
+    }
+
+
+def _nothing(prefuse: str, split: str) -> dict[str, Any]:
+    """What is said of experts that cannot be told, or that are none of a model's."""
+    empty = {"family": None, "told_by": "", "layout": None, "recorded": (), "blocks": (), "quantisation": None}
+    return empty | {"prefuse": prefuse, "split": split, "made_for": None, "remarks": ()}
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """What the plans of an adapter say."""
+    from convert.adapters.write import open_and_plan
+
+    def would(action: Action) -> str:
+        try:
+            reader, plan = open_and_plan(path, Path(_OUT), action, Choices())
+        except ConvertError as problem:
+            return f"cannot: {problem}"
+        reader.close()
+        return f"writes form {plan.way.target.name} (this is form {plan.way.source.name}), {size(plan.nbytes)}"
+
+    return _nothing(would("prefuse"), would("split"))
+
+
+def _described(reader: Reader, described: Description, choices: Choices) -> dict[str, Any]:
+    record = record_of(reader)
+    blocks = tuple(_blocks(described))
+    layout = record.get("layout") or ", ".join(dict.fromkeys(each.layout for each in blocks))
+    relaid = any(group.relaid for group in described.groups)
+    return {
+        "family": described.family.name,
+        "told_by": _told_by(reader, described, choices),
+        "layout": layout,
+        "recorded": tuple(_places(reader)) if "layout" in record else ("--source-layout",) if choices.source_layout else (),
+        "blocks": blocks,
+        "quantisation": _quantisation(reader.config, blocks),
+        "prefuse": _would(reader, described, "prefuse", choices),
+        "split": _would(reader, described, "split", choices),
+        "made_for": MADE_FOR.get(str(layout)) if relaid else None,
+        "remarks": described.remarks,
+    }
+
+
+def _told_by(reader: Reader, described: Description, choices: Choices) -> str:
+    family, record = described.family, record_of(reader)
+    if choices.family:
+        return "--family"
+    if record.get("family"):
+        return "the record of this tool"
+    if family.by_structure:
+        return "the structure of the tree"
+    if family.by_names:
+        return f"the names of its experts (model_type {reader.config.get('model_type')!r} is not in the table)"
+    stated = reader.config.get("model_type")
+    return f"model_type {stated!r} in {CONFIG}" if stated in family.model_types else f"the model_type of a part in {CONFIG}"
+
+
+def _places(reader: Reader) -> Iterator[str]:
+    """Where the record stands; headers are counted."""
+    if RECORD in reader.config:
+        yield CONFIG
+    headers = [name for name in reader.records if name.endswith(".safetensors")]
+    yield from (name for name in reader.records if name not in headers)
+    if headers:
+        yield f"{len(headers)} headers"
+
+
+def _blocks(described: Description) -> Iterator[Blocks]:
+    """Blocks that are alike, with how many there are; a stack of layers counts as many."""
+    companions: dict[frozenset[Any], set[str]] = defaultdict(set)
+    for group in described.groups:
+        if group.part:
+            companions[frozenset(group.index.items())].add(group.part)
+    counts: dict[tuple[Any, ...], int] = defaultdict(int)
+    for group in described.groups:
+        if group.role == "wi" and (not group.part or group.packed):
+            stacked = math.prod(at for axis, at in group.sizes.items() if axis not in _AXES)
+            beside = tuple(sorted(companions[frozenset(group.index.items())]))
+            counts[(*_kind(group), group.dtype, beside, group.packed)] += stacked
+    for (layout, names, axes, e, k, n, dtype, beside, packed), layers in counts.items():
+        yield Blocks(
+            layout=layout, names=names, axes=axes, layers=layers, experts=e, embed=k, mlp=n, dtype=dtype,
+            companions=beside, packed=packed,
+        )  # fmt: skip
+
+
+def _kind(group: Group) -> tuple[str, str, str, int, int, int]:
+    name = next((name for name, table in SOURCES.items() if table["wi"] == group.layout), "re-laid")
+    return name, group.placed.key.text, group.layout.pattern, group.total("e"), group.sizes.get("k", 0), group.total("n")
+
+
+def _quantisation(config: Mapping[str, Any], blocks: tuple[Blocks, ...]) -> str | None:
+    """What `config.json` says, or else the scales beside the weights."""
+    found: Mapping[str, Any] = next(
+        (config[word] for word in ("quantization_config", "quantization") if isinstance(config.get(word), Mapping)), {}
+    )
+    method = next((str(found[word]) for word in ("quant_method", "quant_algo", "mode") if word in found), None)
+    beside = sorted({part for each in blocks for part in each.companions if part != "bias"})
+    words = [f"{method} ({CONFIG})"] if method else []
+    return ", ".join([*words, *([f"experts with {', '.join(beside)}"] if beside else [])]) or None
+
+
+def _would(reader: Reader, described: Description, action: Action, choices: Choices) -> str:
+    """What the plan of an action says, with the usual choices."""
+    try:
+        if is_chunked(reader):
+            reader = with_optimizer(reader, drop=False)
+        plan = plan_described(reader, described, Path(_OUT), action, choices)
+    except PlanError as problem:
+        text = str(problem).removeprefix(f"{reader.path}: ")
+        return text if "nothing to" in text else f"cannot: {text}"
+    moved = [target for target in plan.targets if target.role in ROLES]
+    layout = f"layout {plan.layout}" if action == "prefuse" else "gate and up apart, as they were"
+    return (
+        f"writes {layout}: {len(moved):,} expert tensors, {len(plan.targets) - len(moved):,} others copied, {size(plan.nbytes)}"
+    )

@@ -1,0 +1,120 @@
+"""The tables of this tool as people read them: model families, the layouts that checkpoints come in, and target layouts.
+
+In: the tables of `layouts`. Out: text of 100 columns, or JSON. It never looks at a checkpoint.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from convert.errors import UsageError, did_you_mean
+from layouts.language.layout import Layouts
+from layouts.tables.families import FAMILIES, NOT_GATED, Family
+from layouts.tables.natives import SOURCES
+from layouts.tables.targets import TARGETS
+
+_WIDTH = 100
+MADE_FOR: Mapping[str, str] = {
+    "concat": "MaxText (CONCAT), jax.lax.ragged_dot, megablox",
+    "transformers": "transformers 5",
+    "vllm": "vLLM's fused experts (w13, w2)",
+    "cutlass": "CUTLASS MoEGEMM",
+    "flashinfer": "FlashInfer's gated GEMM",
+    "interleaved": "gpt-oss' order of columns",
+    "glu32": "Megatron and TransformerEngine with interleaved GLU",
+    "per-shard": "tpu-inference GMM_TP; MaxText and Tunix PER_SHARD_INTERLEAVE",
+    "lane": "Tunix' lane interleave",
+    "gmm-ep": "tpu-inference GMM_EP",
+    "fused-moe": "tpu-inference FUSED_MOE",
+}
+"""What each target layout is for; sources stand beside `layouts.tables.targets.TARGETS`."""
+
+
+def families(name: str | None = None) -> dict[str, Any]:
+    """Every family, or the one of this name or `model_type`, as JSON.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [each for each in FAMILIES if name in (None, each.name, *each.model_types)]
+    if name and not found and name not in NOT_GATED:
+        known = [alias for each in FAMILIES for alias in (each.name, *each.model_types)]
+        raise UsageError(f"no family is called {name!r}{did_you_mean(name, known)}; convert --families lists them")
+    lost = {word: has for word, has in NOT_GATED.items() if name in (None, word)}
+    return {"families": [_family(each) for each in found], "no_gate": lost}
+
+
+def families_text(name: str | None = None) -> str:
+    """The same for people: of one family all that the table knows, of all a line or two each."""
+    found = families(name)
+    lines: list[str] = []
+    for each in found["families"]:
+        rows = [("family", each["name"]), ("told by", each["told_by"]), ("model_type", ", ".join(each["model_types"]))]
+        rows += [("experts", each["experts"]), ("published", ", ".join(each["native"]))]
+        if name:
+            rows += [("also read", ", ".join(each["also"]))]
+            lines += [line for word, text in rows if text for line in _wrapped(f"{word:<12}", text)]
+            lines += ["", *_layouts({at: SOURCES[at] for at in each["native"]}.items())]
+        else:
+            lines += _wrapped(
+                f"{each['name']:<22}", f"{', '.join(each['model_types']) or each['told_by']}; {', '.join(each['native'])}"
+            )
+    if found["no_gate"]:
+        lines += [*([""] if lines else []), "no gate, so nothing to fuse:"]
+        lines += [f"{word:<22}{has}" for word, has in found["no_gate"].items()]
+    head = [] if name else [f"{'family':<22}model_type; layouts it is published in (convert --families NAME says more)", ""]
+    return "\n".join([*head, *lines]).strip()
+
+
+def layouts() -> dict[str, Any]:
+    """Every layout, as JSON: those of `--layout`, and those that checkpoints come in."""
+    targets = {name: _layout(table) | {"made_for": MADE_FOR[name]} for name, table in TARGETS.items()}
+    return {"targets": targets, "sources": {name: _layout(table) for name, table in SOURCES.items()}}
+
+
+def layouts_text() -> str:
+    """The same for people."""
+    lines = ["--layout NAME: what wi (gate and up) and wo (down) become, as key and axes", ""]
+    for name, table in TARGETS.items():
+        lines += [*_layouts([(name, table)]), *_wrapped(" " * 22, f"for {MADE_FOR[name]}")]
+    lines += ["", "--source-layout NAME: what checkpoints come in, besides these", "", *_layouts(SOURCES.items())]
+    axes = "e expert, k embed, g gate and up, n expert mlp, s shards, c chunks; %128 is padded; l, ... layers"
+    return "\n".join([*lines, "", axes])
+
+
+def _family(family: Family) -> dict[str, Any]:
+    names = {id(table): name for name, table in SOURCES.items()}
+    native, stored = ([names[id(table)] for table in tables] for tables in (family.native, family.stored))
+    told = (
+        "the structure of the tree" if family.by_structure else "the names of its experts" if family.by_names else "model_type"
+    )
+    return {
+        "name": family.name,
+        "format": family.format,
+        "model_types": list(family.model_types),
+        "told_by": told,
+        "experts": family.experts,
+        "native": native,
+        "also": [name for name in stored if name not in native],
+    }
+
+
+def _layout(table: Layouts) -> dict[str, dict[str, str]]:
+    return {role: {"key": each.key, "axes": each.pattern} for role, each in table.items()}
+
+
+def _layouts(rows: Iterable[tuple[str, Layouts]]) -> Iterator[str]:
+    """Two lines for each layout: gate and up, and down."""
+    for name, table in rows:
+        for word, role in ((name, "wi"), ("", "wo")):
+            key, axes = f"{word:<20}  {table[role].key}", f"'{table[role].pattern}'"
+            if len(key) > _WIDTH:
+                yield word
+                key = f"    {table[role].key}"
+            yield from [f"{key}  {axes}"] if len(key + axes) < _WIDTH - 2 else [key, " " * 22 + axes]
+
+
+def _wrapped(word: str, text: str) -> Sequence[str]:
+    return textwrap.wrap(word + text, _WIDTH, subsequent_indent=" " * len(word), break_on_hyphens=False, break_long_words=False)

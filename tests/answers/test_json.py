@@ -1,0 +1,81 @@
+"""`--json` of every action is one document that its schema takes, and nothing else stands on stdout; errors, too."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import convert
+from convert.cli import main
+from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.tiny import adapter, whole
+
+SCHEMA = json.loads((Path(convert.__file__).parent / "answers" / "output.schema.json").read_text())
+COMMANDS = {
+    "prefuse": (["--prefuse", "hf", "new", "--content"], 0),
+    "to": (["--to", "orbax", "hf", "tree"], 0),
+    "split": (["--split", "fused", "again"], 0),
+    "prefuse again": (["--prefuse", "hf", "fused"], 0),
+    "prefuse an adapter": (["--prefuse", "adapter", "adapter-fused"], 0),
+    "dry-run": (["--prefuse", "hf", "other", "--dry-run"], 0),
+    "dry-run of an adapter": (["--prefuse", "adapter", "other", "--dry-run"], 0),
+    "dry-run of a proof": (["--verify", "hf", "fused", "--dry-run", "--no-gemm"], 0),
+    "inspect": (["--inspect", "hf"], 0),
+    "inspect a tree": (["--inspect", "orbax"], 0),
+    "inspect an adapter": (["--inspect", "adapter"], 0),
+    "families": (["--families"], 0),
+    "families one": (["--families", "mixtral"], 0),
+    "layouts": (["--layouts"], 0),
+    "version": (["--version"], 0),
+    "prefuse nothing": (["--prefuse", "nowhere", "out"], 3),
+    "split nothing": (["--split", "hf", "out"], 4),
+    "verify nothing": (["--verify", "hf", "nowhere"], 3),
+    "digest nothing": (["--digest", "nowhere"], 3),
+    "families none": (["--families", "zigzag"], 2),
+    "none": (["a", "b"], 2),
+}
+"""What begins with the action that the document names -> the command, and its exit code."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("json")
+    for kind in ("hf", "orbax"):
+        make_checkpoint(root / kind, family="qwen3_moe", format=kind, experts=4, layers=1)
+    convert.prefuse(root / "hf", root / "fused")
+    adapter(root / "adapter", whole("per-expert"))
+    return root
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_every_answer_is_one_document_of_the_schema(places, what, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    words, code = COMMANDS[what]
+    assert main([*words, "--json"]) == code
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    jsonschema.Draft202012Validator(SCHEMA).validate(found)
+    assert (found["action"], found["exit_code"]) == (what.split(" ")[0], code)
+    assert (found["error"] is None) == (code == 0)
+    assert printed.err == ("" if code == 0 else f"convert: {found['error']}\n")
+
+
+def test_what_is_written_is_in_numbers(places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    assert main(["--prefuse", "hf", "counted", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert result["written"] is True
+    assert result["plan"]["nbytes"] == convert.plan("hf", "x", prefuse=True).nbytes
+    assert main(["--prefuse", "hf", "counted", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["result"]
+    assert (again["written"], again["plan"]) == (False, result["plan"])
+    assert again["proof"]
+
+
+def test_the_schema_refuses_what_is_none():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    sound = {"schema": "output.schema.json", "version": 1, "action": "version", "exit_code": 0, "error": None}
+    for wrong in ({"result": {}}, {"result": None}, {"result": {"tool": "1", "python": "3"}, "version": 2}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**sound, **wrong}, SCHEMA)
