@@ -161,10 +161,10 @@ def test_numbers_of_numpy_are_numbers():
             "--layout is for --prefuse, not for --split. Did you mean --source-layout?",
         ),
         (["--prefuse", "a", "b", "--report", "x"], "--report is for --verify, not for --prefuse"),
-        (["--inspect", "a", "--jobs", "2"], "--jobs is for --prefuse, --split, --to and --verify, not for --inspect"),
+        (["--inspect", "a", "--jobs", "2"], "--jobs is for --prefuse, --split, --merge, --to and --verify, not for --inspect"),
         (
             ["--layouts", "--progress", "bar"],
-            "--progress is for --prefuse, --split, --to, --verify and --digest, not for --layouts",
+            "--progress is for --prefuse, --split, --merge, --to, --verify and --digest, not for --layouts",
         ),
         (
             ["--families", "--num-processes", "4"],
