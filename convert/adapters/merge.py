@@ -50,6 +50,7 @@ def open_and_merge(source: str | Path, out: Path, choices: Choices) -> tuple[Mer
     if choices.base is None:
         raise UsageError("merge needs the checkpoint that the adapter is for: base")
     if not is_adapter(place(source)):
+        open_checkpoint(source).close()  # what is not there at all is said better
         raise UsageError(f"{source} is no LoRA adapter; convert --merge ADAPTER OUT --base CKPT")
     with readable(choices.base):
         base = open_checkpoint(choices.base)

@@ -382,6 +382,21 @@ def test_bases_that_cannot_be_merged_into(changed, config, code, words, tmp_path
     assert words in capsys.readouterr().err
 
 
+def test_each_layer_has_its_own_sizes(tmp_path, capsys):
+    """Layer 1 has half the columns; an adapter of the size of layer 0 is not taken for gate and up of it."""
+    tensors = {
+        name: array[:2] if "down" not in name and ".1.mlp.experts" in name else array for name, array in weights(BF16).items()
+    }
+    tensors |= {name: array[:, :2] for name, array in tensors.items() if "down" in name and ".1.mlp.experts" in name}
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    onto = base(tmp_path / "base", tensors)
+    for name, units in (("gate", ("gate",)), ("fused", ("gate_up", "down"))):
+        form = "per-expert" if name == "gate" else "packed"
+        given = adapter(tmp_path / name, store(form, 1, logical(units=units)))
+        assert merged(given, onto, tmp_path / "out") == 3
+        assert "6 in and 2 out; is it an adapter of another model?" in capsys.readouterr().err
+
+
 def test_quantised_and_tied_bases_and_the_wrong_words(tmp_path, capsys):
     tensors = weights(np.float32)
     for name in [name for name in tensors if ".experts." in name]:
@@ -398,6 +413,7 @@ def test_quantised_and_tied_bases_and_the_wrong_words(tmp_path, capsys):
     for words, code, told in (
         (["--merge", given, tmp_path / "out"], 2, "the adapter is for: --base CKPT"),
         (["--merge", onto, tmp_path / "out", "--base", onto], 2, "is no LoRA adapter"),
+        (["--merge", tmp_path / "none", tmp_path / "out", "--base", onto], 3, "no such directory"),
         (["--merge", given, tmp_path / "out", "--base", given], 4, "this is an adapter"),
         (["--merge", given, tmp_path / "out", "--base", onto, "--layout", "vllm"], 2, "--layout is for"),
         (["--merge", given, "--base", onto, onto, "--overwrite"], 5, "must not contain one another"),

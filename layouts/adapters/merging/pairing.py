@@ -133,8 +133,9 @@ def _experts(base: Base, form: Form, block: Block, name: str, unit: Unit, *, tur
         )
     for group in groups:
         axes = _AXES[role]
-        _check_group(base.reader, group, unit, axes, f"{_experts_of(block)} ({name})")
         half = unit.o // 2
+        rows_of_one = half if name == GATE_UP else unit.o
+        _check_group(base.reader, group, unit, rows_of_one, f"{_experts_of(block)} ({name})")
         rows = {0: (0, 1), 1: (half, 1)} if not turns else {0: (0, 2), 1: (1, 2)}
         terms = {g: Term(form=form, unit=unit) for g in numbers}
         if name == GATE_UP:
@@ -146,13 +147,13 @@ def _experts(base: Base, form: Form, block: Block, name: str, unit: Unit, *, tur
                 yield Site(name=tensor, pattern=group.placed.pattern, sizes=group.sizes, axes=axes, index=index, terms=mine)
 
 
-def _check_group(reader: Reader, group: Group, unit: Unit, axes: tuple[str, str], what: str) -> None:
-    """The base's weights are floats of the adapter's shape, in a layout that can be computed."""
+def _check_group(reader: Reader, group: Group, unit: Unit, rows: int, what: str) -> None:
+    """The base's weights are of the adapter's shape, `rows` of it in each projection, in a layout that can be computed."""
+    axes = _AXES[group.role]
     inner, outer = map(group.total, axes)
-    rows = {unit.o, unit.o // 2} if group.role == "wi" else {unit.o}
-    if (group.sizes["e"], inner) != (unit.experts, unit.i) or outer not in rows:
+    if (group.sizes["e"], inner, outer) != (unit.experts, unit.i, rows):
         raise InputError(
-            f"{what} has A and B of {unit.experts} experts, {unit.i} in and {unit.o} out, and {group.names[0]} of "
+            f"{what} has A and B of {unit.experts} experts, {unit.i} in and {rows} out, and {group.names[0]} of "
             f"{reader.path} is of {group.sizes['e']} experts, {inner} in and {outer} out; is it an adapter of another model?"
         )
     if why := check_pattern(group.placed.pattern, axes, {**group.index, "e": 0, "g": 0}):
@@ -201,10 +202,9 @@ def _joined(before: Site | None, site: Site, base: Reader) -> Site:
 
 def _check_tied(base: Reader, plains: tuple[Plain, ...]) -> None:
     """Embeddings that are the head as well cannot change alone."""
-    config = base.config.get("text_config") if isinstance(base.config.get("text_config"), dict) else base.config
-    tied = (config or {}).get("tie_word_embeddings") is True or not any(
-        name.endswith("lm_head.weight") for name in base.tensors
-    )
+    configs = [config for config in (base.config, base.config.get("text_config")) if isinstance(config, Mapping)]
+    tied = any(config.get("tie_word_embeddings") is True for config in configs)
+    tied = tied or not any(name.endswith("lm_head.weight") for name in base.tensors)
     names = [plain.name for plain in plains if plain.name.endswith(("embed_tokens.weight", "lm_head.weight"))]
     if tied and names:
         raise PlanError(
