@@ -1,4 +1,4 @@
-"""A checkpoint with FP8 or MXFP4 weights, read as if it were bfloat16: the one place where values are computed.
+"""A checkpoint with FP8 or MXFP4 weights, read as if it were bfloat16: values are computed here, and where adapters are merged.
 
 In: an open quantised checkpoint. Out: a reader of its bfloat16 form. It never writes.
 

@@ -35,7 +35,10 @@ _FromWriter = Annotated[
         show="NAME",
     ),
 ]
-_Base = Annotated[str | None, Option(text="adapters: the checkpoint that it is for, for its shapes and family", show="CKPT")]
+_Base = Annotated[
+    str | None,
+    Option(text="adapters: the checkpoint that it is for: its shapes and family, and what --merge adds to", show="CKPT"),
+]
 _SourceLayout = Annotated[
     str | None,
     Option(text="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards", show="NAME"),
