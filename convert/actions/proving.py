@@ -30,7 +30,9 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if len(arguments.paths) not in (1, 2):
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
     whole = bool(arguments.json or arguments.report)
-    given = {"content": whole, "self_test": whole, **options(arguments, "--verify")}
+    given = options(arguments, "--verify")
+    whole = whole and not given.get("trust_digests")  # both read everything
+    given = {"content": whole, "self_test": whole, **given}
     if arguments.dry_run:
         return _cost(arguments, given)
     if arguments.report:

@@ -34,6 +34,8 @@ class Manifest:
 
     made: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    sources: Mapping[str, Digest]
+    """Of tensors of the input; whether they cover all of one, `check_spans` tells."""
     files: Mapping[str, FileEntry]
     input: str
     hashed: str | None
@@ -62,6 +64,7 @@ def load(path: Path) -> Manifest | None:
         return Manifest(
             made={key: found.get(key) for key in MADE},
             tensors={name: _tensor(entry) for name, entry in found["tensors"].items()},
+            sources={str(name): _digest(each) for name, each in found.get("sources", {}).items()},
             files={name: FileEntry.parse(entry) for name, entry in found["files"].items()},
             input=found["input"],
             hashed=found.get("hashed"),
@@ -86,15 +89,36 @@ def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
     dtype, shape, digest = entry["dtype"], tuple(entry["shape"]), entry["xxh3_128"]
     if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a tensor of type {dtype!r} and shape {shape!r}")
-    if not isinstance(digest, str):
-        end = 0
-        for span in map(span_of, digest):  # all of it, without gaps: a digest of nothing would prove nothing
-            if span.start != end or not span or not isinstance(digest[f"{span.start}:{span.stop}"], str):
-                raise ValueError(f"digests of spans that do not follow one another: {span}")
-            end = span.stop
-        if not shape or end != shape[0]:
-            raise ValueError(f"digests of {end} rows of a tensor of shape {shape}")
+    check_spans(_digest(digest), shape)
     return TensorEntry(dtype=dtype, shape=shape, digest=digest)
+
+
+def _digest(found: Any) -> Digest:
+    """A text, or one for each span.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(found, str) and not (isinstance(found, dict) and all(isinstance(each, str) for each in found.values())):
+        raise ValueError(f"{found!r} is no digest")
+    return found
+
+
+def check_spans(digest: Digest, shape: tuple[int, ...]) -> None:
+    """See that digests are of all of a tensor of this shape, without gaps: a digest of nothing would prove nothing.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if isinstance(digest, str):
+        return
+    end = 0
+    for span in map(span_of, digest):
+        if span.start != end or not span:
+            raise ValueError(f"digests of spans that do not follow one another: {span}")
+        end = span.stop
+    if not shape or end != shape[0]:
+        raise ValueError(f"digests of {end} rows of a tensor of shape {shape}")
 
 
 def span_of(text: str) -> range:

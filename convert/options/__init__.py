@@ -171,5 +171,14 @@ class Verification:
             either=True,
         ),
     ] = False
+    trust_digests: Annotated[
+        bool,
+        Option(
+            text="take digests that manifests recorded for the bits, where they cover all tensors and nothing speaks against "
+            "them; such tensors are not read",
+            read=values.switch,
+            of=2,
+        ),
+    ] = False
     from_writer: _FromWriter = None
     base: _Base = None

@@ -153,6 +153,7 @@ class Verifying(TypedDict, total=False):
     decode: bool
     content: bool
     self_test: bool
+    trust_digests: bool
     from_writer: str | None
     base: str | None
 

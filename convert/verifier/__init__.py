@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.commit.processes import ALONE, Processes
-from convert.errors import readable
+from convert.errors import UsageError, readable
 from convert.options import Verification
 from convert.progress import Progress, begin, ignore
 from convert.verifier.bits import exact
@@ -24,12 +24,13 @@ from convert.verifier.bits.logical import Scope, blocks
 from convert.verifier.bits.others import compare_others
 from convert.verifier.files.beside import compare_files
 from convert.verifier.files.manifest import verify_manifest
+from convert.verifier.files.recorded import UNREAD, compare_recorded
 from convert.verifier.held import Layers, held_across, held_alike
 from convert.verifier.scope import check_scope, narrowed
 from convert.verifier.share import agree, by_first
 from convert.verifier.sides import described_alike, opened, said_of
 from convert.verifier.stand import attested
-from convert.verifier.verdict import Level, Verdict
+from convert.verifier.verdict import EQUAL, Level, Verdict
 from layouts.reader import Reader
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ def verify_checkpoints(
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
-        UsageError: a backend, a mesh, a layer or an expert that is not there.
+        UsageError: a backend, a mesh, a layer or an expert that is not there; a self-test of bits that are not read.
     """
     report, options = processes.watched(progress or ignore), options or Verification()
     with processes.together(), readable(f"{a} against {b}"), opened(a, b) as (one, other):
         agree(processes, options, *(list(reader.tensors.values()) for reader in (one, other)))
+        if options.trust_digests and options.self_test:
+            raise UsageError("--trust-digests reads no bits, so that --self-test has none to flip; leave out one of them")
         verdict = _compare(one, other, options, report, processes)
         again = partial(_compare, report=ignore)
         return by_first(processes, Verdict, lambda: attested(verdict, (one, other), options, report, again))
@@ -66,25 +69,43 @@ def verify_checkpoints(
 
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes = ALONE) -> Verdict:
     make = _across if _differ(one, other) else _alike
-    about, counts, found = make(one, other, options, report, processes)
-    bits_and_probes = tuple(found)
+    found = by_first(processes, Level, lambda: compare_recorded(one, other, options, report) or _NO_RECORD)
+    recorded = () if found == _NO_RECORD else (found,)
+    unread = found.state == EQUAL
+    about, counts, rest = make(one, other, options, report, processes, unread=unread)
+    bits_and_probes = tuple(rest)
     begin(report, "files")
-    levels = *bits_and_probes, by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
+    levels = *recorded, *bits_and_probes, by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
     looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
     return Verdict(
         subject=f"{one.path} against {other.path}",
         levels=levels,
-        narrowed=about,
-        counts=counts.words(looked),
+        narrowed="; ".join(filter(None, (UNREAD if unread else "", about))),
+        counts=found.covered if unread else counts.words(looked),
         allow_not_run=options.allow_not_run,
     )
+
+
+_NO_RECORD = Level(name="recorded", covered="", compared=0, asked=False)
+"""Where there is no manifest, there is no such level."""
+
+
+def _unread() -> tuple[Level, Level]:
+    """`exact` and `others` where recorded digests stand for them."""
+    exact, others = (
+        Level(name=name, covered="", compared=0, not_run="--trust-digests: recorded digests instead", asked=False)
+        for name in ("exact", "others")
+    )
+    return exact, others
 
 
 _Found = tuple[str, Counts, Iterator[Level]]
 """What is compared, if not all; how much that is; the levels."""
 
 
-def _alike(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes) -> _Found:
+def _alike(
+    one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes, *, unread: bool
+) -> _Found:
     """Two checkpoints in the same format."""
     how = _how(one, other, options, processes) if options.gemm else None
     (first, second), scope = described_alike(one, other, options), _scope(options)
@@ -93,15 +114,23 @@ def _alike(one: Reader, other: Reader, options: Verification, report: Progress, 
     held = held_alike(sides, every, scope, options.memory)
 
     def levels() -> Iterator[Level]:
-        experts = exact.compare_experts(held[0], held[1], report, scope, options.memory, options.jobs, processes)
-        yield experts
-        yield compare_others((one, other), (first, second), report, options.memory, options.jobs, processes)
+        experts, others = (
+            _unread()
+            if unread
+            else (
+                exact.compare_experts(held[0], held[1], report, scope, options.memory, options.jobs, processes),
+                compare_others((one, other), (first, second), report, options.memory, options.jobs, processes),
+            )
+        )
+        yield from (experts, others)
         yield from _probes(held, scope, how, experts, report, processes)
 
     return narrowed(scope, every[0]), counts_of(*sides, every, scope), levels()
 
 
-def _across(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes) -> _Found:
+def _across(
+    one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes, *, unread: bool
+) -> _Found:
     """A Hugging Face checkpoint and a MaxText tree; layers and experts narrow down the probes alone."""
     from convert.verifier.bits import across
     from convert.verifier.bits.formats import compare_others_across
@@ -116,9 +145,15 @@ def _across(one: Reader, other: Reader, options: Verification, report: Progress,
 
     def levels() -> Iterator[Level]:
         left, right = held_across(both, Scope(), options.memory)
-        experts = exact.compare_experts(left, right, report, Scope(), options.memory, options.jobs, processes)
-        yield experts
-        yield compare_others_across(both, options.memory, report, processes)
+        experts, others = (
+            _unread()
+            if unread
+            else (
+                exact.compare_experts(left, right, report, Scope(), options.memory, options.jobs, processes),
+                compare_others_across(both, options.memory, report, processes),
+            )
+        )
+        yield from (experts, others)
         if how:
             like = replace(how, config=both.config, one_router=True)
             yield from _probes(held_across(both, scope, options.memory), scope, like, experts, report, processes)

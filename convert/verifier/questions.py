@@ -32,6 +32,11 @@ QUESTIONS: Mapping[str, Question] = {
         method="by name, element type and shape, then as unsigned integers",
         bound=_BITS,
     ),
+    "recorded": Question(
+        asks="Do recorded digests say that one was made of the other's tensors, or that both hold the same?",
+        method="xxh3-128 from manifests, against one another or against the tensors of the one side that is read",
+        bound="no digest may differ, or all bytes are compared",
+    ),
     "identity": Question(
         asks="Does the grouped GEMM find every expert's weights where its layout says that they are?",
         method="one-hot tokens read rows of gate, up and down back; a sum of one term is exact in any order",
