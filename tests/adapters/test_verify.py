@@ -1,11 +1,16 @@
 """Each mutant is caught by its level, with layer, expert and projection; what cannot be told is said."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests.adapters.test_forms import run, same, tensors
 from tests.adapters.tiny import PREFIX, E, K, N, R, adapter, fused, logical, store, whole
 
+ROOT = Path(__file__).parents[2]
 PLACE = f"{PREFIX}.1.mlp.experts"
 A0, B0, A1, B1 = (f"{PLACE}.{inner}lora_{side}.weight" for inner in ("base_layer.", "") for side in "AB")
 
@@ -106,3 +111,37 @@ def test_nan_and_negative_zero_keep_their_bits(tmp_path):
     assert run("--verify", given, tmp_path / "out") == 0
     assert run("--split", tmp_path / "out", tmp_path / "back") == 0
     same(tensors(tmp_path / "back"), found)
+
+
+CHILD = """
+import sys, convert
+verdict = convert.verify(*sys.argv[1:3], family="qwen3_moe", memory="192MiB")
+print([level.state for level in verdict.levels[:2]], verdict.outcome, verdict.levels[1].differences)
+print(next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_memory_bounds_the_products_that_are_compared(tmp_path):
+    """delta W of one expert is 75 MB in float64, and several of these were held; what differs is in the last strip of it."""
+    rng, size = np.random.default_rng(0), 3072
+    shapes = {"A": (R, size), "B": (size, R)}
+    one = {
+        f"{PLACE}.0.{word}_proj.lora_{side}.weight": rng.standard_normal(shape).astype("f4")
+        for word in ("gate", "up", "down")
+        for side, shape in shapes.items()
+    }
+    scales = {"up_proj.lora_A": 2, "up_proj.lora_B": np.float32(0.5)}
+    other = {name: each * next((scales[key] for key in scales if key in name), 1) for name, each in one.items()}
+    other[f"{PLACE}.0.up_proj.lora_B.weight"][-1] *= 3
+    paths = [str(adapter(tmp_path / name, found)) for name, found in (("one", one), ("other", other))]
+    done = subprocess.run([sys.executable, "-c", CHILD, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    said, peak = done.stdout.splitlines()
+    assert int(peak) < 192 << 20
+    assert f"expert 0, up: {size} of {size * size} elements of delta W differ, first [{size - 1}, 0]: " in said
+
+
+def test_too_little_memory_is_said(tmp_path, capsys):
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    assert run("--verify", given, given, "--memory", "100MiB") == 2
+    assert "--memory of 100 MiB is too little: to compare these adapters takes 105 MiB" in capsys.readouterr().err
+    assert run("--verify", given, given, "--memory", "105MiB") == 0

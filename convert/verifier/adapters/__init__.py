@@ -18,7 +18,7 @@ from convert.options import Verification
 from convert.options.evidence import known_of
 from convert.progress import Progress, begin, ignore
 from convert.verifier.adapters.beside import compare_others, compare_settings
-from convert.verifier.adapters.factors import Side, difference, factors_of, same
+from convert.verifier.adapters.factors import Side, Stored, difference, held, places_of, same
 from convert.verifier.verdict import Level, Verdict
 from layouts.adapters.describe import describe
 from layouts.adapters.opening import config_of, open_adapter
@@ -28,6 +28,9 @@ from layouts.adapters.writers import interleaved, unknown_turns
 from layouts.checkpoint import is_adapter
 from layouts.reader import Reader
 
+BASE, _LEAST = 96 << 20, 8 << 20
+"""Bytes that the process needs besides what it compares, and for products, at least."""
+
 
 def verify_adapters(
     a: Path, b: Path, progress: Progress | None, options: Verification, processes: Processes = ALONE
@@ -36,20 +39,20 @@ def verify_adapters(
 
     Raises:
         InputError, PlanError: one of them cannot be read, or nobody says in which form it is.
-        UsageError: one of them is a checkpoint, or an option is for these.
+        UsageError: one of them is a checkpoint, an option is for these, or `memory` is too little.
     """
     for path in (a, b):
         if not is_adapter(path):
             raise UsageError(f"{path} is no LoRA adapter, and the other one is; compare two of a kind")
     if processes.count > 1:
         raise UsageError("one process compares two adapters; leave out what is said of several")
-    for name in ("layers", "experts", "mesh"):
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name} is for checkpoints; adapters are compared as a whole")
+    for name in ("layers", "experts", "mesh", "trust_digests"):
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is for checkpoints; adapters are compared as a whole")
     with readable(f"{a} against {b}"), closing(open_adapter(a)) as one, closing(open_adapter(b)) as other:
         left, right = _sides(one, other, options)
         levels = (
-            *_compare_experts(left, right, progress or ignore),
+            *_compare_experts(left, right, progress or ignore, options.memory),
             compare_others(left, right),
             compare_settings(left, right),
         )
@@ -74,22 +77,36 @@ def _sides(one: Reader, other: Reader, options: Verification) -> tuple[Side, Sid
     return left, right
 
 
-def _compare_experts(left: Side, right: Side, progress: Progress) -> tuple[Level, Level]:
-    """Every projection of every expert."""
+def _room(left: Side, right: Side, memory: int) -> int:
+    """Bytes for products, besides what is read of both adapters and the program itself.
+
+    Raises:
+        UsageError: there is too little.
+    """
+    most = sum(max((held(side, block) for block in side.described.blocks), default=0) for side in (left, right))
+    if (room := memory - BASE - most) < _LEAST:
+        least = BASE + most + _LEAST >> 20
+        raise UsageError(f"--memory of {memory >> 20} MiB is too little: to compare these adapters takes {least + 1} MiB")
+    return room
+
+
+def _compare_experts(left: Side, right: Side, progress: Progress, memory: int) -> tuple[Level, Level]:
+    """Every projection of every expert, one at a time."""
+    room = _room(left, right, memory)
     mine, others = ({_place(block.path): block for block in side.described.blocks} for side in (left, right))
     differ, moved, compared, trained = [], 0, 0, False
     nbytes = {place: sum(left.reader.tensors[name].nbytes for name in _names(block)) for place, block in mine.items()}
     begin(progress, "delta W of experts", sum(nbytes.values()))
     for place in dict.fromkeys((*mine, *others)):
-        pair = [factors_of(side, blocks[place]) if place in blocks else {} for side, blocks in ((left, mine), (right, others))]
-        for key in dict.fromkeys((*pair[0], *pair[1])):
-            one, other = (found.get(key) for found in pair)
+        pair = [(Stored(side), places_of(at[place]) if place in at else {}) for side, at in ((left, mine), (right, others))]
+        for key in dict.fromkeys((*pair[0][1], *pair[1][1])):
+            one, other = (stored.factors(found[key]) if key in found else None for stored, found in pair)
             trained = trained or any(each is not None and each.b.size > 0 for each in (one, other))
             compared += 1
             if same(one, other):
                 continue
             moved += 1
-            if why := difference(one, other):
+            if why := difference(one, other, room):
                 projection, expert = key
                 differ.append(f"{place}.experts, expert {expert}, {projection}: {why}")
         progress(nbytes.get(place, 0))
