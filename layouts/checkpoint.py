@@ -5,15 +5,31 @@ In: a path. Out: a `Reader` of whichever format lies there. It never reads tenso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from layouts.disk.files import ADAPTER_FILES
+from layouts.disk.files import ADAPTER_FILES, CONFIG
 from layouts.disk.mistaken import explained, meant, snapshot
 from layouts.disk.places import is_remote, place
 from layouts.errors import InputError
 from layouts.orbax.tree import find_item
 from layouts.reader import Reader
 from layouts.shards import all_files, is_named, unindexed
+
+
+class Format(NamedTuple):
+    """What a format is called, and where our record of the layout stands in it."""
+
+    title: str
+    record: str
+
+
+FORMATS: Mapping[str, Format] = {
+    "hf": Format("Hugging Face safetensors", CONFIG),
+    "orbax": Format("Orbax (MaxText)", "the tree"),
+    "adapter": Format("LoRA adapter", ADAPTER_FILES[1]),
+}
 
 
 def is_adapter(path: Path) -> bool:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from convert.errors import PlanError, readable
 from convert.options import Verification
 from layouts.checkpoint import open_checkpoint
-from layouts.matching.candidates import record_of
+from layouts.matching.candidates import ORIGIN, record_of
 from layouts.matching.describe import Description, describe
-from layouts.matching.origin import hf_name, origin_of
 from layouts.reader import Reader
-from layouts.tables.families import maxtext
+from layouts.tables.families import families_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,42 +53,54 @@ def _opened(path: Path) -> Reader:
         return open_checkpoint(path)
 
 
+def said_alone(options: Verification, at: int) -> Verification:
+    """The options with what the user says of this one of two sides, as if it were alone."""
+    said = said_of(options)[at]
+    return replace(options, family=said.family, source_layout=said.layout, family_b=None, source_layout_b=None)
+
+
 def described_alike(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:
     """Two in one format; what one does not say of itself, the record of what was made from it says, or its maker's."""
-    records = [record_of(reader) for reader in (one, other)]
-    said = said_of(options)
-    families = [each.family for each in said]
-    if one.format == "orbax":
-        for at, reader in enumerate((one, other)):
-            if hf_name(families[at]):  # the model's, which both have to be made of; their trees are their own
-                origin_of(reader, families[at])
-                families[at] = None
-    stated = [family or record.get("family") for family, record in zip(families, records, strict=True)]
-    usual = None
-    if one.format == "orbax":
-        usual = next(filter(None, stated), None) if options.scan_axis is None else maxtext(options.scan_axis).name
-    return (
-        _described(one, stated[0] or usual, said[0], records[1]),
-        _described(other, stated[1] or usual, said[1], records[0]),
-    )
+    return described(one, options, [record_of(other)], 0), described(other, options, [record_of(one)], 1)
 
 
-def _described(reader: Reader, family: str | None, said: Said, beside: Mapping[str, Any]) -> Description:
-    """By its record, else in the layout that was named, else in what the other's record says it was, else by the table.
+def described(reader: Reader, options: Verification, beside: Sequence[Mapping[str, Any]], at: int = 0) -> Description:
+    """By its record, else in the layout that the user names, else in what the records `beside` say, else by the tables.
 
-    What was said comes before the table: layouts may have names and shapes in common.
+    What was said comes before the tables: layouts may have names and shapes in common. A layout that is said of this side
+    alone has to fit. `at` is which side it is of those that the options tell apart.
     """
     with readable(reader.path):
+        said = said_of(options)[at]
+        family = said.family or _family(reader, options, beside)
+        how = partial(describe, reader, family=family, scan_axis=options.scan_axis)
         if said.own and said.layout:
-            return describe(reader, family=family, source_layout=said.layout)
+            return how(source_layout=said.layout)
         if "layout" not in record_of(reader):
-            if said.layout:
+            for layout in filter(None, (said.layout, *(record.get(ORIGIN, {}).get("layout") for record in beside))):
                 with suppress(PlanError):
-                    return describe(reader, family=family, source_layout=said.layout)
-            if "layout" in beside:
-                with suppress(PlanError):
-                    return describe(reader, family=family or str(beside["family"]), like=beside)
-        return describe(reader, family=family)
+                    return how(source_layout=layout)
+            for record in beside:
+                if "layout" in record:
+                    with suppress(PlanError):
+                        return how(like=record)
+        if family != said.family:
+            with suppress(PlanError):
+                return how()
+        return how(family=said.family)  # another model, of which the records beside say nothing
+
+
+def _family(reader: Reader, options: Verification, beside: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the records of others say of a side that says nothing itself: a tree's record has the family that it was made of.
+
+    The axis along which the layers of a tree are stacked is part of its family; what the user says of it goes first.
+    """
+    if record_of(reader).get("family"):
+        return None
+    known = {family.name: family for family in families_of(reader.format)}
+    said = (name for record in beside for name in (record.get("family"), record.get(ORIGIN, {}).get("family")))
+    found = next((known[name] for name in said if name in known), None)
+    return None if found is None or (found.by_structure and options.scan_axis is not None) else found.name
 
 
 def described_as(reader: Reader, family: str, said: Said, layouts: Sequence[str | None] = ()) -> Description:

@@ -15,9 +15,11 @@ from convert.errors import InputError, PlanError, UsageError
 from convert.options import Verification
 from convert.progress import Progress, begin
 from convert.verifier.content.hashing import Content
-from convert.verifier.content.sides import contents, described, said_alone
+from convert.verifier.content.sides import contents
 from convert.verifier.control.trials import Compare, Sides, tried
+from convert.verifier.sides import described, said_alone
 from convert.verifier.verdict import Level, Side, Verdict
+from layouts.checkpoint import FORMATS
 from layouts.disk.places import is_remote
 from layouts.language.pattern import Pattern
 from layouts.matching.candidates import record_of
@@ -96,7 +98,7 @@ def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]
     return Side(
         path=str(reader.path) if is_remote(reader.path) else os.path.abspath(reader.path),
         nbytes=_size(reader.path),
-        format={"hf": "Hugging Face safetensors", "orbax": "Orbax (MaxText)"}[reader.format],
+        format=FORMATS[reader.format].title,
         family=family,
         layout=layout,
         tensors=len(reader.tensors),

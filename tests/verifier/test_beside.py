@@ -53,6 +53,25 @@ def test_what_we_make_has_no_differences(root, a, b):
     assert re.match(r"\d+ keys of config.json, [2-9] side files by their digests", level.covered)
 
 
+def test_what_orbax_keeps_of_a_step_is_compared_wherever_it_lies(root, tmp_path):
+    """Beside safetensors it is a side file, which was compared with nothing."""
+    for name, said in (("a", 1), ("b", 2)):
+        shutil.copytree(root / "in", tmp_path / name)
+        (tmp_path / name / "_CHECKPOINT_METADATA").write_text(
+            json.dumps({"custom_metadata": said, "init_timestamp_nsecs": said})
+        )
+    level = files(tmp_path / "a", tmp_path / "b")
+    assert level.differences == ("_CHECKPOINT_METADATA: custom_metadata is 1 in one, 2 in the other",)
+
+
+def test_the_records_of_two_models_do_not_hide_what_they_are(root, tmp_path):
+    """What the record of one side says of the other is taken where it fits; here that is another family."""
+    make_checkpoint(tmp_path / "mixtral", family="mixtral", experts=4, embed=8, mlp=4, layers=2)
+    verdict = convert.verify(tmp_path / "mixtral", root / "out", gemm=False)
+    assert not verdict.equal
+    assert any(level.differences for level in verdict.levels if level.name == "exact")
+
+
 EDITS = {
     "hidden_act": "gelu",
     "model_type": "olmoe",

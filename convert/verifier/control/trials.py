@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from convert.options import Verification
 from convert.verifier.bits.logical import Block, blocks
-from convert.verifier.content.sides import described, lines_of, said_alone
+from convert.verifier.content.sides import lines_of
 from convert.verifier.control.altered import AlteredReader, Flip
 from convert.verifier.control.choice import of_expert, of_other, told
+from convert.verifier.sides import described, said_alone
 from convert.verifier.verdict import DIFFERENT, EQUAL, NOT_RUN, Trial, Verdict
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 
 COMPUTED = ("identity", "gemm", "gradients", "layer", "mesh")
 """The levels that run experts."""
@@ -34,13 +35,13 @@ _NEEDLESS = Trial(flipped="nothing", seen=(), untried={"exact": "it is not equal
 def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compare) -> Verdict:
     """Flip a bit of an expert and one of another tensor of one side, `compare` again, and look who sees it.
 
-    Asked are the levels that found the two equal, since others are able to find a difference as it is. Of two formats it is the
-    side of Hugging Face, else the second one.
+    Asked are the levels that found the two equal, since others are able to find a difference as it is. It is the
+    side that is not decoded in chunks, if there is one, else the second.
     """
     equal = [level.name for level in verdict.levels if level.state == EQUAL]
     if "exact" not in equal:
         return replace(verdict, self_test=(_NEEDLESS,))
-    which = 0 if sides[0].format == "hf" != sides[1].format else 1
+    which = 0 if is_chunked(sides[1]) and not is_chunked(sides[0]) else 1
     reader = sides[which]
     said = said_alone(options, which)
     description = described(reader, said, [record_of(sides[1 - which])])

@@ -129,8 +129,7 @@ def _orbax(one: Reader, other: Reader, alike: bool, stacked: bool | None) -> Ite
 
 def _step(reader: Reader) -> dict[str, Any]:
     """What Orbax keeps of a step."""
-    files = reader.side_files.plain if reader.format == "orbax" else ()
-    name = next((name for name in files if PurePosixPath(name).name == STEP), None)
+    name = next((name for name in reader.side_files.plain if PurePosixPath(name).name == STEP), None)
     found = read_object(reader.path / name) if name else {}
     return {key: value for key, value in found.items() if key not in _TIMES}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from convert.commit.manifest import NAME, hashed_text
 from convert.commit.recorded import Manifest
 from convert.verifier.verdict import Level
-from layouts.disk.files import CONFIG
+from layouts.checkpoint import FORMATS
 from layouts.reader import Reader
 
 
@@ -44,8 +44,7 @@ def _headers(reader: Reader, found: Manifest) -> Iterator[str]:
 
 def _records(reader: Reader, found: Manifest) -> Iterator[str]:
     wanted = found.made.get("record") or {}
-    beside = CONFIG if reader.format == "hf" else "the tree"
-    for place, record in {beside: reader.record, **reader.records}.items():
+    for place, record in {FORMATS[reader.format].record: reader.record, **reader.records}.items():
         if (record or {}) != wanted:
             yield f"the record of the layout in {place} is {'not that of ' + NAME if record else 'missing'}"
     if "layout" in wanted and wanted["layout"] != found.made.get("layout"):
