@@ -105,7 +105,7 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines += ["copied as they are:", *(verbatim or ["  nothing"])]
     lines += [f"note: {remark}" for remark in plan.remarks]
     if plan.computed:
-        lines.append(f"computed, not only moved: {plan.computed}")
+        lines += [f"computed, not only moved: {plan.computed}", *(f"  {kind}" for kind in plan.computed_kinds)]
     for option in dict.fromkeys(plan.left_out.values()):
         lines += [f"left out, as {option} says:", *(f"  {name}" for name, by in plan.left_out.items() if by == option)]
     lines += [f"held once by MaxText, and compared before anything is written: {one} = {other}" for one, other in plan.twins]

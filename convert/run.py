@@ -50,10 +50,11 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
 
 
 def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan]:
-    reader = open_checkpoint(source)
+    reader: Reader = open_checkpoint(source)
     try:
         if choices.dequantize:
-            reader = dequantized(reader)
+            reader = plain = dequantized(reader)
+            kinds = plain.computed
         if is_chunked(reader):
             from layouts.orbax.state import with_optimizer
 
@@ -66,10 +67,10 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
             plan = make_plan(reader, place(out), action, choices)
-        computed = RULE if choices.dequantize else None
         if choices.mesh and plan.format != "orbax":
             raise UsageError(f"{source}: --mesh is for an Orbax output, whose chunks are cut for it; this one is {plan.format}")
-        return reader, replace(plan, computed=computed, mesh=choices.mesh)
+        plan = replace(plan, mesh=choices.mesh)
+        return reader, replace(plan, computed=RULE, computed_kinds=kinds) if choices.dequantize else plan
     except BaseException:
         reader.close()
         raise

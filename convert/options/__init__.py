@@ -110,7 +110,7 @@ class Choices:
     ] = False
     dequantize: Annotated[
         Literal["bf16"] | None,
-        Option(text="compute FP8 block and MXFP4 weights as bfloat16 (not lossless)", choices=("bf16",)),
+        Option(text="compute FP8, NVFP4, MXFP4, MXFP8 and INT4 weights as bfloat16 (not lossless)", choices=("bf16",)),
     ] = None
     from_writer: _FromWriter = None
     base: _Base = None

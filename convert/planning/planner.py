@@ -84,6 +84,8 @@ class Plan:
     """What could not be told of the input."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
+    computed_kinds: tuple[str, ...] = ()
+    """Which tensors they are, a line for each kind."""
     merging: Merging | None = None
     content: Mapping[str, Any] | None = None
     """The digest of what the input holds, and so the output, if it was asked for (`convert.verifier.content`)."""

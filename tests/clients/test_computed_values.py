@@ -1,10 +1,11 @@
-"""Our bfloat16 values are those of transformers, wherever its rule holds: blocks that divide the matrix."""
+"""Our bfloat16 values are those of transformers and of compressed-tensors, wherever their rules hold."""
 
 import numpy as np
 import pytest
 
 from layouts.dequantize import dequantized
 from tests.layouts.test_dequantize import fp8, reader
+from tests.layouts.test_dequantize_formats import N, equal, made
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -35,3 +36,44 @@ def test_mxfp4_as_transformers_computes_it():
     tensors = {"x_blocks": ("U8", blocks), "x_scales": ("U8", scales)}
     ours = dequantized(reader(tensors, {"quantization_config": {}})).read("x", (slice(None),) * 3)
     assert np.array_equal(ours, theirs)
+
+
+_GROUP = {"type": "int", "strategy": "group", "group_size": 32}
+_NVFP4 = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+_MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+SCHEMES = {
+    "int4": ("pack_quantized", "PackedQuantizationCompressor", {"num_bits": 4, **_GROUP}),
+    "int8 in words": ("pack_quantized", "PackedQuantizationCompressor", {"num_bits": 8, **_GROUP}),
+    "fp8 channels": ("naive_quantized", "NaiveQuantizationCompressor", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8 tensor in brackets": (
+        "naive_quantized", "NaiveQuantizationCompressor", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "int8": ("naive_quantized", "NaiveQuantizationCompressor", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "nvfp4 of compressed-tensors": ("nvfp4", "NVFP4PackedCompressor", {"num_bits": 4, "type": "float", **_NVFP4}),
+    "mxfp8": ("mxfp8", "MXFP8QuantizationCompressor", {"num_bits": 8, "type": "float", **_MX}),
+}  # fmt: skip
+"""Our cases, and the compressor that reads them; those whose scales are F32 or BF16: theirs rounds F16 twice."""
+
+
+@pytest.mark.parametrize("case", SCHEMES)
+def test_as_compressed_tensors_decompresses(case):
+    pytest.importorskip("compressed_tensors")
+    import importlib
+
+    from compressed_tensors.quantization import QuantizationScheme
+
+    module, name, weights = SCHEMES[case]
+    tensors, config, _ = made(case)
+    if case == "int8 in words":
+        tensors["x.weight_scale"] = ("BF16", np.random.default_rng(3).integers(0x3C00, 0x4000, (N, 2)).astype("u2"))
+    theirs = {word.removeprefix("x.").replace("_scale_inv", "_scale"): as_torch(*entry) for word, entry in tensors.items()}
+    theirs.pop("input_scale")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = getattr(importlib.import_module(f"compressed_tensors.compressors.{module}.base"), name)
+    found = compressor.decompress(theirs, scheme)["weight"].to(torch.bfloat16).view(torch.uint16).numpy()
+    equal(dequantized(reader(tensors, config)).read("x.weight", (slice(None), slice(None))), found)
+
+
+def as_torch(code, array):
+    kinds = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I8": torch.int8,
+             "I64": torch.int64, "U8": torch.uint8}  # fmt: skip
+    return torch.from_numpy(np.ascontiguousarray(array).copy()).view(kinds[code])

@@ -1,0 +1,126 @@
+"""The checkpoint with its quantised tensors computed.
+
+In: an open quantised checkpoint. Out: a reader of its bfloat16 form. It never writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layouts.dequantize.compute import Recipe, matrix
+from layouts.dequantize.find import hidden, recipes
+from layouts.disk.pread import Empty
+from layouts.errors import PlanError
+from layouts.quantisation import FILES, without
+from layouts.reader import Reader, ReadUnit
+from layouts.side_files import SideFiles
+from layouts.tensors import TensorSpec, bits
+from layouts.through import Through
+
+_PART = 1 << 17
+"""Elements computed at a time: they stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DequantizingReader(Through):
+    """See `layouts.reader.Reader`; `quantized` says how the tensors of these names are computed."""
+
+    tensors: Mapping[str, TensorSpec]
+    quantized: Mapping[str, Recipe]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """`config.json` of a model that is not quantised."""
+        return without(self.inner.config)
+
+    @property
+    def record(self) -> None:
+        """None: what we made ourselves is not read through this."""
+        return
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
+    @property
+    def side_files(self) -> SideFiles:
+        """As they are, but for those that only say how the model was quantised."""
+        found = self.inner.side_files
+        gone = tuple(name for name in FILES if name in found.plain)
+        kept = {name: size for name, size in found.plain.items() if name not in gone}
+        return replace(found, plain=kept, never=(*found.never, *gone)) if gone else found
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """None: the files of what is computed are others."""
+        return {}
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """What is computed, and what is left out with it, a line for each kind of name."""
+        gone = hidden(self.inner, self.quantized) - {n for r in self.quantized.values() for n in (r.data, r.scale, r.second)}
+        kinds = Counter((recipe.format.name, _folded(name)) for name, recipe in self.quantized.items())
+        lines = [f"{kind}  {name}  x{count}" for (kind, name), count in sorted(kinds.items())]
+        return (*lines, *(f"left out  {name}  x{count}" for name, count in sorted(Counter(map(_folded, gone)).items())))
+
+    def unit(self, name: str) -> ReadUnit | None:
+        """As the quantised data is read."""
+        return self.inner.unit(self._data(name))
+
+    def where(self, name: str) -> str:
+        """The place of the quantised data."""
+        return self.inner.where(self._data(name))
+
+    def _data(self, name: str) -> str:
+        return self.quantized[name].data if name in self.quantized else name
+
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
+        """A block as bits of bfloat16, computed; other tensors as they are stored."""
+        if name not in self.quantized:
+            return self.inner.read(name, slices, empty)
+        recipe = self.quantized[name]
+        spans = [range(*cut.indices(size)) for cut, size in zip(slices, recipe.shape, strict=True)]
+        out = empty([len(span) for span in spans], bits("BF16"))
+        if not out.size:
+            return out
+        into = out.swapaxes(-1, -2) if recipe.format.folded else out
+        *lead, rows, columns = [*spans[:-2], spans[-1], spans[-2]] if recipe.format.folded else spans
+        step = max(1, _PART // len(columns))
+        for point in itertools.product(*lead):
+            place = into[tuple(at - span.start for at, span in zip(point, lead, strict=True))]
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                place[start : start + len(part)] = matrix(self.inner, recipe, point, part, columns)
+        return out
+
+
+def dequantized(reader: Reader) -> DequantizingReader:
+    """The checkpoint in bfloat16.
+
+    Raises:
+        PlanError: it is not quantised, not in a way that is known here, or it is one that this tool has fused already.
+        InputError: data without scales, scales without data, or a grid that does not fit.
+    """
+    if reader.record:
+        raise PlanError(f"{reader.path}: its experts are fused already; split it first, then dequantise")
+    found = recipes(reader)
+    gone, first = hidden(reader, found), {recipe.data: recipe for recipe in found.values()}
+    tensors = {}
+    for name, spec in reader.tensors.items():
+        if name in first:
+            tensors[first[name].name] = TensorSpec(name=first[name].name, dtype="BF16", shape=first[name].shape)
+        elif name not in gone:
+            tensors[name] = spec
+    return DequantizingReader(inner=reader, tensors=tensors, quantized=found)
+
+
+def _folded(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
