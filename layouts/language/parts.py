@@ -80,8 +80,11 @@ PARTS: Sequence[Part] = (
 VOCABULARIES: Mapping[str, Mapping[str, str]] = {
     "scale": {"scale": "weight_scale"},
     "mlx": {"bias": "bias", "group_scales": "scales", "group_biases": "biases"},
+    "beside": {part.name: part.word for part in PARTS if part.name},
 }
-"""What stands behind `{part:`, and the companions that such a key has: name -> word. MLX calls other things `scales`."""
+"""What stands behind `{part:`, and the companions that such a key has: name -> word. MLX calls other things `scales`.
+
+A key with `{part:beside}` has no weight."""
 
 
 _SLOT = re.compile(r"\{part(?::([a-z_0-9]+))?\}")
@@ -104,9 +107,11 @@ def words(key: str) -> str:
 
 
 def takes(key: str, name: str) -> bool:
-    """Whether a key has a place for a companion (all have for the weight)."""
+    """Whether a key has a place for a companion, or for the weight."""
     found = _SLOT.search(key)
-    return not name or bool(found and (found[1] is None or name in VOCABULARIES.get(found[1], ())))
+    if not name:
+        return not found or found[1] != "beside"
+    return bool(found and (found[1] is None or name in VOCABULARIES.get(found[1], ())))
 
 
 def only(key: str, name: str) -> str:
@@ -117,10 +122,10 @@ def only(key: str, name: str) -> str:
 def worded(key: str) -> str | None:
     """A key whose companions have their words behind an underscore (`gate_up_proj_weight_scale`); None if it has them so.
 
-    ModelOpt hangs them on a parameter that is no module. The weight itself keeps its name, which such a key does not have.
+    ModelOpt hangs them on a parameter that is no module. The weight itself keeps its name, for which this key has no place.
     """
     found = key.removesuffix("{part}")
-    return f"{found}_{{part}}" if found != key and not found.endswith((".", "_")) else None
+    return f"{found}_{{part:beside}}" if found != key and not found.endswith((".", "_")) else None
 
 
 def forms(weight: Pattern, role: str, part: Part) -> list[tuple[str, Pattern]]:

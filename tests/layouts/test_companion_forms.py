@@ -218,8 +218,9 @@ def test_what_is_no_experts_is_copied(word, tmp_path):
         (fused(**{"": ("F8_E4M3", lambda i, o: (E, i, o)), "_weight_scale": ("F32", lambda *_: (2,))}), LLAMA, InputError,
          "is of 2 experts"),
         (fused(**{"": ("F8_E4M3", lambda i, o: (E, i, o)), "_weight_scale_3": SCALAR}), LLAMA, PlanError, "does not know"),
+        (fused(_weight=("BF16", lambda i, o: (E, i, o))), LLAMA, PlanError, "does not know"),
     ],
-    ids=["odd columns", "too many", "floats", "four other dims", "no block size", "empty", "two of three", "third scale"],
+    ids=["odd columns", "too many", "floats", "four other dims", "no block size", "empty", "two of three", "third", "word"],
 )  # fmt: skip
 def test_what_only_looks_like_it_is_refused(tensors, config, error, words, tmp_path):
     place = f"model.layers.2.{PLACES[config['model_type']]}"
