@@ -155,10 +155,11 @@ def _check_left(reader: Reader, found: Mapping[str, Recipe]) -> None:
             raise InputError(
                 f"{reader.path}: {name} (in {reader.where(name)}) is {spec.dtype} and has no {stem}_inv beside it, nor {stem}"
             )
-        if name.endswith(("_blocks", *LEFT)):
-            stem = name.removesuffix("_blocks")
-            lost = "belongs to no format that is computed" if stem == name else f"has no {stem}_scales beside it"
-            raise InputError(f"{reader.path}: {name} (in {reader.where(name)}) {lost}")
+        if name.endswith(LEFT):
+            raise PlanError(f"{reader.path}: {name} (in {reader.where(name)}) belongs to no format that is computed")
+        if name.endswith("_blocks"):
+            lost = name.removesuffix("_blocks") + "_scales"
+            raise InputError(f"{reader.path}: {name} (in {reader.where(name)}) has no {lost} beside it")
     if not found:
         raise PlanError(f"{reader.path}: nothing here is quantised in a way that is computed; nothing to dequantise")
     for recipe in found.values():
