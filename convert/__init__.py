@@ -18,6 +18,7 @@ Nothing here prints or exits; progress goes to a callback. Heavy libraries are i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -31,17 +32,23 @@ from convert.pipeline.calls import load, save, sync_plan
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
+    from convert.planning.planner import Plan
     from convert.progress import Progress
-    from convert.verifier import Verdict
+    from convert.report import Report
     from convert.verifier.content.hashing import Content
+    from convert.verifier.verdict import Level, Verdict
 
 __all__ = [
     "ConvertError",
     "InputError",
+    "Level",
     "OutputError",
+    "Plan",
     "PlanError",
+    "Report",
     "StorageError",
     "UsageError",
+    "Verdict",
     "connect",
     "digest",
     "inspect",
@@ -58,6 +65,15 @@ __all__ = [
     "sync_plan",
     "verify",
 ]
+
+_VALUES = {"Plan": "planning.planner", "Report": "report", "Verdict": "verifier.verdict", "Level": "verifier.verdict"}
+"""What calls give, and where it is defined: imported when somebody asks, because `import convert` is light."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VALUES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"convert.{_VALUES[name]}"), name)
 
 
 def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Processes:

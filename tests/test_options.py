@@ -208,3 +208,9 @@ def test_type_checkers_see_the_options(tmp_path):
     for number, words in enumerate(WRONG.values()):
         assert f"client.py:{first + number}: error: " in errors[number]
         assert words in errors[number]
+
+
+@pytest.mark.parametrize("name", ["Plan", "Report", "Verdict", "Level"])
+def test_what_calls_give_has_a_public_name(name):
+    assert getattr(convert, name).__name__ == name
+    assert name in convert.__all__
