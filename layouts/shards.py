@@ -49,11 +49,13 @@ def model_files(path: Path, weight_map: Mapping[str, str] | None) -> list[str]:
         _check_numbers(path, names)
     else:
         names = sorted(set(weight_map.values()))
-    for name in names:
-        if not (path / part(name, path / INDEX)).is_file():
-            if weight_map is None:
-                raise InputError(f"{path / name}: no file, but called like one of the model; remove it")
-            raise InputError(f"{path / INDEX}: it names the shard {name!r}, but there is no such file beside it")
+    if lost := [name for name in names if not (path / part(name, path / INDEX)).is_file()]:
+        if weight_map is None:
+            raise InputError(f"{path / lost[0]}: no file, but called like one of the model; remove it")
+        raise InputError(
+            f"{path / INDEX}: {len(lost)} of {len(names)} shards that it names are missing, the first is {lost[0]!r}; "
+            f"download or copy the rest"
+        )
     if stale := [name for name in present if name not in names and _CALLED_SO.fullmatch(name)]:
         raise InputError(f"{path / stale[0]}: called like a shard, but the index does not name it; remove one or the other")
     return names
@@ -128,6 +130,6 @@ def _check_numbers(path: Path, names: Sequence[str]) -> None:
         first = min(min(numbers), 1)  # a few count from 0
         if lost := [number for number in range(first, first + count) if number not in numbers]:
             raise InputError(
-                f"{path}: {stem}-{lost[0]:05}-of-{count:05}.safetensors is missing, and {len(lost)} of {count} such files are: "
-                f"there is no index, but their names say how many there should be. Download the rest"
+                f"{path}: {len(lost)} of {count} shards are missing, the first is {stem}-{lost[0]:05}-of-{count:05}.safetensors"
+                f": there is no index, but their names say how many there should be. Download or copy the rest"
             )

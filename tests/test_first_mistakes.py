@@ -1,5 +1,6 @@
 """What a new user does wrong first gets an answer of its own: what it is, where, what to do. Exact texts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,48 @@ def test_what_is_no_directory(said, tmp_path):
         3,
         "convert: model.safetensors: this is a file; give the directory that holds the checkpoint: .",
     )
+
+
+QUANTISED = {
+    "experts.0.down_proj.weight.absmax": "bitsandbytes has quantised this model, and its blocks run across the rows of a "
+    "matrix: take the model that it was made from, or load it with transformers, call dequantize() and save it",
+    "experts.0.down_proj.weight.quant_state.bitsandbytes__nf4": "bitsandbytes has quantised this model",
+    "experts.0.down_proj.SCB": "bitsandbytes has quantised this model",
+    "switch_mlp.down_proj.biases": "MLX has quantised this model: take the model that it was made from, or convert it with "
+    "mlx_lm.convert --dequantize first",
+    "switch_mlp.up_proj.scales": "MLX has quantised this model",
+    "experts.0.down_proj.weight_odd": None,
+}
+"""A tensor beside those of experts -> what is said of it; of one that no quantiser writes, nothing more."""
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_model_says_by_what(said, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    save_file({f"model.layers.0.mlp.{name}": np.ones((2, 4), np.float32)}, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    code, text = said("--prefuse", "in", OUT, "--quiet")
+    assert code == 4
+    assert "that family qwen3_moe does not know" in text
+    assert (f"{{g:gate_proj,up_proj}}.{{part}}. {QUANTISED[name]}" in text) if QUANTISED[name] else "quantised" not in text
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_an_unfinished_download_is_counted(said, tmp_path, indexed):
+    (tmp_path / "in").mkdir()
+    names = [f"model-{number:05}-of-00016.safetensors" for number in range(1, 17)]
+    for number, name in enumerate(names):
+        if number in (0, 1, 3, 15):
+            save_file({f"x.{number}": np.ones(2, np.float32)}, tmp_path / "in" / name)
+    if indexed:
+        weight_map = {f"x.{number}": name for number, name in enumerate(names)}
+        (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for words in (("--prefuse", "in", OUT), ("--inspect", "in"), ("--digest", "in")):
+        code, text = said(*words)
+        assert code == 3
+        assert text.startswith("convert: in")
+        assert "12 of 16 shards" in text
+        assert "model-00003-of-00016.safetensors" in text
 
 
 def test_a_dense_model_has_nothing_to_fuse(said, tmp_path):

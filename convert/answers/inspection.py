@@ -101,7 +101,8 @@ class Inspection:
             )
         for each in self.blocks:
             yield "experts", _told(each)
-        yield "quantised", self.quantisation or "no"
+        if self.quantisation or not self.problem:
+            yield "quantised", self.quantisation or "no"
         yield "complete", self._complete()
         carried = f"{len(self.side_files):,} files, {size(sum(self.side_files.values()))}"
         yield "beside", carried + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")

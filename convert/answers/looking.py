@@ -43,11 +43,12 @@ def inspected(path: str | Path, choices: Choices) -> Inspection:
         if is_adapter(place(path)):
             return Inspection(**facts, **_adapter(place(path)))
         try:
-            said = {"family": choices.family, "source_layout": choices.source_layout, "scan_axis": choices.scan_axis}
-            described = describe(reader, **said)  # type: ignore[arg-type]
+            asked = {"family": choices.family, "source_layout": choices.source_layout, "scan_axis": choices.scan_axis}
+            described = describe(reader, **asked)  # type: ignore[arg-type]
         except ConvertError as problem:
-            why = f"cannot: {problem}"
-            return Inspection(**facts, **_nothing(why, why), problem=problem)
+            why = f"cannot: {str(problem).removeprefix(f'{reader.path}: ')}"
+            said = {"quantisation": _quantisation(reader.config, ())}
+            return Inspection(**facts | _nothing(why, "cannot, for the same reason") | said, problem=problem)
         return Inspection(**facts, **_described(reader, described, choices))
 
 

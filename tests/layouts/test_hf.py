@@ -111,7 +111,10 @@ def edit_index(source: Path, **changes: str | None) -> None:
         ({"ghost": FIRST}, f"puts ghost into {FIRST}"),
         ({GATE: SECOND}, f"puts {GATE} into {SECOND}, but it is in {FIRST}"),
         ({GATE: None}, f"{GATE} is in {FIRST}, but not in the index"),
-        ({"ghost": "model-00009-of-00003.safetensors"}, "names the shard 'model-00009-of-00003.safetensors'"),
+        (
+            {"ghost": "model-00009-of-00003.safetensors"},
+            "shards that it names are missing, the first is 'model-00009-of-00003.safetensors'",
+        ),
         ({"ghost": "../in/" + FIRST}, f"the name '../in/{FIRST}'"),
         ({"ghost": "/etc/passwd"}, "the name '/etc/passwd'"),
         ({"ghost": ".."}, "the name '..'"),

@@ -87,7 +87,7 @@ def test_the_index_of_one_file_says_that_others_are_not_the_model(one, tmp_path)
     convert.prefuse(one, tmp_path / "out", copy_all=True)
     assert set(json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"].values()) == {"model.safetensors"}
     (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "else.safetensors")
-    with pytest.raises(InputError, match=r"names the shard 'model.safetensors'"):
+    with pytest.raises(InputError, match=r"1 shards that it names are missing, the first is 'model.safetensors'"):
         open_checkpoint(tmp_path / "out")
 
 
