@@ -156,6 +156,22 @@ def _examples(only: str | None) -> str:
     return "".join(line for line in lines if only is None or only in line or line == lines[0])
 
 
+def _layouts(**_: object) -> list[str]:
+    from layouts.tables.targets import TARGETS
+
+    return list(TARGETS)
+
+
+def _families(**_: object) -> list[str]:
+    from layouts.tables.families import FAMILIES
+
+    return [family.name for family in FAMILIES]
+
+
+_WORDS: Mapping[str, Callable[..., list[str]]] = {"layout": _layouts, "family": _families, "family_b": _families}
+"""What a shell may offer behind an option; it is looked up when it asks."""
+
+
 def _taken() -> dict[str, tuple[Named, list[str]]]:
     """Every option once, with the actions that take it."""
     found: dict[str, tuple[Named, list[str]]] = {}
@@ -174,7 +190,9 @@ def _add(parser: argparse._ArgumentGroup, each: Named, before: str) -> None:
         parser.add_argument(each.flag, action="store_true", default=argparse.SUPPRESS, help=text)
     else:
         words = {"choices": option.choices} if option.choices else {"metavar": option.show, "type": option.read}
-        parser.add_argument(each.flag, default=argparse.SUPPRESS, help=text, **_read(words))
+        added = parser.add_argument(each.flag, default=argparse.SUPPRESS, help=text, **_read(words))
+        if each.name in _WORDS:
+            added.completer = _WORDS[each.name]  # type: ignore[attr-defined]
 
 
 def _read(words: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from convert.errors import ConvertError, one_line, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors are one message on stderr."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = _completed(parser()).parse_intermixed_args(argv)
     arguments.command = shlex.join(["convert", *(sys.argv[1:] if argv is None else argv)])
     try:
         with _signals():
@@ -39,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             print(envelope(action_of(arguments), code, None, text))
         return _complain(text, code, arguments.debug)
+
+
+def _completed(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same, after it has answered a shell that asks what a word may become (`pip install moe-convert[completion]`)."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(found)
+    return found
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +101,8 @@ def _told(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or ''}", 6
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ("convert", "layouts"):
+        return f"this needs the package {error.name}, which is not installed here; see pyproject.toml for its version", 2
     return f"this is a bug, please report it (--debug shows where): {error!r}", 70
 
 

@@ -27,7 +27,6 @@ from layouts.language.parts import CHUNKS
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
-from layouts.orbax.state import with_optimizer
 from layouts.reader import Reader, is_chunked
 from layouts.tables.natives import SOURCES
 
@@ -174,6 +173,8 @@ def _would(reader: Reader, described: Description, action: Action, choices: Choi
     """What the plan of an action says, with the usual choices."""
     try:
         if is_chunked(reader):
+            from layouts.orbax.state import with_optimizer
+
             reader = with_optimizer(reader, drop=False)
         plan = plan_described(reader, described, Path(_OUT), action, choices)
     except PlanError as problem:

@@ -1,0 +1,104 @@
+"""What an installation is: which packages a conversion needs, whose packages `convert` and `layouts` are, completion."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_convert
+from scripts.make_checkpoint import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+LIGHT = ("einops", "ml_dtypes", "numpy", "safetensors", "tqdm", "xxhash")
+"""What a machine needs that only converts, inspects and hashes safetensors."""
+ORBAX = ("tensorstore", "zstandard")
+"""What it needs besides for Orbax checkpoints and stores."""
+ONLY = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+allowed = set(sys.argv.pop(1).split(","))
+class Only:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path) if path is None else None
+        installed = spec and spec.origin and "site-packages" in spec.origin
+        if installed and name not in allowed:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Only)
+from moe_convert import main
+sys.exit(main())
+"""
+"""A Python that has no other packages installed than those that are named first."""
+
+
+def light(folder: Path, packages: tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", ONLY, ",".join(packages), *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_to_convert_safetensors_takes_few_packages(tmp_path):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=4, layers=1)
+    for words in (
+        ["--inspect", "in"],
+        ["--prefuse", "in", "fused", "--progress", "bar"],
+        ["--split", "fused", "back"],
+        ["--digest", "in", "fused"],
+        ["--verify", "fused"],
+        ["--verify", "in", "fused", "--no-gemm"],
+    ):
+        done = light(tmp_path, LIGHT, *words)
+        assert done.returncode == 0, (words, done.stderr)
+    done = light(tmp_path, LIGHT, "--to", "orbax", "in", "tree")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "this needs the package tensorstore, which is not installed here" in done.stderr
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "in" / "config.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_to_convert_to_orbax_takes_two_more(tmp_path):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=4, layers=1)
+    for words in (["--to", "orbax", "in", "tree"], ["--prefuse", "tree", "fused"], ["--to", "hf", "tree", "back"]):
+        done = light(tmp_path, (*LIGHT, *ORBAX), *words)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+@pytest.mark.parametrize("name", ["convert", "layouts"])
+@pytest.mark.parametrize("how", ["overwritten", "before ours"])
+def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path, name, how):
+    for part in ("convert", "layouts"):
+        shutil.copytree(ROOT / part, tmp_path / "ours" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "moe_convert.py", tmp_path / "ours")
+    home = tmp_path / ("ours" if how == "overwritten" else "theirs")
+    (home / name).mkdir(parents=True, exist_ok=True)
+    (home / name / "__init__.py").write_text("print 'python 2'\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'theirs'}:{tmp_path / 'ours'}"}
+    code = "import moe_convert, sys; sys.exit(moe_convert.main())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--version"], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"convert: {home / name / '__init__.py'} is of another package that is called {name!r}")
+    assert "\n" not in done.stderr.strip()
+
+
+def test_our_own_packages_are_ours():
+    assert moe_convert.shadowed() is None
+
+
+def test_completion_offers_options_and_the_words_of_tables(tmp_path):
+    pytest.importorskip("argcomplete", reason="pip install moe-convert[completion]")
+    for line, wanted in (("convert --pref", "--prefuse"), ("convert --prefuse a b --layout per", "per-shard")):
+        out = tmp_path / "out"
+        env = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            "_ARGCOMPLETE": "1",
+            "COMP_TYPE": "9",
+            "_ARGCOMPLETE_IFS": "\n",
+        }
+        env |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+        subprocess.run([sys.executable, "-m", "moe_convert"], env=env, check=True, capture_output=True)
+        assert wanted in out.read_text()
