@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from convert.commit.processes import share
 from convert.errors import one_line
@@ -18,6 +19,7 @@ from convert.planning.targets import OTHER, Target
 from layouts.language.layout import ROLES
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.language.template import Template
+from layouts.matching.packing import WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ def _headline(plan: Plan) -> str:
 def _blocks(moved: Iterable[Target]) -> int:
     """How many times the experts of a layer are there, also in stacks of layers, and as an optimizer's moments."""
     found = {}
-    for target in (t for t in moved if t.role == "wi" and not t.part):
+    for target in (t for t in moved if t.role == "wi" and t.part in WEIGHTS):
         place = target.target.key.text, *((axis, at) for axis, at in target.index.items() if axis not in "eg")
         layers = (target.sizes[axis] for axis in target.target.pattern.axes if axis not in {*"ekg", *EXTRA, *CHUNKS})
         found[place] = math.prod(layers)
@@ -144,11 +146,16 @@ def describe_division(pieces: Sequence[tuple[str, int]], count: int) -> str:
 
 
 def _fold(targets: Iterable[Target]) -> dict[tuple[str, str, str, str], list[Target]]:
-    folded: dict[tuple[str, str, str, str], list[Target]] = defaultdict(list)
+    kinds: dict[tuple[Any, ...], list[Target]] = defaultdict(list)
     for t in targets:
         if t.role != "verbatim":
-            source, target = (f"{_bound(side.key, t)}  '{side.pattern.text}'" for side in (t.source, t.target))
-            folded[source, target, str(t.spec.shape), t.spec.dtype].append(t)
+            at = tuple(t.index.get(slot) for slot in (*t.source.key.slots, *t.target.key.slots) if len(slot) > 1)
+            kinds[t.source, t.target, t.spec.shape, t.spec.dtype, at].append(t)
+    folded: dict[tuple[str, str, str, str], list[Target]] = defaultdict(list)
+    for group in kinds.values():
+        t = group[0]
+        source, target = (f"{_bound(side.key, t)}  '{side.pattern.text}'" for side in (t.source, t.target))
+        folded[source, target, str(t.spec.shape), t.spec.dtype] += group
     return folded
 
 

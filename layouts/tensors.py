@@ -37,6 +37,9 @@ DTYPES: Mapping[str, str] = {
 }
 """safetensors' code of every element type that fills whole bytes -> its NumPy (ml_dtypes) name."""
 
+_SIZES = {code: {"BOOL": 1, "BF16": 2}.get(code) or int(code.split("_")[0].lstrip("UIFC")) // 8 for code in DTYPES}
+"""Bytes per element: looked up for every tensor, many times."""
+
 
 def numpy_dtype(code: str) -> np.dtype[Any]:
     """The NumPy type of a safetensors code, for code that computes; copying uses `bits` and never needs it."""
@@ -52,10 +55,9 @@ def itemsize(code: str) -> int:
     Raises:
         InputError: an element type that this tool does not know, or one that is packed below a byte.
     """
-    sizes = {"BOOL": 1, "BF16": 2, "C64": 8}
-    if code not in DTYPES:
+    if (size := _SIZES.get(code)) is None:
         raise InputError(f"element type {code!r} is not supported; known: {', '.join(DTYPES)}")
-    return sizes.get(code) or int(code.split("_")[0].lstrip("UIF")) // 8
+    return size
 
 
 def bits(code: str) -> np.dtype[Any]:

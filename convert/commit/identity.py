@@ -86,7 +86,8 @@ def input_digest(reader: Reader) -> str:
         digest.update(_line(name, header))
     for name, spec in sorted(reader.tensors.items()):
         unit = reader.unit(name)
-        digest.update(_line(name, spec.dtype, spec.shape, unit.shape if unit else None))
+        chunk = list(unit.shape) if unit else "null"
+        digest.update(f"[{json.dumps(name)}, {json.dumps(spec.dtype)}, {list(spec.shape)}, {chunk}]".encode())
     for name, _, _ in sorted(files_of(reader.path, reader.side_files.never)):
         path = PurePosixPath(name)
         if path.name in _SPEAKING or path.parent.name in _FOLDERS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,9 +23,13 @@ from convert.engine.blocks import SLAB, assembled, first_of, lies_alike
 from convert.engine.direct import Output, Scratch
 from convert.errors import readable
 from convert.planning.targets import Target
+from layouts.disk.pread import Extent
 from layouts.language.pattern import Box, strips
 from layouts.reader import Reader
 from layouts.tensors import itemsize
+
+SHORT = 16 << 10
+"""Bytes below which a run costs less to write with its neighbours than a call that asks the kernel to copy it."""
 
 
 class Worker(NamedTuple):
@@ -54,9 +58,7 @@ class Run(NamedTuple):
     nbytes: int
 
 
-def write_tensor(
-    target: Target, opened: Callable[[], Output], offset: int, worker: Worker, told: Callable[[int], None]
-) -> dict[str, str]:
+def write_tensor(target: Target, output: Output, offset: int, worker: Worker, told: Callable[[int], None]) -> dict[str, str]:
     """Write a tensor at `offset` of a file, front to back; give its digest, and those of sources that it alone is made from.
 
     `told` is called with the bytes of each strip once it is written; it may raise to stop.
@@ -66,18 +68,20 @@ def write_tensor(
     whole = target.moved and not set(target.target.key.slots) & set(target.source.pattern.axes)
     strip = max(1, worker.scratch.nbytes // itemsize(target.spec.dtype))
     told(0)
-    with opened() as output:
-        for box in target.target.pattern.strips(target.sizes, strip):
-            for piece in target.pieces(box) if whole else ():
-                if SOURCE + piece.source not in sources:
-                    sources[SOURCE + piece.source] = _digest(worker, piece.source)
-            straight = runs(target, box)
-            if straight is not None and all(worker.reader.extent(run.source) for run in straight):
-                done = sum(_copy(run, worker, output, offset + at, digest) for run, at in _placed(straight))
-            else:
-                done = _assemble(target, box, worker, output, offset, digest)
-            offset += done
-            told(done)
+    for box in target.target.pattern.strips(target.sizes, strip):
+        straight = _located(runs(target, box), worker)
+        short = straight is not None and all(run.nbytes < SHORT for run, _ in straight)
+        if short and straight is not None:
+            done = _gather(straight, worker, output, offset, digest, sources if whole else {})
+        for name in _sources(target, box, straight) if whole else ():
+            if SOURCE + name not in sources:
+                sources[SOURCE + name] = _digest(worker, name)
+        if straight is None:
+            done = _assemble(target, box, worker, output, offset, digest)
+        elif not short:
+            done = sum(_copy(run, extent, worker, output, offset + at, digest) for run, extent, at in _placed(straight))
+        offset += done
+        told(done)
     return {**sources, target.spec.name: digest.hexdigest()}
 
 
@@ -101,15 +105,53 @@ def runs(target: Target, box: Box) -> list[Run] | None:
     return found if filled == math.prod(map(len, box.values())) else None
 
 
-def _placed(straight: Sequence[Run]) -> Iterator[tuple[Run, int]]:
-    starts = itertools.accumulate((run.nbytes for run in straight), initial=0)
-    yield from zip(straight, starts, strict=False)
+def _located(straight: Sequence[Run] | None, worker: Worker) -> list[tuple[Run, Extent]] | None:
+    """Runs with where they are; None if one is decoded or computed."""
+    found = [(run, worker.reader.extent(run.source)) for run in straight or ()]
+    known = [(run, extent) for run, extent in found if extent is not None]
+    return None if straight is None or len(known) < len(found) else known
 
 
-def _copy(run: Run, worker: Worker, output: Output, offset: int, digest: xxhash.xxh3_128) -> int:
+def _sources(target: Target, box: Box, straight: Sequence[tuple[Run, Extent]] | None) -> Iterator[str]:
+    """What a block is made from."""
+    if straight is None:
+        yield from (piece.source for piece in target.pieces(box))
+    else:
+        yield from (run.source for run, _ in straight)
+
+
+def _gather(
+    straight: Iterable[tuple[Run, Extent]],
+    worker: Worker,
+    output: Output,
+    offset: int,
+    digest: xxhash.xxh3_128,
+    sources: dict[str, str],
+) -> int:
+    """Read short runs behind one another, and write them at once: a checkpoint may have 100,000 of a few bytes each.
+
+    Those that are whole sources are hashed on the way.
+    """
+    nbytes = sum(run.nbytes for run, _ in straight)
+    data, at = worker.scratch.empty((nbytes,), np.uint8, offset).data, 0
+    for run, extent in straight:
+        part = data[at : at + run.nbytes]
+        extent.file.read(part, extent.start + run.start)
+        if run.nbytes == worker.reader.tensors[run.source].nbytes:
+            sources[SOURCE + run.source] = xxhash.xxh3_128_hexdigest(part)
+        at += run.nbytes
+    digest.update(data)
+    output.put(data, offset)
+    return nbytes
+
+
+def _placed(straight: Sequence[tuple[Run, Extent]]) -> Iterator[tuple[Run, Extent, int]]:
+    starts = itertools.accumulate((run.nbytes for run, _ in straight), initial=0)
+    yield from ((run, extent, at) for (run, extent), at in zip(straight, starts, strict=False))
+
+
+def _copy(run: Run, extent: Extent, worker: Worker, output: Output, offset: int, digest: xxhash.xxh3_128) -> int:
     """Read a run, hash it, and write it; the kernel copies what would go through the page cache."""
-    extent = worker.reader.extent(run.source)
-    assert extent is not None
     begin = extent.start + run.start
     data = worker.scratch.empty((run.nbytes,), np.uint8, offset).data
     extent.file.read(data, begin)

@@ -2,8 +2,9 @@
 
 In: targets and files. Out: finished tensors, their digests, a journal. It never publishes.
 
-Each worker writes one tensor (see `convert.engine.copying`). Tensors of different files are taken in turn, because two threads
-that write one file wait for each other. Tensors that are read from Orbax keep their order (see `convert.engine.reading`).
+Each worker writes one tensor, or a batch of small ones (see `convert.engine.copying`). Batches of different files are taken
+in turn, because two threads that write one file wait for each other. Tensors that are read from Orbax keep their order (see
+`convert.engine.reading`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 from convert.commit.below import free
 from convert.commit.files import Folder
@@ -30,14 +30,23 @@ from convert.progress import Progress
 from layouts.reader import Reader
 
 AHEAD = 64
-"""Tensors handed out per worker, so that none waits while finished ones are synced."""
+"""Batches handed out per worker, so that none waits while finished ones are synced."""
+BATCH, BATCH_BYTES = 256, 1 << 20
+"""Tensors and bytes of a batch at most, unless it is of one tensor: to open a file and to wake a thread is no small thing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Task:
-    target: Target
+    """Tensors of one file with their offsets, one after another, and the digests of those that are finished."""
+
     file: str
-    offset: int
+    parts: list[tuple[Target, int]] = field(default_factory=list)
+    nbytes: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def has_room(self, nbytes: int) -> bool:
+        """For one tensor more."""
+        return len(self.parts) < BATCH and self.nbytes + nbytes <= BATCH_BYTES
 
 
 def write_tensors(
@@ -63,8 +72,8 @@ def write_tensors(
     _check_space(files, stage.folder, beside)
     for file in files:
         _preallocate(stage.folder, file)
-    tasks = _tasks(targets, files)
-    tasks = [task for task in (tasks if ordered else _in_turn(tasks)) if task.target.spec.name not in digests]
+    wanted = [target for target in targets if target.spec.name not in digests]
+    tasks = _tasks(wanted, files, turns=not ordered)
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
     lock = threading.Lock()
@@ -75,8 +84,10 @@ def write_tensors(
         with lock:
             progress(done)
 
-    def work(task: _Task) -> dict[str, str]:
-        return write_tensor(task.target, partial(Output, stage.folder, task.file), task.offset, own.worker, told)
+    def work(task: _Task) -> None:
+        with Output(stage.folder, task.file) as output:
+            for target, offset in task.parts:
+                task.digests.update(write_tensor(target, output, offset, own.worker, told))
 
     def begin() -> None:
         own.worker = Worker.make(reader, budget.strip)
@@ -94,14 +105,14 @@ def write_tensors(
 
 def _drain(
     pool: ThreadPoolExecutor,
-    work: Callable[[_Task], dict[str, str]],
+    work: Callable[[_Task], None],
     tasks: Sequence[_Task],
     stage: Stage,
     digests: dict[str, str],
     jobs: int,
 ) -> None:
     """Keep the workers busy, and journal what is finished once its data is on the disk."""
-    waiting: dict[Future[dict[str, str]], _Task] = {}
+    waiting: dict[Future[None], _Task] = {}
     queue = iter(tasks)
     written: set[str] = set()
     fresh: dict[str, str] = {}
@@ -115,9 +126,10 @@ def _drain(
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in sorted(finished, key=lambda future: future.exception() is not None):  # keep what succeeded
                 task = waiting.pop(future)
-                fresh.update(future.result())
+                fresh.update(task.digests)
                 written.add(task.file)
-                dirty += task.target.spec.nbytes
+                dirty += task.nbytes
+                future.result()
             if dirty >= SYNC:
                 _sync(written, stage, fresh, digests)
                 dirty = 0
@@ -164,15 +176,15 @@ def _preallocate(folder: Folder, file: File) -> None:
     folder.reserve(file.name, file.size, head=file.head)
 
 
-def _tasks(targets: Sequence[Target], files: Sequence[File]) -> list[_Task]:
+def _tasks(targets: Iterable[Target], files: Sequence[File], *, turns: bool) -> list[_Task]:
+    """Neighbours of one file in batches: of different files in turn, or else in the order of the targets."""
     home = {name: (file.name, offset) for file in files for name, offset in file.offsets.items()}
-    return [_Task(target, *home[target.spec.name]) for target in targets]
-
-
-def _in_turn(tasks: Sequence[_Task]) -> Iterator[_Task]:
-    """Tasks of different files in turn."""
     queues: dict[str, list[_Task]] = {}
-    for task in tasks:
-        queues.setdefault(task.file, []).append(task)
-    for turn in itertools.zip_longest(*queues.values()):
-        yield from (task for task in turn if task is not None)
+    for target in targets:
+        name, offset = home[target.spec.name]
+        queue = queues.setdefault(name if turns else "", [])
+        if not queue or queue[-1].file != name or not queue[-1].has_room(target.spec.nbytes):
+            queue.append(_Task(name))
+        queue[-1].parts.append((target, offset))
+        queue[-1].nbytes += target.spec.nbytes
+    return [task for turn in itertools.zip_longest(*queues.values()) for task in turn if task is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,7 @@ REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
 
 
-def plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Original | None = None) -> tuple[File, ...]:
-    """The files of the output: the original ones again where they are given and they fit, else freshly packed.
-
-    Raises:
-        InputError: what the input remembers cannot be read.
-        PlanError: a side file has the name of one of them.
-    """
-    with readable(plan.source):
-        return _plan_files(plan, reader, limit, original)
-
-
-def _plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Original | None) -> tuple[File, ...]:
+def _plan_files(plan: Plan, reader: Reader, original: manifest.Original | None, limit: int) -> tuple[File, ...]:
     files = restore(original.headers, (target.spec for target in plan.targets)) if original else None
     if files and not all(file.offsets for file in files) and len(unindexed(file.name for file in files)) < len(files):
         files = None  # an index, which names files by their tensors, would leave out those that hold none
@@ -61,13 +51,6 @@ def _plan_files(plan: Plan, reader: Reader, limit: int, original: manifest.Origi
     return files
 
 
-def _remembered(plan: Plan, reader: Reader) -> manifest.Original | None:
-    """The original files, for an output whose experts are as they were; those of the base, where an adapter is merged."""
-    if plan.merging:
-        return manifest.files_as_they_are(reader)
-    return manifest.original_files(plan.source) if plan.record is None and not plan.computed else None
-
-
 def _metadata(reader: Reader) -> dict[str, str]:
     """The `__metadata__` of the input without our record; the first shard speaks for all, as loaders take it."""
     if not reader.headers:
@@ -77,11 +60,11 @@ def _metadata(reader: Reader) -> dict[str, str]:
     return metadata
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HFWriter:
     """See `convert.engine.writer.Writer`. Files hold at most `max_shard_size` bytes of data, unless a tensor is larger.
 
-    `original` are the files to make again; if None, those that the input's manifest remembers.
+    `like` are the files to make again; if None, those that the input's manifest remembers.
 
     Each of several processes writes whole files, since not every network file system is good at two writing one.
     """
@@ -90,22 +73,38 @@ class HFWriter:
     reader: Reader
     budget: Budget
     max_shard_size: int
-    original: manifest.Original | None = None
+    like: manifest.Original | None = None
+
+    @cached_property
+    def original(self) -> manifest.Original | None:
+        """The original files, for an output whose experts are as they were; those of the base, where an adapter is merged.
+
+        They are read once, as they may name 100,000 tensors.
+        """
+        plan = self.plan
+        if self.like or plan.merging:
+            return self.like or manifest.files_as_they_are(self.reader)
+        return manifest.original_files(plan.source) if plan.record is None and not plan.computed else None
+
+    @cached_property
+    def files(self) -> tuple[File, ...]:
+        """The files of the output: the original ones again where the input remembers them and they fit, else freshly packed.
+
+        Raises:
+            InputError: what the input remembers cannot be read.
+            PlanError: a side file has the name of one of them.
+        """
+        with readable(self.plan.source):
+            return _plan_files(self.plan, self.reader, self.original, self.max_shard_size)
 
     def pieces(self) -> list[tuple[str, int]]:
         """The files."""
-        return [(file.name, file.size) for file in self._files()]
-
-    def _remembered(self) -> manifest.Original | None:
-        return self.original or _remembered(self.plan, self.reader)
-
-    def _files(self) -> tuple[File, ...]:
-        return plan_files(self.plan, self.reader, self.max_shard_size, self._remembered())
+        return [(file.name, file.size) for file in self.files]
 
     def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
         """Shards by all processes; the first one adds what stands beside them."""
         assert isinstance(stage, Stage)
-        plan, files = self.plan, self._files()
+        plan, files, original = self.plan, self.files, self.original
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
         targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
@@ -118,14 +117,13 @@ class HFWriter:
             return ()
         self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
         look(stage.folder, files)
-        original = self._remembered()
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
         return ()
 
     def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> None:
         plan, reader = self.plan, self.reader
-        for name, text in _texts(plan, reader, files, self._remembered()).items():
+        for name, text in _texts(plan, reader, files, self.original).items():
             stage.folder.write_text(name, text)
         for name in plan.side_files:
             if name not in REWRITTEN:
@@ -141,9 +139,8 @@ class HFWriter:
 
     def unlike(self, found: Manifest) -> str | None:
         """Other files, or other headers, which stand in the output itself."""
-        files = self._files()
         shards = {name: entry.size for name, entry in found.files.items() if name.endswith(".safetensors")}
-        for file in files:
+        for file in self.files:
             if shards.get(file.name) != file.size:
                 have = f"of {shards[file.name]} bytes" if file.name in shards else "absent"
                 return f"was made with other options (--max-shard-size): {file.name} is {have}, and would be of {file.size}"

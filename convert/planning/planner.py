@@ -214,8 +214,7 @@ def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target
 def _first_source(target: Target) -> str:
     if target.role == "verbatim":
         return target.spec.name
-    key, first = target.source.key, next(target.pieces(target.target.pattern.whole(target.sizes)), None)
-    return first.source if first else key.render({**dict.fromkeys(key.slots, 0), **target.index})  # it has no elements
+    return target.first_source
 
 
 def verbatim(spec: TensorSpec) -> Target:

@@ -77,10 +77,11 @@ class Target:
             return
         full = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)} | real
         ones = {axis: range(1) for axis, size in self.source.pattern.fixed.items() if size == 1}
-        single = [axis for axis in full if axis in self.source.key.slots or axis in self._turned]
+        turned, slots = self._turned, self.source.key.slots
+        single = [axis for axis in full if axis in slots or axis in turned]
         for point in itertools.product(*(full[axis] for axis in single)):
             here = full | {axis: range(i, i + 1) for axis, i in zip(single, point, strict=True)}
-            there = ones | {axis: self._turn(axis, span) for axis, span in here.items()}
+            there = {**ones, **here, **{axis: self._turn(axis, here[axis]) for axis in turned if axis in here}}
             name = self.source.key.render({**self.index, **{axis: there[axis].start for axis in single}})
             for in_target, in_source in self._runs(here):
                 target_box, source_box = {**here, **in_target}, {**there, **in_source}
@@ -91,8 +92,20 @@ class Target:
                 )
 
     @property
+    def first_source(self) -> str:
+        """The source of the first piece of all: where reading this tensor begins."""
+        numbers = {axis: at for axis, at in self.index.items() if isinstance(at, int)}
+        first = dict.fromkeys(self.target.pattern.axes, 0) | numbers
+        turned = {axis: self._turn(axis, range(first[axis], 1)).start for axis in self._turned if axis in first}
+        return self.source.key.render({**self.index, **first, **turned})
+
+    @property
     def _turned(self) -> frozenset[str]:
         return self.source.pattern.reversed ^ self.target.pattern.reversed
+
+    @property
+    def _is_cut(self) -> bool:
+        return any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
 
     def _turn(self, axis: str, span: range) -> range:
         if axis not in self._turned:
@@ -102,10 +115,10 @@ class Target:
 
     def _runs(self, box: Box) -> Iterator[tuple[Box, Box]]:
         """The parts of `box` along `n` that lie in one chunk on both sides."""
-        cut = self.source.pattern.axes, self.target.pattern.axes
-        if "n" not in box or not any(axis in axes for axis in _CUT for axes in cut):
+        if "n" not in box or not self._is_cut:
             yield {}, {}
             return
+        cut = self.source.pattern.axes, self.target.pattern.axes
         for run in _chunks(self.target.pattern, self.sizes, box):
             start, stop = run.base + run.inside.start, run.base + run.inside.stop
             size = self.source_sizes["n"] if any(axis in cut[0] for axis in _CUT) else stop

@@ -114,7 +114,8 @@ def _levels(found: Any) -> Iterator[list[Any]]:
     level = [found] if isinstance(found, dict | list) else []
     while level:
         yield level
-        level = [child for each in level for child in _children(each) if isinstance(child, dict | list)]
+        inside = (each.values() if type(each) is dict else each for each in level)
+        level = [child for children in inside for child in children if type(child) is dict or type(child) is list]
 
 
 def _children(each: Any) -> Any:

@@ -9,7 +9,7 @@ no inverse.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,11 +61,18 @@ class _Slot:
             return f"({'|'.join(map(re.escape, self.words))})"
         return _WITHIN if self.optional else _INTEGER if len(self.axis) == 1 else _PATH
 
-    def parse(self, text: str) -> dict[str, int | str] | None:
+    @property
+    def plain(self) -> Callable[[str], int | str] | None:
+        """What a word stands for where that needs no arithmetic."""
         if self.words:
-            return {self.axis: self.words.index(text)}
+            return {word: at for at, word in enumerate(self.words)}.__getitem__
         if len(self.axis) > 1:
-            return {self.axis: text}
+            return str
+        return None if self.inner or self.offset or self.factor > 1 else int
+
+    def parse(self, text: str) -> dict[str, int | str] | None:
+        if self.plain:
+            return {self.axis: self.plain(text)}
         number, rest = divmod(int(text) - self.offset, self.factor)
         if self.inner:
             return {self.axis: number, self.inner: rest}
@@ -76,6 +83,8 @@ class _Slot:
             return self.words[int(index[self.axis])]
         if len(self.axis) > 1:
             return str(index[self.axis])
+        if not self.inner and self.factor == 1 and not self.offset:
+            return str(int(index[self.axis]))
         rest = int(index[self.inner]) if self.inner else self.offset
         if self.inner and rest >= self.factor:
             raise ValueError(f"{self.inner} = {rest} is not below {self.factor}")
@@ -136,6 +145,12 @@ class Template:
         return tuple(_Slot.of(*self._parts[at : at + 4]) for at in range(1, len(self._parts), 5))
 
     @cached_property
+    def _plain(self) -> tuple[tuple[str, Callable[[str], int | str]], ...]:
+        """Each slot with how it is read, if all are read without arithmetic; a checkpoint may have 100,000 names."""
+        found = [(slot.axis, slot.plain) for slot in self._slots]
+        return tuple((axis, read) for axis, read in found if read) if all(read for _, read in found) else ()
+
+    @cached_property
     def slots(self) -> tuple[str, ...]:
         """The axes stored in the name, in order of appearance."""
         return tuple(axis for slot in self._slots for axis in slot.axes)
@@ -152,10 +167,17 @@ class Template:
             pattern += slot.regex + re.escape(literal)
         return re.compile(pattern, re.DOTALL)
 
+    @cached_property
+    def _rendered(self) -> tuple[tuple[_Slot, str], ...]:
+        """Each slot with the text behind it."""
+        return tuple(zip(self._slots, self._literals[1:], strict=True))
+
     def parse(self, name: str) -> dict[str, int | str] | None:
         """The index that `name` stands for, or None when the name is not of this form."""
         if not (match := self._regex.fullmatch(name)):
             return None
+        if self._plain:
+            return {axis: read(text) for (axis, read), text in zip(self._plain, match.groups(), strict=True)}
         index: dict[str, int | str] = {}
         for slot, text in zip(self._slots, match.groups(), strict=True):
             if (found := slot.parse(text)) is None:
@@ -171,7 +193,7 @@ class Template:
             ValueError: the second axis of a number is beyond the factor of the first.
         """
         name = self._literals[0]
-        for slot, literal in zip(self._slots, self._literals[1:], strict=True):
+        for slot, literal in self._rendered:
             name += slot.render(index) + literal
         return name
 

@@ -7,9 +7,9 @@ The result is complete by construction: each source tensor is in exactly one `Gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Placed
@@ -41,7 +41,18 @@ class Description:
 
 _Key = tuple[str, int, Block]
 _Fitted = tuple[str, Pattern, dict[str, int]]
-_Matched = dict[_Key, tuple[Known, Placed, list[str]]]
+
+
+class _Found(NamedTuple):
+    """The tensors of a group, where their names are from, and how many experts these speak of at least."""
+
+    known: Known
+    placed: Placed
+    names: list[str]
+    numbers: list[int]
+
+
+_Matched = dict[_Key, _Found]
 
 
 def describe(
@@ -100,19 +111,28 @@ def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Mat
     matched: _Matched = {}
     verbatim = []
     for name in reader.tensors:
-        hit = next(((each, p, i) for each, p in placed if (i := p.key.parse(name)) is not None), None)
-        if hit is None:
+        if (hit := _hit(placed, name)) is None:
             refuse.unknown_expert(name)
             verbatim.append(name)
             continue
         each, where, index = hit
-        part = int(index.pop("part", 0))
-        block: Block = frozenset((slot, value) for slot, value in index.items() if slot not in ROLES[each.role])
-        _, first, names = matched.setdefault((each.role, part, block), (each, where, []))
-        if first != where:
-            raise PlanError(f"{reader.path}: {name} and {names[0]} hold the same weights in two layouts; remove one")
-        names.append(name)
+        part, expert = int(index.pop("part", 0)), int(index.get("e", 0))
+        for axis in ROLES[each.role]:
+            index.pop(axis, None)
+        found = matched.setdefault((each.role, part, frozenset(index.items())), _Found(each, where, [], []))
+        if found.placed is not where and found.placed != where:
+            raise PlanError(f"{reader.path}: {name} and {found.names[0]} hold the same weights in two layouts; remove one")
+        found.names.append(name)
+        found.numbers.append(expert)
     return matched, verbatim
+
+
+def _hit(placed: Iterable[tuple[Known, Placed]], name: str) -> tuple[Known, Placed, dict[str, int | str]] | None:
+    """The first layout that knows a name, and what it says by it."""
+    for each, where in placed:
+        if (index := where.key.parse(name)) is not None:
+            return each, where, index
+    return None
 
 
 def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group, ...]:
@@ -120,7 +140,7 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
     made: dict[_Key, Group] = {}
     for key in sorted(matched, key=lambda key: (key[0] == "wi", PARTS[key[1]].name not in WEIGHTS)):
         role, part, block = key
-        each, placed, names = matched[key]
+        each, placed, names, numbers = matched[key]
         entry = known.stored.get(names[0]) or known.stored.get(f"{role}.{PARTS[part].name}")
         if entry is None:
             found = forms(placed.pattern, role, PARTS[part]) if part else [("out in", placed.pattern)]
@@ -129,9 +149,9 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
             found, sizes = [(entry.dims, Pattern(entry.pattern))], dict(entry.unpadded)
         check_equal(reader, [reader.tensors[name] for name in names], PARTS[part].name)
         place = placed.key.bind("part", part)
-        grid = check_grid(reader, role, place, dict(block), names)
+        grid = check_grid(reader, role, place, dict(block), names, 1 + max(numbers))
         weight = matched.get((role, 0, block))
-        scan = _scan_axes(reader, weight[1].pattern, weight[2][0]) if weight else None
+        scan = _scan_axes(reader, weight.placed.pattern, weight.names[0]) if weight else None
         beside = next((g for (r, _, b), g in made.items() if (r, b) == (role, block)), None)
         dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan, beside)
         made[key] = Group(

@@ -1,13 +1,16 @@
 """Bytes that go as they lie: the runs are the same bytes as the block, and a kernel that cannot copy them changes nothing."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 import convert
+from convert.engine import copying
 from convert.engine.blocks import assembled
 from convert.engine.copying import runs
 from convert.options import Choices
@@ -47,6 +50,19 @@ def test_neighbours_become_one_run():
         assert len(runs(target, whole)) == len(sources)
 
 
+@pytest.mark.parametrize("short", [0, 1 << 14])
+@pytest.mark.parametrize("layout", ["concat", "flashinfer", "cutedsl", "vllm"])
+@pytest.mark.parametrize("native", [None, "transformers"], ids=str)
+def test_every_source_has_its_digest_whatever_runs_it_lies_in(tmp_path, monkeypatch, native, layout, short):
+    """Halves of a fused source, and rows of it in turn, are runs that are no whole sources."""
+    found = tensors(QWEN, TARGETS[native] if native else None, n=64)
+    source = checkpoint(tmp_path / "in", found, config(QWEN))
+    monkeypatch.setattr(copying, "SHORT", short)
+    convert.prefuse(source, tmp_path / "out", layout=layout)
+    sources = json.loads((tmp_path / "out" / "convert_manifest.json").read_text())["sources"]
+    assert sources == {name: xxhash.xxh3_128_hexdigest(found[name].tobytes()) for name in sorted(found)}
+
+
 @pytest.mark.parametrize("behaviour", ["exdev", "short", "nothing"])
 @pytest.mark.parametrize("layout", ["concat", "transformers"])
 def test_a_kernel_that_cannot_copy_ranges_gives_the_same_files(tmp_path, monkeypatch, behaviour, layout):
@@ -61,6 +77,7 @@ def test_a_kernel_that_cannot_copy_ranges_gives_the_same_files(tmp_path, monkeyp
         return real(src, dst, min(count, 7), offset_src, offset_dst) if behaviour == "short" else 0
 
     monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(copying, "SHORT", 0)  # or the data would have to be larger
     convert.prefuse(source, tmp_path / "out", layout=layout)
     assert calls
     assert tree(tmp_path / "out") == tree(tmp_path / "wanted")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import convert
 from convert.commit.files import Folder
-from convert.engine import direct
+from convert.engine import copying, direct
 from convert.engine.direct import PAGE, Output, Scratch
 from layouts.tables.families import FAMILIES
 from tests.tiny import checkpoint, config, tensors, tree
@@ -23,7 +23,8 @@ LENGTHS = st.one_of(st.integers(0, ROOM), st.sampled_from([PAGE - 1, PAGE, PAGE 
 
 @pytest.fixture(autouse=True)
 def pages(monkeypatch):
-    """Blocks of a page are large enough here, or the data would have to be."""
+    """Blocks and runs of a page are large enough here, or the data would have to be."""
+    monkeypatch.setattr(copying, "SHORT", 0)
     monkeypatch.setattr(direct, "LEAST", PAGE)
 
 

@@ -18,10 +18,16 @@ from convert.cli import main
 from convert.engine import budget
 from convert.engine.budget import make_budget
 from convert.errors import InputError, UsageError
+from convert.hf import execute
+from convert.hf.shards import File
+from convert.planning.planner import make_plan
+from layouts.tables.families import FAMILIES
 from scripts.make_checkpoint import make_checkpoint
+from tests import tiny
 from tests.commit.test_commit import contents, count_calls, partials, prefuse
 
 ROOT = Path(__file__).parents[2]
+QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +240,27 @@ def test_side_files_never_replace_a_shard(source, tmp_path, capsys):
     assert main(["--prefuse", str(copy), str(tmp_path / "out"), "--quiet"]) in (3, 4)
     assert "model.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_batches_hold_each_tensor_once_and_keep_their_files_apart(turns, monkeypatch):
+    """Small tensors of a file go to a worker together, as far as a batch goes; a large one goes alone."""
+    monkeypatch.setattr(execute, "BATCH", 3)
+    monkeypatch.setattr(execute, "BATCH_BYTES", 64)
+    targets = make_plan(tiny.run(tiny.memory(QWEN), "prefuse"), Path("out"), "split").targets
+    names = [target.spec.name for target in targets]
+    files = [
+        File(name=name, head=b"", offsets={name: at for at, name in enumerate(own)}, size=0)
+        for name, own in (("a", names[::2]), ("b", names[1::2]))
+    ]
+    tasks = execute._tasks(targets, files, turns=turns)
+    assert sorted(target.spec.name for task in tasks for target, _ in task.parts) == sorted(names)
+    for task in tasks:
+        home = next(file for file in files if file.name == task.file)
+        assert [offset for _, offset in task.parts] == [home.offsets[target.spec.name] for target, _ in task.parts]
+        assert task.nbytes == sum(target.spec.nbytes for target, _ in task.parts)
+        assert len(task.parts) == 1 or (len(task.parts) <= 3 and task.nbytes <= 64)
+    assert turns or [target.spec.name for task in tasks for target, _ in task.parts] == names
 
 
 def test_no_step_fails_twice(source, wanted, tmp_path, monkeypatch):

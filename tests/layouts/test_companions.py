@@ -8,6 +8,7 @@ import pytest
 from convert.errors import InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import make_plan
+from convert.report import Report
 from layouts.tensors import TensorSpec, bits
 from tests.tiny import MemoryReader, run
 
@@ -55,6 +56,12 @@ def round_trip(reader, **choices) -> dict[str, np.ndarray]:
     assert again.arrays.keys() == reader.arrays.keys()
     assert all(np.array_equal(array, reader.arrays[name]) for name, array in again.arrays.items())
     return fused.arrays
+
+
+@pytest.mark.parametrize("word", ["weight", "weight_packed", "qweight"])
+def test_the_summary_counts_blocks_whatever_their_weights_are_called(word):
+    plan = make_plan(checkpoint({word: lambda out, into: (out, into // 8)}, {word: "U8"}), Path("out"), "prefuse")
+    assert ": 1 MoE blocks of 12 experts" in str(Report(plan=plan, seconds=1, resumed=0))
 
 
 def pair(reader, part) -> tuple[np.ndarray, np.ndarray]:
