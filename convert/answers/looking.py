@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.answers.inspection import Blocks, Inspection
-from convert.answers.tables import MADE_FOR
+from convert.answers.tables import made_for
 from convert.errors import ConvertError, PlanError, readable
 from convert.options import Choices
 from convert.options.values import in_units as size
@@ -105,7 +105,7 @@ def _described(reader: Reader, described: Description, choices: Choices) -> dict
         "quantisation": _quantisation(reader.config, blocks),
         "prefuse": _would(reader, described, "prefuse", choices),
         "split": _would(reader, described, "split", choices),
-        "made_for": MADE_FOR.get(str(layout)) if relaid else None,
+        "made_for": made_for(str(layout)) if relaid else None,
         "remarks": described.remarks,
     }
 

@@ -6,30 +6,23 @@ In: the tables of `layouts`. Out: text of 100 columns, or JSON. It never looks a
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from convert.errors import UsageError, did_you_mean
 from layouts.language.layout import Layouts
 from layouts.tables.families import FAMILIES, NOT_GATED, Family
 from layouts.tables.natives import SOURCES
-from layouts.tables.targets import TARGETS
+from layouts.tables.targets import LOADED_BY, TAKEN_BY, TARGETS
 
 _WIDTH = 100
-MADE_FOR: Mapping[str, str] = {
-    "concat": "MaxText (CONCAT), jax.lax.ragged_dot, megablox",
-    "transformers": "transformers 5",
-    "vllm": "vLLM's fused experts (w13, w2)",
-    "cutlass": "CUTLASS MoEGEMM",
-    "flashinfer": "FlashInfer's gated GEMM",
-    "interleaved": "gpt-oss' order of columns",
-    "glu32": "Megatron and TransformerEngine with interleaved GLU",
-    "per-shard": "tpu-inference GMM_TP; MaxText and Tunix PER_SHARD_INTERLEAVE",
-    "lane": "Tunix' lane interleave",
-    "gmm-ep": "tpu-inference GMM_EP",
-    "fused-moe": "tpu-inference FUSED_MOE",
-}
-"""What each target layout is for; sources stand beside `layouts.tables.targets.TARGETS`."""
+
+
+def made_for(layout: str) -> str | None:
+    """Who loads such a checkpoint as it is, and who takes such tensors from the user's own code."""
+    loads, takes = LOADED_BY.get(layout), TAKEN_BY.get(layout)
+    told = [f"loaded by {loads}"] * bool(loads) + [f"taken from your code by {takes}"] * bool(takes)
+    return "; ".join(told) or None
 
 
 def families(name: str | None = None) -> dict[str, Any]:
@@ -70,7 +63,7 @@ def families_text(name: str | None = None) -> str:
 
 def layouts() -> dict[str, Any]:
     """Every layout, as JSON: those of `--layout`, and those that checkpoints come in."""
-    targets = {name: _layout(table) | {"made_for": MADE_FOR[name]} for name, table in TARGETS.items()}
+    targets = {name: _layout(table) | {"made_for": made_for(name)} for name, table in TARGETS.items()}
     return {"targets": targets, "sources": {name: _layout(table) for name, table in SOURCES.items()}}
 
 
@@ -78,7 +71,7 @@ def layouts_text() -> str:
     """The same for people."""
     lines = ["--layout NAME: what wi (gate and up) and wo (down) become, as key and axes", ""]
     for name, table in TARGETS.items():
-        lines += [*_layouts([(name, table)]), *_wrapped(" " * 22, f"for {MADE_FOR[name]}")]
+        lines += [*_layouts([(name, table)]), *_wrapped(" " * 22, made_for(name) or "no program that we know of")]
     lines += ["", "--source-layout NAME: what checkpoints come in, besides these", "", *_layouts(SOURCES.items())]
     axes = "e expert, k embed, g gate and up, n expert mlp, s shards, c chunks; %128 is padded; l, ... layers"
     return "\n".join([*lines, "", axes])

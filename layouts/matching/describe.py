@@ -86,7 +86,7 @@ def describe(
     check_blocks(reader, groups, whole=whole)
     check_routers(reader, groups)
     told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
-    if source_layout or told:
+    if source_layout or told or (found.both_ways and not record_of(reader)):
         check_said(reader, groups)
     remarks = (*told, *check_layers(reader, groups))
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=remarks)

@@ -72,7 +72,9 @@ def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
 
 
 def check_said(reader: Reader, groups: Sequence[Group]) -> None:
-    """See that a layout that the user named, or names alone, is not the other way round, as far as `config.json` tells.
+    """See that a layout that may be the other way round is not, as far as `config.json` tells.
+
+    It may be where the user or names alone have told it, or where the family is published both ways.
 
     Raises:
         PlanError: what would be the embed dim has another size than the model, and what would be the mlp dim has that.
@@ -140,7 +142,7 @@ def _absent(reader: Reader, groups: Sequence[Group], count: int) -> list[int]:
     if len(places) > 1 or None in places:
         return []
     begin = f"{places.pop()}."
-    words = (name[len(begin) :].partition(".")[0] for name in reader.tensors if name.startswith(begin))
+    words = {name[len(begin) :].partition(".")[0] for name in reader.tensors if name.startswith(begin)}
     return sorted(set(range(count)) - {int(word) for word in words if word.isdecimal() and len(word) < 7})
 
 

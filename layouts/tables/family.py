@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layouts.language.layout import Layouts
+from layouts.language.parts import is_in_first
+from layouts.language.pattern import Pattern
 from layouts.tables.natives import (
     AUTOMODEL,
     FC,
@@ -54,6 +56,11 @@ class Family:
     def by_names(self) -> bool:
         """Whether no `config.json` names it: the names of its experts have one meaning, whatever the model is."""
         return not self.model_types and not self.by_structure
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether its checkpoints come as [out, in] and as [in, out], so that sizes are worth a look."""
+        return len({is_in_first(Pattern(table["wi"].pattern), "wi") for table in self.native}) > 1
 
     @property
     def stored(self) -> tuple[Layouts, ...]:

@@ -16,6 +16,10 @@ PER_EXPERT = layouts(
     wi=("{experts}.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
     wo=("{experts}.{e}.down_proj.{part}", "k n"),
 )
+PER_EXPERT_IN_OUT = layouts(
+    wi=("{experts}.{e}.{g:gate_proj,up_proj}.{part}", "k n"),
+    wo=("{experts}.{e}.down_proj.{part}", "n k"),
+)
 PER_EXPERT_W123 = layouts(
     wi=("{experts}.{e}.{g:w1,w3}.{part}", "n k"),
     wo=("{experts}.{e}.w2.{part}", "k n"),
@@ -133,6 +137,7 @@ MAXTEXT_AXIS_0 = layouts(
 
 SOURCES: Mapping[str, Layouts] = {
     "per-expert": PER_EXPERT,
+    "per-expert-in-out": PER_EXPERT_IN_OUT,  # Paddle's linear layers, unfused: only a user can say so
     "per-expert-w123": PER_EXPERT_W123,
     "per-expert-fc": PER_EXPERT_FC,  # the vision encoder of Dots 3 Note
     "per-expert-spelt": PER_EXPERT_SPELT,

@@ -28,10 +28,15 @@ TARGETS: Mapping[str, Layouts] = {
     "cutlass": layouts(wi=("{experts}.w13_{part}", "e (g n) k"), wo=_W2),
     # FlashInfer's gated GEMM: as vLLM, up first
     "flashinfer": layouts(wi=("{experts}.w13_{part}", "e (-g n) k"), wo=_W2),
+    # FlashInfer's CuteDSL MoE on Blackwell: 64 rows of up and 64 of gate in turn (vLLM, TensorRT-LLM and its tests)
+    "cutedsl": layouts(wi=("{experts}.w13_{part}", "e (c -g n=64) k"), wo=_W2),
+    # a row of gate and a row of up in turn, as Inkling is published
+    "interleaved-rows": layouts(wi=("{experts}.w13_{part}", "e (n g) k"), wo=_W2),
     # gpt-oss: gate and up in turn
     "interleaved": layouts(wi=("{experts}.wi{part}", "e ... k (n g)"), wo=_WO),
-    # Megatron and TransformerEngine: gate and up in turn, 32 columns each
+    # Megatron and TransformerEngine: gate and up in turn, 32 columns each; the same with 64
     "glu32": layouts(wi=("{experts}.wi{part}", "e ... k (c g n=32)"), wo=_WO),
+    "glu64": layouts(wi=("{experts}.wi{part}", "e ... k (c g n=64)"), wo=_WO),
     # tpu-inference GMM_TP, MaxText and Tunix PER_SHARD_INTERLEAVE: each shard has its own gate and up, padded; wo is not
     "per-shard": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} g n%{align})"), wo=_WO),
     # Tunix lane interleave: gate and up in turn inside each shard, 128 columns each
@@ -44,6 +49,27 @@ TARGETS: Mapping[str, Layouts] = {
         wo=("{experts}.w2{part}", "e n%256 k%256"),
     ),
 }
+
+LOADED_BY: Mapping[str, str] = {
+    "concat": "MaxText, as a tree (CONCAT)",
+    "transformers": "transformers 5",
+    "per-shard": "MaxText, as a tree (PER_SHARD_INTERLEAVE, --align maxtext)",
+}
+"""Targets with the program that loads such a checkpoint as it is."""
+TAKEN_BY: Mapping[str, str] = {
+    "concat": "jax.lax.ragged_dot, megablox",
+    "vllm": "vLLM (processed w13, w2)",
+    "cutlass": "CUTLASS MoEGEMM",
+    "flashinfer": "FlashInfer's gated GEMM",
+    "cutedsl": "FlashInfer's CuteDSL MoE",
+    "interleaved": "kernels of gpt-oss",
+    "glu32": "Megatron, TransformerEngine",
+    "per-shard": "tpu-inference GMM_TP, Tunix",
+    "lane": "Tunix lane interleave",
+    "gmm-ep": "tpu-inference GMM_EP",
+    "fused-moe": "tpu-inference FUSED_MOE",
+}
+"""Targets with who takes them as processed parameters, put there by your own code: their loaders read unfused files."""
 
 ALIGNMENTS: Mapping[str, str] = {"maxtext": "256", "maxtext-pow2": "maxtext"}
 """Words for `{align}`, and what patterns and records say for them.

@@ -146,7 +146,8 @@ def test_fused_moe_has_gate_and_up_side_by_side_padded_in_both(n, k):
 
 
 @pytest.mark.parametrize(
-    ("layout", "n", "shards", "width"), [("lane", 512, 2, 128), ("lane", 256, 1, 128), ("glu32", 96, 1, 32)]
+    ("layout", "n", "shards", "width"),
+    [("lane", 512, 2, 128), ("lane", 256, 1, 128), ("glu32", 96, 1, 32), ("glu64", 192, 1, 64)],
 )
 def test_gate_and_up_in_turn(layout, n, shards, width):
     gate, up, _ = weights(n)
@@ -167,6 +168,18 @@ def test_rows_of_vllm_cutlass_and_flashinfer():
         assert same(run(fused, "split").arrays, reader(6).arrays)
 
 
+@pytest.mark.parametrize(("layout", "first", "width"), [("cutedsl", 1, 64), ("interleaved-rows", 0, 1)])
+def test_rows_of_gate_and_up_in_turn(layout, first, width):
+    pair = [part.swapaxes(1, 2) for part in weights(128)[:2]]
+    fused = run(reader(128), "prefuse", layout=layout)
+    rows = fused.arrays[WI.replace("wi", "w13_weight")]
+    for at in range(0, 128, width):
+        for g in (0, 1):
+            start = 2 * at + g * width
+            assert np.array_equal(rows[:, start : start + width], pair[first ^ g][:, at : at + width])
+    assert same(run(fused, "split").arrays, reader(128).arrays)
+
+
 def test_interleaved_columns():
     gate, up, _ = weights(6)
     wi = run(reader(6), "prefuse", layout="interleaved").arrays[WI]
@@ -175,9 +188,9 @@ def test_interleaved_columns():
 
 
 @pytest.mark.parametrize(
-    "layout", ["concat", "transformers", "vllm", "flashinfer", "interleaved", "per-shard", "fused-moe", "lane"]
+    "layout", ["concat", "transformers", "vllm", "flashinfer", "interleaved", "per-shard", "fused-moe", "lane", "cutedsl"]
 )
-@pytest.mark.parametrize("other", ["concat", "flashinfer", "interleaved", "gmm-ep", "glu32", "lane"])
+@pytest.mark.parametrize("other", ["concat", "flashinfer", "interleaved", "gmm-ep", "glu32", "lane", "cutedsl"])
 def test_any_layout_becomes_any_other(layout, other):
     if layout == other:
         return

@@ -50,6 +50,17 @@ def test_one_name_of_down_with_two_meanings_is_one_of_them():
     refused(lonely, {"model_type": "ernie4_5_moe"}, "has no wi beside it")
 
 
+def test_what_paddle_saves_unfused_is_read_only_as_the_user_says():
+    """ERNIE: separate projections of Paddle's linear layers are [in, out] under transformers' names for [out, in]."""
+    stated = {"model_type": "ernie4_5_moe", "hidden_size": W[0].shape[1]}
+    usual, turned = projections(AT, *W), {name: array.T for name, array in projections(AT, *W).items()}
+    refused(turned, stated, "stored the other way round. .*--source-layout")
+    wanted = run(MemoryReader(plain(usual), config=stated), "prefuse").arrays
+    said = {"source_layout": "per-expert-in-out"}
+    assert same(run(MemoryReader(plain(turned), config=stated), "prefuse", **said).arrays, wanted)
+    refused(usual, stated, "stored the other way round", **said)
+
+
 @pytest.mark.parametrize(
     ("beside", "words"), [("scales", "is missing"), ("biases", "is missing"), ("qscales", "does not know")]
 )
