@@ -70,12 +70,13 @@ def verify_checkpoints(
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes = ALONE) -> Verdict:
     make = _across if _differ(one, other) else _alike
     found = by_first(processes, Level, lambda: compare_recorded(one, other, options, report) or _NO_RECORD)
-    recorded = () if found == _NO_RECORD else (found,)
     unread = found.state == EQUAL
     about, counts, rest = make(one, other, options, report, processes, unread=unread)
     bits_and_probes = tuple(rest)
     begin(report, "files")
-    levels = *recorded, *bits_and_probes, by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
+    beside = by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
+    noted = () if unread or found == _NO_RECORD else (found,)
+    levels = *((found,) if unread else ()), *bits_and_probes, beside, *noted
     looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
     return Verdict(
         subject=f"{one.path} against {other.path}",

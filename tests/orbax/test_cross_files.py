@@ -249,7 +249,7 @@ def test_grouped_gemms_are_compared_across_formats(normal, tmp_path, capsys, sca
     convert.prefuse(normal, tmp_path / "tree", to="orbax", scan=scan, scan_axis=axis)
     verdict = convert.verify(tmp_path / "tree", normal)
     assert verdict.equal, verdict
-    names = ["exact", "others", "identity", "gemm", "gradients", "layer", "files"]
+    names = ["exact", "others", "identity", "gemm", "gradients", "layer", "files", "recorded"]
     assert [level.name for level in verdict.levels] == names
     wanted = {(True, 1): "e l k (g n)", (True, 0): "l e k (g n)"}.get((scan, axis), "e k (g n)")
     assert f"'e g k n' against '{wanted}'" in verdict.levels[3].covered

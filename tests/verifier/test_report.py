@@ -65,7 +65,7 @@ def test_the_document_has_all_that_a_report_needs(root, tmp_path, capsys):
     assert other["layout"][0] == "concat, gate and up in one tensor"
     assert "expert x embed x [gate, up; expert mlp]" in other["layout"][-1]
     levels = {level["name"]: level for level in found["levels"]}
-    assert [*levels] == ["exact", "others", "identity", "gemm", "gradients", "layer", "files", "content"]
+    assert [*levels] == ["exact", "others", "identity", "gemm", "gradients", "layer", "files", "recorded", "content"]
     for name in ("gemm", "gradients", "layer"):
         assert 0 <= levels[name]["worst"] < levels[name]["allowed"] < 1e-4
     seen = [trial["seen"] for trial in found["self_test"]]

@@ -83,7 +83,8 @@ def test_equal_checkpoints_are_equal_in_any_layout(pair, tmp_path, layout):
     convert.prefuse(pair[0], tmp_path / "other", layout=layout)
     verdict = convert.verify(tmp_path / "other", pair[1])
     assert verdict.equal, verdict
-    assert [level.name for level in verdict.levels] == ["exact", "others", "identity", "gemm", "gradients", "layer", "files"]
+    names = ["exact", "others", "identity", "gemm", "gradients", "layer", "files", "recorded"]
+    assert [level.name for level in verdict.levels] == names
     assert "'e k (g n)'" in verdict.levels[3].covered
 
 
