@@ -125,7 +125,7 @@ def _told(each: Blocks) -> str:
     stored = " as packed" if each.packed else ""
     return (
         f"L={each.layers} layers, E={each.experts}, K={each.embed}, N={each.mlp}{stored}, {each.dtype}{beside}; "
-        f"gate and up: {each.names} '{each.axes.replace(' ', _TIED)}'"
+        f"gate and up: {each.names} '{each.axes}'"
     )
 
 

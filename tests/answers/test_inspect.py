@@ -89,6 +89,7 @@ def test_people_read_it_in_100_columns(places, name, capsys, monkeypatch):
     usual = ["checkpoint", "format", "tensors", "family", "layout", "experts", "quantised", "complete", "beside"]
     assert words[: len(usual) + 2] == [*usual, "--prefuse", "--split"]
     assert f"L={L} layers, E={E}, K={K}, N={N}, BF16" in "\n".join(lines)
+    assert f"'{convert.inspect(name).blocks[0].axes}'" in "\n".join(lines), "axes stay in one line"
 
 
 def test_kinds_of_blocks_are_apart_and_scales_are_named(tmp_path):
