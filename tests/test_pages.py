@@ -13,6 +13,7 @@ import pytest
 from convert.arguments import parser
 from convert.cli import main
 from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.bases import base, weights
 from tests.adapters.tiny import adapter, whole
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ FOLDERS = (
     "convert/adapters/",
     "convert/memory/",
     "convert/orbax/",
+    "convert/pipeline/",
     "convert/verifier/",
     "layouts/",
     "scripts/",
@@ -31,6 +33,8 @@ PAGES["CONTRIBUTING.md"] = (ROOT / "CONTRIBUTING.md").read_text()
 ELSEWHERE = ("--coordinator", "--distributed", "s3://", "gs://", "FILE.html")
 """Words of commands that need several hosts or a store. They have tests of their own; here they are parsed."""
 PLACEHOLDERS = {"--shards S": "--shards 2", "--layout FORM": "--layout fused", "--process-id $I": "--process-id 0", " ...": ""}
+FOREIGN = {"--no-deps"}
+"""Options of other programs in the pages."""
 PATHLESS = ("--families", "--layouts", "--version")
 HF = ("hf_dir", "ckpt_in", "ckpt", "ckpt_a", "A", "IN", "CKPT", "in")
 FUSED = ("ckpt_b", "B", "OUT", "ckpt_fused", "in_fused")
@@ -42,7 +46,8 @@ def _blocks(page: str) -> Iterator[str]:
     """Lines of code and spans of it, joined where they are continued; alignment and the words behind a command are gone."""
     text = re.sub(r" &&(?: \\\n)? *", "\n    ", PAGES[page].replace("\\\n", "&\\\n").replace("&\\", "\\"))
     for line in re.findall(r"^ {4,}(.*)$", text, re.M):
-        yield re.split(r" {2,}", re.sub(r"^((?:python -m )?convert --\w+) +", r"\1 ", line.strip()))[0]
+        close = re.sub(r"^((?:python -m )?convert --(?!families|layouts)\w+) +", r"\1 ", line.strip())
+        yield re.split(r" {2,}", close)[0]
     yield from (re.sub(r"\s+", " ", span) for span in re.findall(r"(?<!`)`([^`]+)`", text))
 
 
@@ -74,6 +79,7 @@ def place(tmp_path, monkeypatch) -> Path:
         assert main(["--prefuse", "hf_dir", name, "--quiet"]) == 0
     for name in ("adapter_in", "adapter_a"):
         adapter(Path(name), whole("per-expert"))
+    base(Path("base_dir"), weights("float32"))
     for name in ("adapter_b", "adapter_fused"):
         assert main(["--prefuse", "adapter_in", name, "--quiet"]) == 0
     assert main(["--to", "orbax", "hf_dir", "maxtext_dir", "--quiet"]) == 0
@@ -92,7 +98,7 @@ def test_every_command_of_a_page_is_taken(page, place, monkeypatch, capsys):
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
             continue
         given = parser().parse_args(words)
-        if given.paths and (given.prefuse or given.split or getattr(given, "to", None)) and not given.dry_run:
+        if given.paths and (given.prefuse or given.split or given.merge or getattr(given, "to", None)) and not given.dry_run:
             shutil.rmtree(given.paths[1], ignore_errors=True)
         assert main([*words, "--quiet"]) == 0, f"{command}: {capsys.readouterr()}"
 
@@ -113,5 +119,5 @@ def test_every_link_of_a_page_leads_somewhere(page):
 def test_every_option_of_a_page_is_one(page):
     ours = set(parser()._option_string_actions)
     scripts = "".join(script.read_text() for script in (ROOT / "scripts").glob("*.py"))
-    for option in set(OPTION.findall(PAGES[page])):
+    for option in set(OPTION.findall(PAGES[page])) - FOREIGN:
         assert option in ours or f'"{option}"' in scripts, option
