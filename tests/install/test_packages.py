@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import moe_convert
 import pytest
 
-import moe_convert
 from scripts.make_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,13 @@ sys.exit(main())
 
 def light(folder: Path, packages: tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", ONLY, ",".join(packages), *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'convert' / 'entry'}"},
+    )
 
 
 def test_to_convert_safetensors_takes_few_packages(tmp_path):
@@ -70,7 +76,7 @@ def test_to_convert_to_orbax_takes_two_more(tmp_path):
 def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path, name, how):
     for part in ("convert", "layouts"):
         shutil.copytree(ROOT / part, tmp_path / "ours" / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "moe_convert.py", tmp_path / "ours")
+    shutil.copytree(ROOT / "convert" / "entry" / "moe_convert", tmp_path / "ours" / "moe_convert")
     home = tmp_path / ("ours" if how == "overwritten" else "theirs")
     (home / name).mkdir(parents=True, exist_ok=True)
     (home / name / "__init__.py").write_text("print 'python 2'\n")
@@ -94,11 +100,16 @@ def test_completion_offers_options_and_the_words_of_tables(tmp_path):
         out = tmp_path / "out"
         env = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'convert' / 'entry'}:{os.environ.get('PYTHONPATH', '')}",
             "_ARGCOMPLETE": "1",
             "COMP_TYPE": "9",
             "_ARGCOMPLETE_IFS": "\n",
         }
         env |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
-        subprocess.run([sys.executable, "-m", "moe_convert"], env=env, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", "import moe_convert, sys; sys.exit(moe_convert.main())"],
+            env=env,
+            check=True,
+            capture_output=True,
+        )
         assert wanted in out.read_text()

@@ -44,7 +44,3 @@ def verify_main() -> int:
     """The command `convert-verify`."""
     sys.argv.insert(1, "--verify")
     return main()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
