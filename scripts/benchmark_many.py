@@ -64,7 +64,7 @@ def cpu(tree: Path, words: list[str]) -> float:
     """CPU seconds of one command of a checkout."""
     before = os.times()
     command = [sys.executable, "-m", "convert", "--quiet", *words]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(tree)}, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, stdout=subprocess.DEVNULL)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--other", type=Path, help="another checkout, run in turn with this one")
     given = parser.parse_args()
     trees = {"this": ROOT} | ({"other": given.other.resolve()} if given.other else {})
+    given.directory = given.directory.resolve()
     source = given.directory / "in"
     total = make(source, given.layers, given.experts)
     seconds = {}

@@ -55,7 +55,7 @@ import itertools, os, pkgutil, signal, sys
 step, when, number, exchange = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 import convert.commit.publish, convert.commit.stage, convert.engine.copying, convert.engine.direct, convert.hf.execute
 import convert.hf.write
-convert.engine.copying.SHORT = 1024  # so that the kernel copies some runs, too
+convert.engine.copying.SHORT = 0  # so that the kernel copies runs, too
 convert.engine.direct.LEAST = convert.engine.direct.PAGE  # so that small blocks go past the page cache, too
 if exchange == "no":
     convert.commit.publish.exchange = lambda *names: False
