@@ -6,13 +6,14 @@ In: a tree and `config.json`. Out: pairs of places. It never looks at a checkpoi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.planning.stacks import Part, expert_count, layers_of, parts_of
 from convert.planning.targets import OTHER
-from layouts.errors import PlanError
+from layouts.errors import InputError, PlanError
 from layouts.language.layout import Layout, Layouts, Placed
 from layouts.language.parts import PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern
@@ -90,10 +91,25 @@ def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pa
 
 
 def there(pairs: Iterable[Pair], names: Collection[str]) -> list[Pair]:
-    """Of the kinds of tensors that may be there, those of which the source has some, or should; `names` are its tensors."""
-    found = [(pair, any(name in names for name in names_of(pair))) for pair in pairs]
+    """Of the kinds of tensors that may be there, those of which the source has some, or should; `names` are its tensors.
+
+    Raises:
+        InputError: `config.json` says that there are more of a kind than there are tensors.
+    """
+    found = [(pair, _has_some(pair, names)) for pair in pairs]
     blocks = {pair.block for pair, has in found if has and not pair.twin}
     return [pair for pair, has in found if (has or not pair.optional) and (not pair.block or pair.block in blocks)]
+
+
+def _has_some(pair: Pair, names: Collection[str]) -> bool:
+    """Whether there is one of a kind, which is compared before it is counted out: a small file may say a billion."""
+    key = pair.source.key
+    if (count := math.prod(pair.counts[slot] for slot in key.slots)) <= len(names):
+        return any(name in names for name in names_of(pair))
+    first = key.render(dict.fromkeys(key.slots, 0))
+    if first in names or not pair.optional:
+        raise InputError(f"config.json says that there are {count:,} tensors such as {first}; {len(names):,} are there in all")
+    return False
 
 
 def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from layouts.errors import PlanError
 from layouts.language.template import Template
@@ -82,7 +82,6 @@ class Refusal:
             raise PlanError(
                 f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
                 f"{self.family.name} does not know; expected names such as {expected}{hint(self.reader, self.family)}"
-                f"{quantised(name)}"
             )
 
     def _foreign(self, name: str) -> None:
@@ -98,22 +97,6 @@ class Refusal:
                 f"{self.reader.path}: {name} (in {self.reader.where(name)}) belongs to {found[0]}, which no layout of "
                 f"plain weights can hold: {found[1]}"
             )
-
-
-_QUANTISERS: Mapping[str, str] = {
-    r"\.weight\.((nested_)?absmax|(nested_)?quant_map|quant_state\..*)|\.SCB": "bitsandbytes has quantised this model, and its "
-    "blocks run across the rows of a matrix: take the model that it was made from, or load it with transformers, call "
-    "dequantize() and save it",
-    r"\.switch_mlp\.[a-z_]+\.(scales|biases)": "MLX has quantised this model: take the model that it was made from, or "
-    "convert it with mlx_lm.convert --dequantize first",
-}
-"""How names end that only a quantiser writes -> what it is, and what to do. Sources: bitsandbytes `nn/modules.py`, mlx_lm."""
-
-
-def quantised(name: str) -> str:
-    """What to do with a tensor that a quantiser has left beside an expert's."""
-    said = next((text for end, text in _QUANTISERS.items() if re.search(rf"({end})$", name)), None)
-    return f". {said}" if said else ""
 
 
 _MATRICES = re.compile(r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_projs?\b|(^|\.)(w[123]|w13|fc[123])(_weight)?\b")

@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert.cli import main
-from tests.clients.test_peft import NEW, OLD
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from tests.clients.test_peft import NEW, OLD
+
 pytestmark = pytest.mark.clients
 
 RANK = 4

@@ -170,7 +170,7 @@ def test_stacks_are_verified_with_each_window_loaded_once_for_bits_and_once_for_
             loaded.clear()
             verdict = convert.verify(tmp_path / one, tmp_path / other, gemm=gemm)
             assert verdict.equal
-            assert len(verdict.levels) == (7 if gemm else 3)
+            assert len(verdict.levels) == (8 if gemm else 4)
             assert often(loaded) <= 1 + gemm
 
 

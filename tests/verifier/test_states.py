@@ -126,7 +126,9 @@ def packed(path: Path) -> Path:
     """Experts of a type that no GEMM takes."""
     make_checkpoint(path, family="qwen3_moe", experts=2, embed=8, mlp=4, layers=1, values="normal")
     for file in path.glob("*.safetensors"):
-        found = {name: t.view(np.uint8) if "experts" in name else t for name, t in load_file(file).items()}
+        tensors = load_file(file)
+        halves = {name: t.view(np.uint8)[..., : t.shape[-1] // 2].copy() for name, t in tensors.items() if "experts" in name}
+        found = tensors | halves  # two values to a byte
         save_file(found, file, {"format": "pt"})
     return path
 
