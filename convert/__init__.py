@@ -26,7 +26,8 @@ from convert.answers import inspect
 from convert.conversions import merge, plan, prefuse, reformat, split
 from convert.errors import ConvertError, InputError, OutputError, PlanError, StorageError, UsageError
 from convert.options import Choices, Verification
-from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying, documented
+from convert.options.calls import documented
+from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying
 from convert.options.option import complete
 from convert.pipeline.calls import load, save, sync_plan
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from convert.report import Report
     from convert.verifier.content.hashing import Content
     from convert.verifier.verdict import Level, Verdict
+
+    __version__: str
 
 __all__ = [
     "ConvertError",
@@ -49,6 +52,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "Verdict",
+    "__version__",
     "connect",
     "digest",
     "inspect",
@@ -66,14 +70,21 @@ __all__ = [
     "verify",
 ]
 
-_VALUES = {"Plan": "planning.planner", "Report": "report", "Verdict": "verifier.verdict", "Level": "verifier.verdict"}
+_VALUES = {
+    "Level": ("verifier.verdict", "Level"),
+    "Plan": ("planning.planner", "Plan"),
+    "Report": ("report", "Report"),
+    "Verdict": ("verifier.verdict", "Verdict"),
+    "__version__": ("commit.manifest", "TOOL"),
+}
 """What calls give, and where it is defined: imported when somebody asks, because `import convert` is light."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _VALUES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"convert.{_VALUES[name]}"), name)
+    module, there = _VALUES[name]
+    return getattr(import_module(f"convert.{module}"), there)
 
 
 def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Processes:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from convert.errors import UsageError
 from convert.options import Choices, Format, Running
-from convert.options.keywords import Merging, Planning, Prefusing, Reformatting, Splitting, documented
+from convert.options.calls import documented
+from convert.options.keywords import Merging, Planning, Prefusing, Reformatting, Splitting
 from convert.options.option import complete
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def merge(
     source: str | Path,
     out: str | Path,
     *,
-    base: str,
+    base: str | Path,
     processes: Processes | None = None,
     progress: Progress | None = None,
     **options: Unpack[Merging],

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -13,6 +14,7 @@ import pytest
 import convert
 from convert.arguments import ACTIONS, parser
 from convert.cli import main
+from convert.commit.manifest import TOOL
 from convert.options import Choices, Running, Verification
 from convert.options.keywords import (
     Digesting,
@@ -31,8 +33,8 @@ from convert.options.option import complete, named
 from convert.run import check
 
 ROOT = Path(__file__).parents[1]
-WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh"}
-"""Options that also take a word, such as `2GiB`."""
+WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh", "base"}
+"""Options that take a word, such as `2GiB`, besides what they become; or a path besides its words."""
 CLIENT = """
 import convert
 
@@ -140,6 +142,50 @@ def test_a_wrong_value_is_named_with_its_argument(given, words):
     with pytest.raises(convert.UsageError) as caught:
         convert.prefuse("in", "out", **given)
     assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: convert.prefuse(3, "out"), "source: 3 is not a path"),
+        (lambda: convert.split("in", b"out"), "out: b'out' is not a path"),
+        (lambda: convert.reformat("in", None, to="orbax"), "out: None is not a path"),
+        (lambda: convert.merge("in", "out", base=3), "base: 3 is not a path"),
+        (lambda: convert.prefuse("in", "out", base=3), "base: 3 is not a path"),
+        (lambda: convert.plan("in", "out", prefuse="yes"), "prefuse: 'yes' is neither True nor False"),
+        (lambda: convert.verify("a", 3), "b: 3 is not a path"),
+        (lambda: convert.digest(["a"]), "path: ['a'] is not a path"),
+        (lambda: convert.inspect(None), "path: None is not a path"),
+        (lambda: convert.load(3), "path: 3 is not a path"),
+        (lambda: convert.load("in", layout=3), "layout: 3 is not a word"),
+        (lambda: convert.save({}, "out", like=None), "like: None is not a path"),
+        (lambda: convert.prefuse("in", "out", progress="bar"), "progress: 'bar' is not a function"),
+        (lambda: convert.verify("in", "out", processes=2), "processes: 2 is not what convert.connect gives"),
+        (lambda: convert.prefuse_params({}, names="hf"), "names: 'hf' is not a mapping"),
+        (lambda: convert.split_params({}, "concat", sizes=8), "sizes: 8 is not a mapping"),
+        (lambda: convert.sync_plan({}, {}, config="config.json"), "config: 'config.json' is not a mapping"),
+    ],
+)
+def test_what_is_no_option_is_named_too_if_it_is_of_a_wrong_type(call, words):
+    with pytest.raises(convert.UsageError) as caught:
+        call()
+    assert str(caught.value) == words
+
+
+def test_paths_may_be_anything_that_stands_for_one(tmp_path):
+    class Folder:
+        def __fspath__(self):
+            return str(tmp_path / "nowhere")
+
+    for path in (Folder(), Path(Folder()), str(tmp_path / "nowhere")):
+        with pytest.raises(convert.InputError, match="nowhere: no such directory"):
+            convert.prefuse(path, tmp_path / "out")
+        assert complete(Choices, {"base": path}).base == str(tmp_path / "nowhere")
+
+
+def test_the_version_is_that_of_the_package_and_of_manifests():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert convert.__version__ == project["version"] == TOOL
 
 
 def test_sizes_are_words_in_python_too():

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from convert.options.keywords import Inspecting, documented
+from convert.options.calls import documented
+from convert.options.keywords import Inspecting
 
 if TYPE_CHECKING:
     from convert.answers.inspection import Inspection

@@ -1,7 +1,7 @@
 """Every option of the tool, once: its name, type, default, unit and sentence.
 
 In: what a caller gives. Out: frozen dataclasses in which every option has a value that was checked. It imports nothing heavy.
-The command line (`convert.arguments`), and signatures with their help (`keywords`), are made from the fields below.
+The command line (`convert.arguments`), and signatures with their help (`keywords`, `calls`), are made from the fields below.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ _FromWriter = Annotated[
 ]
 _Base = Annotated[
     str | None,
-    Option(text="adapters: the checkpoint that it is for: its shapes and family, and what --merge adds to", show="CKPT"),
+    Option(
+        text="adapters: the checkpoint that it is for: its shapes and family, and what --merge adds to",
+        read=values.location,
+        show="CKPT",
+    ),
 ]
 _SourceLayout = Annotated[
     str | None,

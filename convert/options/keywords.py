@@ -1,20 +1,17 @@
 """Which options each function of the library takes, for editors, type checkers and `help()`.
 
-In: nothing. Out: a `TypedDict` for each function, and `documented`. What the options are stands in `convert.options`.
-A test compares names and types of the two.
+In: nothing. Out: a `TypedDict` for each function. What the options are stands in `convert.options`; a test compares names and
+types of the two. `convert.options.calls` puts them into signatures.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, TypedDict
 
 from convert.options import Choices, Format, Running, Verification
 from convert.options.option import Named, named
-
-_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 class _Running(TypedDict, total=False):
@@ -42,7 +39,7 @@ class _Moved(_Tree, total=False):
     to: Format | None
     keep_chunks: bool
     from_writer: str | None
-    base: str | None
+    base: str | Path | None
 
 
 class Planning(_Moved, total=False):
@@ -84,7 +81,7 @@ class Merging(TypedDict, total=False):
 class MergingInto(Merging, total=False):
     """The same with the base, as the command takes it."""
 
-    base: str | None
+    base: str | Path | None
 
 
 class Unfusing(TypedDict, total=False):
@@ -155,7 +152,7 @@ class Verifying(TypedDict, total=False):
     self_test: bool
     trust_digests: bool
     from_writer: str | None
-    base: str | None
+    base: str | Path | None
 
 
 class Digesting(TypedDict, total=False):
@@ -179,35 +176,3 @@ def options_of(keywords: type) -> Iterator[Named]:
     """The options that are among these keywords, in the order of their definitions."""
     kinds = (Verification,) if keywords in (Verifying, Digesting) else (Choices, Running)
     yield from (each for kind in kinds for each in named(kind) if each.name in keywords.__annotations__)
-
-
-def documented(keywords: type) -> Callable[[_Function], _Function]:
-    """Show the options in a function's signature and docstring, where `help()` and notebooks look."""
-
-    def with_options(function: _Function) -> _Function:
-        found = list(options_of(keywords))
-        signature = inspect.signature(function)
-        plain = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        shown = [
-            inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=_type(keywords, each))
-            for each in found
-        ]
-        whole = signature.replace(parameters=[*plain, *shown])
-        lines = [f"    {each.name}: {each.sentence}." for each in found]
-        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
-
-        @functools.wraps(function)
-        def checked(*arguments: Any, **keywords: Any) -> object:
-            whole.bind(*arguments, **keywords)  # an unknown keyword is a `TypeError`, as of any function
-            return function(*arguments, **keywords)
-
-        checked.__signature__ = whole  # type: ignore[attr-defined]
-        return cast(_Function, checked)
-
-    return with_options
-
-
-def _type(keywords: type, each: Named) -> object:
-    """The type as it is written above."""
-    hint = keywords.__annotations__[each.name]
-    return getattr(hint, "__forward_arg__", hint)

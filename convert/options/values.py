@@ -5,6 +5,7 @@ In: a value. Out: the value as the tool takes it, or a `ValueError` that says wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 
@@ -138,6 +139,53 @@ def switch(value: object) -> bool:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{value!r} is neither True nor False")
+    return value
+
+
+def location(value: object) -> str:
+    """A path, or the address of a place in a store, as text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from layouts.disk.places import RemotePath  # not for `convert --help`
+
+    found = os.fspath(value) if isinstance(value, str | os.PathLike) else str(value) if isinstance(value, RemotePath) else None
+    if not isinstance(found, str):
+        raise ValueError(f"{value!r} is not a path")
+    return found
+
+
+def function(value: object) -> object:
+    """What can be called.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not callable(value):
+        raise ValueError(f"{value!r} is not a function")
+    return value
+
+
+def mapping(value: object) -> object:
+    """Names, or sizes, by words.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} is not a mapping")
+    return value
+
+
+def processes(value: object) -> object:
+    """What `convert.connect` gives.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not hasattr(value, "together"):
+        raise ValueError(f"{value!r} is not what convert.connect gives")
     return value
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from convert.errors import UsageError
 from convert.options import Choices, Running
-from convert.options.keywords import Loading, Saving, Syncing, documented
+from convert.options.calls import documented
+from convert.options.keywords import Loading, Saving, Syncing
 from convert.options.option import complete
 
 if TYPE_CHECKING:
