@@ -14,6 +14,7 @@ from typing import Any
 from convert.commit.processes import share
 from convert.errors import one_line
 from convert.options.values import in_units as size
+from convert.planning.documents import report_document
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
 from layouts.language.layout import ROLES
@@ -40,6 +41,10 @@ class Report:
     def written(self) -> bool:
         """False if the output was there already."""
         return not self.proof
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs, as `--json` has it."""
+        return report_document(self)
 
     def __str__(self) -> str:
         plan = self.plan

@@ -136,7 +136,7 @@ def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running
     )
     (found,) = contents(reader, options=options, progress=progress)
     reader.hold(ReadLimits(), Windows())
-    return replace(plan, content=replace(found, state=None if plan.left_out else found.state).json())
+    return replace(plan, content=replace(found, state=None if plan.left_out else found.state).to_dict())
 
 
 def _write(

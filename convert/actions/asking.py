@@ -22,7 +22,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
         raise UsageError(f"--inspect takes one checkpoint; found {len(arguments.paths)} paths")
     found = convert.inspect(arguments.paths[0], **given)
     code = found.problem.exit_code if found.problem else 0
-    return Answer(text=str(found), document=envelope("inspect", code, found.json()), exit_code=code, problem=found.problem)
+    return Answer(text=str(found), document=envelope("inspect", code, found.to_dict()), exit_code=code, problem=found.problem)
 
 
 def families(arguments: argparse.Namespace) -> Answer:

@@ -14,7 +14,7 @@ from typing import Any
 
 import convert
 from convert.actions.answer import Answer, processes_of, shown, two_paths
-from convert.answers.envelope import envelope, plan_json, report_json
+from convert.answers.envelope import envelope
 from convert.arguments import options
 from convert.errors import StorageError, UsageError, readable
 from convert.options import Choices, Running
@@ -34,7 +34,7 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
     processes = processes_of(arguments)
     with watching(shown(arguments, processes)) as progress:  # the plan says how much there is to do
         report = call(source, out, processes=processes, progress=progress, **given)
-    result = report_json(report) if arguments.json else None
+    result = report.to_dict() if arguments.json else None
     return Answer(text=str(report), document=envelope(action, 0, result))
 
 
@@ -48,7 +48,7 @@ def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mappin
     choices = {each.name for each in named(Choices)}
     chosen = {name: value for name, value in given.items() if name in choices}
     planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, merge=arguments.merge, **chosen)
-    found = {"plan": plan_json(planned), "peak_bytes": None, "workers": None, "free_bytes": _room(planned)}
+    found = {"plan": planned.to_dict(), "peak_bytes": None, "workers": None, "free_bytes": _room(planned)}
     if not isinstance(planned, Plan):
         from convert.adapters.report import describe_plan as describe_adapter
 

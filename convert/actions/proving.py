@@ -83,7 +83,7 @@ def digest(arguments: argparse.Namespace) -> Answer:
     for path in arguments.paths:
         with watching(shown(arguments, None), total=_input_bytes(path) or None) as progress:
             found[path] = convert.digest(path, progress=progress, **given)
-    document = json.dumps({path: each.json() for path, each in found.items()}, indent=1)
+    document = json.dumps({path: each.to_dict() for path, each in found.items()}, indent=1)
     return Answer(text="\n".join(each.told(path) for path, each in found.items()), document=document)
 
 

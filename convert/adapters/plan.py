@@ -20,6 +20,7 @@ from convert.errors import PlanError, UsageError
 from convert.hf.shards import File
 from convert.options import Choices
 from convert.options.evidence import known_of
+from convert.planning.documents import plan_document
 from layouts.adapters.describe import Description, describe
 from layouts.adapters.forms import DEFAULTS, FORMS, GATE_UP, Form
 from layouts.adapters.opening import config_of
@@ -72,6 +73,10 @@ class AdapterPlan:
     def nbytes(self) -> int:
         """Bytes of tensor data in the output."""
         return sum(spec.nbytes for spec in self.specs.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs, as `--json` has it: the layout is a form."""
+        return plan_document(self, self.specs)
 
 
 def make_plan(reader: Reader, out: Path, action: str, choices: Choices) -> AdapterPlan:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from convert.adapters.plan import AdapterPlan
 from convert.errors import one_line
 from convert.options.values import in_units as size
+from convert.planning.documents import report_document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,10 @@ class AdapterReport:
     def written(self) -> bool:
         """False if the output was there already."""
         return not self.proof
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs, as `--json` has it."""
+        return report_document(self)
 
     def __str__(self) -> str:
         plan = self.plan

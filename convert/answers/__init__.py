@@ -20,7 +20,7 @@ def inspect(path: str | Path, **options: Unpack[Inspecting]) -> Inspection:
     """What a checkpoint is, and what `prefuse` and `split` would do with it, from its headers alone.
 
     Where its experts cannot be told, `Inspection.problem` says why, and the rest is there all the same. `str` of it is for
-    people, `Inspection.json()` for programs.
+    people, `Inspection.to_dict()` for programs.
 
     Raises:
         InputError: there is no checkpoint, or it is corrupt or not complete.

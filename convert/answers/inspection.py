@@ -75,11 +75,14 @@ class Inspection:
     problem: ConvertError | None = None
     """Why the experts cannot be told."""
 
-    def json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+    def to_dict(self) -> dict[str, Any]:
+        """For programs, as `--json` has it."""
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return found | {
-            "blocks": [asdict(each) for each in self.blocks],
+            **{name: list(found[name]) for name in ("recorded", "left_out", "remarks")},
+            "dtypes": dict(self.dtypes),
+            "side_files": dict(self.side_files),
+            "blocks": [asdict(each) | {"companions": list(each.companions)} for each in self.blocks],
             "problem": None if self.problem is None else {"text": str(self.problem), "exit_code": self.problem.exit_code},
         }
 

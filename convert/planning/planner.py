@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from convert.options import Choices
 from convert.planning import relay
+from convert.planning.documents import plan_document
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Piece, Target
 from layouts.errors import PlanError
@@ -99,6 +100,10 @@ class Plan:
     def side_bytes(self) -> int:
         """Bytes of the side files."""
         return sum(self.side_files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs, as `--json` has it."""
+        return plan_document(self, self.targets)
 
 
 def make_plan(

@@ -59,8 +59,8 @@ def stood(
         begin(progress, "digests of what is held", sum(spec.nbytes for reader in readers for spec in reader.tensors.values()))
         try:
             found = contents(*readers, options=options, progress=progress)
-            other = found[1].json() if len(found) > 1 else wanted
-            levels += (_content(found[0].json(), other),) if other else ()
+            other = found[1].to_dict() if len(found) > 1 else wanted
+            levels += (_content(found[0].to_dict(), other),) if other else ()
         except (InputError, PlanError, UsageError) as error:
             levels += (Level(name="content", covered="", compared=0, not_run=str(error)),)
     sides = []
@@ -102,7 +102,7 @@ def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]
         family=family,
         layout=layout,
         tensors=len(reader.tensors),
-        content=content.json() if content else {},
+        content=content.to_dict() if content else {},
         why=content.why if content else "",
     )
 

@@ -56,7 +56,7 @@ class Level:
         """Why it did not run; empty if it did."""
         return (self.not_run or "there was nothing to compare") if self.state == NOT_RUN else ""
 
-    def json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """With what it asks and allows, all its differences, and the errors of each expert where rounding is allowed."""
         question = question_of(self.name)
         return {
@@ -186,8 +186,8 @@ class Verdict:
             [one_line(f"verify   {self.subject}"), *map(str, self.levels), *counts, *digests, *trials, self.summary]
         )
 
-    def json(self, run: Run | None = None) -> str:
-        """For programs, and for who signs it; `run` says where and how, if the caller knows."""
+    def to_dict(self, run: Run | None = None) -> dict[str, Any]:
+        """For programs, as `--json` has it; `run` says where and how, if the caller knows. No number is NaN or infinite."""
         found = {
             "schema": "verdict.schema.json",
             "version": VERSION,
@@ -198,12 +198,16 @@ class Verdict:
             "narrowed": self.narrowed,
             "counts": self.counts,
             "sides": [asdict(side) | {"digest": side.digest} for side in self.sides],
-            "levels": [level.json() for level in self.levels],
+            "levels": [level.to_dict() for level in self.levels],
             "not_run": {level.name: level.why for level in self.levels if level.why},
             "self_test": [asdict(trial) for trial in self.self_test],
             "run": asdict(run) if run else None,
         }
-        return json.dumps(_finite(found), indent=1, allow_nan=False)
+        return {key: _finite(value) for key, value in found.items()}
+
+    def json(self, run: Run | None = None) -> str:
+        """The same as text, for who signs it."""
+        return json.dumps(self.to_dict(run), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

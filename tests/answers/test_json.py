@@ -1,6 +1,7 @@
 """`--json` of every action is one document that its schema takes, and nothing else stands on stdout; errors, too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -9,7 +10,8 @@ import pytest
 import convert
 from convert.cli import main
 from scripts.make_checkpoint import make_checkpoint
-from tests.adapters.tiny import adapter, whole
+from tests.adapters.bases import base, weights
+from tests.adapters.tiny import BF16, adapter, whole
 
 SCHEMA = json.loads((Path(convert.__file__).parent / "answers" / "output.schema.json").read_text())
 COMMANDS = {
@@ -18,6 +20,8 @@ COMMANDS = {
     "split": (["--split", "fused", "again"], 0),
     "prefuse again": (["--prefuse", "hf", "fused"], 0),
     "prefuse an adapter": (["--prefuse", "adapter", "adapter-fused"], 0),
+    "merge": (["--merge", "adapter", "merged", "--base", "base"], 0),
+    "dry-run of a merge": (["--merge", "adapter", "other", "--base", "base", "--dry-run"], 0),
     "dry-run": (["--prefuse", "hf", "other", "--dry-run"], 0),
     "dry-run of an adapter": (["--prefuse", "adapter", "other", "--dry-run"], 0),
     "dry-run of a proof": (["--verify", "hf", "fused", "--dry-run", "--no-gemm"], 0),
@@ -45,6 +49,7 @@ def places(tmp_path_factory):
         make_checkpoint(root / kind, family="qwen3_moe", format=kind, experts=4, layers=1)
     convert.prefuse(root / "hf", root / "fused")
     adapter(root / "adapter", whole("per-expert"))
+    base(root / "base", weights(BF16))
     return root
 
 
@@ -71,6 +76,39 @@ def test_what_is_written_is_in_numbers(places, monkeypatch, capsys):
     again = json.loads(capsys.readouterr().out)["result"]
     assert (again["written"], again["plan"]) == (False, result["plan"])
     assert again["proof"]
+
+
+def test_in_python_the_same_is_a_dictionary(places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+
+    def printed(*words):
+        main([*words, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    for source in ("hf", "adapter"):
+        again = f"{source}-in-python"
+        written = convert.prefuse(source, again).to_dict()
+        there = convert.prefuse(source, again).to_dict()
+        assert there | {"seconds": 0} == printed("--prefuse", source, again)["result"] | {"seconds": 0}
+        assert written == there | {"written": True, "proof": None} | {name: written[name] for name in ("seconds", "resumed")}
+        plan = convert.plan(source, "other", prefuse=True)
+        assert plan.to_dict() == printed("--prefuse", source, "other", "--dry-run")["result"]["plan"]
+        assert convert.inspect(source).to_dict() == printed("--inspect", source)["result"]
+    assert convert.digest("hf").to_dict() == printed("--digest", "hf")["hf"]
+    apart = ("--no-gemm", "--no-content", "--no-self-test")
+    verdict = convert.verify("hf", "fused", gemm=False)
+    assert verdict.to_dict() == json.loads(verdict.json()) == json.loads(json.dumps(verdict.to_dict()))
+    assert verdict.to_dict() == printed("--verify", "hf", "fused", *apart) | {"run": None}
+    levels = [json.loads(json.dumps(level.to_dict())) for level in verdict.levels]
+    assert levels == verdict.to_dict()["levels"]
+
+
+def test_what_is_left_out_is_told_tensor_by_tensor(places, tmp_path):
+    make_checkpoint(tmp_path / "tree", family="qwen3_moe", format="orbax", experts=4, layers=1, train_state=True)
+    shutil.copy(places / "hf" / "config.json", tmp_path / "tree")
+    plan = convert.plan(tmp_path / "tree", tmp_path / "out", to="hf", params_only=True)
+    assert plan.to_dict()["left_out"] == plan.left_out
+    assert set(plan.left_out.values()) == {"--params-only"}
 
 
 def test_the_schema_refuses_what_is_none():

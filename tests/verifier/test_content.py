@@ -299,7 +299,7 @@ def test_a_manifest_that_has_it_proves_the_output_alone(root, tmp_path, way, cap
     out = tmp_path / "out"
     told = str(MADE[way](root / "in", out))
     held = json.loads((out / "convert_manifest.json").read_text())["content"]
-    assert held == convert.digest(root / "in").json()
+    assert held == convert.digest(root / "in").to_dict()
     assert f"content  sha256:{held['model']['sha256']}" in told
     assert MADE[way](root / "in", out).proof  # once more: nothing to do
     assert main(["--verify", str(out), "--quiet"]) == 0

@@ -65,7 +65,7 @@ class Digest:
     def __str__(self) -> str:
         return f"sha256:{self.sha256}"
 
-    def json(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int]:
         """For programs."""
         return {"sha256": self.sha256, "tensors": self.tensors, "bytes": self.nbytes}
 
@@ -82,9 +82,9 @@ class Content:
     state: Digest | None = None
     why: str = ""
 
-    def json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For programs, and for manifests: nothing of it depends on where the checkpoint is."""
-        return {"model": self.model.json(), "state": self.state.json() if self.state else None, "terms": self.terms}
+        return {"model": self.model.to_dict(), "state": self.state.to_dict() if self.state else None, "terms": self.terms}
 
     def told(self, path: object) -> str:
         """As `sha256sum` has it: digest and path; then what else there is to know."""
