@@ -36,20 +36,57 @@ ROOT = Path(__file__).parents[1]
 WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh", "base"}
 """Options that take a word, such as `2GiB`, besides what they become; or a path besides its words."""
 CLIENT = """
+from pathlib import Path
+
+import jax
+import numpy as np
+
 import convert
 
 report = convert.prefuse("in", "out", layout="per-shard", shards=8, memory="2GiB")
 report = convert.split(source="in", out="out", keep_chunks=True)
+report = convert.merge("adapter", Path("out"), base=Path("base"), from_writer="peft-0.18")
+report = convert.reformat("in", "out", to="orbax", scan_axis=0)
 verdict = convert.verify("in", "out", layers=[0, 3], gemm=False)
-print(report.seconds + 1, verdict.equal)
+print(report.seconds + 1, verdict.equal, report.to_dict()["plan"], verdict.to_dict()["levels"])
+plan = convert.plan("in", "out", prefuse=True, dequantize="bf16")
+print(plan.nbytes + 1, plan.to_dict()["tensors"], convert.__version__.split("."))
+found = convert.inspect("in", family="mixtral")
+print([block.experts + 1 for block in found.blocks], found.problem and found.problem.exit_code, found.to_dict())
+print(convert.digest("in").model.sha256.upper(), convert.digest("in", memory="1GiB").to_dict())
+params = convert.load("in", layout="concat", names="maxtext", dtype=np.float32, memory=2 << 30)
+params = convert.load(Path("in"), layout=None, names=str.upper, lazy=True, progress=lambda done: None)
+saved = convert.save(params, "new", like="in", layout="concat", overwrite=True)
+level: convert.Level = verdict.levels[0]
+written: convert.Report = saved
+print(written.written, level.state, {**params}.keys())
+sync = convert.sync_plan(params, params, layout="per-shard", shards=8, source_names="hf", config={"model_type": "mixtral"})
+served: dict[str, jax.Array] = sync(params)
+step = sync.jitted(donate=True)
+fused = convert.prefuse_params(params, layout="concat", names={"wi_0": "gate"}, donate=True)
+apart = convert.split_params(fused, convert.layout_of(params, layout="concat"), sizes={"e": 8})
+try:
+    convert.load("in")
+except convert.ConvertError as error:
+    print(error.exit_code + 1)
 """
 WRONG = {
     "convert.prefuse('in', 'out', sharts=8)": 'Unexpected keyword argument "sharts"',
     "convert.prefuse('in', 'out', shards='eight')": 'incompatible type "str"',
+    "convert.prefuse(3, 'out')": 'incompatible type "int"; expected "str | Path"',
     "convert.split('in', 'out', layout='concat')": 'Unexpected keyword argument "layout"',
     "convert.reformat('in', 'out')": 'Missing named argument "to"',
+    "convert.reformat('in', 'out', to='gguf')": "expected \"Literal['hf', 'orbax']\"",
     "convert.merge('in', 'out')": 'Missing named argument "base"',
+    "convert.merge('in', 'out', base='b', layout='concat')": 'Unexpected keyword argument "layout"',
     "convert.verify('in', 'out', overwrite=True)": 'Unexpected keyword argument "overwrite"',
+    "convert.inspect('in', memory=1)": 'Unexpected keyword argument "memory"',
+    "convert.load('in', names='torch')": 'Argument "names" to "load" has incompatible type',
+    "convert.load('in', overwrite=True)": 'Unexpected keyword argument "overwrite"',
+    "convert.save({}, 'out')": 'Missing named argument "like"',
+    "convert.save({}, 'out', like='in', dequantize='bf16')": 'Unexpected keyword argument "dequantize"',
+    "convert.sync_plan({}, {}, source_names='torch')": "expected \"Literal['hf', 'maxtext']\"",
+    "print(saved.sekonds)": 'has no attribute "sekonds"',
 }
 
 
