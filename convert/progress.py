@@ -39,6 +39,14 @@ class Phased(Protocol):
         """What the phase is at: `layer 3/48`."""
 
 
+@runtime_checkable
+class Telling(Protocol):
+    """Progress that a line of text can be shown beside."""
+
+    def tell(self, text: str) -> None:
+        """A line for people."""
+
+
 def ignore(done: int) -> None:
     """Progress that nobody watches."""
 
@@ -55,11 +63,18 @@ def say(progress: Progress, what: str) -> None:
         progress.at(what)
 
 
+def announce(progress: Progress, text: Callable[[], str]) -> None:
+    """Tell people something before the work begins; it is made only if anybody watches."""
+    if isinstance(progress, Telling):
+        progress.tell(text())
+
+
 class Bars:
     """A bar for each phase, with a rate and a time left of its own. It is drawn from two threads, one at a time."""
 
-    def __init__(self, bar: Callable[..., Any]) -> None:
+    def __init__(self, bar: Callable[..., Any], file: Any = None) -> None:
         self._new, self._lock, self._name, self._bar = bar, threading.Lock(), "", None
+        self._file = file or sys.stderr
 
     def __call__(self, done: int) -> None:
         """See `Phased`."""
@@ -79,6 +94,12 @@ class Bars:
         with self._lock:
             if self._bar is not None:
                 self._bar.set_description(f"{self._name}: {what}", refresh=False)
+
+    def tell(self, text: str) -> None:
+        """See `Telling`; the line stands above the bar."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.write(f"convert: {text}", file=self._file)
 
     def beat(self) -> None:
         """Draw the bar as it is, with the time that has passed."""
@@ -118,6 +139,11 @@ class Lines:
     def at(self, what: str) -> None:
         """See `Phased`."""
         self._what = what
+
+    def tell(self, text: str) -> None:
+        """See `Telling`; programs have the same numbers from `--dry-run --json`."""
+        if not self._json:
+            print(f"convert: {text}", file=self._file, flush=True)
 
     def beat(self) -> None:
         """Say where it is, if it is time."""
@@ -163,7 +189,7 @@ def bars(name: str = "", total: int | None = None, file: Any = None) -> Iterator
     from tqdm import tqdm
 
     where = file or sys.stderr
-    found = Bars(lambda **words: tqdm(**words, unit="B", unit_scale=True, file=where, dynamic_ncols=True, leave=False))
+    found = Bars(lambda **words: tqdm(**words, unit="B", unit_scale=True, file=where, dynamic_ncols=True, leave=False), where)
     found.phase(name, total)
     with _kept_alive(found):
         yield found

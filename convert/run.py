@@ -19,6 +19,7 @@ from convert.commit.stage import check_output, staging
 from convert.commit.store import mark_of
 from convert.engine.budget import make_budget
 from convert.engine.done import prove
+from convert.engine.outlook import outlook
 from convert.engine.twins import compare_twins
 from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
@@ -26,7 +27,7 @@ from convert.options import Choices, Running, Verification
 from convert.planning.choices import check
 from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan
-from convert.progress import Progress, begin, ignore
+from convert.progress import Progress, announce, begin, ignore
 from convert.report import Report
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import RULE, dequantized
@@ -110,6 +111,8 @@ def convert_checkpoint(
         begin(progress or ignore, "", hashed + plan.nbytes // processes.count)
         told = processes.watched(progress or ignore)
         with closing(reader):
+            if not finished or running.overwrite:
+                announce(progress or ignore, lambda: str(outlook(plan, reader)))
             if running.content and processes.first:
                 plan = _with_content(plan, reader, choices, running, told)
             if finished and not running.overwrite:

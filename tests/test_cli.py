@@ -12,6 +12,7 @@ import pytest
 
 import convert
 from convert.cli import main, verify_main
+from convert.errors import UsageError
 from convert.hf.write import HFWriter
 from layouts.tables.families import FAMILIES
 from layouts.tables.natives import PER_EXPERT, PER_EXPERT_W123
@@ -213,11 +214,13 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("text", "size"), [("512MiB", 512 << 20), ("5GB", 5 * 10**9), ("1.5g", 15 * 10**8), ("4096", 4096), (" 2 kib ", 2048)]
 )
-def test_sizes_are_read_as_people_write_them(text, size, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(convert, "prefuse", lambda *_, **options: seen.update(options))
-    assert run("--prefuse", "a", "b", "--max-shard-size", text) == 0
-    assert seen["max_shard_size"] == size
+def test_sizes_are_read_as_people_write_them(text, size, monkeypatch, capsys):
+    def prefuse(*_, max_shard_size, **__):
+        raise UsageError(f"read as {max_shard_size}")
+
+    monkeypatch.setattr(convert, "prefuse", prefuse)
+    assert run("--prefuse", "a", "b", "--max-shard-size", text) == 2
+    assert capsys.readouterr().err == f"convert: read as {size}\n"
 
 
 def test_a_bug_of_ours_is_called_one_and_shows_no_traceback(monkeypatch, capsys):

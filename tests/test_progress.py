@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 
@@ -108,6 +109,9 @@ def test_the_bar_of_the_command_ends_full(sources, tmp_path, monkeypatch):
         def refresh(self):
             return None
 
+        def write(self, *_, **__):
+            return None
+
     monkeypatch.setattr("tqdm.tqdm", Bar)
     assert main(["--prefuse", str(sources["orbax"]), str(tmp_path / "kept"), "--keep-chunks", "--progress", "bar"]) == 0
     assert main(["--prefuse", str(sources["hf"]), str(tmp_path / "padded"), "--layout", "gmm-ep", "--progress", "bar"]) == 0
@@ -166,5 +170,9 @@ def test_off_a_terminal_there_is_no_bar_unless_it_is_asked_for(sources, tmp_path
     if kind == "json":
         ends = [json.loads(line) for line in err.splitlines()]
         assert ends[-1]["done"] == ends[-1]["total"] > 0
-    elif kind != "bar":
+    elif kind == "none":
         assert err == ""
+    else:
+        (line,) = re.findall(r"^.*?(convert: .*)$", err, re.M)
+        assert re.fullmatch(r"convert: \S+ kB to read, \S+ kB to write, \S+ [MGT]B free", line)
+        assert kind == "bar" or err == f"{line}\n"

@@ -24,10 +24,11 @@ from convert.commit.identity import State, input_digest, state_of
 from convert.commit.inventory import inventory
 from convert.commit.processes import Processes
 from convert.commit.stage import Stage, check_output, staging
+from convert.engine.outlook import outlook
 from convert.errors import InputError, UsageError, readable
 from convert.hf.look import look
 from convert.options import Choices, Running
-from convert.progress import Progress, begin, ignore
+from convert.progress import Progress, announce, begin, ignore
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
 from layouts.disk.files import read_bytes
@@ -79,6 +80,7 @@ def convert_adapter(
         if finished and not running.overwrite:
             return AdapterReport(plan=plan, seconds=time.monotonic() - started, proof=prove(plan, reader, progress or ignore))
         check_output(source, out, overwrite=running.overwrite)
+        announce(progress or ignore, lambda: str(outlook(plan, reader)))
         state = state_of(source, plan.never_copied)
         mark = _mark(plan, state)
         with staging(out, mark, resume=running.resume, overwrite=running.overwrite) as stage:

@@ -18,3 +18,9 @@ def envelope(action: str, exit_code: int, result: Mapping[str, Any] | None, erro
     """The one line of an answer; of an error, `result` is None."""
     found = {"schema": SCHEMA, "version": VERSION, "action": action, "exit_code": exit_code, "result": result, "error": error}
     return json.dumps(found)
+
+
+def ahead_json(ahead: Any) -> dict[str, int | None]:
+    """What a conversion will take; see `convert.engine.outlook`."""
+    found = {"read_bytes": ahead.read, "write_bytes": ahead.write, "padding_bytes": ahead.padding}
+    return {**found, "free_bytes": ahead.free}

@@ -18,10 +18,10 @@ from layouts.tables.targets import LOADED_BY, TAKEN_BY, TARGETS
 _WIDTH = 100
 
 
-def made_for(layout: str) -> str | None:
-    """Who loads such a checkpoint as it is, and who takes such tensors from the user's own code."""
-    loads, takes = LOADED_BY.get(layout), TAKEN_BY.get(layout)
-    told = [f"loaded by {loads}"] * bool(loads) + [f"taken from your code by {takes}"] * bool(takes)
+def made_for(layout: str, form: str | None = None) -> str | None:
+    """Who loads such a checkpoint of this format, or of any, as it is, and who takes such tensors from the user's own code."""
+    (stored, loads), takes = LOADED_BY.get(layout, ("", "")), TAKEN_BY.get(layout)
+    told = [f"loaded by {loads}"] * bool(loads and form in (None, stored)) + [f"taken from your code by {takes}"] * bool(takes)
     return "; ".join(told) or None
 
 

@@ -50,12 +50,12 @@ TARGETS: Mapping[str, Layouts] = {
     ),
 }
 
-LOADED_BY: Mapping[str, str] = {
-    "concat": "MaxText, as a tree (CONCAT)",
-    "transformers": "transformers 5",
-    "per-shard": "MaxText, as a tree (PER_SHARD_INTERLEAVE, --align maxtext)",
+LOADED_BY: Mapping[str, tuple[str, str]] = {
+    "concat": ("orbax", "MaxText, as a tree (CONCAT)"),
+    "transformers": ("hf", "transformers 5"),
+    "per-shard": ("orbax", "MaxText, as a tree (PER_SHARD_INTERLEAVE, --align maxtext)"),
 }
-"""Targets with the program that loads such a checkpoint as it is."""
+"""Targets with the format and the program that loads such a checkpoint as it is."""
 TAKEN_BY: Mapping[str, str] = {
     "concat": "jax.lax.ragged_dot, megablox",
     "vllm": "vLLM (processed w13, w2)",

@@ -63,7 +63,11 @@ def test_every_answer_is_one_document_of_the_schema(places, what, monkeypatch, c
     jsonschema.Draft202012Validator(SCHEMA).validate(found)
     assert (found["action"], found["exit_code"]) == (what.split(" ")[0], code)
     assert (found["error"] is None) == (code == 0)
-    assert printed.err == ("" if code == 0 else f"convert: {found['error']}\n")
+    if code == 0:
+        writes = (found["result"] or {}).get("written")
+        assert [line.endswith(" free\n") for line in printed.err.splitlines(keepends=True)] == [True] * bool(writes)
+    else:
+        assert printed.err == f"convert: {found['error']}\n"
 
 
 def test_what_is_written_is_in_numbers(places, monkeypatch, capsys):

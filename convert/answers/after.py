@@ -1,0 +1,70 @@
+"""What to do once a conversion is done: the command that proves it, and how its output is loaded.
+
+In: a report, and what the user said. Out: commands and sentences. It looks at no file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from convert.answers.tables import made_for
+from convert.options.keywords import Verifying, options_of
+from convert.planning.planner import Plan
+from layouts.adapters.forms import FORMS
+from layouts.language.layout import ROLES
+from layouts.matching.packing import WEIGHTS
+from layouts.tables.targets import TARGETS
+
+_OTHER_CONTENT = ("drop_optimizer", "drop_mtp", "params_only")
+"""With these the output holds less than the input, so that the two are no longer equal."""
+_HOW = ("jobs", "memory", "mesh", "content")
+"""How to work, not what a checkpoint is: no proof needs to be told."""
+
+
+def next_steps(report: Any, given: Mapping[str, Any]) -> dict[str, str | None]:
+    """`verify`, the command that compares input and output, or looks at the output where they are not to be equal; and `load`.
+
+    Of several processes the first one says it.
+    """
+    if getattr(report, "process", (0, 1))[0]:
+        return {"verify": None, "load": None}
+    return {"verify": _verify(report.plan, given), "load": _load(report.plan)}
+
+
+def _verify(plan: Any, given: Mapping[str, Any]) -> str:
+    if getattr(plan, "computed", None) or any(given.get(name) for name in _OTHER_CONTENT):
+        return shlex.join(["convert", "--verify", str(plan.out)])
+    words = ["convert", "--verify", str(plan.source), str(plan.out)]
+    for each in options_of(Verifying):
+        if each.name in given and each.name not in _HOW:
+            words += [each.flag, str(given[each.name])]
+    if hasattr(plan, "targets") and not (_are_floats(plan) and _has_jax()):
+        words.append("--no-gemm")
+    return shlex.join(words)
+
+
+def _are_floats(plan: Plan) -> bool:
+    """Whether there is a GEMM that takes the experts: none takes integers, packed or not."""
+    weights = (target for target in plan.targets if target.role in ROLES and target.part in WEIGHTS)
+    return all(not target.packed and target.spec.dtype.startswith(("F", "BF")) for target in weights)
+
+
+def _has_jax() -> bool:
+    with suppress(ModuleNotFoundError):
+        return importlib.util.find_spec("jax") is not None
+    return False
+
+
+def _load(plan: Any) -> str:
+    """In this tool's own words, and who else loads it, or takes its tensors from other code."""
+    if not hasattr(plan, "targets"):
+        return f"form {plan.layout}: {FORMS[plan.layout].text}"
+    here = f"convert.load({str(plan.out)!r}) in JAX"
+    if plan.layout in TARGETS:
+        return "; ".join(filter(None, (here, made_for(plan.layout, plan.format))))
+    original = "the base" if plan.action == "merge" else "the original"
+    return f"{here}; loaded by {'MaxText, as a tree' if plan.format == 'orbax' else f'all that load {original}'}"

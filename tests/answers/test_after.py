@@ -1,0 +1,93 @@
+"""After a conversion stand the command that proves it, which is run here as it is printed, and how the output is loaded."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import convert
+from convert.answers import after
+from convert.cli import main
+from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.bases import base, weights
+from tests.adapters.tiny import adapter, whole
+from tests.layouts.test_companion_forms import CASES as QUANTISED
+from tests.layouts.test_companion_forms import write
+
+CASES = {
+    "prefuse": (["--prefuse", "hf", "OUT"], "hf OUT", "taken from your code by jax.lax.ragged_dot"),
+    "transformers": (["--prefuse", "hf", "OUT", "--layout", "transformers"], "hf OUT", "loaded by transformers 5"),
+    "a blank": (["--prefuse", "hf", "O UT"], "hf 'O UT'", "convert.load('O UT') in JAX"),
+    "family": (
+        ["--prefuse", "hf", "OUT", "--family", "qwen3_moe", "--jobs", "1"],
+        "hf OUT --family qwen3_moe",
+        "convert.load",
+    ),
+    "said layout": (
+        ["--split", "nameless", "OUT", "--source-layout", "concat"],
+        "nameless OUT --source-layout concat",
+        "all that load the original",
+    ),
+    "split": (["--split", "fused", "OUT"], "fused OUT", "convert.load('OUT') in JAX; loaded by all that load the original"),
+    "to a tree": (["--to", "orbax", "hf", "OUT"], "hf OUT", "loaded by MaxText, as a tree"),
+    "a fused tree": (["--prefuse", "hf", "OUT", "--to", "orbax"], "hf OUT", "loaded by MaxText, as a tree (CONCAT)"),
+    "layers first": (
+        ["--to", "orbax", "hf", "OUT", "--scan-axis", "0"],
+        "hf OUT --scan-axis 0",
+        "loaded by MaxText, as a tree",
+    ),
+    "state": (["--prefuse", "state", "OUT"], "state OUT", "loaded by MaxText"),
+    "less": (["--prefuse", "state", "OUT", "--drop-optimizer"], "OUT", "loaded by MaxText"),
+    "adapter": (["--prefuse", "adapter", "OUT"], "adapter OUT", "form packed: PEFT"),
+    "merged": (["--merge", "adapter", "OUT", "--base", "base"], "OUT", "loaded by all that load the base"),
+}
+"""A conversion -> what `convert --verify` is told, and what is said of loading."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("after")
+    make_checkpoint(root / "hf", family="qwen3_moe", experts=4, layers=1)
+    make_checkpoint(root / "state", family="qwen3_moe", experts=4, layers=1, format="orbax", train_state=True)
+    convert.prefuse(root / "hf", root / "fused")
+    convert.prefuse(root / "hf", root / "nameless")
+    base(root / "base", weights(np.float32))
+    adapter(root / "adapter", whole("per-expert"))
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_that_is_printed_proves_it(places, case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place in places.iterdir():
+        (tmp_path / place.name).symlink_to(place)
+    words, proof, load = CASES[case]
+    assert main([*words, "--quiet"]) == 0
+    *_, verify, loading = capsys.readouterr().out.splitlines()
+    assert verify == f"verify convert --verify {proof}"
+    assert loading.startswith("load   ")
+    assert load in loading
+    assert main([*shlex.split(verify)[2:], "--quiet", *["--no-gemm"] * (case != "prefuse")]) == 0
+    capsys.readouterr()
+    if "convert.load(" in loading:
+        assert convert.load(shlex.split(proof)[1 if " " in proof else 0])
+    assert main([*words, "--quiet", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["result"]
+    assert (again["written"], again["verify"], again["load"]) == (False, verify[7:], loading[7:])
+
+
+@pytest.mark.parametrize("case", ["nvfp4 of modelopt", "int8 with one zero point", "scalars"])
+def test_no_gemm_is_asked_for_that_takes_no_such_experts(case, tmp_path, capsys):
+    settings, tensors, _ = QUANTISED[case]
+    write(tmp_path / "in", {f"model.layers.2.mlp.experts.{name}": entry for name, entry in tensors.items()}, settings)
+    assert main(["--prefuse", str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]) == 0
+    verify = capsys.readouterr().out.splitlines()[-2]
+    assert verify.endswith(" --no-gemm") == (case != "scalars")
+    assert main([*shlex.split(verify)[2:], "--quiet"]) == 0
+
+
+def test_without_jax_no_gemm_is_asked_for(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(after.importlib.util, "find_spec", lambda _: None)
+    assert main(["--prefuse", str(places / "hf"), str(tmp_path / "out"), "--quiet"]) == 0
+    assert f"verify convert --verify {places / 'hf'} {tmp_path / 'out'} --no-gemm\n" in capsys.readouterr().out
