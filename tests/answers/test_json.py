@@ -93,7 +93,8 @@ def test_in_python_the_same_is_a_dictionary(places, monkeypatch, capsys):
         again = f"{source}-in-python"
         written = convert.prefuse(source, again).to_dict()
         there = convert.prefuse(source, again).to_dict()
-        assert there | {"seconds": 0} == printed("--prefuse", source, again)["result"] | {"seconds": 0}
+        said = printed("--prefuse", source, again)["result"]
+        assert there | {"seconds": 0} == {n: v for n, v in said.items() if n not in ("verify", "load")} | {"seconds": 0}
         assert written == there | {"written": True, "proof": None} | {name: written[name] for name in ("seconds", "resumed")}
         plan = convert.plan(source, "other", prefuse=True)
         assert plan.to_dict() == printed("--prefuse", source, "other", "--dry-run")["result"]["plan"]
