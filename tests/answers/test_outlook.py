@@ -8,10 +8,13 @@ import pytest
 import convert
 from convert.cli import main
 from convert.engine.outlook import Outlook, outlook
+from convert.options.values import in_units
 from layouts.checkpoint import open_checkpoint
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.bases import base, weights
 from tests.adapters.tiny import adapter, whole
+from tests.layouts.test_companion_forms import CASES as QUANTISED
+from tests.layouts.test_companion_forms import write
 
 MODEL = {"experts": 4, "layers": 2, "embed": 64, "mlp": 40}
 BLOCK = MODEL["layers"] * MODEL["experts"] * MODEL["embed"] * 2
@@ -106,6 +109,22 @@ def test_what_is_merged_is_read_too(tmp_path, capsys):
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)["result"]
     assert found["read_bytes"] - found["write_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_what_is_computed_is_read_as_it_is_stored(tmp_path, capsys):
+    settings, tensors, _ = QUANTISED["nvfp4 of modelopt"]
+    source = write(tmp_path / "in", {f"model.layers.2.mlp.experts.{name}": entry for name, entry in tensors.items()}, settings)
+    words = ["--prefuse", str(source), str(tmp_path / "out"), "--dequantize", "bf16"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["result"]
+    assert found["read_bytes"] == held(source) + (source / "config.json").stat().st_size
+    assert found["write_bytes"] > 3 * found["read_bytes"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(
+        f"convert: {in_units(found['read_bytes'])} to read, {in_units(found['write_bytes'])} to write"
+    )
+    assert f"verify convert --verify {tmp_path / 'out'}\n" in printed.out
 
 
 def test_quiet_says_nothing_and_neither_does_what_is_done(places, tmp_path, capsys):
