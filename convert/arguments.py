@@ -64,7 +64,7 @@ _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
             "help": "on stderr; plain is a line every 30 s (default: a bar on a terminal, else plain)",
         },
     ),
-    ("--quiet", _EVERY, {"action": "store_true", "help": "no progress"}),
+    ("--quiet", _EVERY, {"action": "store_true", "help": "no progress, and no line before the work begins"}),
     ("--debug", _EVERY, {"action": "store_true", "help": "show tracebacks"}),
 )
 """Arguments that the library has no option for, and the actions that take them."""

@@ -14,7 +14,7 @@ import convert
 from convert.actions.answer import Answer, processes_of, shown, two_paths
 from convert.answers.envelope import ahead_json, envelope
 from convert.arguments import options
-from convert.errors import UsageError, readable
+from convert.errors import UsageError, one_line, readable
 from convert.options import Choices, Running
 from convert.options.option import complete, named
 from convert.progress import watching
@@ -36,7 +36,7 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
 
     steps = next_steps(report, given)
     result = {**report.to_dict(), **steps} if arguments.json else None
-    told = [f"{word:<6} {step}" for word, step in steps.items() if step and report.written]
+    told = [one_line(f"{word:<6} {step}") for word, step in steps.items() if step and report.written]
     return Answer(text="\n".join([str(report), *told]), document=envelope(action, 0, result))
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from convert.answers.tables import made_for
@@ -37,14 +38,19 @@ def next_steps(report: Any, given: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _verify(plan: Any, given: Mapping[str, Any]) -> str:
     if getattr(plan, "computed", None) or any(given.get(name) for name in _OTHER_CONTENT):
-        return shlex.join(["convert", "--verify", str(plan.out)])
-    words = ["convert", "--verify", str(plan.source), str(plan.out)]
+        return shlex.join(["convert", "--verify", _word(plan.out)])
+    words = ["convert", "--verify", _word(plan.source), _word(plan.out)]
     for each in options_of(Verifying):
         if each.name in given and each.name not in _HOW:
             words += [each.flag, str(given[each.name])]
     if hasattr(plan, "targets") and not (_are_floats(plan) and _has_jax()):
         words.append("--no-gemm")
     return shlex.join(words)
+
+
+def _word(path: Path) -> str:
+    """A path as a command takes it: one that begins with a dash would be an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _are_floats(plan: Plan) -> bool:

@@ -19,6 +19,7 @@ CASES = {
     "prefuse": (["--prefuse", "hf", "OUT"], "hf OUT", "taken from your code by jax.lax.ragged_dot"),
     "transformers": (["--prefuse", "hf", "OUT", "--layout", "transformers"], "hf OUT", "loaded by transformers 5"),
     "a blank": (["--prefuse", "hf", "O UT"], "hf 'O UT'", "convert.load('O UT') in JAX"),
+    "a dash": (["--prefuse", "hf", "./-OUT"], "hf ./-OUT", "convert.load('-OUT') in JAX"),
     "family": (
         ["--prefuse", "hf", "OUT", "--family", "qwen3_moe", "--jobs", "1"],
         "hf OUT --family qwen3_moe",
@@ -91,3 +92,11 @@ def test_without_jax_no_gemm_is_asked_for(places, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(after.importlib.util, "find_spec", lambda _: None)
     assert main(["--prefuse", str(places / "hf"), str(tmp_path / "out"), "--quiet"]) == 0
     assert f"verify convert --verify {places / 'hf'} {tmp_path / 'out'} --no-gemm\n" in capsys.readouterr().out
+
+
+def test_a_path_of_two_lines_stays_in_its_line(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "a\nverify convert --verify nothing"
+    source.symlink_to(places / "hf")
+    assert main(["--prefuse", str(source), "OUT", "--quiet"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["prefuse", "wrote", "verify", "load"]
