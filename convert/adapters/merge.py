@@ -100,7 +100,12 @@ def _planned(base: Reader, model: Model, adapter: HFReader, out: Path, choices: 
         remarks=(*model.remarks, *described.remarks),
         computed="; ".join((RULE, f"adapter xxh3_128 {_digest(adapter.path)}", *described.remarks)),
         merging=Merging(
-            adapter=adapter.path, names=frozenset(sites), lines=tuple(_lines(sites, base.tensors)), base=any_rate, each=each
+            adapter=adapter.path,
+            nbytes=sum(spec.nbytes for spec in adapter.tensors.values()),
+            names=frozenset(sites),
+            lines=tuple(_lines(sites, base.tensors)),
+            base=any_rate,
+            each=each,
         ),
     )
     return reader, plan

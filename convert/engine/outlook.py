@@ -17,7 +17,6 @@ from convert.errors import StorageError
 from convert.options.values import in_units as size
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
-from layouts.disk.files import ADAPTER_FILES
 from layouts.disk.places import is_remote
 from layouts.reader import Reader
 from layouts.through import Through
@@ -95,7 +94,7 @@ def outlook(plan: Planned, reader: Reader) -> Outlook:
 def _read(plan: Plan, reader: Reader, real: int) -> int:
     """Bytes of the tensors that are read: what is written is what was read, unless it is computed."""
     if plan.merging:
-        return real + (plan.merging.adapter / ADAPTER_FILES[1]).stat().st_size
+        return real + plan.merging.nbytes
     if plan.computed:
         return _stored(reader.inner if isinstance(reader, Through) else reader)
     return real + sum(reader.tensors[name].nbytes for pair in plan.twins for name in pair)

@@ -38,12 +38,13 @@ DEFAULTS = Choices()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merging:
-    """An adapter whose updates are computed into the tensors `names`; `lines` tell how.
+    """An adapter of `nbytes` whose updates are computed into the tensors `names`; `lines` tell how.
 
     That takes `base` bytes besides, and `each` more for each worker.
     """
 
     adapter: Path
+    nbytes: int
     names: frozenset[str]
     lines: tuple[str, ...]
     base: int
