@@ -29,6 +29,7 @@ from convert.options import Choices, Verification
 from convert.options.calls import documented
 from convert.options.keywords import Digesting, Fusing, Unfusing, Verifying
 from convert.options.option import complete
+from convert.options.wording import in_python
 from convert.pipeline.calls import load, save, sync_plan
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     """
     from convert.commit.processes import connect as found
 
-    return found(coordinator, num_processes, process_id)
+    with in_python():
+        return found(coordinator, num_processes, process_id)
 
 
 @documented(Verifying)

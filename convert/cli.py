@@ -98,7 +98,7 @@ def _reader_left() -> int:
 def _told(error: Exception) -> tuple[str, int]:
     """What is said of an error, and its exit code."""
     if isinstance(error, ConvertError):
-        return str(error), error.exit_code
+        return error.command or str(error), error.exit_code
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or ''}", 6
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ("convert", "layouts"):

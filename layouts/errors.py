@@ -11,6 +11,8 @@ class ConvertError(Exception):
     """Base of every error a user can cause: what is wrong, where, and what to do, in one message."""
 
     exit_code = 70
+    command: str | None = None
+    """The message in the words of the command, with its flags, once a call of the library has put it into those of Python."""
 
 
 class InputError(ConvertError):

@@ -276,7 +276,7 @@ def test_an_unknown_keyword_is_an_error_of_python():
 
 
 def test_choices_that_do_not_go_together_are_refused():
-    with pytest.raises(convert.UsageError, match="did you mean --layout per-shard"):
+    with pytest.raises(convert.UsageError, match="did you mean --layout=per-shard"):
         check(Choices(shards=2))
 
 

@@ -51,15 +51,15 @@ def open_and_merge(source: str | Path, out: Path, choices: Choices) -> tuple[Mer
         raise UsageError("merge needs the checkpoint that the adapter is for: base")
     if not is_adapter(place(source)):
         open_checkpoint(source).close()  # what is not there at all is said better
-        raise UsageError(f"{source} is no LoRA adapter; convert --merge ADAPTER OUT --base CKPT")
+        raise UsageError(f"{source} is no LoRA adapter; --merge takes one, and --base the checkpoint that it is for")
     with readable(choices.base):
         base = open_checkpoint(choices.base)
     try:
         if base.format != "hf":
             what = "an adapter" if base.format == "adapter" else "an Orbax tree"
             raise PlanError(
-                f"--base {choices.base}: this is {what}, and an adapter is merged into safetensors checkpoints; "
-                "make one of a tree with --to hf, merge, and go back with --to orbax"
+                f"{choices.base}: the base is {what}, and an adapter is merged into safetensors checkpoints; "
+                "make one of a tree with --to=hf, merge, and go back with --to=orbax"
             )
         model = describe_model(base, family=choices.family, source_layout=choices.source_layout)
         with readable(source):

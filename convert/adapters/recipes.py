@@ -136,6 +136,6 @@ def _shift(block: Block, name: str, expert: int, have: Scale, wanted: Scale) -> 
     if fraction != 0.5 or wanted.factor * ratio != have.factor:
         raise PlanError(
             f"{block.path}.experts: {name} of expert {expert} has scale {have.factor}, which in one tensor has to become "
-            f"{wanted.factor}: their ratio is no power of two, so that this would round. Keep them apart (--layout per-expert)"
+            f"{wanted.factor}: their ratio is no power of two, so that this would round. Keep them apart (--layout=per-expert)"
         )
     return power - 1

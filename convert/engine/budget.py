@@ -51,5 +51,5 @@ def make_budget(memory: int, jobs: int | None, tensors: int = USUAL, *, base: in
     fit = (memory - base) // (SLAB + STRIP + each)
     if fit < 1:
         least = (base + SLAB + STRIP + each >> 20) + 1
-        raise UsageError(f"--memory of {memory >> 20} MiB is too little: one worker and the plan need {least} MiB")
+        raise UsageError(f"--memory={memory >> 20}MiB is too little: one worker and the plan need {least} MiB")
     return Budget(jobs=min(workers(jobs), fit), strip=STRIP, base=base, each=each)

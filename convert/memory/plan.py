@@ -6,7 +6,6 @@ In: the leaves of a tree by name, a layout. Out: moves, and the record of the la
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from convert.memory.names import absent, check_arrays, family_of, has_gates
 from convert.memory.relay import Relay, Side
 from convert.memory.tree import Held
 from convert.options import Choices
+from convert.options.wording import as_arguments
 from convert.planning.planner import Action, Plan, make_plan
 from convert.planning.targets import Target
 from layouts.language.layout import ROLES, Layout, Layouts, Placed
@@ -234,10 +234,7 @@ def _words(layout: Layout, family: Family) -> dict[str, str]:
 
 
 def _in_arguments(text: str, action: Action) -> str:
-    """A message for who calls a function: with arguments where it has the flags of the command."""
-    source = "layout" if action == "split" else "source_layout"
-    text = text.replace("neither the checkpoint nor", "neither a record nor")
-    text = re.sub(r"(?<!convert )--([a-z-]+[a-z])", lambda flag: flag[1].replace("-", "_"), text).replace(
-        "source_layout", source
-    )
+    """A message for who calls a function on a tree, which has no files."""
+    text = as_arguments(text.replace("neither the checkpoint nor", "neither a record nor"))
+    text = text.replace("source_layout=", "layout=") if action == "split" else text
     return f"{text}; say it with sizes={{'n': ...}}" if "nothing says how many" in text else text

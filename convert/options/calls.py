@@ -1,6 +1,7 @@
 """What every call of the library has around it: the options in its signature and help, and a look at its other arguments.
 
-In: a function, and the keywords that it takes. Out: the same, which refuses what is of a wrong type. It knows no option.
+In: a function, and the keywords that it takes. Out: the same, which refuses what is of a wrong type, and whose errors
+speak of arguments. It knows no option.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from convert.errors import UsageError
 from convert.options import values
 from convert.options.keywords import options_of
 from convert.options.option import Named
+from convert.options.wording import in_python
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _READ: Mapping[str, Callable[[object], object]] = {
@@ -47,8 +49,9 @@ def documented(keywords: type) -> Callable[[_Function], _Function]:
         @functools.wraps(function)
         def checked(*arguments: Any, **keywords: Any) -> object:
             given = whole.bind(*arguments, **keywords).arguments  # an unknown keyword is a `TypeError`, as of any function
-            _check(plain, given)
-            return function(*arguments, **keywords)
+            with in_python():
+                _check(plain, given)
+                return function(*arguments, **keywords)
 
         checked.__signature__ = whole  # type: ignore[attr-defined]
         return cast(_Function, checked)

@@ -69,7 +69,7 @@ def _base(path: str) -> tuple[dict[str, int], str]:
     """E, K and N of the base, and its family."""
     with closing(open_checkpoint(path)) as reader:
         if reader.format not in ("hf", "orbax"):
-            raise UsageError(f"--base {path}: this is an adapter; give the checkpoint that it is for")
+            raise UsageError(f"{path} is an adapter itself; give --base the checkpoint that this one is for")
         return _sizes(describe(reader))
 
 

@@ -122,7 +122,7 @@ def orbax_budget(
             return replace(budget, peak=peak, streams=max((cost.streams for cost in costs.values()), default=0))
         if least is None or peak < least:
             least, largest = peak, _why(worst, cache, budget, reader)
-    raise UsageError(f"--memory of {memory >> 20} MiB is too little: {((least or 0) >> 20) + 1} MiB are needed{largest}")
+    raise UsageError(f"--memory={memory >> 20}MiB is too little: {((least or 0) >> 20) + 1} MiB are needed{largest}")
 
 
 def reading_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> Budget:
@@ -149,7 +149,7 @@ def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
     each = HASHING + richest.box
     jobs = min(richest.jobs, (memory - base) // each)
     if jobs < 1:
-        raise UsageError(f"--memory of {memory >> 20} MiB is too little: {(base + each >> 20) + 1} MiB are needed")
+        raise UsageError(f"--memory={memory >> 20}MiB is too little: {(base + each >> 20) + 1} MiB are needed")
     return replace(richest, jobs=jobs, peak=base + jobs * each)
 
 

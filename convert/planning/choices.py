@@ -28,4 +28,4 @@ def check(choices: Choices) -> None:
         if name not in known:
             raise UsageError(f"no layout is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     if choices.shards > 1 and "{shards}" not in TARGETS[choices.layout]["wi"].pattern:
-        raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout per-shard?")
+        raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout=per-shard?")

@@ -140,7 +140,7 @@ def stacked_along(reader: Reader, axis: int | None = None) -> Family:
     """
     stated = record_of(reader).get("family")
     if stated and axis is not None and stated != maxtext(axis).name:
-        raise PlanError(f"{reader.path}: it was written as {stated}; do without --scan-axis {axis}")
+        raise PlanError(f"{reader.path}: it was written as {stated}; do without --scan-axis={axis}")
     return find_family({}, (), where=reader.path, format="orbax", override=str(stated)) if stated else maxtext(axis)
 
 
@@ -167,7 +167,7 @@ def fused_in(reader: Reader, tree: Family, stated: str | None = None) -> tuple[L
         if stated is None:
             raise PlanError(
                 f"{reader.path}: it has a fused wi, and nothing says in which layout; if it is gate and up side by side, as "
-                f"MaxText has it, say so with --source-layout concat, else name its layout ({', '.join(sorted(IN_MAXTEXT))})"
+                f"MaxText has it, say so with --source-layout=concat, else name its layout ({', '.join(sorted(IN_MAXTEXT))})"
             )
     known = candidates(reader, tree, stated).known
     layouts = {role: next(each.layout for each in known if each.role == role) for role in ROLES}

@@ -109,8 +109,8 @@ def _chosen(where: Path, readings: list[_Reading], known: Known) -> tuple[_Readi
     if len(left) == 1:
         return left[0], "shapes" if by_shapes else said.why
     raise PlanError(
-        f"{where}: shapes do not tell {_open(left)}; say which program wrote it (--from-writer peft-0.18, ...) and the model "
-        "(--family NAME, or --base CKPT)"
+        f"{where}: shapes do not tell {_open(left)}; say which program wrote it (--from-writer=peft-0.18, ...) and the model "
+        "(--family, or --base)"
     )
 
 
@@ -135,7 +135,7 @@ def _packing(where: Path, blocks: Mapping[str, _Shapes], settings: Settings, kno
         return False, "nothing: with one expert, or rank 1, there is only one"
     raise PlanError(
         f"{where}: no byte of the file tells how B is packed (expert fastest, as PEFT does, or slowest), and its settings have "
-        "neither peft_version nor lora_B_layout; say which program wrote it: --from-writer peft-0.18, unsloth-2026.9.5, "
+        "neither peft_version nor lora_B_layout; say which program wrote it: --from-writer=peft-0.18, unsloth-2026.9.5, "
         "megatron-bridge, automodel-0.7"
     )
 

@@ -99,7 +99,7 @@ def unknown_turns(family: str | None) -> str:
     """Why fused rows cannot be parted, in words."""
     return (
         "nothing in an adapter tells whether gate and up take turns in its rows (gpt_oss), or gate is first"
-        f"{f', and for {family} sources disagree' if family else ''}; name the model: --family NAME, or --base CKPT"
+        f"{f', and for {family} sources disagree' if family else ''}; name the model: --family, or --base"
     )
 
 
@@ -116,9 +116,9 @@ def said(word: str, family: str | None) -> Evidence:
         known = ", ".join(dict.fromkeys(row.name for row in WRITERS))
         raise PlanError(f"no writer is called {word!r}; known: {known}, with a version behind a dash (peft-0.18)")
     if len({row.grouped for row in rows}) > 1:
-        raise PlanError(f"--from-writer {word}: its versions pack B in two ways; give the version, such as {name}-2026.9.5")
+        raise PlanError(f"--from-writer={word}: its versions pack B in two ways; give the version, such as {name}-2026.9.5")
     turned = {_reversed(row, family) for row in rows}
-    return Evidence(grouped=rows[0].grouped, reversed=turned.pop() if len(turned) == 1 else None, why=f"--from-writer {word}")
+    return Evidence(grouped=rows[0].grouped, reversed=turned.pop() if len(turned) == 1 else None, why=f"--from-writer={word}")
 
 
 def written(config: Mapping[str, Any], stamp: Mapping[str, Any], family: str | None) -> Evidence:

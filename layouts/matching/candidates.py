@@ -184,8 +184,8 @@ def _by_writer(reader: Reader, family: Family) -> tuple[Layouts, ...]:
     if any(key.parse(name) is not None for name in reader.tensors for key in keys):
         raise PlanError(
             f"{reader.path}: {family.name} stands in two layouts under the same names, and config.json has no "
-            f"transformers_version that tells which. Say so: --source-layout fused-in-out (E, K, 2N), as published, or "
-            f"--source-layout fused-out-in (E, 2N, K), as saved by transformers {family.changed_in} and later"
+            f"transformers_version that tells which. Say so: --source-layout=fused-in-out (E, K, 2N), as published, or "
+            f"--source-layout=fused-out-in (E, 2N, K), as saved by transformers {family.changed_in} and later"
         )
     return family.stored[1:]
 

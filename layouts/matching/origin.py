@@ -50,7 +50,7 @@ def origin_of(reader: Reader, family: str | None = None) -> Origin:
         raise InputError(f"{reader.path}: the record of the layout is damaged: {ORIGIN} is {found!r}")
     stated = found.get("family")
     if stated and said and hf_name(stated) != said:
-        raise PlanError(f"{reader.path}: it was made of a checkpoint of family {stated}; do without --family {family}")
+        raise PlanError(f"{reader.path}: it was made of a checkpoint of family {stated}; do without --family={family}")
     return Origin(family=stated or said, layout=found.get("layout"), without=found.get("without"))
 
 

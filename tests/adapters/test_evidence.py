@@ -25,16 +25,16 @@ BRIDGE = {**dict.fromkeys(BRIDGE_KEYS), **{key: BARE[key] for key in BRIDGE_KEYS
         ("packed", CONFIG, [], "packing of B by peft_version 0.21.2"),
         ("packed-reversed", {**CONFIG, "peft_version": "0.18.1"}, [], "packing of B by peft_version 0.18.1"),
         ("packed-reversed", CONFIG, [], "roles by shapes"),  # saved again by a later version
-        ("packed", BARE, ["--from-writer", "peft"], "packing of B by --from-writer peft"),
-        ("packed", BARE, ["--from-writer", "automodel-0.7"], "by --from-writer automodel-0.7"),
+        ("packed", BARE, ["--from-writer", "peft"], "packing of B by --from-writer=peft"),
+        ("packed", BARE, ["--from-writer", "automodel-0.7"], "by --from-writer=automodel-0.7"),
         ("packed-grouped", UNSLOTH, [], "auto_mapping.unsloth_fixed without lora_B_layout"),
         ("packed", {**UNSLOTH, "lora_B_layout": "rank_major"}, [], "lora_B_layout in adapter_config.json"),
         ("packed-grouped", {**CONFIG, "lora_B_layout": "grouped_by_expert"}, [], "lora_B_layout in adapter_config.json"),
-        ("packed-grouped", BARE, ["--from-writer", "unsloth-2026.9.5"], "--from-writer unsloth-2026.9.5"),
-        ("packed", BARE, ["--from-writer", "unsloth-2026.10.1"], "--from-writer unsloth-2026.10.1"),
+        ("packed-grouped", BARE, ["--from-writer", "unsloth-2026.9.5"], "--from-writer=unsloth-2026.9.5"),
+        ("packed", BARE, ["--from-writer", "unsloth-2026.10.1"], "--from-writer=unsloth-2026.10.1"),
         ("packed-reversed-grouped", BRIDGE, [], "the keys of adapter_config.json"),
-        ("packed-reversed-grouped", BARE, ["--from-writer", "megatron-bridge"], "--from-writer megatron-bridge"),
-        ("packed", UNSLOTH, ["--from-writer", "peft-0.21"], "--from-writer peft-0.21"),  # UNSLOTH_MOE_LORA_MERGED=1
+        ("packed-reversed-grouped", BARE, ["--from-writer", "megatron-bridge"], "--from-writer=megatron-bridge"),
+        ("packed", UNSLOTH, ["--from-writer", "peft-0.21"], "--from-writer=peft-0.21"),  # UNSLOTH_MOE_LORA_MERGED=1
     ],
 )
 def test_what_is_told_is_taken_and_said(form, config, more, why, tmp_path, capsys):
@@ -62,7 +62,7 @@ def _lone(**more):
 @pytest.mark.parametrize(
     ("made", "more", "words"),
     [
-        ({"tensors": fused("packed"), "config": BARE}, [], "--from-writer peft-0.18, unsloth-2026.9.5"),
+        ({"tensors": fused("packed"), "config": BARE}, [], "--from-writer=peft-0.18, unsloth-2026.9.5"),
         ({"tensors": fused("packed"), "config": BARE}, ["--from-writer", "unsloth"], "its versions pack B in two ways"),
         (
             {"tensors": fused("packed"), "config": BARE},
@@ -76,7 +76,7 @@ def _lone(**more):
         (_lone(), [], "lora_A from lora_B; say which program wrote it"),
         (_lone(), ["--from-writer", "peft-0.18"], "lora_A from lora_B"),
         (_lone(target_parameters=None), ["--from-writer", "automodel-0.7"], "whether this is gate_up_proj or down_proj"),
-        ({"tensors": fused("packed")}, ["--split"], "name the model: --family NAME, or --base CKPT"),
+        ({"tensors": fused("packed")}, ["--split"], "name the model: --family, or --base"),
         ({"tensors": fused("packed")}, ["--family", "inkling", "--layout", "per-expert"], "for inkling sources disagree"),
         (
             {"tensors": fused("packed"), "config": QWEN},

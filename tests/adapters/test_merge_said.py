@@ -34,7 +34,7 @@ def test_workers_and_strips_change_no_byte_and_all_is_recorded(tmp_path, capsys,
     assert "note: form packed: roles by shapes; packing of B by peft_version 0.21.2" in capsys.readouterr().out
     monkeypatch.setattr("convert.engine.budget.STRIP", 8)
     monkeypatch.setattr("layouts.adapters.merging.product._PART", 3)
-    with pytest.raises(convert.UsageError, match="--layout is not for --merge"):
+    with pytest.raises(convert.UsageError, match=r"layout= is not for convert\.merge"):
         convert.plan(given, tmp_path / "no", merge=True, base=str(onto), layout="vllm")
     convert.merge(given, tmp_path / "again", base=str(onto), jobs=3)
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
@@ -132,7 +132,7 @@ def test_quantised_and_tied_bases_and_the_wrong_words(tmp_path, capsys):
         (["--merge", given, tmp_path / "out"], 2, "the adapter is for: --base CKPT"),
         (["--merge", onto, tmp_path / "out", "--base", onto], 2, "is no LoRA adapter"),
         (["--merge", tmp_path / "none", tmp_path / "out", "--base", onto], 3, "no such directory"),
-        (["--merge", given, tmp_path / "out", "--base", given], 4, "this is an adapter"),
+        (["--merge", given, tmp_path / "out", "--base", given], 4, "the base is an adapter"),
         (["--merge", given, tmp_path / "out", "--base", onto, "--layout", "vllm"], 2, "--layout is for"),
         (["--merge", given, "--base", onto, onto, "--overwrite"], 5, "must not contain one another"),
         (["--merge", given, "--base", onto, given, "--overwrite"], 5, "must not contain one another"),

@@ -143,5 +143,5 @@ def test_memory_bounds_the_products_that_are_compared(tmp_path):
 def test_too_little_memory_is_said(tmp_path, capsys):
     given = adapter(tmp_path / "in", whole("per-expert"))
     assert run("--verify", given, given, "--memory", "100MiB") == 2
-    assert "--memory of 100 MiB is too little: to compare these adapters takes 105 MiB" in capsys.readouterr().err
+    assert "--memory=100MiB is too little: to compare these adapters takes 105 MiB" in capsys.readouterr().err
     assert run("--verify", given, given, "--memory", "105MiB") == 0

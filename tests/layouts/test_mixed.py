@@ -62,7 +62,7 @@ def test_where_nobody_says_who_wrote_it_the_user_must(name, style):
     arrays = {n: np.ascontiguousarray(a) for n, a in style("model.language_model.layers.1.mlp", *weights(1, 12, 8, 4)).items()}
     stated = {key: value for key, value in config(VL, "qwen3_vl_moe", 12).items() if key != "transformers_version"}
     source = MemoryReader(arrays, config=stated)
-    with pytest.raises(PlanError, match=r"--source-layout fused-in-out.*--source-layout fused-out-in"):
+    with pytest.raises(PlanError, match=r"--source-layout=fused-in-out.*--source-layout=fused-out-in"):
         make_plan(source, OUT, "prefuse")
     fused = run(source, "prefuse", source_layout=name)
     assert np.array_equal(fused.arrays["model.language_model.layers.1.mlp.experts.wi"], concat(1, k=8))

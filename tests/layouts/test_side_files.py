@@ -174,7 +174,7 @@ def test_one_way_is_not_taken_for_the_other(one, tmp_path, copy_all):
     put(one, "x.gguf")
     convert.prefuse(one, tmp_path / "out", copy_all=copy_all)
     assert convert.prefuse(one, tmp_path / "out", copy_all=copy_all).proof
-    with pytest.raises(OutputError, match=r"--copy-all.*x\.gguf is (not )?there, and would be (copied|left out)"):
+    with pytest.raises(OutputError, match=r"copy_all=True.*x\.gguf is (not )?there, and would be (copied|left out)"):
         convert.prefuse(one, tmp_path / "out", copy_all=not copy_all)
 
 

@@ -110,7 +110,7 @@ def test_what_maxtext_has_saved_of_a_fused_tree_has_to_be_named(source, tmp_path
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"custom_metadata": None}))
     names = [str(tmp_path / "tree"), str(tmp_path / "again")]
     assert main(["--split", "--to", "hf", *names, "--quiet"]) == 4
-    assert "say so with --source-layout concat" in capsys.readouterr().err
+    assert "say so with --source-layout=concat" in capsys.readouterr().err
     assert main(["--split", "--to", "hf", *names, "--quiet", "--source-layout", "concat"]) == 0
     assert tree(source).items() <= tree(tmp_path / "again").items()
     assert main(["--verify", str(source), names[0], "--no-gemm"]) == 4

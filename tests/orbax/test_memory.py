@@ -109,7 +109,7 @@ def test_the_plan_prints_the_bound_and_says_what_is_too_little(tmp_path, capsys)
     printed = float(re.search(r"memory: at most ([0-9.]+) MB", capsys.readouterr().out)[1])
     assert 100 < printed <= 300 * 1.048576
     assert main([*command, "100MiB"]) == 2
-    least = int(re.search(r"of 100 MiB is too little: (\d+) MiB are needed", capsys.readouterr().err)[1])
+    least = int(re.search(r"=100MiB is too little: (\d+) MiB are needed", capsys.readouterr().err)[1])
     assert not (tmp_path / "out").exists()
     assert main([*command, f"{least - 1}MiB"]) == 2
     assert main([*command, f"{least}MiB"]) == 0

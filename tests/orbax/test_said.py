@@ -159,7 +159,7 @@ def test_large_tensors_are_compared_strip_by_strip(source, tmp_path, monkeypatch
 
 def test_the_family_is_said_once(unknown, tmp_path):
     """To MaxText, fused and not, and back: nobody says it again, and who does is understood."""
-    with pytest.raises(PlanError, match="say so with --family"):
+    with pytest.raises(PlanError, match="say so with family="):
         convert.plan(unknown, tmp_path / "fused", prefuse=True, to="orbax")
     convert.prefuse(unknown, tmp_path / "fused", to="orbax", family="qwen3_moe")
     convert.split(tmp_path / "fused", tmp_path / "tree")
@@ -173,7 +173,7 @@ def test_the_family_is_said_once(unknown, tmp_path):
     assert convert.verify(tmp_path / "hf", tmp_path / "later", gemm=False).equal
     (tmp_path / "fused" / MANIFEST).unlink()
     convert.split(tmp_path / "fused", tmp_path / "last", to="hf", family="qwen3_moe")
-    with pytest.raises(PlanError, match="made of a checkpoint of family qwen3_moe; do without --family deepseek_v3"):
+    with pytest.raises(PlanError, match="made of a checkpoint of family qwen3_moe; do without family='deepseek_v3'"):
         convert.plan(tmp_path / "fused", tmp_path / "x", split=True, family="deepseek_v3")
     assert tensors(tmp_path / "last") == tensors(unknown)
 
@@ -214,7 +214,7 @@ def test_the_layout_is_said_once(source, tmp_path, layout, to):
         for number, words in enumerate(({}, {"source_layout": layout})):
             back(tmp_path / name, tmp_path / f"{name}-{number}", to="hf", **words)
             assert files(tmp_path / f"{name}-{number}").items() >= files(given).items()
-    with pytest.raises(PlanError, match="do without --source-layout"):
+    with pytest.raises(PlanError, match="do without source_layout="):
         convert.plan(tmp_path / "fused", tmp_path / "x", split=True, source_layout="projection-first")
 
 

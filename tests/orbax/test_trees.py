@@ -145,7 +145,7 @@ def test_blocks_without_a_place_are_named_with_the_way_out(tmp_path):
     source = save("qwen3_next", tmp_path / "in")
     file = source / "model.safetensors"
     save_file(load_file(file) | {"mtp.fc.weight": np.ones((8, 16), "f4"), "mtp.norm.weight": np.ones(8, "f4")}, file)
-    with pytest.raises(PlanError, match=r"2 tensors have no place .*--drop-mtp leaves out"):
+    with pytest.raises(PlanError, match=r"2 tensors have no place .*drop_mtp=True leaves out"):
         convert.prefuse(source, tmp_path / "out", to="orbax")
     convert.prefuse(source, tmp_path / "out", to="orbax", drop_mtp=True)
     assert convert.verify(source, tmp_path / "out", gemm=False).equal
@@ -153,9 +153,9 @@ def test_blocks_without_a_place_are_named_with_the_way_out(tmp_path):
 
 def test_where_nothing_can_be_left_out(tmp_path):
     source = save("deepseek_v32", tmp_path / "in")
-    with pytest.raises(UsageError, match="--drop-mtp is for conversions between formats"):
+    with pytest.raises(UsageError, match="drop_mtp=True is for conversions between formats"):
         convert.prefuse(source, tmp_path / "out", drop_mtp=True)
-    with pytest.raises(UsageError, match="--content: --drop-mtp leaves out"):
+    with pytest.raises(UsageError, match="content=True: drop_mtp=True leaves out"):
         convert.prefuse(source, tmp_path / "out", to="orbax", drop_mtp=True, content=True)
 
 

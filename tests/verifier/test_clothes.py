@@ -180,7 +180,7 @@ def test_what_is_said_of_a_side_alone_has_to_agree_with_its_record(plain, tmp_pa
     one = plain / "in" if other == "in" else tmp_path / "tree"
     for side in (tmp_path / "hf", tmp_path / "tree"):
         assert convert.verify(one, side, gemm=False, source_layout_b="concat").equal
-        with pytest.raises(PlanError, match="do without --source-layout"):
+        with pytest.raises(PlanError, match="do without source_layout="):
             convert.verify(one, side, gemm=False, source_layout_b="interleaved")
 
 

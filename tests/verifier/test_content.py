@@ -318,7 +318,7 @@ def test_a_manifest_with_another_content_is_a_difference(root, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "content   DIFFERENT" in out
     assert "manifest  equal" in out
-    with pytest.raises(convert.OutputError, match="its manifest has another content digest than --content gives now, or none"):
+    with pytest.raises(convert.OutputError, match="has another content digest than content=True gives now, or none"):
         convert.prefuse(root / "in", tmp_path / "out", content=True)
 
 
@@ -342,7 +342,7 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 def test_too_little_memory_is_said(root, tmp_path, capsys):
     convert.prefuse(root / "in", tmp_path / "out")
     assert main(["--digest", str(tmp_path / "out"), "--memory", "97MiB", "--quiet"]) == 2
-    assert "--memory of 97 MiB is too little: to hash the largest slice" in capsys.readouterr().err
+    assert "--memory=97MiB is too little: to hash the largest slice" in capsys.readouterr().err
     verdict = convert.verify(root / "in", tmp_path / "out", content=True, gemm=False, memory="97MiB")
     assert verdict.outcome == "INCOMPLETE"
     assert "too little" in str(verdict)

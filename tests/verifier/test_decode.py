@@ -99,7 +99,7 @@ def test_decode_is_within_memory_and_of_every_array(source, tmp_path, monkeypatc
 
 
 def test_decode_is_for_one_checkpoint(source):
-    with pytest.raises(UsageError, match="--decode is for one checkpoint"):
+    with pytest.raises(UsageError, match="decode=True is for one checkpoint"):
         convert.verify(source, source, decode=True)
 
 

@@ -65,7 +65,7 @@ def test_an_option_for_another_number_of_checkpoints_is_refused(root, each):
     """The table of options says it, in one place; a value that is the default is refused like any other."""
     value = {"layers": [0], "experts": [0], "mesh": {"expert": 1}, "tokens": 1, "family_b": "x", "source_layout_b": "x"}
     paths = [root / "out"] * (3 - each.option.of)
-    with pytest.raises(UsageError, match=f"{each.flag} is for one checkpoint|^{each.name}: the digests of one"):
+    with pytest.raises(UsageError, match=f"{each.name}=True is for one checkpoint|^{each.name}: the digests of one"):
         convert.verify(*paths, **{each.name: value.get(each.name, each.default or True)})
 
 

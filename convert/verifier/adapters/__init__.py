@@ -86,7 +86,7 @@ def _room(left: Side, right: Side, memory: int) -> int:
     most = sum(max((held(side, block) for block in side.described.blocks), default=0) for side in (left, right))
     if (room := memory - BASE - most) < _LEAST:
         least = BASE + most + _LEAST >> 20
-        raise UsageError(f"--memory of {memory >> 20} MiB is too little: to compare these adapters takes {least + 1} MiB")
+        raise UsageError(f"--memory={memory >> 20}MiB is too little: to compare these adapters takes {least + 1} MiB")
     return room
 
 

@@ -49,7 +49,7 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
         spec, cost = reader.tensors[name], reader.unit(name)
         if cost and cost.nbytes > memory and not cost.streams(STREAM):
             raise UsageError(
-                f"--memory of {memory >> 20} MiB is too little: {name} is stored in chunks of {cost.nbytes:,} bytes, which "
+                f"--memory={memory >> 20}MiB is too little: {name} is stored in chunks of {cost.nbytes:,} bytes, which "
                 f"have to be decoded as a whole"
             )
         room = limit // beside // itemsize(spec.dtype)

@@ -136,7 +136,7 @@ def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:
     each = (1 + is_chunked(reader)) * max((unit.nbytes for unit in units), default=0) + 2 * ROWS
     if (fit := (memory - BASE) // each) < 1:
         least = BASE + each >> 20
-        raise UsageError(f"--memory of {memory >> 20} MiB is too little: to hash the largest slice takes {least} MiB")
+        raise UsageError(f"--memory={memory >> 20}MiB is too little: to hash the largest slice takes {least} MiB")
     return fit
 
 

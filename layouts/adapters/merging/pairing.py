@@ -109,7 +109,7 @@ def _fitting(reader: Reader, model: Model, adapter: Description, plains: tuple[P
             return base
         lost = lost or missing
     quantised = next((group for group in model.groups if group.part), None)
-    hint = f"; if it is quantised ({quantised.names[0]}), dequantise it first (--dequantize bf16)" if quantised else ""
+    hint = f"; if it is quantised ({quantised.names[0]}), dequantise it first (--dequantize=bf16)" if quantised else ""
     raise PlanError(
         f"{reader.path} has no {lost[0]}, for which the adapter has weights ({len(lost)} such){hint}; is it of another model?"
     )
@@ -129,7 +129,7 @@ def _experts(base: Base, form: Form, block: Block, name: str, unit: Unit, *, tur
     if not groups:
         raise PlanError(
             f"{base.reader.path}: the {name} projection of {_experts_of(block)} is quantised, or not there; dequantise the "
-            "base first (--dequantize bf16)"
+            "base first (--dequantize=bf16)"
         )
     for group in groups:
         axes = _AXES[role]
@@ -182,7 +182,7 @@ def _joined(before: Site | None, site: Site, base: Reader) -> Site:
     if (dtype := base.tensors[site.name].dtype) not in FLOATS:
         raise PlanError(
             f"{base.path}: {site.name} is {dtype}, and weights are merged in {', '.join(FLOATS)} only; dequantise the base "
-            "first (--dequantize bf16)"
+            "first (--dequantize=bf16)"
         )
     if before is None:
         return site
