@@ -30,7 +30,7 @@ SEAL = "xxh3_128"
 """Under which the digest of the manifest itself stands in it."""
 SOURCE = "source:"
 """What stands before the name of a source tensor where digests of sources and targets are kept together."""
-TOOL = "1.0.0.dev0"
+TOOL = "0.2.0"
 """This tool's version, written into every manifest."""
 
 MADE = ("action", "format", "family", "layout", "record", "computed", "mesh")

@@ -230,7 +230,7 @@ def test_a_failing_callback_stops_the_workers(source):
 
 WRONG = [
     ({"layout": "concatt"}, convert.UsageError, r"layout: 'concatt' is none \(did you mean concat\?\)"),
-    ({"layout": 3}, convert.UsageError, "layout: 3 is none"),
+    ({"layout": 3}, convert.UsageError, "layout: 3 is not a word"),
     ({"names": "torch"}, convert.UsageError, "names: 'torch' is neither of hf, maxtext"),
     ({"sharding": 3}, convert.UsageError, "sharding: a int is neither"),
     ({"sharding": {"lm_head.weight": None}}, convert.UsageError, "sharding: the tree has nothing for"),
