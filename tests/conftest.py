@@ -14,3 +14,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Examples take as long as the machine is busy, so time says nothing about them.
 settings.register_profile("tests", max_examples=60, deadline=None)
 settings.load_profile("tests")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: half as many again as cores, as tests wait for disks and for processes that they start."""
+    return max(2, (os.cpu_count() or 1) * 3 // 2)

@@ -22,10 +22,11 @@ maxtext = pytest.importorskip("maxtext")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import tiny_models  # noqa: E402
 from maxtext.common.common_types import MODEL_MODE_TRAIN  # noqa: E402
 from maxtext.configs import pyconfig  # noqa: E402
 from maxtext.utils import maxtext_utils, model_creation_utils  # noqa: E402
+
+from tests.clients import tiny_models  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 

@@ -12,7 +12,7 @@ import convert
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import tiny_models  # noqa: E402
+from tests.clients import tiny_models  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 IDS = torch.arange(34).reshape(2, 17) * 7 % 160

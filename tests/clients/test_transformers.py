@@ -20,8 +20,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-import tiny_models  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
+
+from tests.clients import tiny_models  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 

@@ -22,7 +22,7 @@ from layouts.tables.families import FAMILIES
 
 torch = pytest.importorskip("torch")
 
-import tiny_models  # noqa: E402
+from tests.clients import tiny_models  # noqa: E402
 
 pytestmark = pytest.mark.clients
 

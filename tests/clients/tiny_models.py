@@ -78,6 +78,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "step3p7": {TEXT: {"mlp_layer_types": ["dense", "sparse"]}},
     "inkling_mm_model": {"vision_config": {"n_layers": 4, "patch_size": 4}},
+    "inkling2": {TEXT: {"unpadded_vocab_size": 160}},
+    "inkling2_text": {"unpadded_vocab_size": 160},
     "inkling2_loop": {TEXT: {"unpadded_vocab_size": 160}},
     "inkling2_loop_text": {"unpadded_vocab_size": 160},
     "hy_v4_vl": {TEXT: {"rope_parameters": MROPE}},

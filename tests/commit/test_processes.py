@@ -139,7 +139,8 @@ def folders(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=SLOW), 2])
+@SLOW
+@pytest.mark.parametrize("count", [1, 2])
 def test_directories_of_chunks_by_several_processes(folders, tmp_path, count):
     """Each chunk is a file that is copied under its new name; a run that failed leaves what is done to the next."""
     assert run(count, "--prefuse", folders, tmp_path / "out", ends={0: "fail"})[0] == [6] * count

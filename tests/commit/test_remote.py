@@ -304,7 +304,10 @@ def shards(server, fresh, tmp_path):
     return local, f"s3://{BUCKET}/{fresh}"
 
 
-@pytest.mark.parametrize("words", [["--prefuse"], ["--prefuse", "--layout", "interleaved"], ["--to", "orbax"]], ids=" ".join)
+STORED = [["--prefuse", "--layout", "interleaved"], ["--to", "orbax"]]
+
+
+@pytest.mark.parametrize("words", [["--prefuse"], *(pytest.param(w, marks=pytest.mark.slow) for w in STORED)], ids=" ".join)
 def test_safetensors_are_read_from_a_store_as_from_a_disk(shards, words, tmp_path, capsys):
     local, remote = shards
     for source, out in ((local, "same"), (remote, "out")):

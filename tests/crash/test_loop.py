@@ -32,6 +32,7 @@ def test_killed_between_the_two_renames_where_names_cannot_be_exchanged(cases, t
             assert check(overwriting, tmp_path / f"{overwriting.action}{number}", [point])
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(cases, tmp_path):
     dice = random.Random(7)
     for number in range(6):

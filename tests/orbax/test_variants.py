@@ -311,7 +311,7 @@ with ocp.CheckpointManager(path) as manager:
 """
 
 
-@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("anew", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_several_processes_saved_is_read(anew, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
