@@ -219,7 +219,7 @@ def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
     same = np.where(finite, True, (np.isnan(a) & np.isnan(b)) | (a == b))
     values = np.where(finite, a, 0)
     delta = np.abs(values - np.where(finite, b, 0)).max(axis=-1, initial=0)
-    relative = delta / (np.linalg.norm(values, axis=-1) + np.finfo(np.float32).tiny)
+    relative = delta / (np.linalg.norm(values.astype(np.float64), axis=-1) + np.finfo(np.float32).tiny)
     ulp = delta / np.spacing(np.abs(values).max(axis=-1, initial=np.finfo(np.float32).tiny).astype(np.float32))
     unequal = (relative > bound(terms)) | ~same.all(axis=-1)
     return Distance(relative, delta, ulp, unequal, finite.any(axis=-1))
