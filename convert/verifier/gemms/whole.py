@@ -139,7 +139,8 @@ class Piece(NamedTuple):
 
     def add(self, out: NDArray[Any], y: NDArray[Any]) -> None:
         """Add what the experts gave for them, weighed, to the outputs (T, K)."""
-        np.add.at(out, self.token, y * self.after)
+        with np.errstate(invalid="ignore"):  # an infinity that nobody asks for: NaN is compared as such
+            np.add.at(out, self.token, y * self.after)
 
 
 def pieces(to: Routed, experts: range, most: int) -> Iterator[Piece]:
