@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layouts.disk.pread import Extent
 from layouts.reader import Reader, ReadLimits, ReadUnit
 from layouts.side_files import SideFiles
 from layouts.windows import Windows
@@ -74,9 +75,9 @@ class Through:
         """As it is."""
         return self.inner.unit(name)
 
-    def extent(self, name: str) -> None:  # noqa: ARG002
+    def extent(self, name: str) -> Extent | None:  # noqa: ARG002
         """None: nothing may be read past `read`."""
-        return
+        return None
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
         """As the checkpoint does."""

@@ -81,7 +81,7 @@ def _planned(base: Reader, model: Model, adapter: HFReader, out: Path, choices: 
     turns = _turns(adapter, described)
     sites = pair(base, model, described, plain_ones(adapter, described), turns=turns)
     check_types(adapter, sites)
-    reader = MergingReader(base=base, adapter=adapter, sites=sites)
+    reader = MergingReader(inner=base, adapter=adapter, sites=sites)
     beside, record = base.side_files, base.record
     copied, left_out = beside.chosen(copy_all=choices.copy_all)
     any_rate, each = held(sites)

@@ -25,8 +25,8 @@ from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.disk.pread import Empty
 from layouts.reader import Reader, ReadLimits
-from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits, numpy_dtype
+from layouts.through import Through
 from layouts.windows import Windows
 
 
@@ -105,48 +105,12 @@ def _check_here(name: str, leaf: Leaf) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TreeReader:
-    """Leaves as a checkpoint, with all that `like` says besides its tensors; see `layouts.reader.Reader`."""
+class TreeReader(Through):
+    """Leaves as a checkpoint, with all that another one (`inner`) says besides its tensors; see `layouts.reader.Reader`."""
 
-    like: Reader
     leaves: Mapping[str, Leaf]
     tensors: Mapping[str, TensorSpec]
     windows: Windows = field(default_factory=Windows)
-
-    @property
-    def path(self) -> Path:
-        """That of `like`, where side files come from."""
-        return self.like.path
-
-    @property
-    def format(self) -> str:
-        """As the tree is written."""
-        return self.like.format
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """As `like` has it."""
-        return self.like.config
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """As `like` has it."""
-        return self.like.record
-
-    @property
-    def records(self) -> Mapping[str, Any]:
-        """As `like` has them."""
-        return self.like.records
-
-    @property
-    def side_files(self) -> SideFiles:
-        """As `like` has them."""
-        return self.like.side_files
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """As `like` has them: the files are made again from them."""
-        return self.like.headers
 
     def where(self, name: str) -> str:  # noqa: ARG002
         """Memory."""
@@ -154,10 +118,6 @@ class TreeReader:
 
     def unit(self, name: str) -> None:  # noqa: ARG002
         """Any part can be read alone."""
-        return
-
-    def extent(self, name: str) -> None:  # noqa: ARG002
-        """None: it is in no file."""
         return
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:

@@ -29,7 +29,7 @@ def write(params: Any, asked: Request, like: Reader, out: Path, running: Running
     with readable(like.path):
         leaves = checked(asked, params)
         plan = reversed_plan(asked.plan, like, out)
-        reader = TreeReader(like=like, leaves=leaves, tensors={target.spec.name: target.spec for target in asked.plan.targets})
+        reader = TreeReader(inner=like, leaves=leaves, tensors={target.spec.name: target.spec for target in asked.plan.targets})
     begin(progress, "saving", plan.nbytes)
     writer = writer_of(plan, reader, running, ALONE, like)
     state = state_of(like.path, plan.never_copied)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,8 @@ from layouts.adapters.units import read_pair
 from layouts.disk.pread import Empty, Extent
 from layouts.errors import PlanError
 from layouts.hf import HFReader
-from layouts.reader import Reader, ReadLimits
-from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits, numpy_dtype
-from layouts.windows import Windows
+from layouts.through import Through
 
 KEPT = 4
 """Projections of a layer whose A and B stay in memory for the next tensor."""
@@ -31,63 +28,18 @@ _Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergingReader:
-    """See `layouts.reader.Reader`; `sites` are the tensors that change."""
+class MergingReader(Through):
+    """See `layouts.reader.Reader`; `inner` is the base, and `sites` are the tensors that change."""
 
-    base: Reader
     adapter: HFReader
     sites: Mapping[str, Site]
     _kept: dict[tuple[str, ...], _Factors] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def path(self) -> Path:
-        """The base's."""
-        return self.base.path
-
-    @property
-    def format(self) -> str:
-        """The base's."""
-        return self.base.format
-
-    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Those of the base: merging changes no name, shape or type."""
-        return self.base.tensors
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The base's."""
-        return self.base.config
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """The base's: merging keeps its layout."""
-        return self.base.record
-
-    @property
-    def records(self) -> Mapping[str, Any]:
-        """The base's."""
-        return self.base.records
-
-    @property
-    def side_files(self) -> SideFiles:
-        """The base's."""
-        return self.base.side_files
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The base's: the files of the output have the same."""
-        return self.base.headers
-
-    @property
-    def windows(self) -> Windows:
-        """The base's."""
-        return self.base.windows
-
-    def where(self, name: str) -> str:
-        """The place in the base."""
-        return self.base.where(name)
+        return self.inner.tensors
 
     def unit(self, name: str) -> None:  # noqa: ARG002
         """Any part can be read alone."""
@@ -95,11 +47,7 @@ class MergingReader:
 
     def extent(self, name: str) -> Extent | None:
         """None where it is computed."""
-        return None if name in self.sites else self.base.extent(name)
-
-    def hold(self, limits: ReadLimits, windows: Windows) -> None:
-        """As the base does."""
-        self.base.hold(limits, windows)
+        return None if name in self.sites else self.inner.extent(name)
 
     def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
         """A block as bits, merged; other tensors as they are stored.
@@ -108,7 +56,7 @@ class MergingReader:
             PlanError: a weight that was finite is not any more.
         """
         if (site := self.sites.get(name)) is None:
-            return self.base.read(name, slices, empty)
+            return self.inner.read(name, slices, empty)
         spec = self.tensors[name]
         spans = [range(*cut.indices(size)) for cut, size in zip(slices, spec.shape, strict=True)]
         out = empty([len(span) for span in spans], bits(spec.dtype))
@@ -125,7 +73,7 @@ class MergingReader:
     def _before(self, site: Site, spec: TensorSpec, slices: tuple[slice, ...]) -> NDArray[Any]:
         """The base's weights, or the whole tensor that the adapter has in their place."""
         if site.instead is None:
-            return self.base.read(site.name, slices)
+            return self.inner.read(site.name, slices)
         found = self.adapter.read(site.instead, slices)
         have, wanted = (numpy_dtype(code) for code in (self.adapter.tensors[site.instead].dtype, spec.dtype))
         with np.errstate(over="ignore"):
@@ -155,7 +103,7 @@ class MergingReader:
 
     def close(self) -> None:
         """Let go of both."""
-        self.base.close()
+        self.inner.close()
         self.adapter.close()
 
 
