@@ -51,6 +51,19 @@ def ignore(done: int) -> None:
     """Progress that nobody watches."""
 
 
+def stoppable(progress: Progress, stop: threading.Event) -> Callable[[int], None]:
+    """What several workers call: `progress` by one at a time, and an end of their work once they should stop."""
+    lock = threading.Lock()
+
+    def told(done: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("stopped")
+        with lock:
+            progress(done)
+
+    return told
+
+
 def begin(progress: Progress, name: str, total: int | None = None) -> None:
     """Say that a phase begins, to whoever tells phases apart."""
     if isinstance(progress, Phased):

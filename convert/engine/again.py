@@ -23,7 +23,7 @@ from convert.engine.budget import Budget
 from convert.engine.copying import Worker
 from convert.engine.reading import in_order
 from convert.planning.targets import Target
-from convert.progress import Progress
+from convert.progress import Progress, stoppable
 from layouts.reader import Reader
 from layouts.tensors import itemsize
 
@@ -84,13 +84,8 @@ def each(
 
     One worker takes all spans of a target, in their order, because a chunk that is read as a stream runs in one direction.
     """
-    stop, lock = threading.Event(), threading.Lock()
-
-    def told(done: int) -> None:
-        if stop.is_set():
-            raise InterruptedError("stopped")
-        with lock:
-            progress(done)
+    stop = threading.Event()
+    told = stoppable(progress, stop)
 
     def spans(target: Target) -> list[Remade]:
         name = target.spec.name

@@ -26,7 +26,7 @@ from convert.engine.copying import Worker, write_tensor
 from convert.engine.direct import Output
 from convert.hf.shards import File
 from convert.planning.targets import Target
-from convert.progress import Progress
+from convert.progress import Progress, stoppable
 from layouts.reader import Reader
 
 AHEAD = 64
@@ -76,13 +76,7 @@ def write_tensors(
     tasks = _tasks(wanted, files, turns=not ordered)
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
-    lock = threading.Lock()
-
-    def told(done: int) -> None:
-        if stop.is_set():
-            raise InterruptedError("stopped")
-        with lock:
-            progress(done)
+    told = stoppable(progress, stop)
 
     def work(task: _Task) -> None:
         with Output(stage.folder, task.file) as output:

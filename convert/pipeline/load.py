@@ -27,7 +27,7 @@ from convert.engine.regions import fill
 from convert.options import Running
 from convert.pipeline.kinds import Kind
 from convert.planning.planner import Plan
-from convert.progress import Progress
+from convert.progress import Progress, stoppable
 from layouts.reader import Reader, is_chunked
 from layouts.tensors import bits
 
@@ -69,14 +69,8 @@ class Loader:
         Raises:
             InputError: data of the input cannot be read.
         """
-        stop, lock = threading.Event(), threading.Lock()
-
-        def told(done: int) -> None:
-            if stop.is_set():
-                raise InterruptedError("stopped")
-            with lock:
-                progress(done)
-
+        stop = threading.Event()
+        told = stoppable(progress, stop)
         found: dict[str, dict[Device, jax.Array]] = {name: {} for name in kinds}
         with ThreadPoolExecutor(self.budget.jobs) as pool:
             try:
