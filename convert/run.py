@@ -29,7 +29,7 @@ from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
 from convert.report import Report
-from layouts.checkpoint import open_checkpoint
+from layouts.checkpoint import FORMATS, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.reader import Reader, ReadLimits, is_chunked
@@ -82,7 +82,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
             plan = make_plan(reader, place(out), action, choices)
-        if choices.mesh and plan.format != "orbax":
+        if choices.mesh and not FORMATS[plan.format].chunked:
             raise UsageError(f"{source}: --mesh is for an Orbax output, whose chunks are cut for it; this one is {plan.format}")
         plan = replace(plan, mesh=choices.mesh)
         return reader, replace(plan, computed=RULE, computed_kinds=kinds) if choices.dequantize else plan
@@ -182,7 +182,7 @@ def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes
 
 def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running, like: Reader | None) -> Writer:
     jobs = running.jobs
-    if plan.format == "orbax":
+    if FORMATS[plan.format].chunked:
         from convert.orbax.write import OrbaxWriter
 
         return OrbaxWriter.make(plan, reader, memory, jobs, like)

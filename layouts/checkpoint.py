@@ -19,17 +19,25 @@ from layouts.shards import all_files, is_named, unindexed
 
 
 class Format(NamedTuple):
-    """What a format is called, and where our record of the layout stands in it."""
+    """What people call a format, and what differs between formats that is not the business of a reader or writer."""
 
     title: str
     record: str
+    """Where our record of the layout stands."""
+    names: str
+    """What names all tensors that should be there."""
+    loaders: str
+    """Who loads a model that is in its own layout."""
+    chunked: bool = False
+    """Whether tensors are written in compressed chunks, cut for who restores them: nobody knows their size before."""
 
 
 FORMATS: Mapping[str, Format] = {
-    "hf": Format("Hugging Face safetensors", CONFIG),
-    "orbax": Format("Orbax (MaxText)", "the tree"),
-    "adapter": Format("LoRA adapter", ADAPTER_FILES[1]),
+    "hf": Format("Hugging Face safetensors", CONFIG, names="the index", loaders="all that load {original}"),
+    "orbax": Format("Orbax (MaxText tree)", "the tree", names="the metadata", loaders="MaxText, as a tree", chunked=True),
+    "adapter": Format("LoRA adapter (safetensors)", ADAPTER_FILES[1], names="the index", loaders="all that load {original}"),
 }
+"""Each format by a reader's word for it."""
 
 
 def is_adapter(path: Path) -> bool:

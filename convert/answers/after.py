@@ -16,6 +16,7 @@ from convert.answers.tables import made_for
 from convert.options.keywords import Verifying, options_of
 from convert.planning.planner import Plan
 from layouts.adapters.forms import FORMS
+from layouts.checkpoint import FORMATS
 from layouts.language.layout import ROLES
 from layouts.matching.packing import WEIGHTS
 from layouts.tables.targets import TARGETS
@@ -73,4 +74,4 @@ def _load(plan: Any) -> str:
     if plan.layout in TARGETS:
         return "; ".join(filter(None, (here, made_for(plan.layout, plan.format))))
     original = "the base" if plan.action == "merge" else "the original"
-    return f"{here}; loaded by {'MaxText, as a tree' if plan.format == 'orbax' else f'all that load {original}'}"
+    return f"{here}; loaded by {FORMATS[plan.format].loaders.format(original=original)}"

@@ -13,16 +13,11 @@ from typing import Any
 
 from convert.errors import ConvertError, one_line
 from convert.options.values import in_units as size
+from layouts.checkpoint import FORMATS
 
 WIDTH, INDENT = 100, 13
 _TIED = "\u00a0"
 """A space at which no line is broken."""
-FORMATS: Mapping[str, str] = {
-    "hf": "Hugging Face safetensors",
-    "orbax": "Orbax (MaxText tree)",
-    "adapter": "LoRA adapter (safetensors)",
-}
-"""A reader's word for its format, and what people call it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +88,7 @@ class Inspection:
         """What there is to say, each with its word."""
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in self.dtypes.items())
         yield "checkpoint", self.path
-        yield "format", FORMATS[self.format] + (f", {self.files:,} files" if self.format == "hf" else "")
+        yield "format", FORMATS[self.format].title + (f", {self.files:,} files" if self.files else "")
         yield "tensors", f"{self.tensors:,}, {size(self.nbytes)}: {kinds}"
         yield "family", f"{self.family}, told by {self.told_by}" if self.family else "not told"
         if self.layout:
@@ -116,9 +111,8 @@ class Inspection:
         yield from (("note", remark) for remark in self.remarks)
 
     def _complete(self) -> str:
-        named = "each that the index names is there" if self.indexed else "there is no index that names them"
-        if self.format == "orbax":
-            named = "each that the metadata names is there"
+        lists = FORMATS[self.format].names
+        named = f"each that {lists} names is there" if self.indexed else "there is no index that names them"
         whole = "" if self.problem else ", and every MoE layer has all its experts"
         return f"{named}{whole} (headers were read, data was not)"
 

@@ -60,11 +60,11 @@ def _facts(path: str | Path, reader: Reader) -> dict[str, Any]:
     return {
         "path": str(path),
         "format": reader.format,
-        "files": len({reader.where(name) for name in reader.tensors}),
+        "files": 0 if is_chunked(reader) else len({reader.where(name) for name in reader.tensors}),
         "tensors": len(reader.tensors),
         "nbytes": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items(), key=lambda entry: -entry[1])),
-        "indexed": (reader.path / INDEX).exists(),
+        "indexed": is_chunked(reader) or (reader.path / INDEX).exists(),
         "side_files": carried,
         "left_out": tuple(left_out),
     }

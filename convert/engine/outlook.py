@@ -17,8 +17,9 @@ from convert.errors import StorageError
 from convert.options.values import in_units as size
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
+from layouts.checkpoint import FORMATS
 from layouts.disk.places import is_remote
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 from layouts.through import Through
 
 
@@ -87,7 +88,7 @@ def outlook(plan: Planned, reader: Reader) -> Outlook:
         free=_free(plan.out),
         out=plan.out,
         padded_by=plan.layout + (f" --shards {shards}" if shards else ""),
-        chunked=(reader.format == "orbax", plan.format == "orbax"),
+        chunked=(is_chunked(reader), FORMATS[plan.format].chunked),
     )
 
 

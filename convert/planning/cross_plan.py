@@ -50,7 +50,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     side_files = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
-    left_out = _left_out(reader, tree, config, choices)
+    left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
     targets = sorted(cross_targets(reader, tree, sides, config, left_out), key=lambda target: target.spec.name)
@@ -72,9 +72,9 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     )
 
 
-def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Choices) -> dict[str, str]:
+def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Choices, *, to_maxtext: bool) -> dict[str, str]:
     """The tensors that the user does not want, and the option that says so."""
-    to_maxtext, found = reader.format == "hf", dict[str, str]()
+    found = dict[str, str]()
     if choices.params_only and not to_maxtext:
         found |= {name: "--params-only" for name in reader.tensors if not name.startswith(ROOT)}
     if choices.drop_mtp:
