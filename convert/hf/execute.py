@@ -118,11 +118,11 @@ def _drain(
             if not waiting:
                 break
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in sorted(finished, key=lambda future: future.exception() is not None):  # keep what succeeded
-                task = waiting.pop(future)
+            for task in map(waiting.pop, finished):  # all before any may raise: one that failed has finished tensors, too
                 fresh.update(task.digests)
                 written.add(task.file)
                 dirty += task.nbytes
+            for future in finished:
                 future.result()
             if dirty >= SYNC:
                 _sync(written, stage, fresh, digests)
