@@ -82,13 +82,24 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
             plan = make_plan(reader, place(out), action, choices)
-        if choices.mesh and not FORMATS[plan.format].chunked:
-            raise UsageError(f"{source}: --mesh is for an Orbax output, whose chunks are cut for it; this one is {plan.format}")
-        plan = replace(plan, mesh=choices.mesh)
+        plan = _cut_for(plan, choices)
         return reader, replace(plan, computed=RULE, computed_kinds=kinds) if choices.dequantize else plan
     except BaseException:
         reader.close()
         raise
+
+
+def _cut_for(plan: Plan, choices: Choices) -> Plan:
+    """With the devices that will restore it."""
+    asked = next((f"--{name}" for name in ("mesh", "sharding") if getattr(choices, name)), None)
+    if asked and not FORMATS[plan.format].chunked:
+        raise UsageError(f"{plan.source}: {asked} is for an Orbax output, whose chunks it cuts; this one is {plan.format}")
+    if choices.sharding is None:
+        return replace(plan, mesh=choices.mesh)
+    from convert.orbax.origin import read_shardings
+
+    mesh, shardings = read_shardings(choices.sharding)
+    return replace(plan, mesh=mesh, shardings=shardings)
 
 
 def convert_checkpoint(

@@ -33,7 +33,7 @@ from convert.options.option import complete, named
 from convert.run import check
 
 ROOT = Path(__file__).parents[1]
-WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh", "base"}
+WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh", "base", "sharding"}
 """Options that take a word, such as `2GiB`, besides what they become; or a path besides its words."""
 CLIENT = """
 from pathlib import Path

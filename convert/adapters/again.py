@@ -27,8 +27,8 @@ from layouts.hf import HFReader
 
 def made_of(plan: AdapterPlan) -> dict[str, Any]:
     """What the manifest of this plan says in `MADE`."""
-    words = (plan.action, "adapter", plan.family, plan.layout, plan.record, None, None)
-    return dict(zip(manifest.MADE, words, strict=True))
+    words = (plan.action, "adapter", plan.family, plan.layout, plan.record)
+    return dict.fromkeys(manifest.MADE) | dict(zip(manifest.MADE, words, strict=False))
 
 
 def prove(plan: AdapterPlan, reader: HFReader, progress: Progress) -> str:

@@ -69,7 +69,7 @@ def _sample(path: Path, size: int) -> Iterator[bytes]:
 
 def fingerprint(plan: Plan, options: Mapping[str, Any], state: State) -> str:
     """Sixteen hex digits that tell one conversion from another: the plan, its side files, the options, the input's state."""
-    made = plan.action, plan.layout, plan.record, plan.computed, sorted((plan.mesh or {}).items())
+    made = plan.action, plan.layout, plan.record, plan.computed, sorted({**(plan.mesh or {}), **plan.shardings}.items())
     digest = hashlib.sha256(repr((TOOL, *made, sorted(options.items()), *state)).encode())
     digest.update("\n".join(f"{t.spec.name} {t.source.key.text}" for t in plan.targets).encode())
     digest.update(_line(*plan.side_files))

@@ -33,7 +33,7 @@ SOURCE = "source:"
 TOOL = "0.2.0"
 """This tool's version, written into every manifest."""
 
-MADE = ("action", "format", "family", "layout", "record", "computed", "mesh")
+MADE = ("action", "format", "family", "layout", "record", "computed", "mesh", "sharding")
 """What a manifest says of the conversion, but for its tensors."""
 
 Digest = str | Mapping[str, str]
@@ -63,6 +63,11 @@ class Beside:
     """The header of each shard; its digest goes into the manifest."""
 
 
+def digest_of(shardings: Mapping[str, str]) -> str:
+    """What tells one sharding file from another: as the mesh, it decides where chunks end (xxh3-128, hex)."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(shardings, sort_keys=True).encode())
+
+
 def render(
     plan: Plan, digests: Mapping[str, Digest], original: Original | None, beside: Beside, *, of_chunks: bool = False
 ) -> str:
@@ -77,6 +82,7 @@ def render(
         "record": plan.record,
         **({"computed": plan.computed} if plan.computed else {}),
         **({"mesh": dict(plan.mesh)} if plan.mesh else {}),
+        **({"sharding": digest_of(plan.shardings)} if plan.shardings else {}),
         **({"left_out": dict(plan.left_out)} if plan.left_out else {}),
         **({"options": dict(beside.options)} if beside.options else {}),
         "input": beside.input,

@@ -99,7 +99,8 @@ def _made(plan: Plan) -> Mapping[str, Any]:
     """What the manifest of this plan says in `MADE`, as JSON gives it back."""
     record = json.loads(json.dumps(plan.record))
     mesh = dict(plan.mesh) if plan.mesh else None
-    words = plan.action, plan.format, plan.family, plan.layout, record, plan.computed, mesh
+    sharding = manifest.digest_of(plan.shardings) if plan.shardings else None
+    words = plan.action, plan.format, plan.family, plan.layout, record, plan.computed, mesh, sharding
     return dict(zip(manifest.MADE, words, strict=True))
 
 

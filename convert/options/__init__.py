@@ -104,6 +104,14 @@ class Choices:
         Option(text="Orbax: do not cut arrays that are one large chunk (fast; restores read them whole)", read=values.switch),
     ] = False
     mesh: _Mesh = None
+    sharding: Annotated[
+        str | None,
+        Option(
+            text="in the place of --mesh: a checkpoint that these devices saved, or its _sharding file",
+            read=values.location,
+            show="FILE",
+        ),
+    ] = None
     copy_all: Annotated[
         bool,
         Option(

@@ -32,6 +32,7 @@ class _Tree(TypedDict, total=False):
     drop_optimizer: bool
     drop_mtp: bool
     mesh: Mapping[str, int] | str | None
+    sharding: str | Path | None
     copy_all: bool
 
 

@@ -3,19 +3,21 @@
 In: a plan with a mesh, what an Orbax input says of its shardings. Out: a number for each stored dimension. It never cuts.
 
 A device that restores its part of an array decodes every chunk that it touches. Where chunks end with the parts, each chunk is
-read once. A sharding that the input has recorded names the axes of the mesh for each dimension; else MaxText's rules do, by the
-axes of the tables (`layouts.tables.maxtext`). Of an array that neither knows, chunks are as without a mesh.
+read once. The axes of the mesh along each dimension of an array are those that a sharding file names, else those that the input
+has recorded, else those of MaxText's rules, by the axes of the tables (`layouts.tables.maxtext`). Of an array that none knows,
+chunks are as without a mesh.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from convert.errors import UsageError
-from convert.orbax.metadata import sharding_of
+from convert.orbax.metadata import sharding_of, stored_name
 from convert.orbax.origin import Origin
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
@@ -27,14 +29,16 @@ def cuts_of(plan: Plan, origin: Origin) -> dict[str, tuple[int, ...]]:
     """For each array into how many parts its dimensions are cut; nothing without a mesh.
 
     Raises:
-        UsageError: the mesh has an axis that no array is cut along.
+        UsageError: the mesh has an axis that no array is cut along, or a sharding file knows none of the arrays.
     """
     if not plan.mesh:
         return {}
-    axes = {target.spec.name: axes_of(target, origin) for target in plan.targets}
+    if plan.shardings and not any(_said(target, plan, origin) for target in plan.targets):
+        raise UsageError(f"--sharding: it names no array of the output, such as {stored_name(plan.targets[0], origin)}")
+    axes = {target.spec.name: axes_of(target, plan, origin) for target in plan.targets}
     used = {axis for dimensions in axes.values() for names in dimensions for axis in names}
     for axis, count in plan.mesh.items():
-        if axis not in used and count > 1:
+        if axis not in used and count > 1 and not plan.shardings:
             raise UsageError(f"--mesh: no array is cut along {axis!r}; they are along {', '.join(sorted(used)) or 'none'}")
     found = {}
     for target in plan.targets:
@@ -44,13 +48,19 @@ def cuts_of(plan: Plan, origin: Origin) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def axes_of(target: Target, origin: Origin) -> Sequence[Sequence[str]]:
+def axes_of(target: Target, plan: Plan, origin: Origin) -> Sequence[Sequence[str]]:
     """The axes of the mesh along each dimension."""
-    text = sharding_of(target, origin)
+    text = _said(target, plan, origin) or sharding_of(target, origin)
     recorded = _recorded(text, len(target.spec.shape)) if text else None
     if recorded is not None:
         return recorded
     return list(_by_rule(target)) if target.role in (*ROLES, OTHER) and not target.part else ()
+
+
+def _said(target: Target, plan: Plan, origin: Origin) -> str | None:
+    """What the sharding file says of an array; `wi` lies as `wi_0` does, where the devices have not fused them."""
+    name = stored_name(target, origin)
+    return plan.shardings.get(name) or plan.shardings.get(re.sub(r"\bwi\b", "wi_0", name))
 
 
 def _recorded(text: str, rank: int) -> list[list[str]] | None:

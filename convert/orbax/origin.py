@@ -6,15 +6,19 @@ The defaults are those of MaxText: OCDBT, zarr 3, compressed, arrays below dict 
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layouts.disk.files import RECORD, read_json
+from convert.options.values import positive
+from layouts.disk.files import RECORD, read_json, read_object
+from layouts.disk.places import place
 from layouts.errors import InputError
 from layouts.orbax.reader import OrbaxReader
-from layouts.orbax.tree import STRINGS, Leaf
+from layouts.orbax.tree import STRINGS, Leaf, find_item
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
@@ -72,6 +76,39 @@ def origin_of(reader: Reader) -> Origin:
         shardings=read_json(item / SHARDING) if (item / SHARDING).exists() else {},
         arrays=_arrays(item),
     )
+
+
+def read_shardings(path: str | Path) -> tuple[dict[str, int], dict[str, str]]:
+    """What devices said of the arrays that they saved: their mesh, and the sharding of each array by its name, in Orbax' JSON.
+
+    `path` is a checkpoint, or its file `_sharding`. Source: orbax-checkpoint 0.12.8, `NamedShardingMetadata`:
+    `{"sharding_type", "shape", "axis_names", "partition_spec"}`, as text, by the base64 of the name.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or its arrays lie on several meshes.
+    """
+    file = _sharding_file(place(path))
+    meshes, found = set(), {}
+    try:
+        for encoded, text in read_object(file).items():
+            said = json.loads(text)
+            if said["sharding_type"] == "NamedSharding":
+                found[base64.b64decode(encoded, validate=True).decode()] = text
+                meshes.add(tuple(sorted(zip(said["axis_names"], map(positive, said["shape"]), strict=True))))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: it does not say how arrays were sharded: {type(error).__name__}: {error}") from None
+    if len(meshes) != 1:
+        raise InputError(f"{file}: its arrays lie on {len(meshes) or 'no'} meshes, not on one; say which with --mesh")
+    return dict(*meshes), found
+
+
+def _sharding_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    item = find_item(path)
+    if item is None or not (item / SHARDING).exists():
+        raise InputError(f"{path}: no Orbax checkpoint with a file {SHARDING}; it has one if a sharded `jax.Array` was saved")
+    return item / SHARDING
 
 
 def _arrays(item: Path) -> dict[str, Mapping[str, Any]]:

@@ -21,8 +21,11 @@ def check(choices: Choices) -> None:
     for name in ("from_writer", "base"):
         if getattr(choices, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is for LoRA adapters, and this is a checkpoint")
-    if choices.mesh and choices.keep_chunks:
-        raise UsageError("--mesh cuts chunks anew, and --keep-chunks keeps them as they are; give one of them")
+    cuts = [f"--{name}" for name in ("mesh", "sharding") if getattr(choices, name)]
+    if len(cuts) > 1:
+        raise UsageError("--sharding says what the mesh is; give it or --mesh")
+    if cuts and choices.keep_chunks:
+        raise UsageError(f"{cuts[0]} cuts chunks anew, and --keep-chunks keeps them as they are; give one of them")
     source = (choices.source_layout or choices.layout).partition(":")[0]
     for name, known in ((choices.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
         if name not in known:

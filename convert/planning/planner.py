@@ -82,6 +82,8 @@ class Plan:
     """Whether Orbax chunks stay as they are even where an array is one large chunk."""
     mesh: Mapping[str, int] | None = None
     """The devices that will restore an Orbax output, by axes of their mesh: its chunks end where their parts do."""
+    shardings: Mapping[str, str] = field(default_factory=dict)
+    """What such devices say of their arrays, by the arrays' names: a `NamedSharding` in Orbax' JSON."""
     remarks: tuple[str, ...] = ()
     """What could not be told of the input."""
     computed: str | None = None

@@ -1,5 +1,6 @@
 """`--mesh`: chunks end where the parts of the devices do, so that a restore reads each of them once."""
 
+import base64
 import json
 
 import jax
@@ -80,9 +81,67 @@ def test_a_recorded_sharding_names_the_axes(tmp_path):
         convert.prefuse(tmp_path / "in", tmp_path / "x", mesh="fsdp=4")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What a run on 3 x 2 devices saved, unfused: experts by a rule of its own, along E and along N."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("rows", "columns"))
+    spec = jax.sharding.PartitionSpec("columns", None, None, "rows")
+    block = {"wi_0": jax.device_put(np.ones((4, 1, 3, 6), "f4"), jax.sharding.NamedSharding(mesh, spec))}
+    path = tmp_path_factory.mktemp("trained") / "run"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": {"params": {"decoder": {"layers": {"moe_block": block}}}}})
+    return path
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_a_sharding_file_says_how_devices_cut(file, source, trained, tmp_path):
+    """Of arrays that it names; `wi` lies as the `wi_0` that was saved did. No rule of MaxText's knows these axes."""
+    given = trained / "_sharding" if file else trained
+    convert.prefuse(source, tmp_path / "out", to="orbax", sharding=given)
+    assert ends_with(chunks(tmp_path / "out"), WI, (2, 1, 1, 3))
+    assert convert.verify(source, tmp_path / "out", gemm=False).equal
+    assert convert.prefuse(source, tmp_path / "out", to="orbax", sharding=given).proof
+    (tmp_path / "other").write_text((trained / "_sharding").read_text().replace("null", r"\"columns\"", 1))
+    with pytest.raises(OutputError, match="its sharding is another one"):
+        convert.prefuse(source, tmp_path / "out", to="orbax", sharding=tmp_path / "other")
+
+
+def _spelled(names, **others):
+    text = {"sharding_type": "NamedSharding", "shape": [2], "axis_names": ["fsdp"], "partition_spec": ["fsdp"]} | others
+    return json.dumps({base64.b64encode(name.encode()).decode(): json.dumps(text) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        ("[]", "expected a JSON object"),
+        ("{", "cannot be read as JSON"),
+        ('{"!": "{}"}', "does not say how arrays were sharded"),
+        ('{"YQ==": "[1]"}', "does not say how arrays were sharded"),
+        ('{"YQ==": 3}', "does not say how arrays were sharded"),
+        (_spelled(["a"], shape=[0]), "is not a positive number"),
+        (_spelled(["a"], shape=[2, 2]), "does not say how arrays were sharded"),
+        (_spelled(["a"], axis_names=[["fsdp"]]), "does not say how arrays were sharded"),
+        (_spelled(["a"], sharding_type="SingleDeviceSharding"), "its arrays lie on no meshes"),
+        (_spelled(["a"]), "it names no array of the output"),
+    ],
+)
+def test_a_sharding_file_that_says_nothing_is_refused(content, words, source, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "file").write_text(content)
+    arguments = ["--prefuse", "--to", "orbax", "--sharding", str(tmp_path / "file")]
+    assert main([*arguments, str(source), str(tmp_path / "out"), "--quiet"]) in (2, 3)
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--to", "orbax", "--sharding", "x", "--mesh", "fsdp=4"], "--sharding says what the mesh is"),
+        (["--sharding", "x"], "--sharding is for an Orbax output"),
+        (["--to", "orbax", "--sharding", "x", "--keep-chunks"], "--sharding cuts chunks anew"),
         (["--to", "orbax", "--mesh", "fspd=4"], "no array is cut along 'fspd'"),
         (["--mesh", "fsdp=4"], "--mesh is for an Orbax output"),
         (["--to", "orbax", "--mesh", "fsdp=4", "--keep-chunks"], "give one of them"),
