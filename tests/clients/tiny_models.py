@@ -219,7 +219,9 @@ def forward(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits, or the last hidden state of models without a head."""
     torch.manual_seed(0)  # diffusion models begin with noise
     with torch.no_grad():
-        found = getattr(model, "thinker", model)(input_ids=ids, use_cache=False)
+        # transformers 5.24 asks a Llama 4 that saw no picture what it made of pictures, and fails
+        text = {"qwen3_omni_moe": "thinker", "llama4": "language_model"}.get(model.config.model_type)
+        found = (getattr(model, text) if text else model)(input_ids=ids, use_cache=False)
     return found.logits if hasattr(found, "logits") else found[0]
 
 
