@@ -62,7 +62,7 @@ def sort_files(names: Iterable[str], size: Callable[[str], int], folders: frozen
         first, _, below = name.partition("/")
         if (found := never_copied(name)) is not None:
             never.add(found)
-        elif (below and first in folders) or is_any(name.rpartition("/")[2], WEIGHTS):
+        elif (below and first.lower() in folders) or is_any(name.rpartition("/")[2], WEIGHTS):
             weights[name] = size(name)
         else:
             plain[name] = size(name)
@@ -73,13 +73,17 @@ def never_copied(name: str) -> str | None:
     """What no output ever has of a path: the outermost such folder, or the file; None if all of it may be copied."""
     *folders, last = name.split("/")
     for depth, folder in enumerate(folders, 1):
-        if folder in NEVER_FOLDERS:
+        if folder.lower() in NEVER_FOLDERS:
             return "/".join(folders[:depth]) + "/"
     return name if is_any(last, NEVER) else None
 
 
 def is_any(name: str, words: Iterable[str]) -> bool:
-    """Whether a file is called as one of these words says; `*` stands for anything."""
+    """Whether a file is called as one of these words says; `*` stands for anything, and capitals for small letters.
+
+    There are disks on which `.GIT` is `.git`.
+    """
+    name = name.lower()
     return any(fnmatchcase(name, word) for word in words)
 
 
@@ -97,7 +101,7 @@ def files_below(root: Path) -> Iterator[str]:
         return
     for directory, folders, files in os.walk(root, onerror=unlisted):
         here = Path(directory).relative_to(root)
-        for folder in [folder for folder in folders if folder in NEVER_FOLDERS]:
+        for folder in [folder for folder in folders if folder.lower() in NEVER_FOLDERS]:
             folders.remove(folder)
             yield f"{(here / folder).as_posix()}/"
         for name in folders + files:

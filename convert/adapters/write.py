@@ -21,7 +21,7 @@ from convert.adapters.stream import digests
 from convert.commit import manifest
 from convert.commit.files import write_all
 from convert.commit.identity import State, input_digest, state_of
-from convert.commit.inventory import inventory
+from convert.commit.inventory import check_copied, inventory
 from convert.commit.processes import Processes
 from convert.commit.stage import Stage, check_output, staging
 from convert.engine.outlook import outlook
@@ -124,6 +124,8 @@ def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, progress: Progress
 
 def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], stage: Stage) -> str:
     """As that of a checkpoint, so that `--verify OUT` re-checks it."""
+    files = inventory(stage.path, manifest.NAME, MODEL.__eq__)
+    check_copied(stage.path, plan.side_files, files)
     content: dict[str, Any] = {
         "version": manifest.VERSION,
         "tool": manifest.TOOL,
@@ -131,7 +133,7 @@ def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], st
         "input": input_digest(reader),
         "remarks": list(plan.remarks),
         "tensors": manifest.entries(plan.specs.values(), hashed),
-        "files": {name: each.json() for name, each in inventory(stage.path, manifest.NAME, MODEL.__eq__).items()},
+        "files": {name: each.json() for name, each in files.items()},
         "headers": {plan.file.name: manifest.hashed_text(plan.file.head[8:].decode())},
     }
     original = None

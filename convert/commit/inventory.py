@@ -15,6 +15,8 @@ from typing import Any
 
 import xxhash
 
+from convert.errors import StorageError
+from layouts.disk.files import MANIFEST
 from layouts.disk.places import is_remote, names_of
 from layouts.errors import InputError
 from layouts.orbax.tree import COMMITTED
@@ -67,6 +69,19 @@ def inventory(
         if entry.count is None and not holds_tensors(name):
             found[name] = entry_of(read_in_pieces(path / name))
     return found
+
+
+def check_copied(path: Path, names: Collection[str], found: Collection[str]) -> None:
+    """See that each file that was copied is there by its own name: there are disks on which `readme.md` is `README.md`.
+
+    Raises:
+        StorageError: one is not, because another one has its place.
+    """
+    if lost := sorted(name for name in names if name not in found and PurePosixPath(name).name not in (MANIFEST, COMMITTED)):
+        raise StorageError(
+            f"{path / lost[0]}: it was copied, and is not there by this name, as on a disk that takes capitals for small ones: "
+            f"write to another disk, or rename one of the two files in the input"
+        )
 
 
 def entry_of(pieces: Iterator[bytes]) -> FileEntry:

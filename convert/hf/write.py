@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.commit import manifest
 from convert.commit.identity import input_digest
-from convert.commit.inventory import inventory
+from convert.commit.inventory import check_copied, inventory
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage, Stage
@@ -125,13 +125,15 @@ class HFWriter:
         plan, reader = self.plan, self.reader
         for name, text in _texts(plan, reader, files, self.original).items():
             stage.folder.write_text(name, text)
-        for name in plan.side_files:
-            if name not in REWRITTEN:
-                stage.folder.copy_in(plan.source / name, name)
+        copied = [name for name in plan.side_files if name not in REWRITTEN]
+        for name in copied:
+            stage.folder.copy_in(plan.source / name, name)
         shards = {file.name for file in files}
+        there = inventory(stage.path, manifest.NAME, shards.__contains__)
+        check_copied(stage.path, copied, there)
         beside = manifest.Beside(
             input=input_digest(reader),
-            files=inventory(stage.path, manifest.NAME, shards.__contains__),
+            files=there,
             options={"max_shard_size": self.max_shard_size},
             headers={file.name: file.head[8:].decode() for file in files},
         )

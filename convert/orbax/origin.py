@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +115,8 @@ def _sharding_file(path: Path) -> Path:
 def _arrays(item: Path) -> dict[str, Mapping[str, Any]]:
     """All processes wrote the same of each array, so that one of their files is enough."""
     found: dict[str, Mapping[str, Any]] = {}
-    if isinstance(item, Path) and (item / CHUNKS).is_symlink():
-        raise InputError(f"{item / CHUNKS}: a link to a directory; put what it stands for in its place")
+    if isinstance(item, Path) and os.path.lexists(folder := item / CHUNKS) and (folder.is_symlink() or not folder.is_dir()):
+        raise InputError(f"{folder}: no directory, or a link to one; put what it stands for in its place")
     for file in sorted(_processes(item / CHUNKS)):
         for entry in read_json(file)["array_metadatas"]:
             found[entry["array_metadata"]["param_name"]] = entry["array_metadata"]

@@ -20,6 +20,7 @@ import xxhash
 from convert.commit import manifest
 from convert.commit.files import Folder
 from convert.commit.identity import input_digest
+from convert.commit.inventory import check_copied
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage, Stage
@@ -178,6 +179,7 @@ class OrbaxWriter:
                 stage.folder.copy_in(plan.source / name, name)
         original = manifest.original_of(plan, self.reader)
         files = files_of_item(stage.path, plan, self.origin, {METADATA: texts[METADATA]})
+        check_copied(stage.path, plan.side_files, files)
         beside = manifest.Beside(input=input_digest(self.reader), files=files)
         text = manifest.render(plan, digests, original, beside, of_chunks=self.kept is not None)
         stage.folder.write_text(manifest.NAME, text)

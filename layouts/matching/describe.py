@@ -21,8 +21,8 @@ from layouts.matching.group import Block, Group
 from layouts.matching.lookup import expert_counts, find_family
 from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.packing import WEIGHTS, marked
-from layouts.matching.refusal import Refusal, check_beside, hint
-from layouts.matching.witness import check_layers, check_routers, check_said
+from layouts.matching.refusal import Refusal, check_beside, hint, lookalikes
+from layouts.matching.witness import check_counts, check_layers, check_routers, check_said
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
 from layouts.tensors import TensorSpec
@@ -73,6 +73,7 @@ def describe(
         PlanError: unknown family, expert tensors that its table does not know, or a fused layout that nobody has named.
         InputError: experts are missing, or differ in shape or element type.
     """
+    check_counts(reader)
     found = _family(reader, family, scan_axis)
     known = candidates(reader, found, source_layout, like)
     matched, verbatim = _match(reader, found, known.known)
@@ -84,11 +85,11 @@ def describe(
         )
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups, whole=whole)
-    check_routers(reader, groups)
+    counted = check_routers(reader, groups)
     told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
     if source_layout or told or (found.both_ways and not record_of(reader)):
         check_said(reader, groups)
-    remarks = (*told, *check_layers(reader, groups))
+    remarks = (*told, *counted, *check_layers(reader, groups), *lookalikes(verbatim))
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=remarks)
 
 

@@ -99,8 +99,11 @@ class Refusal:
             )
 
 
-_MATRICES = re.compile(r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_projs?\b|(^|\.)(w[123]|w13|fc[123])(_weight)?\b")
-"""The words that projections of experts have."""
+_MATRICES = re.compile(
+    r"(^|[._])(gate|up|down|gate_up|up_gate|gate_and_up)_projs?\b|(^|\.)(w[123]|w13|fc[123])(_weight)?\b"
+    r"|(^|[._])ffn_(gate|up|down)\b|(^|\.)(up|down|gate_up|wi|wi_[01]|wo)(\.|$)"
+)
+"""The words that projections of experts have; `gate` alone is a router."""
 
 
 def _is_like_an_expert(name: str) -> bool:
@@ -110,6 +113,12 @@ def _is_like_an_expert(name: str) -> bool:
         return True
     sisters = [part for part in parts if "expert" in part.lower() and not part.lower().startswith("share")]
     return bool(sisters) and _MATRICES.search(name) is not None
+
+
+def lookalikes(names: Iterable[str]) -> tuple[str, ...]:
+    """What the plan should say of names that may look like others: a letter of another alphabet is no letter of `experts`."""
+    odd = sorted(name for name in names if not name.isascii())
+    return (f"names of {len(odd)} tensors hold letters that may look like others, first {odd[0]!a}",) if odd else ()
 
 
 def hint(reader: Reader, family: Family) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from layouts.disk.files import CONFIG
 from layouts.errors import InputError, PlanError
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.matching.group import Group
@@ -39,36 +40,82 @@ SPARSE: Mapping[str, str] = {
 """Words of `config.json`, and how each says which layers have experts: see `_says`. A layer has them if all words say so."""
 _OTHER = ("dense", "sparse", "moe_layer", "expert_layer", "layer_type", "block_type", "interval", "hybrid", "enable_moe")
 """Parts of words that may say more about it; where such a word is not in the table, `config.json` counts as silent."""
-_MOST = 100_000
-"""Layers; who states more states nonsense."""
+_LAYERS = "num_hidden_layers"
+_MOST, _EXPERTS = 100_000, 1 << 24
+"""Layers, and experts of a layer; who states more states nonsense."""
 _HARMLESS = ("layer_types", "use_dense", "dense_bias")
 """Words with such parts that say something else."""
 
 
-def check_routers(reader: Reader, groups: Sequence[Group]) -> None:
-    """See that routers have as many rows as there are experts, where `config.json` does not say how many there are.
+def check_counts(reader: Reader) -> None:
+    """See that what `config.json` says of experts, and of layers beside them, are numbers: `"4"` or `true` is not silence.
+
+    Raises:
+        InputError: one is none, or none that a model has.
+    """
+    for part in _mappings(reader.config):
+        experts = [word for word in EXPERT_COUNTS if part.get(word) is not None]
+        most = dict.fromkeys(experts, (0, _EXPERTS)) | (
+            {_LAYERS: (1, _MOST)} if experts and part.get(_LAYERS) is not None else {}
+        )
+        for word, (least, limit) in most.items():
+            for value in part[word] if isinstance(part[word], list) else [part[word]]:
+                if type(value) is not int or not least <= value <= limit:
+                    raise InputError(
+                        f"{reader.path / CONFIG}: {word} is {repr(value)[:40]}, which is no number of "
+                        f"{'layers' if word == _LAYERS else 'experts'} that a model has; correct it"
+                    )
+
+
+def _mappings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The whole, and each part of it at any depth."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _mappings(value)
+
+
+def check_routers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
+    """See that routers have as many rows as there are experts, where `config.json` does not say one number of them.
+
+    What the plan should say: names alone tell how many there are where no router does, and the last ones may be missing.
 
     Raises:
         InputError: one has another number.
     """
-    if expert_counts(reader.config):
-        return
+    if len(expert_counts(reader.config)) == 1:
+        return ()
+    alone = set()
     for group in (group for group in groups if group.role == "wi" and not group.part):
-        experts, embed = group.total("e"), group.sizes.get("k")
-        stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", *EXTRA, *CHUNKS}]
-        for name in _beside(group):
-            if name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
-                continue
-            shape = reader.tensors[name].shape if name in reader.tensors else ()
-            if len(shape) < 2 or embed not in shape or experts in shape:
-                continue
-            rows = next((size for size in (shape[-1], shape[0]) if size != embed), embed)
-            if rows in stacked:
-                continue  # a tree that does not say along which axis its layers are may be read along the other one
-            raise InputError(
-                f"{reader.path}: {group.names[0]} is one of {experts} experts, but the router {name} (in {reader.where(name)}) "
-                f"is for {rows}: experts are missing. Get the rest, or state the number of experts in config.json"
-            )
+        if not _has_router(reader, group) and "e" in group.placed.key.slots:
+            alone.add(group.total("e"))
+    told = " or ".join(map(str, sorted(alone)))
+    return (f"neither config.json nor a router says how many experts there are; by their names {told}",) if alone else ()
+
+
+def _has_router(reader: Reader, group: Group) -> bool:
+    """Whether there is one beside these experts.
+
+    Raises:
+        InputError: it has another number of rows.
+    """
+    experts, embed, found = group.total("e"), group.sizes.get("k"), False
+    stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", *EXTRA, *CHUNKS}]
+    for name in _beside(group):
+        if name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
+            continue
+        shape = reader.tensors[name].shape if name in reader.tensors else ()
+        if len(shape) < 2 or embed not in shape:
+            continue
+        found = True
+        rows = next((size for size in (shape[-1], shape[0]) if size != embed), embed)
+        if experts in shape or rows in stacked:  # a tree that does not say where its layers are may be read along the other one
+            continue
+        raise InputError(
+            f"{reader.path}: {group.names[0]} is one of {experts} experts, but the router {name} (in {reader.where(name)}) "
+            f"is for {rows}: experts are missing. Get the rest, or state the number of experts in config.json"
+        )
+    return found
 
 
 def check_said(reader: Reader, groups: Sequence[Group]) -> None:
@@ -106,10 +153,13 @@ def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
         InputError: a layer has none.
     """
     found = {int(group.index["l"]) for group in groups if "l" in group.index}
-    config = _text(reader.config)
-    if not found or config is None or not 0 < config["num_hidden_layers"] <= _MOST:
+    if not found or (reader.format != "hf" and not reader.config):
         return ()
-    count = config["num_hidden_layers"]
+    parts = list(_parts(reader.config))
+    if len(parts) != 1:
+        said = f"speaks of {len(parts)} models with experts" if parts else "does not say how many layers and experts there are"
+        return (f"config.json {said}, so that nobody has looked whether layers are missing; {len(found)} have experts",)
+    config, count = parts[0], parts[0][_LAYERS]
     wanted = _wanted(config, count)
     if lost := sorted((wanted or set()) - found) or _absent(reader, groups, count):
         more = f", and so it is with {len(lost) - 1} others" if len(lost) > 1 else ""
@@ -132,7 +182,7 @@ def layers_with_experts(config: Mapping[str, Any]) -> frozenset[int] | None:
 def decoder_layers(config: Mapping[str, Any]) -> int | None:
     """How many layers the model has by `config.json`, with and without experts; None where it does not say."""
     text = _text(config)
-    count = text["num_hidden_layers"] if text else 0
+    count = text[_LAYERS] if text else 0
     return count if 0 < count <= _MOST else None
 
 
@@ -153,11 +203,9 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if type(config.get("num_hidden_layers")) is int and any(type(config.get(word)) is int for word in EXPERT_COUNTS):
-        yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _parts(value)
+    for part in _mappings(config):
+        if type(part.get(_LAYERS)) is int and any(type(part.get(word)) is int for word in EXPERT_COUNTS):
+            yield part
 
 
 def _wanted(config: Mapping[str, Any], count: int) -> set[int] | None:
@@ -181,6 +229,8 @@ def _says(how: str, value: Any, layer: int) -> bool:
     Raises:
         TypeError, IndexError, ZeroDivisionError: it is not of its kind.
     """
+    if type(value) not in ((int, list) if how == "first of" else (int,) if how in ("from", "last of") else (list,)):
+        raise TypeError(value)
     if how == "from":
         return bool(layer >= value)
     if how in ("but", "only"):

@@ -64,10 +64,10 @@ def _dangling(path: Path, box: Sandbox) -> None:
 
 
 def _away(path: Path, box: Sandbox) -> None:
-    """To a copy of the thing itself, outside the input."""
+    """To a copy of the thing itself, or of a folder with something in it, outside the input."""
     source = box.base / "in" / path.relative_to(box.source)
     copy = box.canary / "copy"
-    shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
+    shutil.copyfile(source, copy) if source.is_file() else shutil.copytree(source if source.exists() else box.canary, copy)
     path.symlink_to(copy)
 
 

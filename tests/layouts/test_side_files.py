@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 
 import convert
 from convert.cli import main
-from convert.errors import OutputError
+from convert.commit.files import Folder
+from convert.errors import OutputError, StorageError
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
 from layouts.shards import model_files, unindexed
@@ -29,9 +30,18 @@ LEFT_OUT = (
     "pytorch_model.bin.index.json",
     "consolidated.00.pth",
     "deep/model.safetensors",
+    *("Model.SAFETENSORS", "x.GGUF", "PyTorch_Model.Bin", "Original/params.json"),
 )
 PLAIN = (".gitattributes", "tokenizer.model", "training_args.bin", "docs/original/a.md")
-NEVER = (".git/objects/ab/cd", ".cache/huggingface/x.lock", "a.incomplete", "deep/b.lock", "__pycache__/m.pyc")
+NEVER = (
+    ".git/objects/ab/cd",
+    ".cache/huggingface/x.lock",
+    "a.incomplete",
+    "deep/b.lock",
+    "__pycache__/m.pyc",
+    ".GIT/config",
+    "b.LOCK",
+)
 
 
 def stray(path: Path, name: str) -> None:
@@ -143,10 +153,10 @@ def test_other_weights_are_listed_and_left_out(one, tmp_path, capsys):
     put(one, *LEFT_OUT, *NEVER, *PLAIN)
     assert main(["--prefuse", str(one), str(tmp_path / "out"), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "left out, other weights and indexes (7 files, 35 B; --copy-all takes them):" in text
+    assert "left out, other weights and indexes (11 files, 55 B; --copy-all takes them):" in text
     for name in LEFT_OUT:
         assert f"  {name}  5 B" in text
-    assert "never copied: .cache/, .git/, __pycache__/, a.incomplete, deep/b.lock" in text
+    assert "never copied: .GIT/, .cache/, .git/, __pycache__/, a.incomplete, b.LOCK, deep/b.lock" in text
     report = convert.prefuse(one, tmp_path / "out")
     assert f"--copy-all takes them): {', '.join(sorted(LEFT_OUT))}" in str(report)
     convert.prefuse(one, tmp_path / "all", copy_all=True)
@@ -158,6 +168,15 @@ def test_other_weights_are_listed_and_left_out(one, tmp_path, capsys):
         assert not {*LEFT_OUT, *NEVER} - {*copied} & files.keys()
     (tmp_path / "all" / "x.gguf").write_bytes(b"54321")
     assert not convert.verify(tmp_path / "all").equal
+
+
+def test_a_disk_on_which_two_names_are_one_is_noticed(one, tmp_path, monkeypatch):
+    put(one, "notes.md", "NOTES.md")
+    copy = Folder.copy_in
+    monkeypatch.setattr(Folder, "copy_in", lambda folder, source, name: copy(folder, source, name.lower()))
+    with pytest.raises(StorageError, match=r"NOTES.md: it was copied, and is not there by this name"):
+        convert.prefuse(one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_copied_counts(one, tmp_path):

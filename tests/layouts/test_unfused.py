@@ -35,7 +35,7 @@ def unfused(name, kind="", **stated):
 def test_the_row_is_tried_for_every_family(name):
     source, model = unfused(name), MODELS[name]
     planned = make_plan(source, OUT, "prefuse")
-    assert planned.remarks == ()
+    assert not any("family" in text for text in planned.remarks)
     assert source.config["model_type"] in model.types
     fused, place = run(source, "prefuse"), (model.fused or f"{model.at}.experts").format(11)
     gate, up, down = weights(11, 12, 6, 4)

@@ -45,11 +45,25 @@ def test_a_module_of_experts_whose_arrays_are_all_boxed_is_no_other_tensor():
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp.chunk_experts.0.gate_proj.weight", "mlp.experts_2.0.w1.weight", "moe_expert.up_proj.weight", "Expert0.fc1.weight"],
+    [
+        "mlp.chunk_experts.0.gate_proj.weight",
+        "mlp.experts_2.0.w1.weight",
+        "moe_expert.up_proj.weight",
+        "Expert0.fc1.weight",
+        "local_experts.0.up.weight",
+        "mlp.my_experts.ffn_down.weight",
+        "mlp.expert_stack.wi_0",
+    ],
 )
 def test_matrices_below_any_word_for_experts_are_an_error(name):
     with pytest.raises(PlanError, match="is an expert tensor that family"):
         plan(QWEN, tensors(QWEN) | {f"model.layers.1.{name}": np.zeros((3, 2), "u4")})
+
+
+@pytest.mark.parametrize("name", ["mlp.\u0435xperts.0.gate_proj.weight", "mlp.exp\u00e9rts.up", "mlp.\uff45xperts.0.w1"])
+def test_names_that_only_look_like_experts_are_said(name):
+    whole = f"model.layers.1.{name}"
+    assert plan(QWEN, tensors(QWEN) | {whole: np.zeros((3, 2), "u4")}).remarks[-1].endswith(f"first {whole!a}")
 
 
 @pytest.mark.parametrize("rows", [E - 1, E + 1, 2 * E])
@@ -86,7 +100,40 @@ def test_where_config_json_is_silent_a_layer_may_be_dense_but_not_absent():
     assert remark == "config.json does not say which of 4 layers have experts; 2 have them"
     with pytest.raises(InputError, match="layer 4 has none"):
         described(tensors(QWEN) | dense, num_hidden_layers=5)
-    assert described(tensors(QWEN), num_hidden_layers=10**12).remarks == ()
+
+
+@pytest.mark.parametrize("word", ["num_experts", "num_hidden_layers"])
+@pytest.mark.parametrize(
+    "value", ["4", True, 4.0, -1, float("nan"), 10**400, {"a": 4}, [4, "4"]], ids=lambda value: str(value)[:9]
+)
+def test_what_config_json_says_of_experts_and_layers_are_numbers(word, value):
+    """To take what is none for silence would leave the last expert, or layer, to whoever writes `"4"`."""
+    with pytest.raises(InputError, match=f"config.json: {word} is .* no number of (experts|layers)"):
+        described(tensors(QWEN), **{word: value})
+
+
+@pytest.mark.parametrize("said", [{"more": {"num_experts": E - 1}}, {"num_local_experts": E + 1}])
+def test_where_config_json_says_several_numbers_routers_are_counted(said):
+    with pytest.raises(InputError, match=f"but the router {ROUTER} .* is for {E + 1}"):
+        described(tensors(QWEN) | {ROUTER: np.zeros((E + 1, K), "u4")}, **said)
+
+
+@pytest.mark.parametrize(
+    ("said", "remark"),
+    [
+        ({"num_experts": None}, f"neither config.json nor a router says how many experts there are; by their names {E}"),
+        (
+            {},
+            "config.json does not say how many layers and experts there are, so that nobody has looked whether layers are missing",
+        ),
+        (
+            {"a": {"num_hidden_layers": 1, "num_experts": E}, "num_hidden_layers": 1},
+            "config.json speaks of 2 models with experts",
+        ),
+    ],
+)
+def test_what_nobody_has_counted_is_said(said, remark):
+    assert any(text.startswith(remark) for text in described(tensors(QWEN), **said).remarks)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +158,15 @@ def test_words_for_layers(said, wanted):
         described(tensors(QWEN, layers=sorted(wanted)[1:] or [9]) | every, num_hidden_layers=4, **said)
 
 
-@pytest.mark.parametrize("said", [{"first_k_dense_replace": "1"}, {"first_k_dense_replace": 1, "moe_layer_start_index": 2}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"first_k_dense_replace": value} for value in ("1", True, 0.5)),
+        *({"decoder_sparse_step": value} for value in (True, 0.5, 0)),
+        *({"mlp_only_layers": value} for value in ("012", {"0": 1})),
+        {"first_k_dense_replace": 1, "moe_layer_start_index": 2},
+    ],
+)
 def test_words_that_nobody_knows_say_nothing(said):
     every = {f"model.layers.{layer}.input_layernorm.weight": np.zeros(3, "u4") for layer in range(4)}
     assert "does not say which" in described(tensors(QWEN) | every, num_hidden_layers=4, **said).remarks[0]
