@@ -2,7 +2,7 @@
 
     import convert
 
-    plan = convert.plan("in", "out", prefuse=True)   # headers only, prints nothing
+    plan = convert.plan("in", "out", prefuse=True)   # no weights are read, prints nothing
     report = convert.prefuse("in", "out")            # wi_0, wi_1 -> wi (E, K, 2N)
     report = convert.split("out", "again")           # the exact inverse
     report = convert.verify("in", "out")             # equal weights, equal grouped GEMMs

@@ -33,6 +33,7 @@ from layouts.checkpoint import FORMATS, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.reader import Reader, ReadLimits, is_chunked
+from layouts.scales import Scales, notes
 from layouts.windows import Windows
 
 
@@ -83,6 +84,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         else:
             plan = make_plan(reader, place(out), action, choices)
         plan = _cut_for(plan, choices)
+        plan = replace(plan, remarks=(*plan.remarks, *_scales(plan, reader)))
         return reader, replace(plan, computed=RULE, computed_kinds=kinds) if choices.dequantize else plan
     except BaseException:
         reader.close()
@@ -100,6 +102,16 @@ def _cut_for(plan: Plan, choices: Choices) -> Plan:
 
     mesh, shardings = read_shardings(choices.sharding)
     return replace(plan, mesh=mesh, shardings=shardings)
+
+
+def _scales(plan: Plan, reader: Reader) -> tuple[str, ...]:
+    """What is to be told of scales that gate and up have one of each, where the two become one tensor."""
+    if plan.action != "prefuse":
+        return ()
+    wi = (target for target in plan.targets if target.role == "wi" and target.part)
+    return notes(reader, (
+        Scales(part=t.part, dims=t.dims, dtype=t.spec.dtype, placed=t.source, index=t.index, sizes=t.source_sizes) for t in wi
+    ))  # fmt: skip
 
 
 def convert_checkpoint(
@@ -130,9 +142,9 @@ def convert_checkpoint(
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
             check_output(plan.source, target, overwrite=running.overwrite)
-            resumed, notes = _write(plan, reader, running, processes, told)
+            resumed, said = _write(plan, reader, running, processes, told)
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
-    return Report(plan=plan, seconds=seconds, resumed=resumed, notes=notes, process=process)
+    return Report(plan=plan, seconds=seconds, resumed=resumed, notes=said, process=process)
 
 
 def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running, progress: Progress) -> Plan:

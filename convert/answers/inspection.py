@@ -114,7 +114,7 @@ class Inspection:
         lists = FORMATS[self.format].names
         named = f"each that {lists} names is there" if self.indexed else "there is no index that names them"
         whole = "" if self.problem else ", and every MoE layer has all its experts"
-        return f"{named}{whole} (headers were read, data was not)"
+        return f"{named}{whole} (headers were read, weights were not)"
 
 
 def _told(each: Blocks) -> str:

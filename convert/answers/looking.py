@@ -1,7 +1,7 @@
-"""Look at a checkpoint as a conversion would, without data: the answer to `--inspect`.
+"""Look at a checkpoint as a conversion would, without weights: the answer to `--inspect`.
 
-In: a path and what the user says of it. Out: an `Inspection`. It never reads data and never writes; what it says of `--prefuse`
-and `--split` is what their plans say.
+In: a path and what the user says of it. Out: an `Inspection`. It reads no data but single scales, and never writes; what it
+says of `--prefuse` and `--split` is what their plans say.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
 from layouts.reader import Reader, is_chunked
+from layouts.scales import Scales, notes
 from layouts.tables.natives import SOURCES
 
 _AXES = frozenset({"e", "k", "g", "n", "d", *CHUNKS})
@@ -106,8 +107,15 @@ def _described(reader: Reader, described: Description, choices: Choices) -> dict
         "prefuse": _would(reader, described, "prefuse", choices),
         "split": _would(reader, described, "split", choices),
         "made_for": made_for(str(layout)) if relaid else None,
-        "remarks": described.remarks,
+        "remarks": (*described.remarks, *notes(reader, _scales(described))),
     }
+
+
+def _scales(described: Description) -> Iterator[Scales]:
+    for group in (group for group in described.groups if group.role == "wi"):
+        yield Scales(
+            part=group.part, dims=group.dims, dtype=group.dtype, placed=group.placed, index=group.index, sizes=group.sizes
+        )
 
 
 def _told_by(reader: Reader, described: Description, choices: Choices) -> str:
