@@ -27,6 +27,7 @@ from layouts.language.parts import CHUNKS
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
+from layouts.matching.packing import WEIGHTS
 from layouts.reader import Reader, is_chunked
 from layouts.scales import Scales, notes
 from layouts.tables.natives import SOURCES
@@ -150,7 +151,7 @@ def _blocks(described: Description) -> Iterator[Blocks]:
             companions[frozenset(group.index.items())].add(group.part)
     counts: dict[tuple[Any, ...], int] = defaultdict(int)
     for group in described.groups:
-        if group.role == "wi" and (not group.part or group.packed):
+        if group.role == "wi" and group.part in WEIGHTS:
             stacked = math.prod(at for axis, at in group.sizes.items() if axis not in _AXES)
             beside = tuple(sorted(companions[frozenset(group.index.items())]))
             counts[(*_kind(group), group.dtype, beside, group.packed)] += stacked

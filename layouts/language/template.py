@@ -168,13 +168,28 @@ class Template:
         return re.compile(pattern, re.DOTALL)
 
     @cached_property
+    def match(self) -> Callable[[str], re.Match[str] | None]:
+        """Take a name apart into the texts of its slots, if it is of this form; what they mean, `parse` says."""
+        return self._regex.fullmatch
+
+    @cached_property
+    def at(self) -> Mapping[str, int]:
+        """In which group of a match the text of each slot is, by the first axis of the slot."""
+        return {slot.axis: number for number, slot in enumerate(self._slots, 1)}
+
+    @cached_property
+    def plain_slots(self) -> frozenset[str]:
+        """The slots that are read without arithmetic."""
+        return frozenset(slot.axis for slot in self._slots if slot.plain)
+
+    @cached_property
     def _rendered(self) -> tuple[tuple[_Slot, str], ...]:
         """Each slot with the text behind it."""
         return tuple(zip(self._slots, self._literals[1:], strict=True))
 
     def parse(self, name: str) -> dict[str, int | str] | None:
         """The index that `name` stands for, or None when the name is not of this form."""
-        if not (match := self._regex.fullmatch(name)):
+        if not (match := self.match(name)):
             return None
         if self._plain:
             return {axis: read(text) for (axis, read), text in zip(self._plain, match.groups(), strict=True)}

@@ -7,21 +7,22 @@ The result is complete by construction: each source tensor is in exactly one `Gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from layouts.errors import InputError, PlanError
-from layouts.language.layout import ROLES, Placed
+from layouts.language.layout import Placed
 from layouts.language.parts import PARTS, forms
 from layouts.language.pattern import Pattern
-from layouts.matching.candidates import Candidates, Known, candidates, record_of
+from layouts.matching.candidates import Candidates, candidates, record_of
 from layouts.matching.checks import check_blocks, check_equal, check_grid
-from layouts.matching.group import Block, Group
+from layouts.matching.group import Group
 from layouts.matching.lookup import expert_counts, find_family
 from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.packing import WEIGHTS, marked
-from layouts.matching.refusal import Refusal, check_beside, hint, lookalikes
+from layouts.matching.refusal import check_beside, hint, lookalikes
+from layouts.matching.sorting import Key, Sorted, sort_names
 from layouts.matching.witness import check_counts, check_layers, check_routers, check_said
 from layouts.reader import Reader
 from layouts.tables.families import Family, maxtext
@@ -39,20 +40,7 @@ class Description:
     """What the plan should say of it."""
 
 
-_Key = tuple[str, int, Block]
 _Fitted = tuple[str, Pattern, dict[str, int]]
-
-
-class _Found(NamedTuple):
-    """The tensors of a group, where their names are from, and how many experts these speak of at least."""
-
-    known: Known
-    placed: Placed
-    names: list[str]
-    numbers: list[int]
-
-
-_Matched = dict[_Key, _Found]
 
 
 def describe(
@@ -76,7 +64,7 @@ def describe(
     check_counts(reader)
     found = _family(reader, family, scan_axis)
     known = candidates(reader, found, source_layout, like)
-    matched, verbatim = _match(reader, found, known.known)
+    matched, verbatim = sort_names(reader, found, known.known)
     check_beside(reader, found, (block for _, _, block in matched), verbatim)
     if not matched:
         raise PlanError(
@@ -106,42 +94,12 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Fami
     return find_family(reader.config, list(reader.tensors), where=reader.path, format=reader.format, override=wanted)
 
 
-def _match(reader: Reader, family: Family, known: Sequence[Known]) -> tuple[_Matched, list[str]]:
-    placed = [(each, each.layout.place(family.experts)) for each in known]
-    refuse = Refusal(reader, family)
-    matched: _Matched = {}
-    verbatim = []
-    for name in reader.tensors:
-        if (hit := _hit(placed, name)) is None:
-            refuse.unknown_expert(name)
-            verbatim.append(name)
-            continue
-        each, where, index = hit
-        part, expert = int(index.pop("part", 0)), int(index.get("e", 0))
-        for axis in ROLES[each.role]:
-            index.pop(axis, None)
-        found = matched.setdefault((each.role, part, frozenset(index.items())), _Found(each, where, [], []))
-        if found.placed is not where and found.placed != where:
-            raise PlanError(f"{reader.path}: {name} and {found.names[0]} hold the same weights in two layouts; remove one")
-        found.names.append(name)
-        found.numbers.append(expert)
-    return matched, verbatim
-
-
-def _hit(placed: Iterable[tuple[Known, Placed]], name: str) -> tuple[Known, Placed, dict[str, int | str]] | None:
-    """The first layout that knows a name, and what it says by it."""
-    for each, where in placed:
-        if (index := where.key.parse(name)) is not None:
-            return each, where, index
-    return None
-
-
-def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group, ...]:
+def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, ...]:
     """The groups; those of `wo` first, because it says how much of a padded `wi` is real, and weights before companions."""
-    made: dict[_Key, Group] = {}
+    made: dict[Key, Group] = {}
     for key in sorted(matched, key=lambda key: (key[0] == "wi", PARTS[key[1]].name not in WEIGHTS)):
         role, part, block = key
-        each, placed, names, numbers = matched[key]
+        each, placed, names, experts = matched[key]
         entry = known.stored.get(names[0]) or known.stored.get(f"{role}.{PARTS[part].name}")
         if entry is None:
             found = forms(placed.pattern, role, PARTS[part]) if part else [("out in", placed.pattern)]
@@ -150,7 +108,7 @@ def _groups(reader: Reader, matched: _Matched, known: Candidates) -> tuple[Group
             found, sizes = [(entry.dims, Pattern(entry.pattern))], dict(entry.unpadded)
         check_equal(reader, [reader.tensors[name] for name in names], PARTS[part].name)
         place = placed.key.bind("part", part)
-        grid = check_grid(reader, role, place, dict(block), names, 1 + max(numbers))
+        grid = check_grid(reader, role, place, dict(block), names, 1 + max(map(int, experts)))
         weight = matched.get((role, 0, block))
         scan = _scan_axes(reader, weight.placed.pattern, weight.names[0]) if weight else None
         beside = next((g for (r, _, b), g in made.items() if (r, b) == (role, block)), None)

@@ -6,7 +6,7 @@ Sources: `configuration_*.py` of transformers 5.24 for the words that say which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from layouts.disk.files import CONFIG
@@ -161,7 +161,7 @@ def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
         return (f"config.json {said}, so that nobody has looked whether layers are missing; {len(found)} have experts",)
     config, count = parts[0], parts[0][_LAYERS]
     wanted = _wanted(config, count)
-    if lost := sorted((wanted or set()) - found) or _absent(reader, groups, count):
+    if lost := sorted((wanted or set()) - found) or _absent(reader, groups, found, count):
         more = f", and so it is with {len(lost) - 1} others" if len(lost) > 1 else ""
         raise InputError(
             f"{reader.path}: config.json says {count} layers, {len(wanted) if wanted else 'some'} of them with experts, but "
@@ -186,8 +186,10 @@ def decoder_layers(config: Mapping[str, Any]) -> int | None:
     return count if 0 < count <= _MOST else None
 
 
-def _absent(reader: Reader, groups: Sequence[Group], count: int) -> list[int]:
-    """The layers of which there is no tensor at all, where all experts are in one place."""
+def _absent(reader: Reader, groups: Sequence[Group], found: Collection[int], count: int) -> list[int]:
+    """The layers of which there is no tensor at all, where all experts are in one place; those with experts are `found`."""
+    if len(found) >= count and not set(range(count)) - set(found):
+        return []  # nothing can be absent, and names are many
     places = {group.index.get("path") for group in groups}
     if len(places) > 1 or None in places:
         return []

@@ -152,3 +152,25 @@ def test_an_adapter_says_what_could_be_done_with_it(tmp_path):
 def test_wrong_words(words, said, capsys):
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+PARTS = {
+    "weight_scale": ((N, K // 16), np.uint8),
+    "weight_scale_2": ((), np.float32),
+    "weight_zero_point": ((N, K // 32), np.int32),
+}
+
+
+@pytest.mark.parametrize("word", ["weight", "weight_packed"])
+def test_packed_weights_are_blocks_and_their_companions_are_none(word, tmp_path):
+    arrays = {}
+    for layer, e, g in np.ndindex(L, 2, 3):
+        at = f"model.layers.{layer}.mlp.experts.{e}.{('gate_proj', 'up_proj', 'down_proj')[g]}"
+        shape = (K, N // 2) if g == 2 else (N, K // 2)
+        arrays[f"{at}.{word}"] = np.zeros(shape, np.uint8)
+        arrays |= {f"{at}.{part}": np.zeros(sizes, kind) for part, (sizes, kind) in PARTS.items()}
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "hidden_size": K}))
+    (blocks,) = convert.inspect(tmp_path).blocks
+    assert (blocks.layers, blocks.experts, blocks.packed) == (L, 2, True)
+    assert {"scale", "scale_2", "zero_point"} <= set(blocks.companions)
