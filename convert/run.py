@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from convert.card import explained
 from convert.commit import manifest
 from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
@@ -138,6 +139,7 @@ def convert_checkpoint(
                 announce(progress or ignore, lambda: str(outlook(plan, reader)))
             if running.content and processes.first:
                 plan = _with_content(plan, reader, choices, running, told)
+            plan = explained(plan, reader.format, choices, running)
             if finished and not running.overwrite:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)

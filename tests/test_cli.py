@@ -91,7 +91,8 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(source, family, action, t
     assert "2 MoE blocks of 12 experts" in printed
     assert "mlp.experts.{e}.down_proj.weight  'k n'" in printed or "experts.{e}.w2.weight  'k n'" in printed
     assert "lm_head.weight  x1" in printed
-    assert "side files: .hidden, assets/deep/chat_template.jinja" in printed
+    card = " README.md," if action == "--split" else ""
+    assert f"side files: .hidden,{card} assets/deep/chat_template.jinja" in printed
     assert "nothing was written" in printed
     assert "memory: at most" in printed
 

@@ -17,11 +17,12 @@ from convert.adapters.plan import AdapterPlan
 from convert.adapters.stream import digests, parts
 from convert.commit import manifest
 from convert.commit.identity import input_digest
-from convert.commit.inventory import differences, entry_of, read_in_pieces
+from convert.commit.inventory import differences, entry_of, read_card, read_in_pieces
 from convert.commit.recorded import load
 from convert.errors import InputError, OutputError
 from convert.progress import Progress
 from layouts.adapters.opening import MODEL, open_adapter
+from layouts.card import CARD, alike
 from layouts.hf import HFReader
 
 
@@ -59,8 +60,10 @@ def _unlike(plan: AdapterPlan, reader: HFReader, progress: Progress) -> Iterator
         for difference in differences(plan.out, manifest.NAME, found.files):
             yield f"is not what was written: {difference}"
         for name in plan.side_files:
-            if name not in found.files or found.files[name] != entry_of(read_in_pieces(plan.source / name)):
+            if name != CARD and (name not in found.files or found.files[name] != entry_of(read_in_pieces(plan.source / name))):
                 yield f"was made from another input: {name} differs"
+        if not alike(*(read_card(place / CARD) for place in (plan.source, plan.out))):
+            yield f"was made from another input: {CARD} differs"
         for name, text in plan.texts.items():
             if found.files.get(name) != entry_of(iter([text.encode()])):
                 yield f"was made from another input: {name} differs"

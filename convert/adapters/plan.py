@@ -58,6 +58,8 @@ class AdapterPlan:
     left_out_files: Mapping[str, int]
     never_copied: tuple[str, ...]
     peak: int
+    card: str = ""
+    """What the output's model card is to say of the form (`convert.card`)."""
 
     @property
     def family(self) -> str | None:

@@ -23,6 +23,7 @@ class AdapterReport:
     plan: AdapterPlan
     seconds: float
     resumed: int = 0
+    notes: tuple[str, ...] = ()
     proof: str = ""
     """What was looked at to say that the output was there already."""
 
@@ -38,7 +39,7 @@ class AdapterReport:
     def __str__(self) -> str:
         plan = self.plan
         done = self.proof or f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s"
-        lines = [_headline(plan), done, *(f"note: {remark}" for remark in plan.remarks)]
+        lines = [_headline(plan), done, *(f"note: {remark}" for remark in (*plan.remarks, *self.notes))]
         if plan.left_out_files and not self.proof:
             lines.append(f"left out, other weights (--copy-all takes them): {', '.join(plan.left_out_files)}")
         if self.resumed:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from convert.adapters.again import made_of, prove
 from convert.adapters.plan import AdapterPlan, make_plan
 from convert.adapters.report import AdapterReport
 from convert.adapters.stream import digests
+from convert.card import command, write_card
 from convert.commit import manifest
 from convert.commit.files import write_all
 from convert.commit.identity import State, input_digest, state_of
@@ -29,8 +31,10 @@ from convert.errors import InputError, UsageError, readable
 from convert.hf.look import look
 from convert.options import Choices, Running
 from convert.progress import Progress, announce, begin, ignore
+from layouts.adapters.forms import FORMS
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
+from layouts.card import CARD
 from layouts.disk.files import read_bytes
 from layouts.hf import HFReader
 
@@ -81,15 +85,33 @@ def convert_adapter(
             return AdapterReport(plan=plan, seconds=time.monotonic() - started, proof=prove(plan, reader, progress or ignore))
         check_output(source, out, overwrite=running.overwrite)
         announce(progress or ignore, lambda: str(outlook(plan, reader)))
+        plan = replace(plan, card=_card(plan, choices, running))
         state = state_of(source, plan.never_copied)
         mark = _mark(plan, state)
         with staging(out, mark, resume=running.resume, overwrite=running.overwrite) as stage:
             assert isinstance(stage, Stage)
             resumed = len(stage.done)
-            _write(plan, reader, stage, progress or ignore)
+            notes = _write(plan, reader, stage, progress or ignore)
             if state_of(source, plan.never_copied).content != state.content:
                 raise InputError(f"{source}: the input has changed while it was read; run again once it is at rest")
-    return AdapterReport(plan=plan, seconds=time.monotonic() - started, resumed=resumed)
+    return AdapterReport(plan=plan, seconds=time.monotonic() - started, resumed=resumed, notes=notes)
+
+
+def _card(plan: AdapterPlan, choices: Choices, running: Running) -> str:
+    """What the card of a fused adapter says; a split one is as it was."""
+    if plan.action != "prefuse":
+        return ""
+    return f"""## How the adapters of experts are stored here
+
+LoRA `A` and `B` of gate and up are one pair each, in form `{plan.layout}`: {FORMS[plan.layout].text}.
+
+Made by moe-convert {manifest.TOOL}; OUT is this adapter, and IN what it was made of:
+
+    {command(plan.action, choices, running)}
+
+- To have gate and up apart again, as they were before: `convert --split OUT BACK`; this section goes, too.
+- To check it: `convert --verify OUT` compares the digests in its manifest; `convert --verify IN OUT` what it adds to weights.
+"""
 
 
 def _mark(plan: AdapterPlan, state: State) -> str:
@@ -101,7 +123,7 @@ def _mark(plan: AdapterPlan, state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, progress: Progress) -> None:
+def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, progress: Progress) -> tuple[str, ...]:
     file, done = plan.file, dict(stage.done)
     stage.folder.reserve(file.name, file.size, head=file.head)
     descriptor = stage.folder.open(file.name, os.O_RDWR)
@@ -117,9 +139,12 @@ def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, progress: Progress
     for name, text in plan.texts.items():
         stage.folder.write_text(name, text)
     for name in plan.side_files:
-        stage.folder.copy_in(plan.source / name, name)
+        if name != CARD:
+            stage.folder.copy_in(plan.source / name, name)
+    notes = write_card(plan, reader, stage.folder)
     stage.folder.write_text(manifest.NAME, _manifest(plan, reader, done, stage))
     look(stage.folder, [file])
+    return notes
 
 
 def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], stage: Stage) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from convert.errors import StorageError
+from layouts.card import MOST
 from layouts.disk.files import MANIFEST
 from layouts.disk.places import is_remote, names_of
 from layouts.errors import InputError
@@ -111,6 +112,21 @@ def read_in_pieces(path: Path) -> Iterator[bytes]:
                 yield piece
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_card(path: Path) -> bytes | None:
+    """A model card as `layouts.card` takes it: of one that is too large for a section its digest, which is no text; else None.
+
+    Raises:
+        InputError: it is no regular file, or cannot be read.
+    """
+    if not path.is_file():
+        return None
+    found, digest = b"", xxhash.xxh3_128()
+    for piece in read_in_pieces(path):
+        digest.update(piece)
+        found = (found + piece)[: 2 * MOST + 1]
+    return found if len(found) <= 2 * MOST else b"\xff" + digest.digest()
 
 
 def differences(path: Path, manifest: str, files: Mapping[str, FileEntry]) -> Iterator[str]:

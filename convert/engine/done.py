@@ -12,13 +12,14 @@ from typing import Any
 
 from convert.commit import manifest
 from convert.commit.identity import input_digest
-from convert.commit.inventory import differences, entry_of, read_in_pieces
+from convert.commit.inventory import differences, entry_of, read_card, read_in_pieces
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest, load
 from convert.engine.writer import Writer
 from convert.errors import InputError, OutputError
 from convert.planning.planner import Plan
 from convert.progress import Progress
+from layouts.card import CARD, alike
 from layouts.disk.files import CONFIG, INDEX
 from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader
@@ -91,7 +92,7 @@ def _other_files(plan: Plan, found: Manifest) -> Iterator[str]:
         if (entry := found.files.get(name)) and entry.digest:
             yield f"was made with other options (--copy-all): {name} is there, and would be left out"
     for name in plan.side_files:
-        if name not in found.files and name not in _REWRITTEN and name.rpartition("/")[2] != COMMITTED:
+        if name not in found.files and name not in (*_REWRITTEN, CARD) and name.rpartition("/")[2] != COMMITTED:
             yield f"was made with other options (--copy-all) or from another input: {name} is not there, and would be copied"
 
 
@@ -117,5 +118,7 @@ def _changed(plan: Plan, found: Manifest) -> Iterator[str]:
         yield f"is not what was written: {error}"
     for name in plan.side_files:
         entry = found.files.get(name)
-        if entry and entry.digest and name not in _REWRITTEN and entry_of(read_in_pieces(plan.source / name)) != entry:
+        if entry and entry.digest and name not in (*_REWRITTEN, CARD) and entry_of(read_in_pieces(plan.source / name)) != entry:
             yield f"was made from another input: {name} differs"
+    if not alike(*(read_card(place / CARD) for place in (plan.source, plan.out))):
+        yield f"was made from another input: {CARD} differs"

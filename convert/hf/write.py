@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from convert.card import write_card
 from convert.commit import manifest
 from convert.commit.identity import input_digest
 from convert.commit.inventory import check_copied, inventory
@@ -28,6 +29,7 @@ from convert.hf.shards import File, index_text, pack, restore
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
+from layouts.card import CARD
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.reader import Reader, is_chunked
 from layouts.shards import unindexed
@@ -115,17 +117,19 @@ class HFWriter:
         processes.agree("written")
         if not processes.first:
             return ()
-        self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
+        notes = self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
         look(stage.folder, files)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
-            return (f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones",)
-        return ()
+            made = f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones"
+            return (made, *notes)
+        return notes
 
-    def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> None:
+    def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> tuple[str, ...]:
         plan, reader = self.plan, self.reader
         for name, text in _texts(plan, reader, files, self.original).items():
             stage.folder.write_text(name, text)
-        copied = [name for name in plan.side_files if name not in REWRITTEN]
+        notes = write_card(plan, reader, stage.folder)
+        copied = [name for name in plan.side_files if name not in (*REWRITTEN, CARD)]
         for name in copied:
             stage.folder.copy_in(plan.source / name, name)
         shards = {file.name for file in files}
@@ -138,6 +142,7 @@ class HFWriter:
             headers={file.name: file.head[8:].decode() for file in files},
         )
         stage.folder.write_text(manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
+        return notes
 
     def unlike(self, found: Manifest) -> str | None:
         """Other files, or other headers, which stand in the output itself."""

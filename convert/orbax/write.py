@@ -17,6 +17,7 @@ from pathlib import Path
 
 import xxhash
 
+from convert.card import write_card
 from convert.commit import manifest
 from convert.commit.files import Folder
 from convert.commit.identity import input_digest
@@ -42,6 +43,7 @@ from convert.orbax.portions import Portion, batches, by_array, cut, total
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
+from layouts.card import CARD
 from layouts.disk.faults import writing
 from layouts.disk.places import is_remote
 from layouts.orbax.arrays import CHUNKS
@@ -114,10 +116,10 @@ class OrbaxWriter:
             else:
                 item = Item(folder=folder, origin=self.origin, budget=self.budget)
                 digests, chunks = self._fill(item, whole, stage, progress, processes)
-            if processes.first:
-                look(stage.path / self.origin.place, self.plan, self.origin)
-                self._write_beside(stage, folder, by_array(portions, stage.done | stage.by_helpers() | digests), chunks)
-        return ()
+            if not processes.first:
+                return ()
+            look(stage.path / self.origin.place, self.plan, self.origin)
+            return self._write_beside(stage, folder, by_array(portions, stage.done | stage.by_helpers() | digests), chunks)
 
     def _keep(
         self,
@@ -168,14 +170,15 @@ class OrbaxWriter:
 
     def _write_beside(
         self, stage: AnyStage, folder: Folder | StoreFolder, digests: Mapping[str, manifest.Digest], chunks: _Chunks
-    ) -> None:
+    ) -> tuple[str, ...]:
         plan, texts = self.plan, render(self.plan, self.origin, chunks, kept=self.kept is not None)
         for name in texts.keys() - {METADATA}:
             folder.write_text(name, texts[name])
         if plan.scanned is not None:
             stage.folder.write_text(_name(self.origin.place.parent / STEP), render_step(plan.scanned))
+        notes = write_card(plan, self.reader, stage.folder)
         for name in plan.side_files:
-            if name != manifest.NAME and not (is_remote(stage.path) and name.endswith(COMMITTED)):
+            if name not in (manifest.NAME, CARD) and not (is_remote(stage.path) and name.endswith(COMMITTED)):
                 stage.folder.copy_in(plan.source / name, name)
         original = manifest.original_of(plan, self.reader)
         files = files_of_item(stage.path, plan, self.origin, {METADATA: texts[METADATA]})
@@ -184,6 +187,7 @@ class OrbaxWriter:
         text = manifest.render(plan, digests, original, beside, of_chunks=self.kept is not None)
         stage.folder.write_text(manifest.NAME, text)
         folder.write_text(METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
+        return notes
 
     def unlike(self, found: Manifest) -> str | None:
         """Chunks that were kept and would be cut now, or the other way round."""

@@ -93,6 +93,8 @@ class Plan:
     merging: Merging | None = None
     content: Mapping[str, Any] | None = None
     """The digest of what the input holds, and so the output, if it was asked for (`convert.verifier.content`)."""
+    card: str = ""
+    """What the output's model card is to say of the layout (`convert.card`); nothing where experts are not fused."""
 
     @property
     def nbytes(self) -> int:

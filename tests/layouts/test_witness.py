@@ -124,7 +124,8 @@ def test_where_config_json_says_several_numbers_routers_are_counted(said):
         ({"num_experts": None}, f"neither config.json nor a router says how many experts there are; by their names {E}"),
         (
             {},
-            "config.json does not say how many layers and experts there are, so that nobody has looked whether layers are missing",
+            "config.json does not say how many layers and experts there are, "
+            "so that nobody has looked whether layers are missing",
         ),
         (
             {"a": {"num_hidden_layers": 1, "num_experts": E}, "num_hidden_layers": 1},

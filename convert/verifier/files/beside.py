@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from convert.commit.inventory import entry_of, read_in_pieces
+from convert.commit.inventory import entry_of, read_card, read_in_pieces
 from convert.verifier.verdict import Level
+from layouts.card import CARD
+from layouts.card import alike as same_card
 from layouts.disk.files import CONFIG, MANIFEST, RECORD, parsed, read_object
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
@@ -27,7 +29,7 @@ def _names(reader: Reader) -> tuple[set[str], set[str]]:
     """The files that are compared by digests, and those that are only where both sides have them: other weights."""
     files = reader.side_files
     made = {name for name in files.plain if name in (CONFIG, MANIFEST) or PurePosixPath(name).name in (STEP, COMMITTED)}
-    return files.plain.keys() - made, set(files.weights)
+    return files.plain.keys() - made - {CARD}, set(files.weights)
 
 
 def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Level:
@@ -44,16 +46,18 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
     files = (left & right) | (first & second)
     lonely = [f"{name} is only in {(one if name in left else other).path}" for name in sorted(left ^ right)]
     differences = [*_configs(one, other, alike), *_changed(one, other, sorted(files)), *(lonely if alike else ())]
+    differences += _cards(one, other, alike)
     differences += [*_metadata(one, other), *_orbax(one, other, alike, stacked), *_words(one), *_words(other)]
     keys = len(_plain(one.config).keys() | _plain(other.config).keys())
     shards = len(one.headers) + len(other.headers)
     beside = "" if alike or not lonely else f"; not compared: {', '.join(lonely)}"
-    covered = f"{keys} keys of config.json, {len(files)} side files by their digests, __metadata__ of {shards} shards"
+    count = len(files) + all(CARD in reader.side_files.plain for reader in (one, other))
+    covered = f"{keys} keys of config.json, {count} side files by their digests, __metadata__ of {shards} shards"
     none = not (left or right or keys or shards)
     return Level(
         name="files",
         covered=f"{covered}, records{beside}",
-        compared=len(files) + keys + shards,
+        compared=count + keys + shards,
         differences=tuple(differences),
         not_run="there are none" if none else "",
         asked=not none,
@@ -89,6 +93,17 @@ def _changed(one: Reader, other: Reader, names: list[str]) -> Iterator[str]:
     for name in names:
         if len({entry_of(read_in_pieces(reader.path / name)) for reader in (one, other)}) > 1:
             yield f"{name} differs"
+
+
+def _cards(one: Reader, other: Reader, alike: bool) -> list[str]:
+    """Model cards but for a section of ours, which a conversion puts in and takes out."""
+    sides = {reader.path: read_card(reader.path / CARD) for reader in (one, other)}
+    if same_card(*(sides[reader.path] for reader in (one, other))):
+        return []
+    have = [path for path, card in sides.items() if card is not None]
+    if len(have) == len(sides):
+        return [f"{CARD} differs"]
+    return [f"{CARD} is only in {have[0]}"] if alike else []
 
 
 def _metadata(one: Reader, other: Reader) -> Iterator[str]:
