@@ -19,7 +19,7 @@ from convert.actions import act, action_of
 from convert.answers.envelope import envelope
 from convert.answers.words import EXAMPLES
 from convert.arguments import parser
-from convert.errors import ConvertError, one_line, printable
+from convert.errors import ConvertError, no_memory, one_line, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +101,8 @@ def _told(error: Exception) -> tuple[str, int]:
         return error.command or str(error), error.exit_code
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or ''}", 6
+    if isinstance(error, MemoryError):
+        return no_memory(error), 6
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ("convert", "layouts"):
         return f"this needs the package {error.name}, which is not installed here; see pyproject.toml for its version", 2
     return f"this is a bug, please report it (--debug shows where): {error!r}", 70

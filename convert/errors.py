@@ -26,12 +26,13 @@ __all__ = [
     "StorageError",
     "UsageError",
     "did_you_mean",
+    "no_memory",
     "one_line",
     "printable",
     "readable",
 ]
 
-_LEFT_OVER = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, StopIteration, TypeError, ValueError)
+_LEFT_OVER = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
 """What code raises that reads something it was not written for."""
 
 
@@ -53,15 +54,24 @@ class StorageError(ConvertError):
     exit_code = 6
 
 
+def no_memory(error: MemoryError) -> str:
+    """What is said where memory is at its end, be it that a part of a tensor needs more than there is."""
+    what = str(error) or "a part of a tensor needs more than there is"
+    return f"there is not enough memory here ({what}): lower --memory, which makes parts smaller, or use a larger machine"
+
+
 @contextmanager
 def readable(source: str | Path) -> Iterator[None]:
     """The last resort around opening, describing and planning: whatever an input makes them raise is the input's fault.
 
     Raises:
         InputError: something was raised that names no fault of the input's; the cause is attached.
+        StorageError: there is not enough memory.
     """
     try:
         yield
+    except MemoryError as error:
+        raise StorageError(f"{source}: {no_memory(error)}") from error
     except _LEFT_OVER as error:
         *_, last = traceback.extract_tb(error.__traceback__)
         raise InputError(

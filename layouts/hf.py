@@ -197,7 +197,13 @@ class HFReader:
         """
         spec = self.tensors[name]
         spans = [range(*part.indices(size)) for part, size in zip(slices, spec.shape, strict=True)]
-        out = empty([len(span) for span in spans], bits(spec.dtype))
+        shape = [len(span) for span in spans]
+        try:
+            out = empty(shape, bits(spec.dtype))
+        except MemoryError:
+            raise MemoryError(
+                f"{shape} of {name} {spec.shape}, {spec.nbytes:,} bytes as a whole, in {self.where(name)}"
+            ) from None
         read_block(self.extent(name), spec.shape, slices, out)
         return out
 

@@ -12,7 +12,7 @@ from tests.tiny import checkpoint, config, tensors
 QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, StopIteration, RecursionError, MemoryError, OverflowError])
+@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, StopIteration, RecursionError, OverflowError])
 def test_what_is_left_over_is_exit_3(tmp_path, monkeypatch, capsys, error):
     def fail(*_):
         raise error("odd")
@@ -76,3 +76,23 @@ def test_experts_of_size_0(tmp_path, size, capsys):
 
 def test_control_characters_are_escaped():
     assert printable("a\x1b[2J\r\x07\x9b ä\n\ud800") == "a\\x1b[2J\\r\\x07\\x9b ä\n\\ud800"
+
+
+@pytest.mark.parametrize(
+    "command", ["--prefuse {in} {out}", "--verify {in} {in}", "--verify {in} {in} --dry-run", "--verify {in} {in} --no-gemm"]
+)
+def test_where_memory_is_at_its_end_a_sentence_names_the_tensor(tmp_path, monkeypatch, capsys, command):
+    def full(*_, **__):
+        raise MemoryError("Unable to allocate 1.00 TiB")
+
+    source = checkpoint(tmp_path / "in", tensors(QWEN), config(QWEN))
+    read = HFReader.read
+    monkeypatch.setattr(HFReader, "read", lambda reader, name, slices, *_: read(reader, name, slices, full))
+    monkeypatch.setattr("layouts.hf.read_block", lambda *_: full())
+    words = command.replace("{in}", str(source)).replace("{out}", str(tmp_path / "out")).split()
+    assert cli.main([*words, "--quiet"]) == 6
+    told = capsys.readouterr().err
+    assert told.count("there is not enough memory here (") == 1
+    assert "_proj.weight (" in told or command.startswith("--prefuse")
+    assert "lower --memory" in told
+    assert "Traceback" not in told

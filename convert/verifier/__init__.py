@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from convert.commit.processes import ALONE, Processes
 from convert.errors import UsageError, readable
 from convert.options import Verification
-from convert.progress import Progress, begin, ignore
+from convert.options.values import in_units
+from convert.progress import Progress, announce, begin, ignore
 from convert.verifier.bits import exact
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Scope, blocks
@@ -62,9 +63,15 @@ def verify_checkpoints(
         agree(processes, options, *(list(reader.tensors.values()) for reader in (one, other)))
         if options.trust_digests and options.self_test:
             raise UsageError("--trust-digests reads no bits, so that --self-test has none to flip; leave out one of them")
+        announce(report, lambda: _outlook(one, other))
         verdict = _compare(one, other, options, report, processes)
         again = partial(_compare, report=ignore)
         return by_first(processes, Verdict, lambda: attested(verdict, (one, other), options, report, again))
+
+
+def _outlook(one: Reader, other: Reader) -> str:
+    sizes = (in_units(sum(spec.nbytes for spec in reader.tensors.values())) for reader in (one, other))
+    return f"compare  {' with '.join(sizes)} of tensors at the most; --dry-run tells how long that takes here"
 
 
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes = ALONE) -> Verdict:

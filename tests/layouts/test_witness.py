@@ -122,11 +122,7 @@ def test_where_config_json_says_several_numbers_routers_are_counted(said):
     ("said", "remark"),
     [
         ({"num_experts": None}, f"neither config.json nor a router says how many experts there are; by their names {E}"),
-        (
-            {},
-            "config.json does not say how many layers and experts there are, "
-            "so that nobody has looked whether layers are missing",
-        ),
+        ({}, "config.json does not say how many layers and experts there are, so that nobody has looked whether"),
         (
             {"a": {"num_hidden_layers": 1, "num_experts": E}, "num_hidden_layers": 1},
             "config.json speaks of 2 models with experts",

@@ -105,12 +105,13 @@ def _nbytes(block: Block, kind: Kind) -> int:
 
 def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
     """The parts in which an expert is compared: the whole if it is within so many bytes, or can be cut nowhere."""
-    axis = min(cuttable(sides[0], kind) & cuttable(sides[1], kind), default=None)
+    sizes = {axis: sides[0].groups[kind].total(axis) for axis in sorted(cuttable(sides[0], kind) & cuttable(sides[1], kind))}
     count = -(-_held(sides, kind) // most)
-    if count <= 1 or axis is None:
+    if count <= 1 or not sizes:
         yield None
         return
-    size = sides[0].groups[kind].total(axis)
+    axis = next((axis for axis, size in sizes.items() if size >= count), max(sizes, key=lambda axis: sizes[axis]))
+    size = sizes[axis]
     step = -(-size // count)
     for start in range(0, size, step):
         yield Cut(axis, start, start + step if start + step < size else None)
