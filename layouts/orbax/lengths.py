@@ -1,7 +1,8 @@
-"""How large what an item stores may be where it is read as a whole: metadata, manifests of databases, chunks.
+"""How large what an item stores may be where it is read as a whole: metadata, manifests and nodes of databases, chunks.
 
 In: an item's directory, its databases, what its arrays say of themselves. Out: nothing, or an error. It never reads more than a
-byte. A file of 8 GiB costs nothing where it is a hole, and as a chunk of some kB it would be read into memory.
+byte, but for the nodes of a database that name others. A file of 8 GiB costs nothing where it is a hole, and as a chunk of
+some kB it would be read into memory.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layouts.disk.faults import answer
+import tensorstore as ts
+
+from layouts.disk.faults import answer, told
 from layouts.disk.files import check_size
-from layouts.disk.places import is_remote, names_of
+from layouts.disk.places import is_remote, kvstore_of, names_of
 from layouts.errors import InputError
 from layouts.orbax.codec import METADATA, grid_shape, key_form, key_of
 from layouts.orbax.tree import DATABASE, PROCESS, Leaf
@@ -27,6 +30,10 @@ _BESIDE, _EACH = 64 << 10, 64
 _RATIO, _ZEROS = 1 << 15, 16 << 30
 """Bytes that a stored one stands for at most (zstd: 128 KiB by 4 bytes), and bytes of zeros that may be left out anyway."""
 
+_NUMBERED = len("manifest.") + 16
+"""Letters of the name of a manifest that is in a file of its own for each version, of which none would be looked at."""
+_NODE = 128 << 20
+"""Bytes of a database's node: Orbax has TensorStore divide one that has more than 100 MB (`max_decoded_node_bytes`)."""
 _METADATA = (*METADATA.values(), ".zattrs")
 
 
@@ -42,9 +49,48 @@ def check_metadata(item: Path, leaves: Iterable[Leaf], *, ocdbt: bool, zarr3: bo
     if ocdbt:
         for folder in (item, *(child for child in item.iterdir() if child.name.startswith(PROCESS))):
             check_size(folder / DATABASE[0])
+        check_nodes(item)
         return
     for leaf in leaves:
         check_size(item / leaf.stored / ("zarr.json" if zarr3 else ".zarray"))
+
+
+def check_nodes(item: Path) -> None:
+    """Refuse a database that names a node which is longer than any, or the same node twice, or that cannot be entered.
+
+    A name says where a node lies and how long it is, and TensorStore believes it: 8 GiB of a hole are read, and a tree that
+    names a node twice has no end for who lists it. Source: https://google.github.io/tensorstore/kvstore/ocdbt.
+
+    Raises:
+        InputError: it does, or it keeps its versions elsewhere, as none of Orbax's does.
+        OSError: the disk or the store is failing.
+    """
+    where, base = item / DATABASE[0], kvstore_of(item)
+    numbered = any(child.name.startswith("manifest.") and len(child.name) == _NUMBERED for child in item.iterdir())
+    with told(item, DATABASE[0]):
+        store = answer(ts.KvStore.open(base))
+        versions = [] if numbered else answer(ts.ocdbt.dump(store)).get("versions")
+    if not versions:
+        raise InputError(f"{where}: the versions of the database are not in it; Orbax writes none such")
+    root = versions[-1]
+    waiting, seen = [(root["root"].get("location"), root["root_height"])], set[str]()
+    while waiting:
+        node, height = waiting.pop()
+        if node is None:  # of a database that is empty
+            continue
+        if node in seen:
+            raise InputError(f"{where}: its tree names the node {node} twice: it is damaged")
+        if (nbytes := int(node.rpartition(":")[2])) > _NODE:
+            raise InputError(f"{where}: its tree names a node of {nbytes:,} bytes; {_NODE:,} are the most that one may have")
+        seen.add(node)
+        if height:
+            with told(item, f"the node {node}"):
+                found = answer(ts.ocdbt.dump(store, node))
+            if found["height"] != height:
+                raise InputError(f"{where}: the node {node} is not where its tree says: it is damaged")
+            waiting += [(entry["location"], height - 1) for entry in found["entries"]]
+    with told(item, DATABASE[0]):
+        answer(answer(ts.KvStore.open({"driver": "ocdbt", "base": base})).read("\0"))
 
 
 def check_chunks(item: Path, stored: Mapping[str, str], grids: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:

@@ -4,10 +4,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.hostile import configs, headers, manifests, names, places, records, specials, stages, stores
+from tests.hostile import configs, databases, headers, manifests, names, places, records, specials, stages, stores
 from tests.hostile.variants import Table, Variant
 
-MODULES = (records, names, headers, configs, specials, stores, manifests, stages, places)
+MODULES = (records, names, headers, configs, specials, stores, databases, manifests, stages, places)
 AT_ONCE = 60
 """Cases of a batch, at most."""
 MOST = 36

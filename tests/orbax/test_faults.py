@@ -182,3 +182,52 @@ def test_a_manifest_of_8_gib_is_refused(tmp_path, capsys):
 def test_a_side_file_that_is_a_link_to_a_directory_is_not_left_out(kept, capsys):
     (kept / "assets").symlink_to("/usr")
     refused(capsys, kept, "a link to a directory")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A database of several levels, and the name of its root."""
+    base = {"driver": "file", "path": f"{tmp_path}/"}
+    config = {"max_decoded_node_bytes": 200, "max_inline_value_bytes": 10}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base, "config": config}).result()
+    with ts.Transaction() as together:
+        for number in range(40):
+            store.with_transaction(together)[f"k{number:03}"] = b"x" * (number + 1)
+    version = ts.ocdbt.dump(ts.KvStore.open(base).result()).result()["versions"][-1]
+    assert version["root_height"] > 1
+    return tmp_path, version["root"]["location"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: None, ""),
+        (lambda found: found["entries"].append(found["entries"][0]), "twice"),
+        (lambda found: found["entries"][1].update(location="btreenode::d/x:0:999999999"), "999,999,999 bytes"),
+        (lambda found: found.update(height=1), "is not where its tree says"),
+    ],
+    ids=["sound", "twice", "long", "height"],
+)
+def test_the_nodes_of_a_database_are_looked_at_before_any_is_read(tree, change, words, monkeypatch):
+    item, root = tree
+    dump = ts.ocdbt.dump
+
+    def dumped(store, *node):
+        found = dump(store, *node).result()
+        if node == (root,):
+            change(found)
+        future = ts.Promise.new()
+        future[0].set_result(found)
+        return future[1]
+
+    monkeypatch.setattr(ts.ocdbt, "dump", dumped)
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        lengths.check_nodes(item)
+
+
+def test_a_database_that_keeps_its_versions_elsewhere_is_none_of_orbax(tmp_path):
+    base = {"driver": "file", "path": f"{tmp_path}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base, "config": {"manifest_kind": "numbered"}}).result()
+    store["a"] = b"b"
+    with pytest.raises(InputError, match="the versions of the database are not in it"):
+        lengths.check_nodes(tmp_path)
