@@ -48,8 +48,8 @@ def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, prog
     processes.agree("compared")
     files = sum(entry.count or 1 for entry in found.files.values())
     return (
-        f"{plan.out} has been made by this plan from this input: {len(plan.targets)} tensors were read again and compared, "
-        f"{files} files are there; nothing to do"
+        f"{plan.out} has been made by this plan from this input: {len(plan.targets)} tensors were read again and compared with "
+        f"{manifest.NAME}, {files} files are there with their sizes, whose tensors a verification reads; nothing to do"
     )
 
 

@@ -46,6 +46,8 @@ LARGE = {
     "of heads": ("num_attention_heads", 10**12),
     "of sparse steps": ("decoder_sparse_step", 10**12),
 }
+NO_NUMBERS = {"one in a text": "3", "true": True, "one with a point": 3.0, "below zero": -3, "an object": {"a": 3}}
+"""To take these for silence would let who writes them leave out an expert, or a layer."""
 TEXTS: dict[str, str | bytes] = {
     "nothing": "",
     "no JSON": "{",
@@ -135,6 +137,9 @@ def variants() -> Iterator[Table]:
     for name, (word, value) in LARGE.items():
         configs.add(f"a large number {name}", "hf", edit("config.json", (word,), value), PREFUSE, ORBAX, COMPARE)
         configs.add(f"a large number {name}", "maxtext", edit("config.json", (word,), value), HF)
+    for name, value in NO_NUMBERS.items():
+        for word in ("num_experts", "num_hidden_layers"):
+            configs.add(f"{word} is no number but {name}", "hf", edit("config.json", (word,), value), codes=frozenset({3}))
     for name, value in QUANTIZED.items():
         configs.add(name, "hf", edit("config.json", ("quantization_config",), value), PREFUSE, DEQUANTIZE)
     for name, content in TEXTS.items():
