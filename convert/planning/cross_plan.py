@@ -43,7 +43,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     to_maxtext, fused = reader.format == "hf", action == "prefuse"
     config = config_of(reader)
     origin = origin_of(reader, choices.family)
-    named = choices.family or origin.family
+    named = choices.family or origin.family or (record_of(reader).get("family") if to_maxtext else None)
     found = find_family(config, list(reader.tensors), where=reader.path, format="hf", override=named)
     tree, sides, came = (_into_maxtext if to_maxtext else _out_of_maxtext)(reader, found, origin, choices, fused)
     # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.

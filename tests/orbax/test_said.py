@@ -171,6 +171,8 @@ def test_the_family_is_said_once(unknown, tmp_path):
     assert convert.verify(tmp_path / "fused", tmp_path / "later", gemm=False, family="qwen3_moe").equal
     convert.prefuse(unknown, tmp_path / "hf", family="qwen3_moe")
     assert convert.verify(tmp_path / "hf", tmp_path / "later", gemm=False).equal
+    convert.reformat(tmp_path / "hf", tmp_path / "of-hf", to="orbax")
+    assert convert.verify(unknown, tmp_path / "of-hf", gemm=False).equal
     (tmp_path / "fused" / MANIFEST).unlink()
     convert.split(tmp_path / "fused", tmp_path / "last", to="hf", family="qwen3_moe")
     with pytest.raises(PlanError, match="made of a checkpoint of family qwen3_moe; do without family='deepseek_v3'"):
