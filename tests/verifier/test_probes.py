@@ -12,9 +12,9 @@ import convert
 from convert.cli import main
 from convert.verifier.bits.logical import blocks
 from convert.verifier.gemms.backends import BACKENDS
-from convert.verifier.gemms.layer import Arrays, Form, jitted
+from convert.verifier.gemms.layer import Arrays, Form, jitted_read
 from convert.verifier.gemms.operands import Weights, load
-from convert.verifier.gemms.probes import Setting, answer, gradients, identity, outputs, skewed, stored
+from convert.verifier.gemms.probes import Setting, answered, gradients, identity, outputs, skewed, stored
 from convert.verifier.gemms.rows import ask, rows_of
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
@@ -30,6 +30,10 @@ LAYOUTS = {
 }
 EXPERTS = range(4, 12)
 SETTING = Setting(backend=BACKENDS["ragged_dot"])
+
+
+def answer(weights, rows, setting):
+    return answered(weights.read(rows.x, rows.hot, rows.sizes, setting.backend, setting.activation), rows)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def test_more_tokens_read_more_rows(folder):
 def test_the_verdict_narrows_down_and_is_json(folder, capsys):
     arguments = ["--verify", str(folder / "in"), str(folder / "vllm"), "--quiet", "--json"]
     assert main([*arguments, "--layers", "1", "--experts", "0,8-9"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["result"]
     assert found["equal"]
     levels = {level["name"]: level for level in found["levels"]}
     assert list(levels) == ["exact", "others", "identity", "gemm", "gradients", "layer", "files", "recorded", "content"]
@@ -178,7 +182,8 @@ def test_xla_gives_what_we_say_of_it():
     x, wi, wo = rng.standard_normal((6, 8)), rng.standard_normal((3, 8, 10)), rng.standard_normal((3, 5, 8))
     sizes = np.array([2, 0, 4], np.int32)
     form = Form(columns=(("g", 2, 2, False), ("n", 5, 5, False)))
-    found = jitted(x.astype("f4"), Arrays(wi.astype("f4"), wo.astype("f4")), sizes, form=form)
+    none = np.full(len(x), -1, np.int32)
+    found = jitted_read(x.astype("f4"), (none, none), Arrays(wi.astype("f4"), wo.astype("f4")), sizes, form=form).down
     wanted = []
     for row, e in zip(x, np.repeat(np.arange(3), sizes), strict=True):
         gate, up = np.split(row @ wi[e], 2)

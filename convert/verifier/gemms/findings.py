@@ -80,13 +80,15 @@ class Findings:
     def ask(self, block: Block, side: int, weights: Weights, to: Routed) -> None:
         """Run all rows through one side's weights: those that read them back, random ones, and routed ones."""
         call, tokens = self.call, self.setting.tokens
-        most, out = room_for(len(call.experts), tokens), self.outputs[call.label][side]
-        call.wanted = call.wanted or stored(weights, rows_of(block, tokens))
-        first, *rest = pieces(to, call.experts, most)
-        answers = probes.answer(weights, ask(block, call.experts, tokens, (first.x, first.sizes)), self.setting)
+        out, setting = self.outputs[call.label][side], self.setting
+        first, *rest = pieces(to, call.experts, room_for(len(call.experts), tokens))
+        rows = ask(block, call.experts, tokens, (first.x, first.sizes))
+        running = weights.read(rows.x, rows.hot, rows.sizes, setting.backend, setting.activation)
+        call.wanted = call.wanted or stored(weights, rows_of(block, tokens))  # while that runs
+        answers = probes.answered(running, rows)
         self._add("identity", probes.identity(call.wanted, answers, weights, block, call.experts, call.unread))
         first.add(out, answers.routed)
-        add_experts(out, rest, weights, self.setting, most)
+        add_experts(out, rest, weights, setting, len(rows.x))
         call.answers.append(answers)
 
     def compare(self, one: Block, to: Sequence[Routed]) -> None:

@@ -61,10 +61,6 @@ def ffn(x: jax.Array, arrays: Arrays, sizes: jax.Array, form: Form) -> jax.Array
     return functools.reduce(jnp.add, parts)[:, : x.shape[1]]
 
 
-jitted = functools.partial(jax.jit, static_argnames=("form",))(ffn)
-"""`ffn`, compiled for each form and shape."""
-
-
 def _one(x: jax.Array, arrays: Arrays, sizes: jax.Array, form: Form) -> jax.Array:
     gate, up = gmm_up(x, arrays.wi, sizes, form, arrays.wi_bias)
     hidden = form.activation(gate, up).astype(x.dtype)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from convert.verifier.bits.logical import Block, expert, located, slab
 from convert.verifier.bits.stored import Axis, logical
 from convert.verifier.gemms.backends import Backend
-from convert.verifier.gemms.layer import Arrays, Columns, Form, ffn, jitted
+from convert.verifier.gemms.layer import Arrays, Columns, Form, Read, jitted_read, read
 from convert.verifier.gemms.routing import SILU, Activation
 from layouts.tensors import bits, numpy_dtype
 
@@ -45,8 +45,8 @@ class Operand:
     def projections(self, array: Any, role: str, e: int) -> Sequence[NDArray[Any]]:
         """Expert `e` of an array like this one, in logical axes: gate and up (K, N), or down (N, K)."""
         if self.paired:
-            return [logical(np.asarray(array[g][e]), self.dims, role) for g in (0, 1)]
-        found = logical(np.asarray(array[e]), self.dims, role)
+            return [logical(np.asarray(array[g])[e], self.dims, role) for g in (0, 1)]
+        found = logical(np.asarray(array)[e], self.dims, role)
         return list(found) if role == "wi" else [found]
 
 
@@ -78,11 +78,20 @@ class Weights:
             gmm=backend.gmm,
         )
 
-    def run(self, x: Any, groups: Any, backend: Backend, activation: Activation | None = None) -> NDArray[Any]:
-        """The expert layer's output (M, K) for rows (M, K) in groups."""
-        call = jitted if backend.traced else ffn
-        form = self.form(backend, activation)
-        return np.asarray(call(jnp.asarray(x), self.arrays, jnp.asarray(groups, jnp.int32), form=form))
+    def read(self, x: Any, hot: tuple[Any, Any], groups: Any, backend: Backend, activation: Activation | None = None) -> Read:
+        """What rows (M, K) in groups read; it is begun here, and may go on when this has returned."""
+        call = jitted_read if backend.traced else read
+        sizes: Any = np.asarray(groups, np.int32)
+        return call(x, hot, self.arrays, sizes, form=self.form(backend, activation))
+
+    def run(
+        self, x: NDArray[Any], groups: Any, backend: Backend, activation: Activation | None = None, rows: int = 0
+    ) -> NDArray[Any]:
+        """The expert layer's output (M, K) for rows (M, K) in groups, padded to so many that a compiled call is used again."""
+        length = max(rows, len(x))
+        none = np.full(length, -1, np.int32)
+        wide = np.pad(x, ((0, length - len(x)), (0, 0)))
+        return np.asarray(self.read(wide, (none, none), groups, backend, activation).down)[: len(x)]
 
 
 def can_run(block: Block) -> bool:

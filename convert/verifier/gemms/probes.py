@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from convert.verifier.bits.logical import PROJECTIONS, Block
 from convert.verifier.gemms.backends import Backend
-from convert.verifier.gemms.layer import Arrays, Form, ffn, jitted_read, read
+from convert.verifier.gemms.layer import Arrays, Form, Read, ffn
 from convert.verifier.gemms.operands import Weights
 from convert.verifier.gemms.routing import SILU, Activation
-from convert.verifier.gemms.rows import Rows
+from convert.verifier.gemms.rows import Rows, length_of
 
 GROUP_SIZES = ((1, 0, 5, 2, 0, 3, 1, 0), (0, 4, 0, 0, 1, 0, 0, 2))
 """Rows per expert, in two rounds: every expert has tokens in one of them, some have none in the other, some have one."""
@@ -66,11 +66,8 @@ class Answers(NamedTuple):
     routed: NDArray[Any]
 
 
-def answer(weights: Weights, rows: Rows, setting: Setting) -> Answers:
-    """Run all rows of a call."""
-    call = jitted_read if setting.backend.traced else read
-    x, hot_up, hot_down, sizes = map(jnp.asarray, (rows.x, *rows.hot, rows.sizes))
-    found = call(x, (hot_up, hot_down), weights.arrays, sizes, form=weights.form(setting.backend, setting.activation))
+def answered(found: Read, rows: Rows) -> Answers:
+    """What came out of a call with these rows; it waits for that."""
     gate, up, down = map(np.asarray, found)
     hot, experts = rows.hot[0] >= 0, len(rows.sizes)
     wi = np.stack([each[hot].reshape(experts, -1, each.shape[1]) for each in (gate, up)], 1)
@@ -140,11 +137,10 @@ def skewed(a: Weights, b: Weights, block: Block, experts: range, setting: Settin
     """The same for random tokens in skewed groups, of which some are empty and some have one."""
     k = block.groups["wi", ""].total("k")
     worst = Distance._make(np.zeros(len(experts), kind) for kind in (float, float, float, bool, bool))
-    most = max(tokens(experts, k, setting.tokens, sizes)[1].sum() for sizes in GROUP_SIZES)
+    length = length_of(block, len(experts), setting.tokens)
     for sizes in GROUP_SIZES:
-        x, groups = tokens(experts, k, setting.tokens, sizes)
-        padded = np.pad(x, ((0, most - len(x)), (0, 0)))  # of one shape, so that they are compiled once
-        found = distance(*(w.run(padded, groups, setting.backend, setting.activation)[: len(x)] for w in (a, b)), terms=k)
+        x, groups = tokens(experts, k, setting.tokens, np.roll(sizes, -experts.start).tolist())
+        found = distance(*(w.run(x, groups, setting.backend, setting.activation, length) for w in (a, b)), terms=k)
         for at, rows in enumerate(np.split(np.arange(len(x)), np.cumsum(groups)[:-1])):
             for worse, values in zip(worst, found, strict=True):
                 worse[at] = max(worse[at], values[rows].max(initial=0))
@@ -216,9 +212,11 @@ def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
     compares the bits of the weights themselves. NaN is equal to NaN here, and infinities to themselves.
     """
     finite = np.isfinite(a) & np.isfinite(b)
-    same = np.where(finite, True, (np.isnan(a) & np.isnan(b)) | (a == b))
-    values = np.where(finite, a, 0)
-    delta = np.abs(values - np.where(finite, b, 0)).max(axis=-1, initial=0)
+    same, values, others = finite, a, b
+    if not finite.all():
+        same = np.where(finite, True, (np.isnan(a) & np.isnan(b)) | (a == b))
+        values, others = np.where(finite, a, 0), np.where(finite, b, 0)
+    delta = np.abs(values - others).max(axis=-1, initial=0)
     relative = delta / (np.linalg.norm(values.astype(np.float64), axis=-1) + np.finfo(np.float32).tiny)
     ulp = delta / np.spacing(np.abs(values).max(axis=-1, initial=np.finfo(np.float32).tiny).astype(np.float32))
     unequal = (relative > bound(terms)) | ~same.all(axis=-1)

@@ -7,6 +7,7 @@ All probes share one pass over the weights: on a CPU, to go over them is what a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,20 @@ def rows_of(block: Block, tokens: int = 1) -> dict[str, NDArray[Any]]:
 
 
 def room_for(experts: int, tokens: int = 1) -> int:
-    """Routed rows of a call: always as many, so that a call is compiled once."""
+    """Routed rows of a call."""
     return max(8, ROUTED * experts * tokens)
+
+
+def length_of(block: Block, experts: int, tokens: int = 1) -> int:
+    """Rows of a call: always as many, whatever they are, so that a call is compiled once."""
+    reading = max(map(len, rows_of(block, tokens).values()))
+    return experts * (reading + RANDOM * tokens) + room_for(experts, tokens)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(first: int, k: int, count: int) -> NDArray[np.float32]:
+    """Random rows; both sides get the same ones."""
+    return np.random.default_rng([first, k]).standard_normal((count, k), np.float32)
 
 
 def ask(block: Block, experts: range, tokens: int = 1, routed: tuple[NDArray[Any], NDArray[Any]] | None = None) -> Rows:
@@ -55,20 +68,18 @@ def ask(block: Block, experts: range, tokens: int = 1, routed: tuple[NDArray[Any
     count, k = len(experts), block.groups["wi", ""].total("k")
     x, sizes = routed or (np.zeros((0, k), np.float32), np.zeros(count, int))
     hot, drawn = _spread(rows_of(block, tokens)), count * RANDOM * tokens
-    reading = count * len(hot[0])
-    kinds = np.repeat((0, 1, 2), (reading, drawn, len(x)))
+    kinds = np.repeat((0, 1, 2), (count * len(hot[0]), drawn, len(x)))
     owners = np.concatenate([np.repeat(np.arange(count), each) for each in (len(hot[0]), RANDOM * tokens, sizes)])
-    order = np.argsort(owners, kind="stable")
-    random = np.random.default_rng([experts.start, k]).standard_normal((drawn, k), np.float32)
-    every = np.zeros((reading + drawn + room_for(count, tokens), k), np.float32)
-    every[: len(order)] = np.concatenate([np.zeros((reading, k), np.float32), random, x])[order]
-    kinds = kinds[order]
+    kinds = kinds[np.argsort(owners, kind="stable")]
+    random_at, routed_at = (np.flatnonzero(kinds == kind) for kind in (1, 2))
+    every = np.zeros((length_of(block, count, tokens), k), np.float32)
+    every[random_at], every[routed_at] = _drawn(experts.start, k, drawn), x
     return Rows(
         x=every,
         hot=(_placed(hot[0], kinds, len(every)), _placed(hot[1], kinds, len(every))),
         sizes=np.bincount(owners, minlength=count).astype(np.int32),
-        random=np.flatnonzero(kinds == 1),
-        routed=np.flatnonzero(kinds == 2),
+        random=random_at,
+        routed=routed_at,
     )
 
 

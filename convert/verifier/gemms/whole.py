@@ -155,8 +155,7 @@ def pieces(to: Routed, experts: range, most: int) -> Iterator[Piece]:
         yield Piece(x, np.bincount(here, minlength=len(experts)), to.token[rows], 1 if to.on_inputs else weight)
 
 
-def add_experts(out: NDArray[Any], rest: Iterable[Piece], weights: Weights, setting: Setting, most: int) -> None:
-    """Run pieces of at most so many rows, and add what the experts give to the outputs (T, K)."""
+def add_experts(out: NDArray[Any], rest: Iterable[Piece], weights: Weights, setting: Setting, rows: int) -> None:
+    """Run pieces, each in a call of so many rows, and add what the experts give to the outputs (T, K)."""
     for piece in rest:
-        x = np.pad(piece.x, ((0, most - len(piece.x)), (0, 0)))  # of one shape, so that they are compiled once
-        piece.add(out, weights.run(x, piece.sizes, setting.backend, setting.activation)[: len(piece.x)])
+        piece.add(out, weights.run(piece.x, piece.sizes, setting.backend, setting.activation, rows))
