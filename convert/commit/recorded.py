@@ -45,6 +45,8 @@ class Manifest:
     """The digest of what the input held (`convert.verifier.content`), if it was asked for."""
     intact: bool | None
     """Whether its digest of itself is right; None if it has none."""
+    tool: object
+    """The version of this tool that wrote it, as it says."""
 
 
 def load(path: Path) -> Manifest | None:
@@ -71,6 +73,7 @@ def load(path: Path) -> Manifest | None:
             headers={str(name): str(digest) for name, digest in found.get("headers", {}).items()},
             content=_content(found.get("content")),
             intact=found[SEAL] == seal_of(found) if SEAL in found else None,
+            tool=found.get("tool"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: {error!r}; convert again to have one") from None

@@ -130,9 +130,47 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_metadata_of_shards(root, tmp_path, side):
     b = shutil.copytree(root / side, tmp_path / "b")
     rewritten(sorted(b.glob("*.safetensors"))[0], lambda header: header.setdefault("__metadata__", {}).update(source="x"))
-    (line,) = files(root / "in", b).differences
+    line, header = files(root / "in", b).differences
     assert line.startswith("__metadata__")
     assert line.endswith('source is absent in one, "x" in the other')
+    assert header == f"{b}: the header of {sorted(b.glob('*.safetensors'))[0].name} is not what was written"
+
+
+MANIFEST = "convert_manifest.json"
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "layout": (lambda found: found.update(layout="vllm"), f"{MANIFEST} is not what was written"),
+    "shape": (lambda found: found["tensors"]["lm_head.weight"]["shape"].reverse(), f"{MANIFEST} is not what was written"),
+    "texts": (lambda found: found["original"]["texts"].clear(), f"{MANIFEST} is not what was written"),
+    "seal": (lambda found: found.pop("xxh3_128"), f"{MANIFEST} has no digest of itself"),
+    "no manifest": (lambda found: found.pop("tensors"), "not a manifest of this version"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("pair", [("in", "out"), ("in", "again"), ("tree", "fused-tree"), ("in", "fused-tree")])
+def test_a_manifest_is_looked_at_beside_another_checkpoint_too(root, tmp_path, what, pair):
+    """Alone it was DIFFERENT, and EQUAL beside the checkpoint that it was made of."""
+    b = shutil.copytree(root / pair[1], tmp_path / "b")
+    change, words = CHANGES[what]
+    if what == "texts" and "original" not in json.loads((b / MANIFEST).read_text()):
+        return
+    if what == "shape" and pair[1].endswith("tree"):
+        change = lambda found: next(iter(found["tensors"].values()))["shape"].append(1)  # noqa: E731
+    edited(b / MANIFEST, change)
+    assert any(str(b) in line and words in line for line in files(root / pair[0], b).differences)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.experts.wi"])
+def test_a_header_with_a_word_too_many(root, tmp_path, name):
+    b = shutil.copytree(root / "out", tmp_path / "b")
+    rewritten(next(b.glob("*.safetensors")), lambda header: header[name].update(more=1))
+    assert files(root / "in", b).differences == (f"{b}: the header of model.safetensors is not what was written",)
+
+
+def test_what_an_earlier_version_wrote_without_a_digest_is_no_difference(root, tmp_path):
+    b = shutil.copytree(root / "out", tmp_path / "b")
+    edited(b / MANIFEST, lambda found: [found.pop("xxh3_128"), found.pop("headers"), found.update(tool="0.1.0")])
+    assert files(root / "in", b).state == "equal"
 
 
 def test_the_word_for_the_layout_is_that_of_what_it_describes(root, tmp_path):

@@ -1,4 +1,4 @@
-"""The manifest itself, and what it says of headers and of our record: level `manifest`.
+"""The manifest itself, and what it says of headers and of our record: level `manifest`, and of two a part of `files`.
 
 In: an open checkpoint and its manifest. Out: a level. It never looks at data.
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from convert.commit.manifest import NAME, hashed_text
-from convert.commit.recorded import Manifest
+from convert.commit.recorded import Manifest, load
+from convert.errors import InputError
 from convert.verifier.verdict import Level
 from layouts.checkpoint import FORMATS
 from layouts.reader import Reader
@@ -25,6 +26,21 @@ def compare_manifest(reader: Reader, found: Manifest) -> Level:
         compared=1 + len(found.headers),
         differences=(*_itself(found), *_headers(reader, found), *_records(reader, found)),
     )
+
+
+_WITHOUT = ("0.1.0",)
+"""Versions of this tool whose manifests have no digest of themselves."""
+
+
+def beside_manifest(reader: Reader) -> Iterator[str]:
+    """The same of one of two that are compared, if it has a manifest that says so much; nothing of it is believed."""
+    try:
+        found = load(reader.path)
+    except InputError as error:
+        yield str(error)
+        return
+    if found and (found.intact is not None or found.tool not in _WITHOUT):
+        yield from (f"{reader.path}: {line}" for line in compare_manifest(reader, found).differences)
 
 
 def _itself(found: Manifest) -> Iterator[str]:
