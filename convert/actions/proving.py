@@ -6,8 +6,7 @@ In: parsed arguments. Out: an `Answer`. Nothing here prints or exits.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
         raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
     whole = bool(arguments.json or arguments.report)
     given = options(arguments, "--verify")
-    whole = whole and not given.get("trust_digests")  # both read everything
-    given = {"content": whole, "self_test": whole, **given}
+    given = {**_beside(arguments.paths, whole and not given.get("trust_digests")), **given}  # both read everything
     if arguments.dry_run:
         return _cost(arguments, given)
     if arguments.report:
@@ -41,13 +39,22 @@ def verify(arguments: argparse.Namespace) -> Answer:
     started = datetime.now(UTC)
     with watching(shown(arguments, processes), "opening") as progress:
         verdict = convert.verify(*arguments.paths, processes=processes, progress=progress, **given)
-    run = run_of(arguments.command, started)
+    run, code = run_of(arguments.command, started), 0 if verdict.equal else 1
     if not processes or processes.first:
         if arguments.report:
             Path(arguments.report).write_text(page(verdict, run), encoding="utf-8")
-        document = verdict.json(run) if arguments.json else ""
-        return Answer(text=str(verdict), document=document, exit_code=0 if verdict.equal else 1)
-    return Answer(text="", document="", exit_code=0 if verdict.equal else 1)
+        document = envelope("verify", code, verdict.to_dict(run)) if arguments.json else ""
+        return Answer(text=str(verdict), document=document, exit_code=code)
+    return Answer(text="", document="", exit_code=code)
+
+
+def _beside(paths: Sequence[str], whole: bool) -> dict[str, bool]:
+    """What a `whole` report has besides, as far as there is any for what is compared."""
+    from layouts.checkpoint import is_adapter
+    from layouts.disk.places import place
+
+    adapter = whole and any(is_adapter(place(path)) for path in paths)
+    return {"content": whole and not adapter, "self_test": whole and not (adapter and len(paths) > 1)}
 
 
 def _try_to_write(path: Path) -> None:
@@ -83,8 +90,9 @@ def digest(arguments: argparse.Namespace) -> Answer:
     for path in arguments.paths:
         with watching(shown(arguments, None), total=_input_bytes(path) or None) as progress:
             found[path] = convert.digest(path, progress=progress, **given)
-    document = json.dumps({path: each.to_dict() for path, each in found.items()}, indent=1)
-    return Answer(text="\n".join(each.told(path) for path, each in found.items()), document=document)
+    result = {"digests": {path: each.to_dict() for path, each in found.items()}}
+    text = "\n".join(each.told(path) for path, each in found.items())
+    return Answer(text=text, document=envelope("digest", 0, result))
 
 
 def _input_bytes(path: str) -> int:

@@ -1,7 +1,7 @@
-"""What `--json` prints: one envelope of one version around the result of every action but `--verify` and `--digest`.
+"""What `--json` prints: one envelope of one version around the result of every action.
 
-In: what `to_dict()` of plans, reports and inspections gives. Out: JSON text. `output.schema.json` beside this file describes
-it; a verdict has its own.
+In: what `to_dict()` of plans, reports, inspections, verdicts and digests gives. Out: JSON text. `output.schema.json` beside
+this file describes it, and `verdict.schema.json` the verdicts in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCHEMA, VERSION = "output.schema.json", 1
 def envelope(action: str, exit_code: int, result: Mapping[str, Any] | None, error: str | None = None) -> str:
     """The one line of an answer; of an error, `result` is None."""
     found = {"schema": SCHEMA, "version": VERSION, "action": action, "exit_code": exit_code, "result": result, "error": error}
-    return json.dumps(found)
+    return json.dumps(found, allow_nan=False)
 
 
 def ahead_json(ahead: Any) -> dict[str, int | None]:

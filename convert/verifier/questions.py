@@ -83,6 +83,16 @@ QUESTIONS: Mapping[str, Question] = {
         method="the manifest by its own digest, headers by theirs, records with one another",
         bound="nothing may differ",
     ),
+    "delta": Question(
+        asks="Does every expert get the same delta W from both adapters?",
+        method="scale * B @ A of each projection, in float64, where the factors are not the same numbers",
+        bound="what rounding in float64 makes of products of these factors",
+    ),
+    "settings": Question(
+        asks="Do both adapters say the same of themselves?",
+        method="adapter_config.json key by key, but for how factors are stored; scales are compared with the factors",
+        bound="nothing may differ",
+    ),
     "decoded": Question(
         asks="Can every array be read whole?",
         method="all chunks are decoded",

@@ -19,7 +19,7 @@ SHOWN = 20
 WIDTH = 9
 """Of a level's name, where it has no backend's behind it."""
 VERSION = 1
-"""Of the JSON, which `verdict.schema.json` beside this file describes; another form has another one."""
+"""Of the JSON, which `convert/answers/verdict.schema.json` describes; another form has another one."""
 EQUAL, DIFFERENT, NOT_RUN = "equal", "DIFFERENT", "not run"
 """The states of a level, as text, JSON and page have them."""
 

@@ -69,7 +69,7 @@ def test_it_is_what_readme_says(root, capsys):
     assert main(["--digest", str(root / "in"), "--quiet"]) == 0
     assert capsys.readouterr().out == f"sha256:{wanted}  {root / 'in'}\n"
     assert main(["--digest", str(root / "in"), "--json", "--quiet"]) == 0
-    found = json.loads(capsys.readouterr().out)[str(root / "in")]
+    found = json.loads(capsys.readouterr().out)["result"]["digests"][str(root / "in")]
     tensors = {name: array for file in (root / "in").glob("*.safetensors") for name, array in load_file(file).items()}
     model = {"sha256": wanted, "tensors": len(tensors), "bytes": sum(array.nbytes for array in tensors.values())}
     assert found == {"model": model, "state": None, "terms": "the names and axes of Hugging Face"}

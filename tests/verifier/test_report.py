@@ -21,7 +21,7 @@ from convert.verifier.page import page
 from convert.verifier.verdict import Level, Trial, Verdict
 from scripts.make_checkpoint import make_checkpoint
 
-SCHEMA = json.loads((Path(convert.__file__).parent / "verifier" / "verdict.schema.json").read_text())
+SCHEMA = json.loads((Path(convert.__file__).parent / "answers" / "verdict.schema.json").read_text())
 LAYOUTS = {"concat": {}, "per-shard": {"shards": 2}, "flashinfer": {}, "interleaved": {}}
 
 
@@ -43,7 +43,9 @@ def valid(found) -> dict:
 
 def command(*words, capsys) -> tuple[int, dict]:
     code = main([*map(str, words), "--json", "--quiet"])
-    return code, valid(json.loads(capsys.readouterr().out))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["action"], found["exit_code"], found["error"]) == ("verify", code, None)
+    return code, valid(found["result"])
 
 
 def test_the_schema_is_one():

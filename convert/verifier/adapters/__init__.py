@@ -46,7 +46,7 @@ def verify_adapters(
             raise UsageError(f"{path} is no LoRA adapter, and the other one is; compare two of a kind")
     if processes.count > 1:
         raise UsageError("one process compares two adapters; leave out what is said of several")
-    for name in ("layers", "experts", "mesh", "trust_digests"):
+    for name in ("layers", "experts", "mesh", "trust_digests", "content", "self_test"):
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} is for checkpoints; adapters are compared as a whole")
     with readable(f"{a} against {b}"), closing(open_adapter(a)) as one, closing(open_adapter(b)) as other:
