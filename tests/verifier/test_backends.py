@@ -127,7 +127,7 @@ def test_many_devices_give_what_one_gives(folder, layout, sizes):
 def test_the_command_with_a_mesh_and_all_backends(folder, capsys):
     arguments = ["--verify", str(folder / "qwen3_moe"), str(folder / "concat"), "--quiet", "--json", "--backend", "all"]
     assert main([*arguments, "--mesh", "expert=4,model=2", "--layers", "1"]) == 0
-    levels = {level["name"]: level for level in json.loads(capsys.readouterr().out)["levels"]}
+    levels = {level["name"]: level for level in json.loads(capsys.readouterr().out)["result"]["levels"]}
     assert {"mesh", "identity", "identity/megablox", "gemm/moegemm", "layer/moegemm", "gradients/megablox"} <= set(levels)
     assert "gradients/moegemm" not in levels  # NumPy has none
     assert "4 (expert) x 2 (model)" in levels["mesh"]["covered"]

@@ -178,7 +178,7 @@ def test_it_says_no_more_than_that(root, tmp_path, capsys):
     assert main(given) == 1
     capsys.readouterr()
     assert main([*given, "--trust-digests", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["result"]
     assert found["verdict"] == UNREAD
     assert found["not_run"].keys() == {"exact", "others"}
     assert (found["self_test"], found["counts"].endswith(f"{tmp_path / 'out'} was not")) == ([], True)

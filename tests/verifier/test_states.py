@@ -74,7 +74,7 @@ def test_a_narrowed_verdict_says_so(root, capsys):
     assert main([*arguments, "--layers", "1-2", "--experts", "0,2-3"]) == 0
     assert capsys.readouterr().out.endswith("\nEQUAL (layers 1-2 of 3, experts 0, 2-3 of 4)\n")
     assert main([*arguments, "--layers", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] == "EQUAL (layers 1 of 3)"
+    assert json.loads(capsys.readouterr().out)["result"]["verdict"] == "EQUAL (layers 1 of 3)"
 
 
 def damaged(root: Path, out: Path, change: Any) -> Path:
