@@ -5,8 +5,9 @@ In: what each process has to say. Out: agreement, and each one's share of the wo
 Of a conversion every process makes the same plan and writes its share of the output into the staging directory of the first
 one, which alone opens it, writes what stands beside the tensors and publishes. Of a verification each does a stretch of the
 work (`stretch`), and they tell each other what they have found (`gather`). They meet at few points (`agree`); a process that
-fails says so, and the others stop; one that dies is noticed by JAX's coordination service, which ends the others. What is
-journalled is kept either way, whatever the number of processes next time.
+fails says so, and the others stop; one that dies is noticed by JAX's coordination service, which ends the others; one that
+lives and gets no further (a disk that hangs) is given up after `SILENT` seconds. What is journalled is kept either way,
+whatever the number of processes next time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ HELD = 160 << 20
 """Bytes that JAX takes in a process."""
 _LOOK = 1.0
 """Seconds between two looks at whether another process has failed."""
+SILENT = 1800.0
+"""Seconds without progress in another process until it is given up: more than flushing a file or hashing one tensor takes."""
 _MESSAGE = 1 << 20
 """Characters in one message to the others; the service takes no more than 4 MiB."""
 _RUNS = itertools.count()
@@ -43,9 +46,11 @@ class _Watched:
         self.progress(done)
 
     def phase(self, name: str, total: int | None) -> None:
+        self.look()
         begin(self.progress, name, total)
 
     def at(self, what: str) -> None:
+        self.look()
         say(self.progress, what)
 
 
@@ -77,7 +82,7 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            self._tell(f"process {self.index} of {self.count} stopped: {error or type(error).__name__}")
+            self._tell("failed", f"process {self.index} of {self.count} stopped: {error or type(error).__name__}")
             raise
 
     def agree(self, step: str, value: str = "") -> None:
@@ -100,7 +105,7 @@ class Processes:
         """What each process says here, in their order; it waits until all have spoken.
 
         Raises:
-            StorageError: another process has failed.
+            StorageError: another process has failed, or has made no progress for so long that it is given up.
         """
         if self.count == 1:
             return [text]
@@ -111,8 +116,8 @@ class Processes:
             self.client.key_value_set(f"{place}/{self.index}/{number}", piece)
         found = []
         for other in range(self.count):
-            count = int(self._wait_for(f"{place}/{other}/0"))
-            found.append("".join(self._wait_for(f"{place}/{other}/{number + 1}") for number in range(count)))
+            count = int(self._wait_for(f"{place}/{other}/0", other))
+            found.append("".join(self._wait_for(f"{place}/{other}/{number + 1}", other) for number in range(count)))
         return found
 
     def stretch(self, sizes: Sequence[int]) -> slice:
@@ -132,20 +137,34 @@ class Processes:
     def _look_at_times(self) -> None:
         if (now := time.monotonic()) > self._looked + _LOOK:
             self._looked = now
+            self._tell("at work", str(now))
             self._look()
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, what: str, text: str) -> None:
         if self.count > 1:
             with suppress(RuntimeError):  # whoever coordinates may be gone, and with it those who could be told
-                self.client.key_value_set(f"convert/{self._run}/failed/{self.index}", text)
+                self.client.key_value_set(f"convert/{self._run}/{what}/{self.index}", text, True)
 
     def _look(self) -> None:
         for _, text in self.client.key_value_dir_get(f"convert/{self._run}/failed"):
             raise StorageError(f"{text}. The input is untouched; run the same commands again to go on")
 
-    def _wait_for(self, key: str) -> str:
+    def _last_word(self, other: int) -> str:
+        """Of a process at work: it changes as that goes on."""
+        place = f"convert/{self._run}/at work"
+        return "".join(text for key, text in self.client.key_value_dir_get(place) if key.endswith(f"/{other}"))
+
+    def _wait_for(self, key: str, other: int) -> str:
+        heard, since = "", time.monotonic()
         while True:
             self._look()
+            if (word := self._last_word(other)) != heard:
+                heard, since = word, time.monotonic()
+            if time.monotonic() > since + SILENT:
+                raise StorageError(
+                    f"process {other} of {self.count} has made no progress for {SILENT:g} s; see whether its disk or host "
+                    "hangs, and end it. The input is untouched; run the same commands again to go on"
+                )
             try:
                 return str(self.client.blocking_key_value_get(key, int(1000 * _LOOK)))
             except RuntimeError as error:

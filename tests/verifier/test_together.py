@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,9 +32,9 @@ class Board:
     def __init__(self):
         self.values, self.changed = {}, threading.Condition()
 
-    def key_value_set(self, key, value):
+    def key_value_set(self, key, value, allow_overwrite=False):
         with self.changed:
-            assert key not in self.values
+            assert allow_overwrite or key not in self.values
             self.values[key] = value
             self.changed.notify_all()
 
@@ -119,6 +120,42 @@ def test_adapters_are_for_one_process(tmp_path, monkeypatch):
     assert [str(each) for each in found] == ["one process compares two adapters; leave out what is said of several"] * 2
 
 
+def waiting(monkeypatch, work):
+    """What the first of two processes gets from the second one, which is at `work` first."""
+    monkeypatch.setattr(processes, "_LOOK", 0.02)
+    monkeypatch.setattr(processes, "SILENT", 0.5)
+    board, met = Board(), threading.Event()
+    one, other = (Processes(index=index, count=2, client=board) for index in (0, 1))
+
+    def second():
+        if work(other.watched(lambda done: None)):
+            other.gather("done")
+        met.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(second)
+        try:
+            return one.gather("begun")
+        except StorageError as error:
+            return str(error)
+        finally:
+            done.result()
+
+
+def test_a_process_that_lives_and_gets_no_further_is_given_up(monkeypatch):
+    assert waiting(monkeypatch, lambda progress: False).startswith("process 1 of 2 has made no progress for 0.5 s; ")
+
+
+def test_a_process_at_work_is_waited_for(monkeypatch):
+    def work(progress):
+        for _ in range(30):
+            time.sleep(0.04)
+            progress(1)
+        return True
+
+    assert waiting(monkeypatch, work) == ["begun", "done"]
+
+
 def test_each_process_reads_its_part_alone(root, monkeypatch):
     read, seen = HFReader.read, []
 
@@ -182,5 +219,5 @@ def test_the_command_prints_one_verdict(root, words):
     texts = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [1, 1], texts
     alone = convert.verify(root / "in", root / "damaged", gemm=not words, content=True, self_test=True)
-    assert json.loads(texts[0][0]) | {"run": None} == json.loads(alone.json())
+    assert json.loads(texts[0][0])["result"] | {"run": None} == json.loads(alone.json())
     assert [texts[0][1], *texts[1]] == ["", "", ""]
