@@ -18,6 +18,7 @@ from typing import Any
 from layouts.errors import PlanError
 from layouts.language.layout import Layout
 from layouts.tables.families import NOT_GATED, Family, families_of
+from layouts.tables.natives import SOURCES
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _KINDS = 1_000
@@ -133,6 +134,13 @@ def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
     scores = [len(set().union(*found)) for found in known]
     best = [(not found[0], number) for number, found in enumerate(known) if scores[number] == max(scores) > 0]
     return [models[number] for _, number in sorted(best)]
+
+
+def rows_fitting(names: Iterable[str], family: Family) -> list[str]:
+    """The layouts by name that only a user can tell, and that some of these names fit as gate and up and as down."""
+    kinds = _kinds(names)
+    fit = (name for name, table in SOURCES.items() if all(_known(kinds, [layout], family) for layout in table.values()))
+    return [name for name in fit if SOURCES[name] not in family.stored and not name.startswith("maxtext")]
 
 
 def knows(family: Family, names: Iterable[str]) -> bool:

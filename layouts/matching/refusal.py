@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from layouts.errors import PlanError
 from layouts.language.template import Template
 from layouts.matching.group import Block
-from layouts.matching.lookup import fitting, knows, told_by_names
+from layouts.matching.lookup import fitting, knows, rows_fitting, told_by_names
 from layouts.reader import Reader
 from layouts.tables.families import Family
 from layouts.tables.foreign import WORDS
@@ -125,6 +125,9 @@ def hint(reader: Reader, family: Family) -> str:
     """What to try when none of the names is one of the family's."""
     told = told_by_names(reader.tensors, reader.format)
     others = [*fitting(reader.tensors, reader.format)[:6], *([told] if told else [])]
-    if not others or knows(family, reader.tensors):
-        return ""
-    return f"; there are names as in {', '.join(f.name for f in others)}: if it is one of these, say so with --family"
+    said = ""
+    if others and not knows(family, reader.tensors):
+        said = f"; there are names as in {', '.join(f.name for f in others)}: if it is one of these, say so with --family"
+    if rows := rows_fitting(reader.tensors, family):
+        said += f"; if they are stored so, say it with --source-layout: {', '.join(rows)}"
+    return said

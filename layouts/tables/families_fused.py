@@ -16,6 +16,8 @@ from layouts.tables.natives import (
     FUSED_IN_OUT,
     FUSED_INTERLEAVED,
     LINEAR,
+    MLX_EXPERTS,
+    MLX_GLU,
     PER_EXPERT,
     PER_EXPERT_BELOW,
     STACKED,
@@ -37,7 +39,12 @@ TOGETHER: tuple[Family, ...] = (
         native=(FUSED_IN_OUT, FUSED),
         changed_in=5,
     ),
-    Family(name="hunyuan", model_types=("hunyuan",), experts=MLP, native=(UP_FIRST,)),
+    Family(  # up first: `x1 * silu(x2)` (HunyuanImage-3.0 `HunyuanMLP`)
+        name="hunyuan",
+        model_types=("hunyuan", "hunyuan_image_3_moe"),
+        experts=MLP,
+        native=(UP_FIRST, PER_EXPERT),
+    ),
     Family(
         name="step3p5",
         model_types=("step3p5", "step3p7", "step3_text", "step3_vl"),
@@ -59,7 +66,9 @@ TOGETHER: tuple[Family, ...] = (
         experts=MLP,
         native=(W13_INTERLEAVED, FUSED),
     ),
-    fused("gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", experts="{path}.{l}.{moe:,moe.}experts"),
+    fused(
+        "gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", experts="{path}.{l}.{moe:,moe.}experts", mlx=MLX_GLU
+    ),
     fused("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
     fused("lara_mini"),
     fused("zaya"),
@@ -68,9 +77,9 @@ TOGETHER: tuple[Family, ...] = (
     fused("granitemoe_swa", experts=SPARSE),
     fused("granitemoe", "granitemoeshared", "granitemoehybrid", experts="{path}.{l}.block_sparse_moe", native=LINEAR),
     fused("jetmoe", experts="{path}.{l}.mlp", native=LINEAR, others=("{path}.{l}.self_attention.experts.{rest}",)),
-    fused("llama4", "llama4_text", experts=FEED, native=FUSED_IN_OUT),
+    fused("llama4", "llama4_text", experts=FEED, native=FUSED_IN_OUT, mlx=MLX_EXPERTS),
     fused("aria", "aria_text", native=FC),
     fused("openai_privacy_filter", native=FUSED_IN_OUT),
-    fused("gpt_oss", native=FUSED_INTERLEAVED),
+    fused("gpt_oss", native=FUSED_INTERLEAVED, mlx=MLX_EXPERTS),
     fused("dbrx", experts="{path}.{l}.ffn.experts", native=FLAT),
 )

@@ -20,9 +20,13 @@ from layouts.tables.natives import (
     FUSED_IN_OUT,
     LINEAR,
     MLX,
+    MLX_BELOW,
+    MLX_FEED,
     MLX_SPARSE,
     PER_EXPERT,
     PER_EXPERT_BELOW,
+    PER_EXPERT_HELD,
+    PER_EXPERT_W1V1,
     PER_EXPERT_W123,
 )
 
@@ -74,8 +78,11 @@ SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
 FEED = "{path}.{l}.feed_forward.experts"
 BARE = "{path}.{l}.experts"
 ANYWHERE = "{path}.{l}.{within:?}experts"
-_MLX = {MLP: (MLX,), SPARSE: (MLX_SPARSE,)}
+_MLX = {MLP: (MLX,), SPARSE: (MLX_SPARSE,), FEED: (MLX_FEED,), "{path}.{l}.moe": (MLX,)}
 """By the place of a family's experts: MLX keeps them beside it, under a name of its own."""
+
+_APART = {id(LINEAR): (PER_EXPERT_BELOW, MLX_BELOW), id(FLAT): (PER_EXPERT_HELD, PER_EXPERT_W1V1)}
+"""By how a family is published fused: what others make of it, where that is not one module for each expert and projection."""
 
 
 def per_expert(name: str, *aliases: str, experts: str = MLP, others: tuple[str, ...] = ()) -> Family:
@@ -88,10 +95,17 @@ def w123(name: str, *aliases: str, experts: str = SPARSE) -> Family:
     return Family(name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT_W123, FUSED))
 
 
-def fused(name: str, *aliases: str, experts: str = MLP, native: Layouts = FUSED, others: tuple[str, ...] = ()) -> Family:
+def fused(
+    name: str,
+    *aliases: str,
+    experts: str = MLP,
+    native: Layouts = FUSED,
+    others: tuple[str, ...] = (),
+    mlx: Layouts | None = None,
+) -> Family:
     """A family that is published with gate and up in one tensor, and that transformers loads as it is published.
 
-    transformers may hold it under other names than it publishes.
+    transformers may hold it under other names than it publishes; `mlx` is how MLX does, where the place does not tell.
     """
     also = {id(FC): (FUSED_IN_OUT,), id(LINEAR): (FUSED_BELOW,)}.get(id(native), ())
     return Family(
@@ -100,6 +114,6 @@ def fused(name: str, *aliases: str, experts: str = MLP, native: Layouts = FUSED,
         experts=experts,
         native=(native, *also),
         others=others,
-        unfused=(PER_EXPERT_BELOW,) if native is LINEAR else () if native is FLAT else (PER_EXPERT,),
+        unfused=(*_APART.get(id(native), (PER_EXPERT,)), *([mlx] if mlx else [])),
         transformers=native,
     )

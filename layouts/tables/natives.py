@@ -40,6 +40,14 @@ PER_EXPERT_LINEAR = layouts(
     wi=("{experts}.{e}.{g:linear,linear_v}.{part}", "n k"),
     wo=("{experts}.{e}.linear_1.{part}", "k n"),
 )
+PER_EXPERT_W1V1 = layouts(
+    wi=("{experts}.{e}.{g:w1,v1}.{part}", "n k"),
+    wo=("{experts}.{e}.w2.{part}", "k n"),
+)
+PER_EXPERT_HELD = layouts(
+    wi=("{experts}.mlp_experts.{e}.{g:w1,v1}.{part}", "n k"),
+    wo=("{experts}.mlp_experts.{e}.w2.{part}", "k n"),
+)
 W1_FUSED = layouts(
     wi=("{experts}.{e}.w1.{part}", "(g n) k"),
     wo=("{experts}.{e}.w2.{part}", "k n"),
@@ -116,6 +124,22 @@ MLX_SPARSE = layouts(
     wi=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
     wo=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.down_proj.{part:mlx}", "e k n"),
 )
+MLX_FEED = layouts(
+    wi=("{path}.{l}.feed_forward.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{path}.{l}.feed_forward.switch_mlp.down_proj.{part:mlx}", "e k n"),
+)
+MLX_BELOW = layouts(
+    wi=("{experts}.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{experts}.switch_mlp.down_proj.{part:mlx}", "e k n"),
+)
+MLX_GLU = layouts(
+    wi=("{experts}.switch_glu.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{experts}.switch_glu.down_proj.{part:mlx}", "e k n"),
+)
+MLX_EXPERTS = layouts(
+    wi=("{experts}.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{experts}.down_proj.{part:mlx}", "e k n"),
+)
 TITAN = layouts(
     wi=("{path}.{l}.moe.experts.{g:w1,w3}", "e n k"),
     wo=("{path}.{l}.moe.experts.w2", "e k n"),
@@ -142,6 +166,8 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert-fc": PER_EXPERT_FC,  # the vision encoder of Dots 3 Note
     "per-expert-spelt": PER_EXPERT_SPELT,
     "per-expert-linear": PER_EXPERT_LINEAR,  # Grok-1
+    "per-expert-w1v1": PER_EXPERT_W1V1,  # DBRX in MLX
+    "per-expert-held": PER_EXPERT_HELD,  # DBRX, taken apart for fine-tuning and quantisers
     "per-expert-w1": W1_FUSED,  # Yuan 2
     "per-expert-gate-up": GATE_UP,
     "per-expert-paddle": PADDLE,  # ERNIE 4.5: gate first, in spite of the name
@@ -162,6 +188,10 @@ SOURCES: Mapping[str, Layouts] = {
     "automodel": AUTOMODEL,  # NeMo
     "mlx": MLX,
     "mlx-sparse": MLX_SPARSE,  # MLX, where a family has two names for the module of its experts
+    "mlx-feed-forward": MLX_FEED,  # LFM2, Jamba
+    "mlx-below": MLX_BELOW,  # Granite
+    "mlx-glu": MLX_GLU,  # Gemma 4
+    "mlx-experts": MLX_EXPERTS,  # gpt-oss, Llama 4
     "torchtitan": TITAN,
     "tunix": TUNIX,
     "maxtext": MAXTEXT,

@@ -9,7 +9,7 @@ from convert.errors import ConvertError, InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import make_plan
 from tests.layouts.by_hand import weights
-from tests.layouts.by_hand.styles import automodel, mlx, paddle, projections, spelt, yuan
+from tests.layouts.by_hand.styles import automodel, gate_up, mlx, paddle, projections, spelt, switch, yuan
 from tests.tiny import MemoryReader, run, same
 
 OUT, AT = Path("out"), "model.layers.2.mlp"
@@ -35,6 +35,23 @@ def test_words_of_one_family_tell_nothing_of_an_unknown_model(style, config):
     with pytest.raises(ConvertError) as error:
         make_plan(MemoryReader(plain(style(AT, *W)), config=config), OUT, "prefuse")
     assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("style", "config", "rows"),
+    [
+        (switch("ffn.switch_mlp"), {"model_type": "dbrx"}, None),
+        (switch("experts.switch_glu"), {"model_type": "qwen3_moe"}, "mlx-glu"),
+        (switch("experts"), {"model_type": "deepseek_v3"}, "stacked, mlx-experts"),
+        (spelt("w1", "v1", "w2"), {"model_type": "qwen3_moe"}, "per-expert-w1v1"),
+        (spelt("w1", "v1", "w2", below="experts.held"), {"model_type": "dbrx"}, None),
+        (spelt("w1", "v1", "w3"), {"model_type": "dbrx"}, None),
+        (gate_up, {"model_type": "gpt_oss"}, "per-expert-gate-up"),
+    ],
+)
+def test_names_of_one_producer_are_not_taken_for_another_and_the_error_says_how_they_are_called(style, config, rows):
+    """What MLX does for gpt-oss it does not for DeepSeek: there the user has to say it, and is told how."""
+    refused(style(AT, *W), config, f"say it with --source-layout: {rows}$" if rows else "does not know|no expert weights")
 
 
 def test_yuan_without_a_gate_is_refused():

@@ -79,7 +79,11 @@ APART = {
         beside=("model.layers.{}.mlp.gate.wg.weight", "model.layers.{}.mlp.shared_mlp.gate_proj.weight"),
     ),
     "hy_v3": Model(types=("hy_v3",), beside=("model.layers.{}.mlp.router.gate.weight", "model.layers.{}.mlp.expert_bias")),
-    "hunyuan": Model(types=("hunyuan",), style=up_first, beside=("model.layers.{}.mlp.shared_mlp.gate_and_up_proj.weight",)),
+    "hunyuan": Model(
+        types=("hunyuan", "hunyuan_image_3_moe"),
+        style=up_first,
+        beside=("model.layers.{}.mlp.shared_mlp.gate_and_up_proj.weight",),
+    ),
     "longcat_flash": Model(
         types=("longcat_flash",),
         count="n_routed_experts",

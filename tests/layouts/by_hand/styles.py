@@ -44,17 +44,26 @@ def fc132(at: str, gate, up, down) -> Arrays:
     return found
 
 
-def spelt(*words: str) -> Style:
+def spelt(*words: str, below: str = "experts") -> Style:
     """One matrix for each expert and projection, [out, in], under these words for gate, up and down."""
 
     def style(at: str, gate, up, down) -> Arrays:
         found = {}
         for e in range(len(gate)):
             for word, weight in zip(words, (gate, up, down), strict=True):
-                found[f"{at}.experts.{e}.{word}.weight"] = weight[e].T
+                found[f"{at}.{below}.{e}.{word}.weight"] = weight[e].T
         return found
 
     return style
+
+
+def gate_up(at: str, gate, up, down) -> Arrays:
+    """gate_up_proj [2N, K] of each expert; down_proj [K, N]."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.{e}.gate_up_proj.weight"] = np.concatenate((gate[e].T, up[e].T))
+        found[f"{at}.experts.{e}.down_proj.weight"] = down[e].T
+    return found
 
 
 def yuan(at: str, gate, up, down) -> Arrays:
@@ -84,6 +93,16 @@ def mlx(at: str, gate, up, down) -> Arrays:
     """MLX: switch_mlp.gate_proj.weight [E, N, K], up_proj, down_proj [E, K, N]."""
     words = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     return {f"{at}.switch_mlp.{name}.weight": array.swapaxes(1, 2) for name, array in words.items()}
+
+
+def switch(below: str) -> Style:
+    """MLX under other names: gate_proj.weight [E, N, K], up_proj, down_proj [E, K, N] (mlx-lm `SwitchGLU`)."""
+
+    def style(at: str, gate, up, down) -> Arrays:
+        words = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        return {f"{at}.{below}.{name}.weight": array.swapaxes(1, 2) for name, array in words.items()}
+
+    return style
 
 
 def up_first(at: str, gate, up, down) -> Arrays:

@@ -14,7 +14,9 @@ from tests.layouts.by_hand.styles import (
     mlx,
     out_in,
     shared,
+    spelt,
     stacked,
+    switch,
     w13_interleaved,
 )
 
@@ -37,6 +39,18 @@ TOGETHER = {
     "automodel": Model(types=("deepseek_v3", "qwen3_moe"), style=automodel),
     "mlx": Model(types=("qwen3_moe", "deepseek_v3"), style=mlx, fused="model.layers.{}.mlp.experts"),
     "mlx of mixtral": Model(types=("mixtral",), style=mlx, at=SPARSE, fused=f"{SPARSE}.experts"),
+    "mlx of lfm2": Model(types=("lfm2_moe", "jamba"), style=mlx, at=FEED, fused=f"{FEED}.experts"),
+    "mlx of granite": Model(types=("granitemoe",), style=mlx, at=SPARSE, fused=SPARSE),
+    "mlx of step": Model(types=("step3p5",), style=mlx, fused="model.layers.{}.moe"),
+    "mlx of gpt-oss": Model(types=("gpt_oss",), style=switch("experts")),
+    "mlx of llama4": Model(types=("llama4",), style=switch("experts"), at=f"language_model.{FEED}", nested="text_config"),
+    "mlx of gemma4": Model(types=("gemma4_text",), style=switch("experts.switch_glu"), at="model.layers.{}"),
+    "dbrx in mlx": Model(types=("dbrx",), style=spelt("w1", "v1", "w2"), at="transformer.blocks.{}.ffn"),
+    "dbrx taken apart": Model(
+        types=("dbrx",),
+        style=spelt("w1", "v1", "w2", below="experts.mlp_experts"),
+        at="transformer.blocks.{}.ffn",
+    ),
     "gemma4": Model(
         types=("gemma4_text", "diffusion_gemma_text"),
         style=out_in,
