@@ -139,7 +139,7 @@ def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
 def rows_fitting(names: Iterable[str], family: Family) -> list[str]:
     """The layouts by name that only a user can tell, and that some of these names fit as gate and up and as down."""
     kinds = _kinds(names)
-    fit = (name for name, table in SOURCES.items() if all(_known(kinds, [layout], family) for layout in table.values()))
+    fit = (name for name, table in SOURCES.items() if all(_has(kinds, layout, family) for layout in table.values()))
     return [name for name in fit if SOURCES[name] not in family.stored and not name.startswith("maxtext")]
 
 

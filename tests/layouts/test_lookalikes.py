@@ -43,7 +43,7 @@ def test_words_of_one_family_tell_nothing_of_an_unknown_model(style, config):
         (switch("ffn.switch_mlp"), {"model_type": "dbrx"}, None),
         (switch("experts.switch_glu"), {"model_type": "qwen3_moe"}, "mlx-glu"),
         (switch("experts"), {"model_type": "deepseek_v3"}, "stacked, mlx-experts"),
-        (spelt("w1", "v1", "w2"), {"model_type": "qwen3_moe"}, "per-expert-w1v1"),
+        (spelt("w1", "v1", "w2"), {"model_type": "qwen3_moe"}, "per-expert-w1v1, per-expert-w1"),
         (spelt("w1", "v1", "w2", below="experts.held"), {"model_type": "dbrx"}, None),
         (spelt("w1", "v1", "w3"), {"model_type": "dbrx"}, None),
         (gate_up, {"model_type": "gpt_oss"}, "per-expert-gate-up"),
