@@ -177,8 +177,8 @@ COMMANDS = {
     ("--prefuse", "--split", "a", "b"): "argument --split: not allowed with argument --prefuse; convert --help shows all "
     "options",
     ("--prefuse", "a", "b", "--layout", "conact"): "no layout is called 'conact' (did you mean concat?); known: concat, "
-    "transformers, vllm, cutlass, flashinfer, cutedsl, interleaved-rows, interleaved, glu32, glu64, per-shard, lane, gmm-ep, "
-    "fused-moe",
+    "transformers, vllm, cutlass, flashinfer, cutedsl, interleaved-rows, interleaved, glu32, glu64, glu, per-shard, lane, "
+    "gmm-ep, fused-moe",
 }
 """A command -> what is said to it; its exit code is 2."""
 

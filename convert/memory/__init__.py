@@ -27,7 +27,7 @@ from convert.memory.plan import Planned, planned
 from convert.options import Choices
 from convert.planning.choices import check
 from convert.planning.planner import Action
-from layouts.tables.targets import TARGETS
+from layouts.tables.targets import BLOCK, TARGETS
 
 __all__ = ["record", "relaid", "source_choices"]
 
@@ -63,7 +63,9 @@ def source_choices(choices: Choices, layout: str | Mapping[str, Any] | None) -> 
         check(replace(choices, layout=layout))
         if "{shards}" in TARGETS[layout]["wi"].pattern:
             layout = f"{layout}:{choices.shards}:{choices.align}"
-    chosen = replace(choices, shards=1, source_layout=layout)
+        elif "{block}" in TARGETS[layout]["wi"].pattern:
+            layout = f"{layout}:{choices.glu_block}"
+    chosen = replace(choices, shards=1, glu_block=BLOCK, source_layout=layout)
     check(chosen)
     return chosen
 

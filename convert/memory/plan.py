@@ -111,7 +111,7 @@ def _planned(
     there = choices.source_layout or (record or {}).get("layout")
     if sizes:
         record, choices = _stated(choices.source_layout, family, sizes), replace(choices, source_layout=None)
-    wanted = tables.target(choices.layout, family, shards=choices.shards, align=choices.align)
+    wanted = tables.target(choices.layout, family, shards=choices.shards, align=choices.align, block=choices.glu_block)
     before, after = (family.native, wanted) if action == "prefuse" else ((), family.native[0])
     before = before if there is None else (named(there, family), *before)
     check_arrays(held, family, (*before, *family.native, wanted))

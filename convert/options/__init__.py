@@ -45,7 +45,10 @@ _Base = Annotated[
 ]
 _SourceLayout = Annotated[
     str | None,
-    Option(text="the layout of a fused input that does not say so itself; per-shard:8 has 8 shards", show="NAME"),
+    Option(
+        text="the layout of a fused input that does not say so itself; per-shard:8: 8 shards, glu:48: blocks of 48",
+        show="NAME",
+    ),
 ]
 _Mesh = Annotated[
     Mapping[str, int] | None,
@@ -82,6 +85,10 @@ class Choices:
         int | str,
         Option(text="per-shard: columns to pad each shard to, or maxtext, or maxtext-pow2", read=values.align, show="A"),
     ] = 128
+    glu_block: Annotated[
+        int,
+        Option(text="glu, cutedsl: columns of gate that stand together before as many of up", read=values.positive, show="N"),
+    ] = 64
     family: _Family = None
     source_layout: _SourceLayout = None
     to: Annotated[Format | None, Option(text="format of the output, if another than the input's", choices=("hf", "orbax"))] = (

@@ -49,6 +49,7 @@ class Planning(_Moved, total=False):
     layout: str
     shards: int
     align: int | str
+    glu_block: int
     dequantize: Literal["bf16"] | None
 
 
@@ -90,6 +91,7 @@ class Unfusing(TypedDict, total=False):
 
     shards: int
     align: int | str
+    glu_block: int
     family: str | None
 
 
@@ -105,6 +107,7 @@ class Syncing(TypedDict, total=False):
 
     shards: int
     align: int | str
+    glu_block: int
     family: str | None
     source_layout: str | None
     scan: bool

@@ -16,7 +16,7 @@ def check(choices: Choices) -> None:
         UsageError: they do not; the message lists what there is.
     """
     from layouts.tables.natives import SOURCES  # not for `convert --help`
-    from layouts.tables.targets import TARGETS
+    from layouts.tables.targets import BLOCK, TARGETS
 
     for name in ("from_writer", "base"):
         if getattr(choices, name) is not None:
@@ -30,5 +30,7 @@ def check(choices: Choices) -> None:
     for name, known in ((choices.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
         if name not in known:
             raise UsageError(f"no layout is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    if choices.glu_block != BLOCK and "{block}" not in TARGETS[choices.layout]["wi"].pattern:
+        raise UsageError(f"layout {choices.layout!r} has no blocks whose size can be chosen; did you mean --layout=glu?")
     if choices.shards > 1 and "{shards}" not in TARGETS[choices.layout]["wi"].pattern:
         raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout=per-shard?")

@@ -95,7 +95,11 @@ def _into_maxtext(reader: Reader, family: Family, _: Origin, choices: Choices, f
     described = describe(reader, family=family.name, source_layout=choices.source_layout)
     hf, came = stored_in(reader, described)
     real = real_sizes(reader, described)
-    stored = target(choices.layout, where, shards=choices.shards, align=choices.align) if fused else where.native[0]
+    stored = (
+        target(choices.layout, where, shards=choices.shards, align=choices.align, block=choices.glu_block)
+        if fused
+        else where.native[0]
+    )
     return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=choices.scan, to_maxtext=True, real=real), came
 
 
@@ -104,7 +108,7 @@ def _out_of_maxtext(reader: Reader, family: Family, origin: Origin, choices: Cho
     where = stacked_along(reader, choices.scan_axis)
     stored, real = fused_in(reader, where, choices.source_layout)
     came = SOURCES[origin.layout] if origin.layout else family.native[0]
-    hf = target(choices.layout, family, shards=choices.shards, align=choices.align) if fused else came
+    hf = target(choices.layout, family, shards=choices.shards, align=choices.align, block=choices.glu_block) if fused else came
     return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=scan, to_maxtext=False, real=real), came
 
 

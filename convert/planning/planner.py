@@ -136,7 +136,7 @@ def plan_described(
         PlanError: no lossless plan exists, or there is nothing to do.
     """
     layout = choices.layout
-    wanted = target(layout, described.family, shards=choices.shards, align=choices.align)
+    wanted = target(layout, described.family, shards=choices.shards, align=choices.align, block=choices.glu_block)
     origin = origin_of(reader, choices.family)
     experts = list(_experts(reader, described, None if action == "split" else wanted))
     found = [made for _, made in experts]

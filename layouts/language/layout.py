@@ -8,6 +8,7 @@ the down projection, `e n k`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def checked(role: str, key: str, pattern: str) -> Layout:
     Raises:
         ValueError: an axis is missing, held twice, or unknown.
     """
-    plain = Pattern(pattern.replace("{shards}", "1").replace("{align}", "1"))
+    plain = Pattern(re.sub(r"\{(shards|align|block)\}", "1", pattern))
     axes = [*Template(words(key).replace("{experts}", "")).slots, *plain.axes]
     if sorted(set(axes) - _MAY) != sorted(ROLES[role]) or len(axes) != len(set(axes)):
         raise ValueError(f"{role} needs each of {sorted(ROLES[role])} once, {key} '{pattern}' has {axes}")

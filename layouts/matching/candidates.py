@@ -138,7 +138,7 @@ def _natives_of(reader: Reader, record: Mapping[str, Any], family: Family) -> li
 
 
 def named(text: str, family: Family) -> Layouts:
-    """A layout as `--source-layout` names it: `concat`, `fused-in-out`, `per-shard:8`, `per-shard:8:128`.
+    """A layout as `--source-layout` names it: `concat`, `fused-in-out`, `per-shard:8`, `per-shard:8:128`, `glu:64`.
 
     Raises:
         PlanError: no such layout.
@@ -146,11 +146,13 @@ def named(text: str, family: Family) -> Layouts:
     name, *options = text.split(":")
     if name in SOURCES and not options:
         return SOURCES[name]
+    if name in TARGETS and "{block}" in TARGETS[name]["wi"].pattern and len(options) == 1 and _NUMBER.fullmatch(options[0]):
+        return target(name, family, shards=1, align=1, block=int(options[0]))
     shards, align = [*options, *("1", "128")[len(options) :]][:2]
     sound = _NUMBER.fullmatch(shards) and (_NUMBER.fullmatch(align) or align in ALIGNMENTS)
     if name not in TARGETS or len(options) > 2 or not sound:
         raise PlanError(
-            f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN; "
+            f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN, glu:BLOCK; "
             f"ALIGN is a number of columns, {' or '.join(ALIGNMENTS)}"
         )
     return target(name, family, shards=int(shards), align=align)

@@ -2,8 +2,8 @@
 
 In: a target's name, a family, options. Out: the layouts of `wi` and `wo`. It never looks at a checkpoint.
 
-A target is one line; `{experts}` is where the family keeps its experts, `...` the scan axes, if it has any. `{shards}` and
-`{align}` are the user's.
+A target is one line; `{experts}` is where the family keeps its experts, `...` the scan axes, if it has any. `{shards}`,
+`{align}` and `{block}` are the user's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGETS: Mapping[str, Layouts] = {
     # FlashInfer's gated GEMM: as vLLM, up first
     "flashinfer": layouts(wi=("{experts}.w13_{part}", "e (-g n) k"), wo=_W2),
     # FlashInfer's CuteDSL MoE on Blackwell: 64 rows of up and 64 of gate in turn (vLLM, TensorRT-LLM and its tests)
-    "cutedsl": layouts(wi=("{experts}.w13_{part}", "e (c -g n=64) k"), wo=_W2),
+    "cutedsl": layouts(wi=("{experts}.w13_{part}", "e (c -g n={block}) k"), wo=_W2),
     # a row of gate and a row of up in turn, as Inkling is published
     "interleaved-rows": layouts(wi=("{experts}.w13_{part}", "e (n g) k"), wo=_W2),
     # gpt-oss: gate and up in turn
@@ -37,6 +37,8 @@ TARGETS: Mapping[str, Layouts] = {
     # Megatron and TransformerEngine: gate and up in turn, 32 columns each; the same with 64
     "glu32": layouts(wi=("{experts}.wi{part}", "e ... k (c g n=32)"), wo=_WO),
     "glu64": layouts(wi=("{experts}.wi{part}", "e ... k (c g n=64)"), wo=_WO),
+    # the same with any number
+    "glu": layouts(wi=("{experts}.wi{part}", "e ... k (c g n={block})"), wo=_WO),
     # tpu-inference GMM_TP, MaxText and Tunix PER_SHARD_INTERLEAVE: each shard has its own gate and up, padded; wo is not
     "per-shard": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} g n%{align})"), wo=_WO),
     # Tunix lane interleave: gate and up in turn inside each shard, 128 columns each
@@ -64,6 +66,7 @@ TAKEN_BY: Mapping[str, str] = {
     "cutedsl": "FlashInfer's CuteDSL MoE",
     "interleaved": "kernels of gpt-oss",
     "glu32": "Megatron, TransformerEngine",
+    "glu": "Megatron, TransformerEngine, with --glu-block 32",
     "per-shard": "tpu-inference GMM_TP, Tunix",
     "lane": "Tunix lane interleave",
     "gmm-ep": "tpu-inference GMM_EP",
@@ -90,12 +93,15 @@ IN_MAXTEXT = frozenset(name for name, table in TARGETS.items() if table["wi"].ke
 """Targets that a MaxText tree has a place for: it calls its fused leaf `wi`, (E, ..., K, columns), whatever the columns are."""
 
 
-def target(name: str, family: Family, *, shards: int, align: int | str) -> Layouts:
+BLOCK = 64
+"""Columns of gate that stand together before as many of up, where nobody says how many."""
+
+
+def target(name: str, family: Family, *, shards: int, align: int | str, block: int = BLOCK) -> Layouts:
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
-    words = {"{shards}": str(shards), "{align}": ALIGNMENTS.get(str(align), str(align))} | (
-        {} if family.scan_axis else {"e ...": "... e"}
-    )
+    words = {"{shards}": str(shards), "{align}": ALIGNMENTS.get(str(align), str(align)), "{block}": str(block)}
+    words |= {} if family.scan_axis else {"e ...": "... e"}
     keys = {role: only(layout.key, MAXTEXT_PART) if family.by_structure else layout.key for role, layout in table.items()}
     return {role: Layout(keys[role], _fill(layout.pattern, words)) for role, layout in table.items()}
 

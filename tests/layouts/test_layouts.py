@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.errors import InputError, PlanError
+from convert.errors import InputError, PlanError, UsageError
 from convert.options import Choices
+from convert.planning.choices import check
 from convert.planning.planner import make_plan
 from layouts.language.pattern import Pattern
 from layouts.tables.families import FAMILIES
@@ -168,10 +169,31 @@ def test_rows_of_vllm_cutlass_and_flashinfer():
         assert same(run(fused, "split").arrays, reader(6).arrays)
 
 
-@pytest.mark.parametrize(("layout", "first", "width"), [("cutedsl", 1, 64), ("interleaved-rows", 0, 1)])
+@pytest.mark.parametrize("width", [1, 3, 32, 48, 96])
+def test_blocks_of_gate_and_up_of_any_size(width):
+    gate, up, _ = weights(96)
+    fused = run(reader(96), "prefuse", layout="glu", glu_block=width)
+    assert np.array_equal(fused.arrays[WI], lanes(gate, up, 1, width))
+    assert same(run(fused, "split").arrays, reader(96).arrays)
+    told = run(MemoryReader(fused.arrays, config=fused.config), "split", source_layout=f"glu:{width}")
+    assert same(told.arrays, reader(96).arrays)
+
+
+def test_a_block_is_for_layouts_of_blocks_and_divides():
+    with pytest.raises(UsageError, match="'concat' has no blocks whose size can be chosen; did you mean --layout=glu"):
+        check(Choices(glu_block=32))
+    with pytest.raises(PlanError, match="n = 96 does not divide into n = 64"):
+        make_plan(reader(96), Path("out"), "prefuse", Choices(layout="glu"))
+    with pytest.raises(PlanError, match="no layout is called 'concat:0'"):
+        make_plan(reader(96), Path("out"), "prefuse", Choices(source_layout="concat:0"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "first", "width"), [("cutedsl", 1, 64), ("cutedsl", 1, 16), ("cutedsl", 1, 128), ("interleaved-rows", 0, 1)]
+)
 def test_rows_of_gate_and_up_in_turn(layout, first, width):
     pair = [part.swapaxes(1, 2) for part in weights(128)[:2]]
-    fused = run(reader(128), "prefuse", layout=layout)
+    fused = run(reader(128), "prefuse", layout=layout, glu_block=width)
     rows = fused.arrays[WI.replace("wi", "w13_weight")]
     for at in range(0, 128, width):
         for g in (0, 1):
