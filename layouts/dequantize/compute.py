@@ -42,6 +42,8 @@ class Recipe:
     columns: int
     block: tuple[int, int]
     spread: str
+    zero: str = ""
+    """Zero points, which are taken from values before they are multiplied; packed along rows, or as scales lie."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,34 +62,37 @@ def matrix(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, co
     code = reader.tensors[recipe.scale].dtype
     down, along = (range(s.start // b, -(-s.stop // b)) for s, b in zip((rows, range(first, stop)), recipe.block, strict=True))
     along = range(along.start, min(along.stop, -(-recipe.columns // recipe.block[1])))
-    stored = _scales(reader, recipe, point, down, along)
+    stored = _grid(reader, recipe, recipe.scale, point, down, along)
     second = _second(reader, recipe, point)
     if itemsize(code) == 1 and recipe.block[0] == 1:
         words = products(recipe.format.values, code, second, divides=recipe.format.divides)
         index = raw.reshape(*stored.shape, -1) | (stored.astype(np.uint16) << 8)[..., None]
         found: NDArray[Any] = np.take(words, index).view(np.uint16).reshape(len(rows), -1)
     else:
-        found = _multiplied(
-            np.take(table(recipe.format.values), raw).view(np.float32), floats(stored, code), rows, recipe.block
-        )
+        values = np.take(table(recipe.format.values), raw).view(np.float32)
+        if recipe.zero:
+            _each(np.subtract, values, _zeros(reader, recipe, point, down, along), rows, recipe.block)
+        with np.errstate(all="ignore"):
+            _each(np.multiply, values, floats(stored, code), rows, recipe.block)
+        found = rounded(values)
     return found[:, columns.start - first : columns.stop - first]
 
 
-def _multiplied(values: NDArray[Any], scales: NDArray[Any], rows: range, block: tuple[int, int]) -> NDArray[Any]:
-    """Values (rows, columns) times a grid of scales, rounded; the first column is the first of a block."""
+def _each(do: np.ufunc, values: NDArray[Any], grid: NDArray[Any], rows: range, block: tuple[int, int]) -> None:
+    """Do something to values (rows, columns) in place, with a grid of one number for a block; the first column begins one."""
     high, wide = block
-    with np.errstate(all="ignore"):
-        if high == 1 and values.shape[1] == scales.shape[1] * wide:
-            values.reshape(*scales.shape, wide)[...] *= scales[..., None]
-            return rounded(values)
-        each = np.repeat(scales, wide, 1)[:, : values.shape[1]] if scales.shape[1] > 1 else scales
-        if high == 1:
-            values *= each
-        else:
-            start = rows.start // high * high - rows.start
-            for number, line in enumerate(each):
-                values[max(0, start + number * high) : start + (number + 1) * high] *= line
-    return rounded(values)
+    if high == 1 and values.shape[1] == grid.shape[1] * wide:
+        parts = values.reshape(*grid.shape, wide)
+        do(parts, grid[..., None], out=parts)
+        return
+    each = np.repeat(grid, wide, 1)[:, : values.shape[1]] if grid.shape[1] > 1 else grid
+    if high == 1:
+        do(values, each, out=values)
+        return
+    start = rows.start // high * high - rows.start
+    for number, line in enumerate(each):
+        part = values[max(0, start + number * high) : start + (number + 1) * high]
+        do(part, line, out=part)
 
 
 def _bytes(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, span: range) -> NDArray[Any]:
@@ -101,15 +106,31 @@ def _bytes(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, sp
     return np.ascontiguousarray(read).reshape(len(rows), -1).view(np.uint8)
 
 
-def _scales(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range) -> NDArray[Any]:
-    """(rows, columns) of the grid of scales of one matrix, as they are stored."""
-    shape, whole = reader.tensors[recipe.scale].shape, slice(None)
+def _grid(reader: Reader, recipe: Recipe, name: str, point: Sequence[int], rows: range, columns: range) -> NDArray[Any]:
+    """(rows, columns) of the grid of scales of one matrix, or of zero points like it, as they are stored."""
+    shape, whole = reader.tensors[name].shape, slice(None)
     at = tuple(slice(each, each + 1) for each in point) if len(shape) >= len(recipe.lead) else ()
     down, along = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
     spread = {"grid": (down, along), "ones": (down, whole, along, whole), "rows": (down,), "one": ()}[recipe.spread]
     slices = (*at, *spread)
-    found = reader.read(recipe.scale, (*slices, *[whole] * (len(shape) - len(slices))))
+    found = reader.read(name, (*slices, *[whole] * (len(shape) - len(slices))))
     return np.asarray(found).reshape((1, 1) if recipe.spread == "one" else (len(rows), len(columns)))
+
+
+def _zeros(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range) -> NDArray[np.float32]:
+    """(rows, columns) of the zero points of one matrix; where they are packed, a word has those of several rows."""
+    if recipe.format.zeros == "I8":
+        return _grid(reader, recipe, recipe.zero, point, rows, columns).view(np.int8).astype(np.float32)
+    held = 4 * PER_BYTE[recipe.format.values]
+    width = 32 // held
+    words = range(rows.start // held, -(-rows.stop // held))
+    at = tuple(slice(each, each + 1) for each in point)
+    found = reader.read(recipe.zero, (*at, slice(words.start, words.stop), slice(columns.start, columns.stop)))
+    shifts = np.arange(0, 32, width, dtype=np.uint32)[:, None]
+    each = np.asarray(found).reshape(len(words), 1, len(columns)) >> shifts & (2**width - 1)
+    first = rows.start - words.start * held
+    low: NDArray[np.float32] = each.reshape(-1, len(columns))[first : first + len(rows)].astype(np.float32)
+    return low - np.float32(2 ** (width - 1))
 
 
 def _second(reader: Reader, recipe: Recipe, point: Sequence[int]) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from layouts.dequantize.compute import GROUP, Recipe
-from layouts.dequantize.formats import BESIDE, FORMATS, LEFT, Format
+from layouts.dequantize.formats import BESIDE, FORMATS, LEFT, ZERO, Format
 from layouts.dequantize.values import PER_BYTE
 from layouts.errors import InputError, PlanError
 from layouts.quantisation import block_of, weights_of
@@ -43,7 +43,7 @@ def recipes(reader: Reader) -> dict[str, Recipe]:
 
 def hidden(reader: Reader, found: Mapping[str, Recipe]) -> frozenset[str]:
     """The tensors that are no more once the others are computed."""
-    names = {each for recipe in found.values() for each in (recipe.data, recipe.scale, recipe.second) if each}
+    names = {each for recipe in found.values() for each in (recipe.data, recipe.scale, recipe.second, recipe.zero) if each}
     for recipe in found.values():
         stem = recipe.data.removesuffix(recipe.format.data)
         names |= {stem + end for end in (*BESIDE, recipe.format.shape) if end and stem + end in reader.tensors}
@@ -106,9 +106,29 @@ def _fitted(reader: Reader, row: Format, stem: str, scale: str) -> Recipe | None
         for block in _blocks(reader, grain, rows, columns):
             if spread := _spread(grid, tuple(lead), rows, columns, block):
                 name = stem if row.folded else f"{stem}.weight"
+                along = -(-columns // block[1])
+                zero = _zero(reader, row, stem, (*lead, -(-rows // (4 * PER_BYTE[row.values])), along), grid)
                 return Recipe(name=name, format=row, data=data, scale=scale, second=second, lead=tuple(lead), rows=rows,
-                              columns=columns, block=block, spread=spread)  # fmt: skip
+                              columns=columns, block=block, spread=spread, zero=zero)  # fmt: skip
     return None
+
+
+def _zero(reader: Reader, row: Format, stem: str, packed: Sequence[int], grid: Sequence[int]) -> str:
+    """The zero points of a matrix by name, if it has some: packed along rows, or one beside each scale.
+
+    Raises:
+        InputError: they are of another type or shape.
+    """
+    spec = reader.tensors.get(stem + ZERO)
+    if spec is None or not row.zeros:
+        return ""
+    wanted = tuple(packed if row.zeros == "I32" else grid)
+    if (spec.dtype, spec.shape) != (row.zeros, wanted):
+        raise InputError(
+            f"{reader.path}: {spec.name} (in {reader.where(spec.name)}) should be zero points of {row.name}, {row.zeros} "
+            f"{wanted}; found {spec.dtype} {spec.shape}"
+        )
+    return spec.name
 
 
 def _blocks(reader: Reader, grain: int | str, rows: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -22,8 +22,9 @@ class Format:
     `data` and `scale` are how names end, `codes` and `scales` the types behind them. `values` is what bytes stand for (see
     `values`). `grain` is what one scale is for: a number of columns of a row, `group` (config.json says how many), `block` (it
     says how many rows and columns), `channel` (a row) or `tensor`. `second` is one number for the tensor, by which scales are
-    multiplied, or divided if it `divides`. `shape` is where the sizes are told that packing hides. What is `folded` has its
-    bytes in two dimensions, and is published with rows as columns.
+    multiplied, or divided if it `divides`. `shape` is where the sizes are told that packing hides. `zeros` is the type of zero
+    points, if there may be some: one for each scale, taken from values; those of I32 are packed as the values are, along rows.
+    What is `folded` has its bytes in two dimensions, and is published with rows as columns.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     second: str = ""
     divides: bool = False
     shape: str = ""
+    zeros: str = ""
     folded: bool = False
 
 
@@ -56,16 +58,18 @@ FORMATS: tuple[Format, ...] = (
     _row("FP8 blocks", ".weight", _FP8, "e4m3", _ANY, (*_FLOATS, *_POWERS), "block"),
     _row("MXFP8", ".weight", _FP8, "e4m3", _ANY, _POWERS, 32),
     _row("FP8", ".weight", _FP8, "e4m3", _ONE, _FLOATS, "channel", "tensor"),
-    _row("INT8", ".weight", ("I8",), "int8", _WS, _FLOATS, "channel", "tensor", "group"),
+    _row("INT8", ".weight", ("I8",), "int8", _WS, _FLOATS, "channel", "tensor", "group", zeros="I8"),
     _row("NVFP4", ".weight", ("U8",), "e2m1", _WS, _FP8, 16, second=".weight_scale_2"),
     _row("NVFP4", ".weight_packed", ("U8",), "e2m1", _WS, _FP8, 16, second=".weight_global_scale", divides=True),
     _row("MXFP4", ".weight", ("U8",), "e2m1", _WS, _POWERS, 32),
     _row("MXFP4", ".weight_packed", ("U8",), "e2m1", _WS, _POWERS, 32),
     _row("FP4 of DeepSeek-V4", ".weight", ("I8",), "e2m1", (".scale",), _POWERS, 32),
-    _row("INT4", ".weight_packed", ("I32",), "int4", _WS, _FLOATS, "group", "channel", shape=".weight_shape"),
-    _row("INT8", ".weight_packed", ("I32",), "int8+128", _WS, _FLOATS, "group", "channel", shape=".weight_shape"),
+    _row("INT4", ".weight_packed", ("I32",), "int4", _WS, _FLOATS, "group", "channel", shape=".weight_shape", zeros="I32"),
+    _row("INT8", ".weight_packed", ("I32",), "int8+128", _WS, _FLOATS, "group", "channel", shape=".weight_shape", zeros="I32"),
     _row("MXFP4 of gpt-oss", "_blocks", ("U8",), "e2m1", ("_scales",), ("U8",), 32, folded=True),
 )
+ZERO = ".weight_zero_point"
+"""How the names of zero points end."""
 BESIDE = (".input_scale", ".input_global_scale", ".qscale_act", ".weight_g_idx", ".input_zero_point")
 """What goes with the quantisation of a matrix, and has no meaning without it."""
 LEFT = (

@@ -5,7 +5,7 @@ import pytest
 
 from layouts.dequantize import dequantized
 from tests.layouts.test_dequantize import fp8, reader
-from tests.layouts.test_dequantize_formats import N, equal, made
+from tests.layouts.test_dequantize_formats import ZEROS, N, equal, made, with_zeros
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -68,6 +68,27 @@ def test_as_compressed_tensors_decompresses(case):
     theirs = {word.removeprefix("x.").replace("_scale_inv", "_scale"): as_torch(*entry) for word, entry in tensors.items()}
     theirs.pop("input_scale")
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = getattr(importlib.import_module(f"compressed_tensors.compressors.{module}.base"), name)
+    found = compressor.decompress(theirs, scheme)["weight"].to(torch.bfloat16).view(torch.uint16).numpy()
+    equal(dequantized(reader(tensors, config)).read("x.weight", (slice(None), slice(None))), found)
+
+
+@pytest.mark.parametrize("case", [case for case in ZEROS if case in SCHEMES or case == "int4 of channels"])
+def test_zero_points_as_compressed_tensors_takes_them(case):
+    pytest.importorskip("compressed_tensors")
+    import importlib
+
+    from compressed_tensors.quantization import QuantizationScheme
+
+    channels = ("pack_quantized", "PackedQuantizationCompressor", {"num_bits": 4, "type": "int", "strategy": "channel"})
+    module, name, weights = SCHEMES.get(case, channels)
+    tensors, config, _ = with_zeros(case)
+    if case == "int8 in words":
+        tensors["x.weight_scale"] = ("BF16", np.random.default_rng(3).integers(0x3C00, 0x4000, (N, 2)).astype("u2"))
+    theirs = {word.removeprefix("x."): as_torch(*entry) for word, entry in tensors.items() if word != "x.input_scale"}
+    if case == "int4":  # it cannot take one single word of rows apart
+        theirs["weight_zero_point"] = theirs["weight_zero_point"].repeat(2, 1)
+    scheme = QuantizationScheme(targets=["Linear"], weights={**weights, "symmetric": False})
     compressor = getattr(importlib.import_module(f"compressed_tensors.compressors.{module}.base"), name)
     found = compressor.decompress(theirs, scheme)["weight"].to(torch.bfloat16).view(torch.uint16).numpy()
     equal(dequantized(reader(tensors, config)).read("x.weight", (slice(None), slice(None))), found)

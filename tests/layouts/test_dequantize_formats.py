@@ -96,6 +96,41 @@ def equal(found, wanted):
     assert ((found[nan] & 0x7FFF) > 0x7F80).all()
 
 
+def with_zeros(case):
+    """The same with zero points, one for each scale: packed along rows where the values are, eight or four to a word."""
+    tensors, config, _ = made(case)
+    kind, code, _, word, scale_code, shape, block, *_ = CASES[case]
+    bits, columns = 4 if kind == "q4" else 8, block[1]
+    zeros = np.random.default_rng(9).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+    raw = tensors["x.weight_packed" if code == "I32" else "x.weight"][1].view("u1")
+    scales = tensors[f"x.{word}"][1].view(WORDS[scale_code]).astype("f4").reshape(-1, 1 if columns == K else K // columns)
+    grid, low = (np.repeat(each, columns, 1) for each in (scales, zeros.reshape(scales.shape)))
+    wanted = ((values(kind, raw, K) - low.astype("f4")) * grid).astype(BF16).view("u2")
+    stored = zeros.astype("i1").view("u1")
+    if code == "I32":
+        stored = np.zeros((-(-N // (32 // bits)), shape[1]), "u4")
+        for (row, column), zero in np.ndenumerate(zeros):
+            at, inside = divmod(row, 32 // bits)
+            stored[at, column] |= np.uint32((int(zero) + 2 ** (bits - 1)) << (bits * inside))
+    return tensors | {"x.weight_zero_point": (code, stored)}, config, wanted
+
+
+ZEROS = ["int4", "int4 of channels", "int8 in words", "int8"]
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_zero_points_are_taken_from_values_first(case):
+    tensors, config, wanted = with_zeros(case)
+    plain = dequantized(reader(tensors, config))
+    equal(plain.read("x.weight", (slice(None), slice(None))), wanted)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        cut = tuple(slice(*map(int, sorted(rng.integers(0, size + 1, 2)))) for size in (N, K))
+        equal(plain.read("x.weight", cut), wanted[cut])
+    assert plain.tensors.keys() == {"x.weight"}
+    assert not (wanted == made(case)[2]).all()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bit_for_bit_whole_and_in_parts(case):
     tensors, config, wanted = made(case)
@@ -134,7 +169,10 @@ def test_packing_hides_sizes_that_are_told():
     [
         ("int4", {"x.weight_shape": None}, InputError, "weight_shape should be there"),
         ("int4", {"x.weight_shape": ("I64", np.array([N, 99], "u8"))}, InputError, "is no grid of blocks"),
-        ("int4", {"x.weight_zero_point": ("I32", np.zeros((1, 2), "u4"))}, PlanError, "zero_point .* no format"),
+        ("int4", {"x.weight_zero_point": ("I32", np.zeros((2, 2), "u4"))}, InputError, r"zero points of INT4, I32 \(1, 2\)"),
+        ("int4", {"x.weight_zero_point": ("I8", np.zeros((6, 2), "u1"))}, InputError, "zero points of INT4, I32"),
+        ("int8", {"x.weight_zero_point": ("I32", np.zeros((1, 1), "u4"))}, InputError, "zero points of INT8, I8"),
+        ("fp8 tensor", {"x.weight_zero_point": ("I8", np.zeros((), "u1"))}, PlanError, "zero_point .* no format"),
         ("int4", {"x.weight_g_idx": ("I32", np.zeros(K, "u4"))}, PlanError, "orders columns"),
         ("nvfp4 of modelopt", {"x.weight_scale_2": ("F32", np.zeros(5, "u4"))}, InputError, "is no grid"),
         ("nvfp4 of modelopt", {"x.weight_scale_2": None}, PlanError, "no such format"),
