@@ -210,12 +210,16 @@ class HFReader:
     def extent(self, name: str) -> Extent:
         """Where a tensor lies: an open file, and the offset of its first byte in it."""
         shard = self._home[name]
-        with self._lock:
-            if (file := self._files.get(shard.name)) is None:
-                path = self.path / shard.name
-                opened = StoredFile.open(path) if isinstance(path, RemotePath) else InputFile.open(path)
-                file = self._files[shard.name] = opened
+        file = self._files.get(shard.name) or self._open(shard.name)
         return Extent(file, shard.start + shard.offsets[name][0])
+
+    def _open(self, shard: str) -> Ranged:
+        """A file that is not open yet, unless another thread has just opened it."""
+        with self._lock:
+            if (file := self._files.get(shard)) is None:
+                path = self.path / shard
+                file = self._files[shard] = StoredFile.open(path) if isinstance(path, RemotePath) else InputFile.open(path)
+        return file
 
     def close(self) -> None:
         """Close the files."""

@@ -76,4 +76,4 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return math.prod(self.shape) * itemsize(self.dtype)
+        return math.prod(self.shape) * (_SIZES.get(self.dtype) or itemsize(self.dtype))

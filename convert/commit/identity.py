@@ -20,6 +20,7 @@ from convert.commit.manifest import NAME, TOOL
 from convert.planning.planner import Plan
 from layouts.disk.files import CONFIG, INDEX
 from layouts.disk.places import files_of, is_remote
+from layouts.disk.written import quoted
 from layouts.reader import Reader
 
 _PIECE, _PIECES = 4096, 16
@@ -87,7 +88,7 @@ def input_digest(reader: Reader) -> str:
     for name, spec in sorted(reader.tensors.items()):
         unit = reader.unit(name)
         chunk = list(unit.shape) if unit else "null"
-        digest.update(f"[{json.dumps(name)}, {json.dumps(spec.dtype)}, {list(spec.shape)}, {chunk}]".encode())
+        digest.update(f"[{quoted(name)}, {quoted(spec.dtype)}, {list(spec.shape)}, {chunk}]".encode())
     for name, _, _ in sorted(files_of(reader.path, reader.side_files.never)):
         path = PurePosixPath(name)
         if path.name in _SPEAKING or path.parent.name in _FOLDERS:

@@ -20,6 +20,7 @@ import xxhash
 from convert.commit.inventory import FileEntry
 from convert.planning.planner import Plan
 from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
+from layouts.disk.written import indented
 from layouts.errors import InputError
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
@@ -105,7 +106,7 @@ def sealed(content: Mapping[str, Any], original: Original | None) -> str:
     """The text of a manifest: what it says, what a way back needs, and the digest of both."""
     kept = {"original": {"headers": dict(original.headers), "texts": dict(original.texts)}} if original else {}
     whole = {**content, **kept}
-    return json.dumps({**whole, SEAL: seal_of(whole)}, indent=1) + "\n"
+    return indented({**whole, SEAL: seal_of(whole)}, 1) + "\n"
 
 
 def seal_of(content: Mapping[str, Any]) -> str:

@@ -19,8 +19,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from convert.commit.manifest import SOURCE
-from convert.engine.blocks import SLAB, assembled, first_of, lies_alike
+from convert.engine.blocks import SLAB, assembled
 from convert.engine.direct import Output, Scratch
+from convert.engine.runs import Run, Runs
 from convert.errors import readable
 from convert.planning.targets import Target
 from layouts.disk.pread import Extent
@@ -38,24 +39,17 @@ class Worker(NamedTuple):
     reader: Reader
     scratch: Scratch
     slab: Scratch
+    runs: Runs
 
     @classmethod
     def make(cls, reader: Reader, strip: int) -> Worker:
         """One for strips of this size."""
-        return cls(reader, Scratch(strip), Scratch(SLAB))
+        return cls(reader, Scratch(strip), Scratch(SLAB), Runs())
 
     def source(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array for a slab; a new one where padding makes it larger than others."""
         fits = math.prod(shape) * dtype.itemsize <= self.slab.nbytes
         return self.slab.empty(shape, dtype, 0) if fits else np.empty(shape, dtype)
-
-
-class Run(NamedTuple):
-    """Bytes of a source tensor that go to the output as they lie."""
-
-    source: str
-    start: int
-    nbytes: int
 
 
 def write_tensor(target: Target, output: Output, offset: int, worker: Worker, told: Callable[[int], None]) -> dict[str, str]:
@@ -66,13 +60,12 @@ def write_tensor(target: Target, output: Output, offset: int, worker: Worker, to
     digest = xxhash.xxh3_128()
     sources: dict[str, str] = {}
     whole = target.moved and not set(target.target.key.slots) & set(target.source.pattern.axes)
-    strip = max(1, worker.scratch.nbytes // itemsize(target.spec.dtype))
     told(0)
-    for box in target.target.pattern.strips(target.sizes, strip):
-        straight = _located(runs(target, box), worker)
+    for box in _boxes(target, worker.scratch.nbytes):
+        straight = _located(worker.runs.of(target, box), worker)
         short = straight is not None and all(run.nbytes < SHORT for run, _ in straight)
         if short and straight is not None:
-            done = _gather(straight, worker, output, offset, digest, sources if whole else {})
+            done = _gather(straight, worker, output, offset, digest, sources if whole else None)
         for name in _sources(target, box, straight) if whole else ():
             if SOURCE + name not in sources:
                 sources[SOURCE + name] = _digest(worker, name)
@@ -85,24 +78,11 @@ def write_tensor(target: Target, output: Output, offset: int, worker: Worker, to
     return {**sources, target.spec.name: digest.hexdigest()}
 
 
-def runs(target: Target, box: Box) -> list[Run] | None:
-    """The block `box` as runs of source bytes, neighbours merged, or None if it does not lie in the sources as it is wanted."""
-    size = itemsize(target.spec.dtype)
-    found: list[Run] = []
-    filled = 0
-    for piece in target.pieces(box):
-        lengths = {axis: len(span) for axis, span in box.items()}
-        local = {axis: range(s.start - box[axis].start, s.stop - box[axis].start) for axis, s in piece.target_box.items()}
-        start = lies_alike(target, piece)
-        if start is None or first_of(target.target.pattern.axes, lengths, local) != filled:
-            return None
-        count = math.prod(map(len, piece.source_box.values()))
-        run = Run(piece.source, start * size, count * size)
-        if found and found[-1].source == run.source and found[-1].start + found[-1].nbytes == run.start:
-            run = Run(run.source, found[-1].start, found.pop().nbytes + run.nbytes)
-        found.append(run)
-        filled += count
-    return found if filled == math.prod(map(len, box.values())) else None
+def _boxes(target: Target, limit: int) -> Iterable[Box]:
+    """The target in strips of at most `limit` bytes; as a whole if it is so small."""
+    if 0 < target.spec.nbytes <= limit:
+        return (target.way.whole,)
+    return target.target.pattern.strips(target.sizes, max(1, limit // itemsize(target.spec.dtype)))
 
 
 def _located(straight: Sequence[Run] | None, worker: Worker) -> list[tuple[Run, Extent]] | None:
@@ -126,18 +106,18 @@ def _gather(
     output: Output,
     offset: int,
     digest: xxhash.xxh3_128,
-    sources: dict[str, str],
+    sources: dict[str, str] | None,
 ) -> int:
     """Read short runs behind one another, and write them at once: a checkpoint may have 100,000 of a few bytes each.
 
-    Those that are whole sources are hashed on the way.
+    Those that are whole sources are hashed on the way, if `sources` are wanted.
     """
     nbytes = sum(run.nbytes for run, _ in straight)
     data, at = worker.scratch.empty((nbytes,), np.uint8, offset).data, 0
     for run, extent in straight:
         part = data[at : at + run.nbytes]
         extent.file.read(part, extent.start + run.start)
-        if run.nbytes == worker.reader.tensors[run.source].nbytes:
+        if sources is not None and run.nbytes == worker.reader.tensors[run.source].nbytes:
             sources[SOURCE + run.source] = xxhash.xxh3_128_hexdigest(part)
         at += run.nbytes
     digest.update(data)

@@ -17,6 +17,7 @@ from typing import Any
 
 from convert.planning.planner import Target
 from layouts.disk.names import part
+from layouts.disk.written import indented
 from layouts.tensors import TensorSpec, itemsize
 
 SINGLE = "model.safetensors"
@@ -84,10 +85,11 @@ def restore(headers: Mapping[str, str], specs: Iterable[TensorSpec]) -> tuple[Fi
             entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
             for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
                 spec = wanted.pop(key)
+                begin, end = end, end + spec.nbytes
                 found = (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"])
-                if found != (spec.dtype, spec.shape, [end, end + spec.nbytes]):
+                if found != (spec.dtype, spec.shape, [begin, end]):
                     return None
-                offsets[key], end = end, end + spec.nbytes
+                offsets[key] = begin
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         restored.append(_with_head(name, header.encode(), offsets, end))
@@ -100,8 +102,11 @@ def _with_head(name: str, header: bytes, offsets: Mapping[str, int], data: int) 
     return File(name=name, head=head, offsets=shifted, size=len(head) + data)
 
 
-def index_text(targets: Iterable[Target], files: Sequence[File]) -> str:
-    """`model.safetensors.index.json` as transformers writes it (sorted, indented)."""
-    total = sum(target.spec.nbytes for target in targets)
-    weight_map = {name: file.name for file in files for name in file.offsets}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+def weight_map(files: Sequence[File]) -> dict[str, str]:
+    """In which file each tensor is, sorted by name."""
+    return dict(sorted((name, file.name) for file in files for name in file.offsets))
+
+
+def index_text(total: int, files: Sequence[File]) -> str:
+    """`model.safetensors.index.json` of `total` bytes as transformers writes it (sorted, indented)."""
+    return indented({"metadata": {"total_size": total}, "weight_map": weight_map(files)}, 2) + "\n"

@@ -25,7 +25,7 @@ from convert.engine.reading import in_order
 from convert.errors import PlanError, readable
 from convert.hf.execute import write_tensors
 from convert.hf.look import look
-from convert.hf.shards import File, index_text, pack, restore
+from convert.hf.shards import File, index_text, pack, restore, weight_map
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
@@ -187,19 +187,19 @@ def _index(plan: Plan, files: Sequence[File], original: manifest.Original | None
 
     Original files have the index that they had, or none as before, unless that would say something else here.
     """
-    own, text = {file.name for file in files}, index_text(plan.targets, files)
+    own, text = {file.name for file in files}, index_text(plan.nbytes, files)
     others = {name for name in plan.side_files if "/" not in name and name.endswith(".safetensors")}
     if original is None or own != set(original.headers):
         return text if len(own) > 1 or others else None
     if (old := original.texts.get(INDEX)) is None:
         return None if set(unindexed(own | others)) == own else text
-    return old if _agree(old, text) else text
+    return old if _agree(old, files) else text
 
 
-def _agree(old: str, new: str) -> bool:
+def _agree(old: str, files: Sequence[File]) -> bool:
     """Whether a remembered index says what the new one would."""
     parsed = _parsed(old)
-    return isinstance(parsed, dict) and parsed.get("weight_map") == json.loads(new)["weight_map"]
+    return isinstance(parsed, dict) and parsed.get("weight_map") == weight_map(files)
 
 
 def _parsed(text: str) -> Any:

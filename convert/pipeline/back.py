@@ -62,15 +62,9 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
 
 def _reversed(target: Target, spec: TensorSpec) -> Target:
     index = {**target.index, **(target.source.key.parse(spec.name) or {})}
-    return replace(
-        target,
-        spec=spec,
-        index=index,
-        sizes=target.source_sizes,
-        source_sizes=target.sizes,
-        source=target.target,
-        target=target.source,
-    )
+    way = target.way
+    back = replace(way, sizes=way.source_sizes, source_sizes=way.sizes, source=way.target, target=way.source)
+    return replace(target, spec=spec, index=index, way=back)
 
 
 def checked(asked: Request, params: Any) -> dict[str, Leaf]:

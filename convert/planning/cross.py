@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there
 from convert.planning.stacks import mtp_places
-from convert.planning.targets import OTHER, Target, cut
+from convert.planning.targets import OTHER, Target, Way, cut
 from layouts.errors import InputError, PlanError
 from layouts.reader import Reader
 from layouts.tables.maxtext import Tree
@@ -92,17 +92,11 @@ def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Targe
         shape = pair.target.pattern.shape(sizes)
     except (KeyError, ValueError) as error:
         raise PlanError(f"{reader.path}: {first.name} (in {reader.where(first.name)}): {error}") from None
+    way = Way(
+        role=pair.role, part=pair.part, dims="out" if pair.part else "out in",
+        sizes=sizes, source_sizes=stored, source=pair.source, target=pair.target,
+    )  # fmt: skip
     slots = pair.target.key.slots
     for point in itertools.product(*(range(pair.counts[slot]) for slot in slots)):
         index = dict(zip(slots, point, strict=True))
-        yield Target(
-            spec=TensorSpec(name=pair.target.key.render(index), dtype=first.dtype, shape=shape),
-            role=pair.role,
-            part=pair.part,
-            dims="out" if pair.part else "out in",
-            index=index,
-            sizes=sizes,
-            source_sizes=stored,
-            source=pair.source,
-            target=pair.target,
-        )
+        yield Target(spec=TensorSpec(name=pair.target.key.render(index), dtype=first.dtype, shape=shape), index=index, way=way)

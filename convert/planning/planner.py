@@ -14,7 +14,7 @@ from convert.options import Choices
 from convert.planning import relay
 from convert.planning.documents import plan_document
 from convert.planning.record import family_record, make_record, with_origin
-from convert.planning.targets import Piece, Target
+from convert.planning.targets import Piece, Target, Way
 from layouts.errors import PlanError
 from layouts.language.layout import Layouts, Placed
 from layouts.language.pattern import identity
@@ -231,7 +231,7 @@ def verbatim(spec: TensorSpec) -> Target:
     """A tensor of the output that is named and stored as in the input."""
     same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
     sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
-    return Target(spec=spec, role="verbatim", index={}, sizes=sizes, source_sizes=sizes, source=same, target=same)
+    return Target(spec=spec, index={}, way=Way(role="verbatim", sizes=sizes, source_sizes=sizes, source=same, target=same))
 
 
 def _check_names(reader: Reader, targets: list[Target]) -> None:

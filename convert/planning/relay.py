@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from convert.planning.targets import Target, cut
+from convert.planning.targets import Target, Way, cut
 from layouts.errors import PlanError
 from layouts.language.layout import Layout, Placed
 from layouts.language.parts import AXES, CHUNKS, EXTRA, PARTS, companion, is_in_first, takes
@@ -45,21 +45,14 @@ def targets(
     except ValueError as error:
         raise PlanError(f"{reader.path}: {group.names[0]} does not fit into '{layout.pattern}': {error}") from None
     target = Placed(placed.key.bind("part", _NUMBER[group.part]), pattern)
+    way = Way(
+        role=group.role, part=group.part, dims=group.dims, packed=group.packed,
+        sizes=sizes, source_sizes=group.sizes, source=group.placed, target=target,
+    )  # fmt: skip
     named = [slot for slot in target.key.slots if slot in sizes]
     for point in itertools.product(*(range(sizes[axis]) for axis in named)):
         index = {**group.index, **dict(zip(named, point, strict=True))}
-        yield Target(
-            spec=TensorSpec(name=target.key.render(index), dtype=group.dtype, shape=shape),
-            role=group.role,
-            part=group.part,
-            dims=group.dims,
-            index=index,
-            sizes=sizes,
-            source_sizes=group.sizes,
-            source=group.placed,
-            target=target,
-            packed=group.packed,
-        )
+        yield Target(spec=TensorSpec(name=target.key.render(index), dtype=group.dtype, shape=shape), index=index, way=way)
 
 
 def _pattern(reader: Reader, group: Group, beside: Sequence[Group], weight: Pattern, *, bare: bool) -> Pattern:

@@ -3,7 +3,7 @@
 In: two layouts and their sizes. Out: block copies. It never reads or writes a block.
 
 There is one operation, whatever the two layouts are: a target block and a source block are viewed along the same axes and one
-is copied into the other. A `Target` therefore only holds both layouts and their sizes; `pieces` derives the copies.
+is copied into the other. A `Way` therefore only holds both layouts and their sizes; `pieces` of a target derives the copies.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from layouts.language.layout import Placed
@@ -42,30 +43,101 @@ class _Run(NamedTuple):
     inside: range
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A tensor of the output. `index` is where its name puts it.
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How tensors of the output come about that differ in their names alone, as those of the experts of a layer.
 
-    `sizes` are those of its axes, `source_sizes` the sources'. `role` is `wi`, `wo`, `verbatim`, or `other` for tensors that
-    only the other format has otherwise; `part` names a companion, such as a bias or a scale.
+    There may be 100,000 tensors, and a few hundred ways. `sizes` are those of a tensor's axes, `source_sizes` the sources'.
+    `role` is `wi`, `wo`, `verbatim`, or `other` for tensors that only the other format has otherwise; `part` names a companion,
+    such as a bias or a scale. If several values are in an element, it is `packed`: in and out keep their order.
     """
 
-    spec: TensorSpec
     role: str
     part: str = ""
     dims: str = ""
-    index: Index
     sizes: Mapping[str, int]
     source_sizes: Mapping[str, int]
     source: Placed
     target: Placed
     packed: bool = False
-    """Whether several values are in an element, so that in and out keep their order."""
 
-    @property
+    @cached_property
     def moved(self) -> bool:
         """Whether anything but the name's place in a file changes."""
         return self.source != self.target
+
+    @cached_property
+    def whole(self) -> Box:
+        """The box that is a whole tensor, padding and all."""
+        return self.target.pattern.whole(self.sizes)
+
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """Axes that the source has in another direction."""
+        return self.source.pattern.reversed ^ self.target.pattern.reversed
+
+    @cached_property
+    def is_cut(self) -> bool:
+        """Whether `n` is cut into shards or chunks on either side."""
+        return any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
+
+    def last(self, axis: str) -> int:
+        """The last position of an axis."""
+        return self.sizes.get(axis, self.source_sizes.get(axis, 0)) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A tensor of the output. `index` is where its name puts it; all else it shares with others of its `way`."""
+
+    spec: TensorSpec
+    index: Index
+    way: Way
+
+    @property
+    def role(self) -> str:
+        """See `Way`."""
+        return self.way.role
+
+    @property
+    def part(self) -> str:
+        """See `Way`."""
+        return self.way.part
+
+    @property
+    def dims(self) -> str:
+        """See `Way`."""
+        return self.way.dims
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """See `Way`."""
+        return self.way.sizes
+
+    @property
+    def source_sizes(self) -> Mapping[str, int]:
+        """See `Way`."""
+        return self.way.source_sizes
+
+    @property
+    def source(self) -> Placed:
+        """See `Way`."""
+        return self.way.source
+
+    @property
+    def target(self) -> Placed:
+        """See `Way`."""
+        return self.way.target
+
+    @property
+    def packed(self) -> bool:
+        """See `Way`."""
+        return self.way.packed
+
+    @property
+    def moved(self) -> bool:
+        """See `Way`."""
+        return self.way.moved
 
     def pieces(self, box: Box) -> Iterator[Piece]:
         """The block copies that fill `box`, a range for each axis of the target's pattern; what they leave out is padding.
@@ -77,7 +149,7 @@ class Target:
             return
         full = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)} | real
         ones = {axis: range(1) for axis, size in self.source.pattern.fixed.items() if size == 1}
-        turned, slots = self._turned, self.source.key.slots
+        turned, slots = self.way.turned, self.source.key.slots
         single = [axis for axis in full if axis in slots or axis in turned]
         for point in itertools.product(*(full[axis] for axis in single)):
             here = full | {axis: range(i, i + 1) for axis, i in zip(single, point, strict=True)}
@@ -94,28 +166,19 @@ class Target:
     @property
     def first_source(self) -> str:
         """The source of the first piece of all: where reading this tensor begins."""
-        numbers = {axis: at for axis, at in self.index.items() if isinstance(at, int)}
-        first = dict.fromkeys(self.target.pattern.axes, 0) | numbers
-        turned = {axis: self._turn(axis, range(first[axis], 1)).start for axis in self._turned if axis in first}
-        return self.source.key.render({**self.index, **first, **turned})
-
-    @property
-    def _turned(self) -> frozenset[str]:
-        return self.source.pattern.reversed ^ self.target.pattern.reversed
-
-    @property
-    def _is_cut(self) -> bool:
-        return any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
+        first = {**dict.fromkeys(self.target.pattern.axes, 0), **self.index}
+        turned = {axis: self.way.last(axis) - int(first[axis]) for axis in self.way.turned if axis in first}
+        return self.source.key.render({**first, **turned})
 
     def _turn(self, axis: str, span: range) -> range:
-        if axis not in self._turned:
+        if axis not in self.way.turned:
             return span
-        last = self.sizes.get(axis, self.source_sizes.get(axis, 0)) - 1
+        last = self.way.last(axis)
         return range(last - span.start, last - span.start + 1)
 
     def _runs(self, box: Box) -> Iterator[tuple[Box, Box]]:
         """The parts of `box` along `n` that lie in one chunk on both sides."""
-        if "n" not in box or not self._is_cut:
+        if "n" not in box or not self.way.is_cut:
             yield {}, {}
             return
         cut = self.source.pattern.axes, self.target.pattern.axes

@@ -12,7 +12,7 @@ import xxhash
 import convert
 from convert.engine import copying
 from convert.engine.blocks import assembled
-from convert.engine.copying import runs
+from convert.engine.runs import runs
 from convert.options import Choices
 from convert.planning.planner import make_plan
 from layouts.tables.families import FAMILIES
