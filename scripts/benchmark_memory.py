@@ -1,9 +1,10 @@
-"""Loading a checkpoint onto devices, and fusing in memory, beside what people write by hand; each way in a process of its own.
+"""Loading onto devices, saving from there and fusing there, beside what people write by hand; each way in a process of its own.
 
-    python scripts/benchmark_memory.py --size 2GB [--runs 3] [--folder /tmp]
+    python scripts/benchmark_memory.py --size 5GB [--runs 3] [--only load save fuse] [--folder /tmp]
 
-It makes a checkpoint of Qwen3-MoE's form, reads it once, so that all ways find it in the page cache, and prints for each way
-the median of its seconds and its peak of resident memory beyond that of a process that has only imported JAX.
+It makes a checkpoint of Qwen3-MoE's form and runs each way in turn, as often as asked; the page cache is warm. It prints for
+each the median of its seconds, and the largest peak of its memory beyond that of a process that has only imported JAX. What
+saves or fuses holds the parameters from the start, once; both ways to save end with their last fsync.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -102,11 +104,48 @@ def concatenate(path: Path) -> Callable[[], Any]:
     return run
 
 
+def save(path: Path) -> Callable[[], Any]:
+    """Write fused parameters as the files that they were loaded from."""
+    import convert
+
+    params = convert.load(path, layout="concat")
+    return lambda: convert.save(params, path.with_name("out"), like=path, layout="concat").seconds
+
+
+def save_file(path: Path) -> Callable[[], Any]:
+    """The same by `jnp.split`, transposes and `safetensors.flax.save_file`, file by file."""
+    import jax.numpy as jnp
+    from safetensors import safe_open
+    from safetensors.flax import save_file
+
+    import convert
+
+    params, out = convert.load(path, layout="concat"), path.with_name("out")
+
+    def run() -> Any:
+        out.mkdir()
+        for layer in range(LAYERS):
+            place = PLACE.format(layer)
+            parts = dict(zip(("gate_proj", "up_proj"), jnp.split(params.pop(f"{place}.wi"), 2, -1), strict=True))
+            for word, array in (parts | {"down_proj": params.pop(f"{place}.wo")}).items():
+                params.update({f"{place}.{e}.{word}.weight": array[e].T for e in range(EXPERTS)})
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, "np") as names:
+                save_file({name: params.pop(name) for name in names.keys()}, out / file.name)  # noqa: SIM118
+            with (out / file.name).open("rb") as written:
+                os.fsync(written.fileno())
+        return 0
+
+    return run
+
+
 WAYS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "imports alone": ("", nothing),
     "convert.load, one device": ("load", load),
     "convert.load, eight devices": ("load", load_on_eight),
     "safetensors.flax.load_file + jnp": ("load", by_hand),
+    "convert.save": ("save", save),
+    "jnp + safetensors.flax.save_file": ("save", save_file),
     "prefuse_params(donate=True)": ("fuse", fuse),
     "jnp.concatenate": ("fuse", concatenate),
 }
@@ -120,7 +159,7 @@ def measured(way: str, path: Path) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", 8)
     jax.block_until_ready(jax.device_put(0))
     kind, call = WAYS[way]
-    begun = call(path) if kind == "fuse" else lambda: call(path)
+    begun = call(path) if kind in ("save", "fuse") else lambda: call(path)
     started = time.perf_counter()
     jax.block_until_ready(begun())
     seconds = time.perf_counter() - started
@@ -140,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="2GB", help="of the checkpoint")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=["load", "save", "fuse"], default=["load", "save", "fuse"])
     parser.add_argument("--folder", type=Path, default=None, help="where to make it")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -153,8 +193,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "hf"
         make_checkpoint(path, family="qwen3_moe", layers=LAYERS, experts=EXPERTS, embed=EMBED, mlp=mlp, values="normal")
-        total = sum(len(file.read_bytes()) for file in path.glob("*.safetensors"))
-        found = {way: [run(way, path) for _ in range(arguments.runs)] for way in WAYS}
+        total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        found: dict[str, list[dict[str, float]]] = {way: [] for way, (kind, _) in WAYS.items() if kind in ("", *arguments.only)}
+        for _ in range(arguments.runs):
+            for way, runs in found.items():
+                runs.append(run(way, path))
+                print(f"{way}: {runs[-1]}", file=sys.stderr, flush=True)
+                shutil.rmtree(path.with_name("out"), ignore_errors=True)
     least = min(each["peak"] for each in found["imports alone"])
     shape = f"{LAYERS} layers of {EXPERTS} experts"
     print(f"{in_units(total)} of bfloat16, {shape}, median of {arguments.runs}, {os.cpu_count()} CPUs\n")

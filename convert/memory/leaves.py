@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.errors import PlanError
+
 _NAMES = ("out_sharding", "sharding_names", "sharding", "names")
 """Where a box has the logical axis names of its array, one per dimension."""
 
@@ -28,15 +30,33 @@ class Leaf:
 
     @property
     def kind(self) -> str:
-        """What moves it: `abstract` (shapes alone), `torch`, `numpy` or `jax`."""
+        """What moves it: `abstract` (shapes alone), `torch`, `numpy` or `jax`, which takes over what else speaks DLPack."""
         if isinstance(self.array, jax.ShapeDtypeStruct):
             return "abstract"
-        return "numpy" if isinstance(self.array, np.ndarray) else "jax" if isinstance(self.array, jax.Array) else "torch"
+        if isinstance(self.array, (np.ndarray, jax.Array)):
+            return "numpy" if isinstance(self.array, np.ndarray) else "jax"
+        return "torch" if _is_tensor(self.array) else "dlpack"
 
     @property
     def dtype(self) -> str:
         """The name of the element type, the same whichever library holds the array."""
-        return str(self.array.dtype).removeprefix("torch.")
+        return str(self.array.dtype).rpartition(".")[2]
+
+    def taken_over(self, name: str) -> Leaf:
+        """The same in JAX's hands, without a copy, where it is of a library that we do not know and that speaks DLPack.
+
+        Raises:
+            PlanError: JAX cannot.
+        """
+        if self.kind != "dlpack":
+            return self
+        try:
+            array = jax.dlpack.from_dlpack(self.array)
+        except Exception as error:
+            raise PlanError(f"{name}: JAX cannot take over a {type(self.array).__qualname__} by DLPack: {error}") from error
+        if str(array.dtype) != self.dtype:
+            raise PlanError(f"{name} is {self.dtype}, which JAX takes for {array.dtype}; make an array of NumPy or JAX of it")
+        return Leaf(array=array, box=self.box)
 
     @property
     def axis_names(self) -> tuple[Any, ...] | None:
@@ -76,10 +96,16 @@ def is_module(node: Any) -> bool:
 
 
 def _is_array(node: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(node, (np.ndarray, jax.Array, jax.ShapeDtypeStruct)) or (
-        torch is not None and isinstance(node, torch.Tensor)
+    if isinstance(node, (np.ndarray, jax.Array, jax.ShapeDtypeStruct)) or _is_tensor(node):
+        return True
+    return not isinstance(node, type) and all(
+        hasattr(node, word) for word in ("__dlpack__", "__dlpack_device__", "shape", "dtype")
     )
+
+
+def _is_tensor(node: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(node, torch.Tensor)
 
 
 def _is_variable(node: Any) -> bool:

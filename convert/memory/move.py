@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from convert.errors import InputError, PlanError
+from convert.errors import InputError, PlanError, UsageError
 from convert.memory import places
 from convert.memory.leaves import Leaf
 from convert.memory.relay import Relay
@@ -39,6 +39,7 @@ def moved(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> list[An
     for name, leaf in zip(names, leaves, strict=True):
         if (one := _words(first)) != (other := _words(leaf)):
             raise PlanError(f"experts of one layer must be alike, but {names[0]} is {one} and {name} is {other}")
+    leaves = [leaf.taken_over(name) for name, leaf in zip(names, leaves, strict=True)]
     axis_names = None if first.axis_names is None else places.carried(relay, first.axis_names)
     return [first.replaced(array, axis_names) for array in _arrays(relay, leaves, names)]
 
@@ -46,6 +47,7 @@ def moved(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> list[An
 def _arrays(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> Sequence[Any]:
     kinds, arrays = {leaf.kind for leaf in leaves}, [leaf.array for leaf in leaves]
     traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    _check_devices(arrays, names)
     if "torch" in kinds and len(kinds) > 1:
         raise PlanError(f"{names[0]} and its partners are of several libraries ({', '.join(sorted(kinds))}); make them one")
     if "abstract" in kinds:
@@ -133,6 +135,21 @@ def _tangents(relay: Relay, primals: Any, tangents: Any) -> tuple[Any, Any]:
     if tangents[0][0].dtype == jax.dtypes.float0:
         return out, tuple(np.zeros(part.shape, jax.dtypes.float0) for part in out)
     return out, relay(tangents[0], jnp)
+
+
+def _check_devices(arrays: Sequence[Any], names: Sequence[str]) -> None:
+    """See that arrays are there, and where JAX can compute with all of them; it moves none that somebody placed."""
+    placed: dict[frozenset[Any], str] = {}
+    for name, array in zip(names, arrays, strict=True):
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            continue
+        if array.is_deleted():
+            raise UsageError(f"{name} was given up to another call, as donated arrays are; there is no data in it any more")
+        if array.committed:
+            placed.setdefault(frozenset(array.sharding.device_set), name)
+    if len(placed) > 1:
+        first, second, *_ = placed.values()
+        raise PlanError(f"{first} and {second} lie on different devices; bring them to the same ones with jax.device_put")
 
 
 def _check_padding(relay: Relay, arrays: Sequence[Any], names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn
 from convert.errors import PlanError, UsageError
 from convert.memory.tree import Held
 from layouts.language.layout import Layouts
+from layouts.language.template import Template
 from layouts.matching.lookup import fitting
 from layouts.tables.families import FAMILIES, Family, maxtext
 from layouts.tables.targets import TARGETS, target
@@ -30,6 +31,8 @@ class Names:
         self._ends = dict(said or {})
         if said and family and not family_of(family).by_structure:
             raise UsageError(f"names: those of family {family} are in its table; give names or a family")
+        if odd := [end for end in self._ends.values() if not isinstance(end, str) or not end]:
+            raise UsageError(f"names: {odd[0]!r} is no end of a name, such as 'gate_proj.kernel'")
         if lost := [word for word in self._ends if word not in WORDS]:
             raise UsageError(f"names: {lost[0]!r} is none of {', '.join(WORDS)}")
         if len(set(self._ends.values())) < len(self._ends):
@@ -76,6 +79,11 @@ def check_arrays(held: Mapping[str, Held], family: Family, tables: Iterable[Layo
     """
     keys = [layout.template(family.experts) for table in tables for layout in table.values()]
     for name, each in held.items():
+        whole, _, last = name.rpartition(".")
+        if last.isdecimal() and any(key.parse(whole) is not None for key in keys):
+            raise PlanError(
+                f"{whole} has the name of an expert's weight and is several arrays; no layout says how they are fused"
+            )
         if each.leaf is None and not each.is_empty and any(key.parse(name) is not None for key in keys):
             raise PlanError(
                 f"{name} has the name of an expert's weight and is a {type(each.node).__qualname__}; known are arrays of "
@@ -90,13 +98,24 @@ def has_gates(names: Iterable[str], family: Family, tables: Collection[Layouts])
     return any(key.parse(name) is not None for name in names for key in keys)
 
 
-def absent(names: Collection[str], family: Family, tables: Sequence[Layouts], *, said: bool) -> NoReturn:
+def absent(held: Mapping[str, Held], family: Family, tables: Sequence[Layouts], *, said: bool) -> NoReturn:
     """Say that no names are those of gate and up, and whose the names may be.
 
     Raises:
         PlanError: always.
     """
+    names = [name for name, each in held.items() if each.leaf is not None]
+    odd = next(((name, each) for name, each in held.items() if each.leaf is None and not each.is_empty), None)
+    if not names and odd:
+        kind = type(odd[1].node).__name__
+        raise PlanError(f"there are no arrays: {odd[0]} is a {kind}, neither an array nor a container that JAX knows as a tree")
     near = [] if said else [other.name for other in fitting(names, "hf")][:6]
-    wanted = " or ".join(dict.fromkeys(table["wi"].key.replace("{experts}", family.experts) for table in tables)) or "wi"
+    wanted = " or ".join(dict.fromkeys(_example(table["wi"].template(family.experts)) for table in tables)) or "*.wi"
     hint = f"; there are names as in {', '.join(near)}: if it is one of these, say so with --family" if near else ""
-    raise PlanError(f"no leaves are called as {wanted} says{hint}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}")
+    raise PlanError(f"no leaves are called as {wanted} is{hint}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}")
+
+
+def _example(key: Template) -> str:
+    """A name as a template has it: the first of layers, experts and words, at any place."""
+    places = {"path": "*", "within": ""}
+    return key.render({slot: places.get(slot, 0) for slot in key.slots})

@@ -118,7 +118,7 @@ def _planned(
     tensors = {name: spec_of(name, each.leaf) for name, each in held.items() if each.leaf is not None}
     if not has_gates(tensors, family, before if action == "split" else ()):
         moves = tuple(_places(held, _empty_pairs(family, before, after)))
-        return Moves(moves=moves or absent(tensors, family, before, said=bool(choices.family)), record=None)
+        return Moves(moves=moves or absent(held, family, before, said=bool(choices.family)), record=None)
     reader = Tree(tensors=tensors, format=family.format, record=record, config=config)
     plan = make_plan(cast(Reader, reader), Path(), action, choices, whole=False)
     return Moves(moves=(*_moves(plan), *_places(held, _pairs(plan))), record=_whole(plan.record, family))

@@ -67,7 +67,8 @@ def rebuilt(root: Any, held: Mapping[str, Held], made: Mapping[Sequence[str], Ma
     new: dict[Path, list[tuple[Path, Any]]] = {}
     for names, values in made.items():
         for name, value in values.items():
-            at, rest = _place(name, held[names[0]].path)
+            path = held[names[0]].path
+            at, rest = _place(name, path, int if _counts(root, path) else str)
             new.setdefault(at, []).append((rest, value))
     touched = {path[:depth] for path in gone for depth in range(len(path) + 1)}
     return _Changes(gone=frozenset(gone), new=new, touched=frozenset(touched)).applied(root, ())
@@ -146,20 +147,26 @@ def _words(key: Any) -> list[str]:
     return str(key).replace("/", ".").split(".")
 
 
-def _place(name: str, path: Path) -> tuple[Path, Path]:
+def _counts(node: Any, path: Path) -> bool:
+    """Whether numbers are integers in the keys of mappings here, as in `nnx.State`."""
+    for key in path:
+        if any(type(part) is int for part in (key if isinstance(key, tuple) else (key,) if isinstance(node, Mapping) else ())):
+            return True
+        node = dict(_children(node) or ())[key]
+    return False
+
+
+def _place(name: str, path: Path, number: type) -> tuple[Path, Path]:
     """Where a new name goes: the path of the child that it comes before, and its keys below that child's parent."""
     words = name.split(".")[1:]
     depth = 0
     while depth < len(path) - 1 and words[: len(head := _words(path[depth]))] == head and len(words) > len(head):
         words, depth = words[len(head) :], depth + 1
     like = path[depth]
-    if isinstance(like, tuple):
-        rest: Path = (tuple(words),)
-    elif isinstance(like, str) and ("/" in like or "." in like):
-        rest = (("/" if "/" in like else ".").join(words),)
-    else:
-        rest = tuple(words)
-    return path[: depth + 1], rest
+    if isinstance(like, str) and ("/" in like or "." in like):
+        return path[: depth + 1], (("/" if "/" in like else ".").join(words),)
+    keys = tuple(number(word) if word.isdecimal() else word for word in words)
+    return path[: depth + 1], (keys,) if isinstance(like, tuple) else keys
 
 
 def _put(found: dict[Any, Any], keys: Path, value: Any) -> None:

@@ -85,14 +85,14 @@ def checked(asked: Request, params: Any) -> dict[str, Leaf]:
         if wanted != is_like:
             raise PlanError(f"{name} is {is_like}, and {wanted} there; what is saved has the shapes and types of `like`")
         _check_here(name, each.leaf)
-        leaves[spec.name] = each.leaf
+        leaves[spec.name] = each.leaf.taken_over(name)
     if found:
         raise PlanError(f"{next(iter(found))} ({len(found)} such leaves) has no place in the checkpoint; nothing is dropped")
     return leaves
 
 
 def _check_here(name: str, leaf: Leaf) -> None:
-    if leaf.kind == "abstract" or isinstance(leaf.array, jax.core.Tracer):
+    if leaf.kind == "abstract" or isinstance(leaf.array, jax.core.Tracer) or getattr(leaf.array, "is_meta", False):
         raise UsageError(f"{name} is a {type(leaf.array).__name__}: it holds no data; save outside of jit")
     if isinstance(leaf.array, jax.Array) and not leaf.array.is_fully_addressable:
         raise UsageError(f"{name} lies on devices of other processes, too; bring it together with multihost_utils first")

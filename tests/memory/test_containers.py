@@ -50,6 +50,7 @@ HELD = {
     "flat slashes": lambda: flatten_dict({"decoder": tree()["decoder"]}, sep="/"),
     "flat dots": lambda: flatten_dict({"decoder": tree()["decoder"]}, sep="."),
     "haiku": lambda: {"net/~/moe": moe(), "net/linear": {"w": jnp.ones(2)}},
+    "integers in tuples": lambda: flatten_dict({"decoder": {0: tree()["decoder"]}}),
     "at the top": moe,
     "State": lambda: nnx.State({"decoder": {"moe": {name: nnx.Param(array) for name, array in moe().items()}}}),
     "State of arrays": lambda: nnx.State({"decoder": {"moe": moe()}}),
@@ -198,7 +199,7 @@ class Fields:
         ({"m": {**moe(), "wi": np.ones((E, K, N))}}, "looks like layout 'concat'"),
         ({"m": moe(), ("m", "wi_0"): np.ones((E, K, N))}, "params.m.wi_0: two leaves have this name"),
         (optax.adafactor(1e-3).init({"m": moe()}), "v_row.m.wo .*: a tensor of rank 1 is not of the form"),
-        ([], "no leaves are called as .path..wi_"),
+        ([], r"no leaves are called as \*.wi_0 is. First leaves: none"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused(params, message):
@@ -239,6 +240,7 @@ def test_names_of_the_callers_own():
     [
         ({"gate": "wi_0"}, {}, "'gate' is none of wi_0, wi_1, wi, wo"),
         ({"wi_0": "a", "wi_1": "a"}, {}, "two words are called the same"),
+        ({"wi_0": 3}, {}, "3 is no end of a name"),
         ({"wi_0": "a"}, {"family": "mixtral"}, "give names or a family"),
     ],
 )
