@@ -53,7 +53,11 @@ def _arrays(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> Seque
     if "abstract" in kinds:
         made = partial(jax.ShapeDtypeStruct, relay.target.shape, arrays[0].dtype)
         return [made(sharding=places.sharding(relay, arrays[0].sharding)) for _ in range(relay.target.count)]
-    if relay.source.pattern.padding and not traced and not any(getattr(array, "is_meta", False) for array in arrays):
+    if traced and relay.diagonal and relay.holes:
+        raise PlanError(
+            f"{names[0]} is traced, so that nobody can see whether it is block diagonal; split it outside of jax.jit"
+        )
+    if relay.holes and not traced and not any(getattr(array, "is_meta", False) for array in arrays):
         _check_padding(relay, arrays, names)
     if "torch" in kinds:
         return _by_torch(relay, arrays)
@@ -156,10 +160,7 @@ def _check_padding(relay: Relay, arrays: Sequence[Any], names: Sequence[str]) ->
     for name, array in zip(names, arrays, strict=True):
         typed = isinstance(array, jax.Array) and _is_typed(jax.typeof(array).sharding)
         if bool(_some_behind(relay, array.sharding.mesh)(array) if typed else _some(relay, array)):
-            raise InputError(
-                f"{name} should hold zeros behind the first {dict(relay.source.sizes)} as '{relay.source.pattern.text}' says, "
-                f"and does not; is it in another layout?"
-            )
+            raise InputError(f"{name} should hold {relay.holes}")
 
 
 def _some(relay: Relay, array: Any) -> Any:
@@ -205,5 +206,5 @@ class _Torch:
     @staticmethod
     def pad(array: Any, widths: Sequence[tuple[int, int]], /) -> Any:
         padded = array.new_zeros([size + sum(width) for size, width in zip(array.shape, widths, strict=True)])
-        padded[tuple(slice(size) for size in array.shape)] = array
+        padded[tuple(slice(before, before + size) for size, (before, _) in zip(array.shape, widths, strict=True))] = array
         return padded

@@ -16,6 +16,8 @@ from layouts.matching.lookup import fitting
 from layouts.tables.families import FAMILIES, Family, maxtext
 from layouts.tables.targets import TARGETS, target
 
+LORA = ("_lora_a", "_lora_b")
+"""What qwix appends to the name of a weight that has LoRA."""
 WORDS = ("wi_0", "wi_1", "wi", "wo")
 """What MaxText calls gate, up, both, and down."""
 
@@ -53,8 +55,11 @@ class Names:
 
     @staticmethod
     def _changed(name: str, ends: Mapping[str, str]) -> str:
-        end = next((end for end in ends if name.endswith(f".{end}")), None)
-        return name if end is None else name[: -len(end)] + ends[end]
+        stem, tail = name, ""
+        if name.endswith(LORA):
+            stem, tail = name[: -len(LORA[0])], name[-len(LORA[0]) :]
+        end = next((end for end in ends if stem.endswith(f".{end}")), None)
+        return name if end is None else stem[: -len(end)] + ends[end] + tail
 
 
 def family_of(said: object) -> Family:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from convert.errors import ConvertError, PlanError, UsageError
+from convert.memory.adapters import Planned, adapters, columns_of
 from convert.memory.leaves import Leaf
 from convert.memory.names import absent, check_arrays, family_of, has_gates
 from convert.memory.relay import Relay, Side
@@ -20,6 +21,7 @@ from convert.options import Choices
 from convert.options.wording import as_arguments
 from convert.planning.planner import Action, Plan, make_plan
 from convert.planning.targets import Target
+from layouts.adapters.trees import is_lora
 from layouts.language.layout import ROLES, Layout, Layouts, Placed
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
@@ -37,15 +39,6 @@ _OTHER_TYPE = "I8"
 
 _Pair = tuple[Template, Template, Mapping[str, int]]
 """The key of what is there, the key of what it becomes, and the sizes of the axes of the weight in them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """One move: the names of leaves, the names of what they become, and how; by no relay if they only keep places."""
-
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    relay: Relay | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +109,18 @@ def _planned(
     before = before if there is None else (named(there, family), *before)
     check_arrays(held, family, (*before, *family.native, wanted))
     tensors = {name: spec_of(name, each.leaf) for name, each in held.items() if each.leaf is not None}
+    loras = {name: tensors.pop(name) for name in list(tensors) if family.by_structure and is_lora(name)}
+    columns = columns_of(loras, record, before if there else (), after if action == "prefuse" else None)
     if not has_gates(tensors, family, before if action == "split" else ()):
-        moves = tuple(_places(held, _empty_pairs(family, before, after)))
+        moves = (*_places(held, _empty_pairs(family, before, after)), *adapters(loras, columns, (), sizes))
         return Moves(moves=moves or absent(held, family, before, said=bool(choices.family)), record=None)
     reader = Tree(tensors=tensors, format=family.format, record=record, config=config)
     plan = make_plan(cast(Reader, reader), Path(), action, choices, whole=False)
-    return Moves(moves=(*_moves(plan), *_places(held, _pairs(plan))), record=_whole(plan.record, family))
+    moved = tuple(_moves(plan))
+    return Moves(
+        moves=(*moved, *adapters(loras, columns, moved, sizes), *_places(held, _pairs(plan))),
+        record=_whole(plan.record, family),
+    )
 
 
 def _checked(sizes: Mapping[str, int]) -> dict[str, int]:

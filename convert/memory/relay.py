@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from layouts.language.parts import CHUNKS
@@ -67,10 +67,15 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
-    """One change of layout, the same for all layers: it can be hashed, so that it is compiled once."""
+    """One change of layout, the same for all layers: it can be hashed, so that it is compiled once.
+
+    What is `diagonal` has gate and up apart on one side, and on the other as blocks of a matrix whose other blocks are zeros:
+    along `r`, which is twice as long there, and along its columns.
+    """
 
     source: Side
     target: Side
+    diagonal: bool = False
 
     def __call__(self, arrays: Sequence[Any], library: Operations) -> tuple[Any, ...]:
         """The target's arrays from the source's, in the order of their grid."""
@@ -79,6 +84,8 @@ class Relay:
 
     def whole(self, arrays: Sequence[Any], library: Operations) -> Any:
         """The target's arrays as one, stacked in the order of their grid."""
+        if self.diagonal:
+            return self._spread(arrays, library)
         whole = self._stacked([self._opened(array, library) for array in arrays], library)
         pattern, sizes = self.target.pattern, dict(self.target.sizes)
         order = self._kept
@@ -90,11 +97,50 @@ class Relay:
         return whole.reshape((self.target.count, *self.target.shape))
 
     def behind(self, array: Any) -> list[Any]:
-        """The parts of a source that are padding, and must be zeros."""
+        """The parts of a source that are padding, or off the diagonal, and must be zeros."""
         sizes, stored = dict(self.source.sizes), self.source.pattern.stored(dict(self.source.sizes))
         whole = array.reshape(tuple(stored.values()))
         padded = [(at, sizes[axis]) for at, axis in enumerate(stored) if stored[axis] > sizes[axis]]
-        return [whole[(slice(None),) * at + (slice(real, None),)] for at, real in padded]
+        found = [whole[(slice(None),) * at + (slice(real, None),)] for at, real in padded]
+        return found + self._off_diagonal(whole) if self.diagonal and not self._fuses else found
+
+    @property
+    def holes(self) -> str:
+        """What a source should hold besides what is moved, in words; nothing where all of it is moved."""
+        if self.diagonal and not self._fuses:
+            return (
+                "zeros where the ranks of gate meet the columns of up, or the other way round, as block-diagonal LoRA has it, "
+                "and does not: it has been trained since, or never was block diagonal; keep it fused"
+            )
+        pattern = self.source.pattern
+        where = f"zeros behind the first {dict(self.source.sizes)} as '{pattern.text}' says"
+        return f"{where}, and does not; is it in another layout?" if pattern.padding else ""
+
+    @property
+    def _fuses(self) -> bool:
+        return "g" in self.source.named
+
+    def _spread(self, arrays: Sequence[Any], library: Operations) -> Any:
+        """`whole` of what is block diagonal: gate and up each in their half of the rank, zeros in the other."""
+        apart = self.source if self._fuses else self.target
+        at, rank = apart.pattern.axes.index("r"), dict(apart.sizes)["r"]
+        twice = replace(apart, sizes=tuple((axis, 2 * size if axis == "r" else size) for axis, size in apart.sizes))
+        if self._fuses:
+            rooms = [[(g * rank, (1 - g) * rank) if dim == at else (0, 0) for dim in range(len(apart.shape))] for g in range(2)]
+            return replace(self, source=twice, diagonal=False).whole(list(map(library.pad, arrays, rooms)), library)
+        parts = replace(self, target=twice, diagonal=False)(arrays, library)
+        halves = [(*(slice(None),) * at, slice(g * rank, (g + 1) * rank)) for g in range(2)]
+        return library.stack([part[half] for part, half in zip(parts, halves, strict=True)], 0)
+
+    def _off_diagonal(self, whole: Any) -> list[Any]:
+        """Gate's ranks in up's columns, and the other way round."""
+        pattern, found = self.source.pattern, []
+        half = dict(self.source.sizes)["r"] // 2
+        for number, ranks in enumerate((slice(half), slice(half, None))):
+            other = number if "g" in pattern.reversed else 1 - number
+            cut = {"r": ranks, "g": slice(other, other + 1)}
+            found.append(whole[tuple(cut.get(axis, slice(None)) for axis in pattern.axes)])
+        return found
 
     def _opened(self, array: Any, library: Operations) -> Any:
         """A source with one dimension per axis, without padding, in the target's order."""
