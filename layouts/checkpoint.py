@@ -75,6 +75,9 @@ def open_checkpoint(path: str | Path) -> Reader:
 
         return open_adapter(path)
     if is_checkpoint(path):
+        from layouts.adapters.opening import check_files
+
+        check_files(path, unindexed(all_files(path)) if not is_remote(path) else ())
         return HFReader.open(path)
     if is_remote(path):
         raise InputError(f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here")

@@ -95,7 +95,7 @@ def make_plan(reader: Reader, out: Path, action: str, choices: Choices) -> Adapt
     target = _target(reader, described, action, choices, record)
     way, said = _way(reader, described, target, record)
     makings = tuple(_making(reader, described, block, way, record) for block in described.blocks)
-    copied = _copied(described, makings)
+    copied = _copied(reader, described, makings)
     found = _specs(reader, makings, copied, way.target)
     config = config_of_output(described, way, makings, copied)
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", **stamp_text(reader, way)}
@@ -116,7 +116,7 @@ def make_plan(reader: Reader, out: Path, action: str, choices: Choices) -> Adapt
         texts=texts,
         record=kept_record(file) if original else made,
         restored=original is not None,
-        remarks=(*described.remarks, *said, *_dropped(described.settings, way)),
+        remarks=(*described.remarks, *said, *_counted(described, way), *_dropped(described.settings, way)),
         **_beside(reader, choices, texts),
         peak=_peak(reader, makings, found, way),
     )
@@ -198,15 +198,28 @@ def _beside(reader: Reader, choices: Choices, texts: Mapping[str, str]) -> dict[
     }
 
 
+def _counted(described: Description, way: Way) -> Iterator[str]:
+    """How many experts there are said to be, where names alone tell: the last may be missing in all layers."""
+    if way.source.per_expert and not way.target.per_expert and "e" not in described.known.sizes:
+        count = next(unit.experts for unit in described.blocks[0].units.values())
+        yield f"{count} experts, by the highest number in a name; --base compares it with the model"
+
+
 def _dropped(settings: Settings, way: Way) -> Iterator[str]:
     """What a setting was, where the new form takes no other value."""
     if way.target.wrapped and (dropout := settings.raw.get("lora_dropout")):
         yield f"lora_dropout was {dropout} and is 0.0 now: PEFT takes no other for packed experts"
 
 
-def _copied(described: Description, makings: tuple[Making, ...]) -> dict[str, str]:
+def _copied(reader: Reader, described: Description, makings: tuple[Making, ...]) -> dict[str, str]:
     """The names of all other tensors in the output -> as they are stored."""
     moved = {each.block.path: each.path for each in makings}
+    for name in described.others:
+        if ".experts." in name:
+            raise PlanError(
+                f"{reader.path}: {name} is a whole tensor of experts that have LoRA, and other forms have no place for it; "
+                "merge the adapter (--merge)"
+            )
     return {_moved(name, moved): stored for name, stored in described.others.items()}
 
 

@@ -19,6 +19,13 @@ from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
 _OURS = ".experts."
+_KNOWN: Mapping[str, str] = {
+    ".lora_magnitude_vector": "the norms of DoRA, which no packed form has (merge it with PEFT),",
+    ".lora_B.bias": "a bias of B, which no packed form has (merge it with PEFT),",
+    ".lora_gate_and_up_": "NeMo AutoModel's own name (save the adapter by its PEFT checkpointer, which gives PEFT's names),",
+    ".lora_down_": "NeMo AutoModel's own name (save the adapter by its PEFT checkpointer, which gives PEFT's names),",
+}
+"""Parts of names that are in no form -> what they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +111,11 @@ def _check_other(reader: Reader, name: str, spec: TensorSpec) -> None:
         PlanError, InputError: it is.
     """
     if _OURS in f".{name}" and ".lora_" in name:
-        lost = ", empty or flat as ZeRO-3 leaves it," if 0 in spec.shape or len(spec.shape) == 1 else ""
+        told = next((words for word, words in _KNOWN.items() if word in name), "")
+        lost = "empty or flat as ZeRO-3 leaves it," if 0 in spec.shape or len(spec.shape) == 1 else ""
+        said = f", {told or lost}" if told or lost else ""
         raise PlanError(
-            f"{reader.path}: {name}{lost} of shape {spec.shape} is on experts and in no form that is known: {', '.join(FORMS)}"
+            f"{reader.path}: {name}{said} of shape {spec.shape} is on experts and in no form that is known: {', '.join(FORMS)}"
         )
     if ".lora_" in name and 0 in spec.shape:
         raise InputError(f"{reader.path}: {name} is empty, as ZeRO-3 leaves it; gather the adapter and save it again")
@@ -207,7 +216,11 @@ def _check_block(reader: Reader, block: Block) -> None:
 
 
 def _check_alike(reader: Reader, blocks: Sequence[Block], known: Known) -> None:
-    """All blocks have the experts of the base."""
+    """All blocks have the experts of the base, and as many as the others."""
+    counts = {unit.experts: block.path for block in blocks for unit in block.units.values()}
+    if len(counts) > 1:
+        listed = ", ".join(f"{count} in {path}.experts" for count, path in sorted(counts.items()))
+        raise InputError(f"{reader.path}: layers have adapters of other numbers of experts: {listed}; some are missing")
     for block in blocks:
         for name, unit in block.units.items():
             k, n = (unit.o, unit.i) if name == "down" else (unit.i, unit.o)

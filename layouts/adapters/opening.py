@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from layouts.hf import HFReader, read_shard
 ADAPTER = "adapter"
 """The format of its reader."""
 MODEL, OLD = ADAPTER_FILES[1], "adapter_model.bin"
-_NAMED = re.compile(r"(?P<stem>.*\.lora_(?:[AB]|embedding_[AB]))\.(?P<name>[^.]+)(?P<end>\.weight|)", re.DOTALL)
+_NAMED = re.compile(r"(?P<stem>.*\.lora_(?:[AB]|embedding_[AB]))\.(?P<name>[^.]+)(?P<end>\.weight|\.bias|)", re.DOTALL)
+_OTHERS: Mapping[str, str] = {
+    "*adapters.safetensors": "an adapter of mlx-lm, which has a scale where PEFT has alpha, and names of its own; make a model "
+    "of it with mlx_lm.fuse, and convert that",
+    "adapter_model-*.safetensors": f"a part of an adapter, which PEFT has in one file; join the parts as {MODEL} (safetensors' "
+    "load_file of each, one save_file)",
+}
+"""Names of files of other adapters -> what they are, and what to do. Source: mlx-lm `tuner/trainer.py`, `fuse.py`."""
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -45,6 +53,20 @@ def open_adapter(path: Path) -> HFReader:
         format=ADAPTER,
         _home=dict.fromkeys(shard.tensors, shard),
     )
+
+
+def check_files(path: Path, files: Iterable[str]) -> None:
+    """See that files beside an `adapter_config.json` are none that hold an adapter in another way.
+
+    Raises:
+        InputError: they do.
+    """
+    if not (path / CONFIG).is_file() or (path / MODEL).is_file():
+        return
+    for name in files:
+        for pattern, words in _OTHERS.items():
+            if fnmatchcase(name, pattern):
+                raise InputError(f"{path / name}: {words}")
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -79,8 +101,10 @@ def plain_names(names: Iterable[str], path: Path) -> Mapping[str, str]:
     stored = {name: name for name in names}
     found: dict[str, str] = {name: _unwrapped(name) for name in stored}
     named = {name: match for name, plain in found.items() if (match := _NAMED.fullmatch(plain))}
-    inner = {match["name"] for match in named.values() if match["end"] or match["name"] != "weight"}
+    inner = {match["name"] for match in named.values() if match["end"] or match["name"] not in ("weight", "bias")}
     loras = [name for name, plain in found.items() if ".lora_" in plain]
+    if len(inner) > 1:
+        raise InputError(f"{path / MODEL}: it holds several adapters: {', '.join(sorted(inner))}; save each by itself")
     if len(inner) == 1 and len(named) == len(loras):
         found |= {name: match["stem"] + match["end"] for name, match in named.items() if match["name"] in inner}
     if twice := [plain for plain, count in Counter(found.values()).items() if count > 1]:

@@ -52,12 +52,13 @@ def found(names: Iterable[str], key: Template) -> dict[str, list[str]]:
     for name in names:
         if (at := key.parse(name)) is not None:
             blocks.setdefault(str(at["path"]), set()).add(name)
-    made = {path: [key.render({"path": path, "g": g, "s": s}) for g in range(2) for s in range(2)] for path in blocks}
-    for path, wanted in made.items():
-        made[path] = list(dict.fromkeys(wanted))
+    made: dict[str, list[str]] = {}
+    for path in blocks:
+        every = (key.render({"path": path, "g": g, "s": s}) for g in range(2) for s in range(2))
+        made[path] = list(dict.fromkeys(every))
         if lost := [name for name in made[path] if name not in blocks[path]]:
             raise PlanError(
-                f"{min(blocks[path])} has no partner {lost[0]}: A and B of gate and of up become one together; what has no LoRA "
+                f"{min(blocks[path])} has no partner {lost[0]}: gate and up become one together; what has no LoRA "
                 "needs one whose B is zeros"
             )
     return made
@@ -73,7 +74,7 @@ def axes(names: tuple[str, str], a: Shape, b: Shape, weights: Mapping[str, int],
     form = _FORMS.get(len(b) - len(a))
     extra = len(a) - len(form[0].split()) if form else -1
     if form is None or extra < 0 or a[-1] == 0:
-        raise InputError(f"{names[0]} of shape {a} and {names[1]} of shape {b} are no A and B of experts, as qwix has them")
+        raise InputError(f"{names[0]} of shape {a} and {names[1]} of {b} are no A and B of experts, as qwix has them")
     sizes = {**weights, "r": a[-1]}
     readings = {
         place: (_stored(form[0], extra, place), _stored(form[1], extra, place)) for place in ((0, 1) if extra else (0,))

@@ -20,6 +20,7 @@ from layouts.tables.targets import TARGETS, target
 
 _PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
 """What MaxText calls the projections of a MoE block."""
+_LORA = "It is LoRA: restore the tree with Orbax, and fuse it in memory (convert.prefuse_params takes A and B along)"
 _BOXES = ("array", "qrhs")
 """What stands below the name of a projection whose weights qwix or AQT has quantised."""
 
@@ -39,9 +40,10 @@ def check_beside(reader: Reader, family: Family, blocks: Iterable[Block], verbat
         beside = any(".".join(parts[:depth]) in places and _of_projection(parts[depth]) for depth in range(1, len(parts)))
         boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
         if (beside or boxed) and all(other.parse(name) is None for other in others):
+            known = f"Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
             raise PlanError(
                 f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is fused "
-                f"with them. Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
+                f"with them. {_LORA if name.endswith(('_lora_a', '_lora_b')) else known}"
             )
 
 

@@ -17,7 +17,11 @@ PACKED = f"{PREFIX}.1.mlp.experts.lora_B.weight"
 
 
 def _without(name):
-    return {key: array for key, array in whole("per-expert").items() if key != name}
+    return {key: array for key, array in whole("per-expert").items() if name not in key}
+
+
+def named(infix):
+    return {name.replace(".weight", f".{infix}.weight"): array for name, array in whole("per-expert").items()}
 
 
 @pytest.mark.parametrize(
@@ -28,9 +32,25 @@ def _without(name):
         (whole("per-expert") | {ONE: np.zeros((N, 3), "f4")}, {}, 3, "does not fit rank 2"),
         (whole("per-expert") | {ONE: np.zeros((N + 1, R), "f4")}, {}, 3, "has o = 5, others have 4"),
         (whole("per-expert") | {ONE: np.zeros((N, R), "f2")}, {}, 3, "different element types"),
+        (_without(".1.mlp.experts.2."), {}, 3, "2 in base_model.model.model.layers.1.mlp.experts, 3 in base_model.model"),
+        (whole("per-expert") | {ONE.replace("lora_B.weight", "bias"): np.zeros(N, "f4")}, {}, 4, "no place for it; merge"),
+        (whole("per-expert") | {ONE.replace("lora_B", "base_layer"): np.zeros((N, K), "f4")}, {}, 4, "no place for it; merge"),
+        (whole("per-expert") | {ONE.replace("weight", "bias"): np.zeros(N, "f4")}, {}, 4, "lora_B.bias, a bias of B, which no"),
+        (named("default") | named("other"), {}, 3, "it holds several adapters: default, other; save each by itself"),
+        (
+            whole("per-expert") | {f"{PREFIX}.1.mlp.experts.lora_down_A": np.zeros((E, N, R), "f4")},
+            {},
+            4,
+            "AutoModel's own name",
+        ),
         (whole("per-expert") | {ONE: np.zeros(0, "f4")}, {}, 4, "empty or flat as ZeRO-3 leaves it"),
         (whole("per-expert") | {ONE.replace("up_proj", "zip_proj"): np.zeros((N, R), "f4")}, {}, 4, "in no form that is known"),
-        (whole("per-expert") | {ONE.replace("lora_B.weight", "lora_magnitude_vector"): np.zeros(N, "f4")}, {}, 4, "in no form"),
+        (
+            whole("per-expert") | {ONE.replace("lora_B.weight", "lora_magnitude_vector"): np.zeros(N, "f4")},
+            {},
+            4,
+            "the norms of DoRA",
+        ),
         (whole("per-expert") | fused("packed", beside=False), {}, 4, "in several forms (per-expert, packed)"),
         (others(), {}, 4, "no LoRA on experts found here"),
         (fused("packed") | {PACKED: np.zeros((K + 1, R * E), "f4")}, {}, 3, "those of no gate, up and down projection"),
@@ -110,6 +130,30 @@ def test_files_of_a_pickle_without_settings_and_of_a_model_beside_it(tmp_path, c
     save_file({"lm_head.weight": np.ones((2, 2), "f4")}, model / "model.safetensors")
     assert run("--prefuse", model, tmp_path / "out") == 4
     assert "adapter" not in capsys.readouterr().err.replace(str(model), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapters.safetensors", "an adapter of mlx-lm"),
+        ("0000100_adapters.safetensors", "an adapter of mlx-lm"),
+        ("adapter_model-00001-of-00002.safetensors", "a part of an adapter"),
+    ],
+)
+def test_files_of_other_adapters_are_called_what_they_are(name, words, tmp_path, capsys):
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    (given / "adapter_model.safetensors").rename(given / name)
+    for action in ("--prefuse", "--split"):
+        assert run(action, given, tmp_path / "out") == 3
+        assert words in capsys.readouterr().err
+
+
+def test_a_bias_of_lora_b_beside_experts_keeps_its_name(tmp_path):
+    """It is no adapter called bias."""
+    bias = {f"{PREFIX}.0.self_attn.q_proj.lora_B.bias": np.arange(K, dtype="f4")}
+    given = adapter(tmp_path / "in", whole("per-expert") | bias)
+    assert run("--prefuse", given, tmp_path / "out") == 0
+    assert bias.keys() <= tensors(tmp_path / "out").keys()
 
 
 @pytest.mark.parametrize("infix", [".default", ".my-adapter"])

@@ -35,6 +35,11 @@ def test_what_begins_as_a_projection_belongs_to_it(leaf):
         plan(MAXTEXT, tensors(MAXTEXT) | {f"{BLOCK}.{leaf}": np.zeros((3, 2), "u4")})
 
 
+def test_lora_on_disk_is_shown_the_way():
+    with pytest.raises(PlanError, match=r"wi_0_lora_b .* restore the tree with Orbax, and fuse it in memory"):
+        plan(MAXTEXT, tensors(MAXTEXT) | {f"{BLOCK}.wi_0_lora_b": np.zeros((3, 2), "u4")})
+
+
 def test_a_module_of_experts_whose_arrays_are_all_boxed_is_no_other_tensor():
     found = tensors(MAXTEXT)
     for leaf in ("wi_0", "wi_1", "wo"):
