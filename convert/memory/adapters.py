@@ -56,9 +56,11 @@ def columns_of(
     return Columns(there and _columns(*there), None if after is None else _columns(after["wi"].key, after["wi"].pattern))
 
 
-def _columns(key: str, pattern: str) -> str:
+def _columns(key: str, pattern: str) -> str | None:
+    if "{g" in key:
+        return None
     *_, last = Pattern(pattern).tokens
-    if ".wi" not in key or "{g" in key or not {"g", "n"} <= set(Pattern(last).axes):
+    if ".wi" not in key or not {"g", "n"} <= set(Pattern(last).axes):
         raise PlanError(
             f"gate and up have LoRA (wi_0_lora_a), and {key} '{pattern}' has no place for it; take a layout whose leaf is wi, "
             "such as concat or per-shard"

@@ -87,6 +87,7 @@ def test_it_comes_back(kind, scan):
     for layout in [("concat",), ("per-shard", 2, 3)]:
         fused = convert.prefuse_params(params, **asked(layout))
         same(convert.split_params(fused, convert.layout_of(params, **asked(layout))), params)
+        same(convert.prefuse_params(params, source_layout="maxtext", **asked(layout)), fused)
         other = convert.prefuse_params(params, layout="interleaved")
         same(convert.prefuse_params(fused, source_layout=":".join(map(str, layout)), layout="interleaved"), other)
 
