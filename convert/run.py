@@ -5,10 +5,8 @@ In: two paths and options. Out: a report, and the output on the disk. Formats ar
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +24,10 @@ from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
 from convert.planning.choices import check
-from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
 from convert.report import Report
-from layouts.checkpoint import FORMATS, open_checkpoint
+from layouts.checkpoint import FORMATS, growing, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.reader import Reader, ReadLimits, is_chunked
@@ -50,20 +47,8 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
 
         return open_and_merge(source, place(out), choices)
     check(choices)
-    with readable(source), _growing():
+    with readable(source), growing():
         return _open_and_plan(source, out, action, choices)
-
-
-@contextmanager
-def _growing() -> Iterator[None]:
-    """Make many objects that all stay: the collector would look through them again and again, a quarter of the time."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan]:
@@ -77,6 +62,8 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
 
             reader = with_optimizer(reader, drop=choices.drop_optimizer)
         if choices.to is not None and choices.to != reader.format:
+            from convert.planning.cross_plan import make_cross_plan
+
             plan = make_cross_plan(reader, place(out), action, choices)
         elif choices.drop_mtp:
             raise UsageError(f"{source} is {reader.format} already; --drop-mtp is for conversions between formats (--to)")

@@ -19,7 +19,7 @@ from convert.errors import ConvertError, PlanError, readable
 from convert.options import Choices
 from convert.options.values import in_units as size
 from convert.planning.planner import Action, plan_described
-from layouts.checkpoint import is_adapter, open_checkpoint
+from layouts.checkpoint import growing, is_adapter, open_checkpoint
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.disk.places import place
 from layouts.language.layout import ROLES
@@ -39,7 +39,7 @@ _OUT = "OUT"
 
 def inspected(path: str | Path, choices: Choices) -> Inspection:
     """See `convert.inspect`."""
-    with readable(path), closing(open_checkpoint(path)) as reader:
+    with readable(path), growing(), closing(open_checkpoint(path)) as reader:
         facts = _facts(path, reader)
         if is_adapter(place(path)):
             return Inspection(**facts, **_adapter(place(path)))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from convert.options import Choices
-from convert.planning import relay
 from convert.planning.documents import plan_document
 from convert.planning.record import family_record, make_record, with_origin
+from convert.planning.relay import Landing, landing
 from convert.planning.targets import Piece, Target, Way
 from layouts.errors import PlanError
 from layouts.language.layout import Layouts, Placed
@@ -138,13 +138,14 @@ def plan_described(
     layout = choices.layout
     wanted = target(layout, described.family, shards=choices.shards, align=choices.align, block=choices.glu_block)
     origin = origin_of(reader, choices.family)
-    experts = list(_experts(reader, described, None if action == "split" else wanted))
-    found = [made for _, made in experts]
+    landings = list(_experts(reader, described, None if action == "split" else wanted))
     if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
         _check_scalars(reader, described, layout)
-    if not idle and not any(made.moved for made in found):
+    if not idle and not any(each.way.moved for each in landings):
         state = "as they were published" if action == "split" else f"in layout {layout!r}"
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
+    experts = [(each.group.native, made) for each in landings for made in each.targets()]
+    found = [made for _, made in experts]
     found += [verbatim(reader.tensors[name]) for name in described.verbatim]
     _check_names(reader, found)
     beside = reader.side_files
@@ -158,7 +159,7 @@ def plan_described(
         layout="native" if action == "split" else layout,
         record=family_record(described.family, origin)
         if action == "split"
-        else with_origin(make_record(layout, described.family, wanted, [(g.native, made) for g, made in experts]), origin),
+        else with_origin(make_record(layout, described.family, wanted, experts), origin),
         targets=_in_reading_order(reader, found),
         side_files=copied,
         left_out_files=left_out_files,
@@ -190,8 +191,8 @@ def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
     )
 
 
-def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[tuple[Group, Target]]:
-    """The expert tensors of the output; where nothing is wanted, as they were before, or as the family is published."""
+def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[Landing]:
+    """Where the experts land; where nothing is wanted, as they were before, or as the family is published."""
     beside: dict[tuple[str, Any], list[Group]] = {}
     for group in described.groups:
         beside.setdefault((group.role, frozenset(group.index.items())), []).append(group)
@@ -199,8 +200,7 @@ def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> 
         for group in groups:
             before = group.native if group.relaid else described.family.native[0][group.role]
             layout = wanted[group.role] if wanted else before
-            for made in relay.targets(reader, group, groups, layout, described.family.experts, bare=bool(wanted)):
-                yield group, made
+            yield landing(reader, group, groups, layout, described.family.experts, bare=bool(wanted))
 
 
 def _check_scalars(reader: Reader, described: Description, layout: str) -> None:

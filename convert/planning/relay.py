@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from convert.planning.targets import Target, Way, cut
 from layouts.errors import PlanError
@@ -22,10 +23,27 @@ from layouts.tensors import TensorSpec
 _NUMBER = {part.name: number for number, part in enumerate(PARTS)}
 
 
-def targets(
+class Landing(NamedTuple):
+    """Where a group lands: the way that its tensors share, and their shape."""
+
+    group: Group
+    way: Way
+    shape: tuple[int, ...]
+
+    def targets(self) -> Iterator[Target]:
+        """The tensors: one per point of the axes in the key."""
+        key, sizes = self.way.target.key, self.way.sizes
+        named = [slot for slot in key.slots if slot in sizes]
+        for point in itertools.product(*(range(sizes[axis]) for axis in named)):
+            index = {**self.group.index, **dict(zip(named, point, strict=True))}
+            spec = TensorSpec(name=key.render(index), dtype=self.group.dtype, shape=self.shape)
+            yield Target(spec=spec, index=index, way=self.way)
+
+
+def landing(
     reader: Reader, group: Group, beside: Sequence[Group], layout: Layout, experts: str, *, bare: bool = False
-) -> Iterator[Target]:
-    """The tensors that hold this group in the wanted layout: one per point of the axes in the key.
+) -> Landing:
+    """How this group is held in the wanted layout.
 
     `beside` are all groups of the same role and block, this one among them; `bare` is without dimensions of size 1.
 
@@ -49,10 +67,7 @@ def targets(
         role=group.role, part=group.part, dims=group.dims, packed=group.packed,
         sizes=sizes, source_sizes=group.sizes, source=group.placed, target=target,
     )  # fmt: skip
-    named = [slot for slot in target.key.slots if slot in sizes]
-    for point in itertools.product(*(range(sizes[axis]) for axis in named)):
-        index = {**group.index, **dict(zip(named, point, strict=True))}
-        yield Target(spec=TensorSpec(name=target.key.render(index), dtype=group.dtype, shape=shape), index=index, way=way)
+    return Landing(group, way, shape)
 
 
 def _pattern(reader: Reader, group: Group, beside: Sequence[Group], weight: Pattern, *, bare: bool) -> Pattern:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.planning.relay import targets
+from convert.planning.relay import landing
 from layouts.language.layout import layouts
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
@@ -247,7 +247,7 @@ def convert_block(arrays, code, logical, source, wanted, limit):
             native=source[role],
             relaid=False,
         )
-        made = targets(reader, group, [group], wanted[role], "x.{l}.experts")
+        made = landing(reader, group, [group], wanted[role], "x.{l}.experts").targets()
         found |= {target.spec.name: fill(target, reader, limit) for target in made}
     return found
 
