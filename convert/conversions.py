@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from convert.planning.planner import Action, Plan
     from convert.progress import Progress
     from convert.report import Report
+    from layouts.reader import Reader
 
 
 @documented(Planning)
@@ -41,23 +42,29 @@ def plan(
         InputError: the checkpoint is missing or corrupt.
         PlanError: no lossless plan exists.
     """
+    if prefuse + split + merge > 1 or not (prefuse or split or merge or options.get("to")):
+        raise UsageError("give exactly one of prefuse=True, split=True and merge=True, or only the format to convert to")
+    action: Action = "prefuse" if prefuse else "split" if split else "merge" if merge else "convert"
+    reader, planned = opened_plan(source, out, action, complete(Choices, options))
+    reader.close()
+    return planned
+
+
+def opened_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan | AdapterPlan]:
+    """The same with what was opened for it, which the caller closes: names and shapes may be many, and are read once.
+
+    Raises:
+        InputError, PlanError: see `plan`.
+    """
     from convert.run import open_and_plan
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place
 
-    if prefuse + split + merge > 1 or not (prefuse or split or merge or options.get("to")):
-        raise UsageError("give exactly one of prefuse=True, split=True and merge=True, or only the format to convert to")
-    action: Action = "prefuse" if prefuse else "split" if split else "merge" if merge else "convert"
-    choices = complete(Choices, options)
     if action != "merge" and is_adapter(place(source)):
         from convert.adapters.write import open_and_plan as open_adapter_and_plan
 
-        opened, adapter = open_adapter_and_plan(place(source), place(out), action, choices)
-        opened.close()
-        return adapter
-    reader, planned = open_and_plan(source, out, action, choices)
-    reader.close()
-    return planned
+        return open_adapter_and_plan(place(source), place(out), action, choices)
+    return open_and_plan(source, out, action, choices)
 
 
 @documented(Prefusing)

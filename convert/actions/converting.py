@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import convert
 from convert.actions.answer import Answer, processes_of, shown, two_paths
@@ -19,6 +19,12 @@ from convert.options import Choices, Running
 from convert.options.option import complete, named
 from convert.progress import watching
 
+if TYPE_CHECKING:
+    from convert.planning.planner import Action
+
+_ACTIONS: Mapping[str, Action] = {"prefuse": "prefuse", "split": "split", "merge": "merge", "to": "convert"}
+"""What a plan calls that which the option asks for."""
+
 
 def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
     """Write a checkpoint, or say what would be written."""
@@ -27,7 +33,7 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
     if action == "merge" and "base" not in given:
         raise UsageError("--merge ADAPTER OUT needs the checkpoint that the adapter is for: --base CKPT")
     if arguments.dry_run:
-        return _dry_run(arguments, source, out, given)
+        return _dry_run(arguments, _ACTIONS[action], source, out, given)
     call: Callable[..., Any] = getattr(convert, "reformat" if action == "to" else action)
     processes = processes_of(arguments)
     with watching(shown(arguments, processes)) as progress:  # the plan says how much there is to do
@@ -40,19 +46,19 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
     return Answer(text="\n".join([str(report), *told]), document=envelope(action, 0, result))
 
 
-def _dry_run(arguments: argparse.Namespace, source: str, out: str, given: Mapping[str, Any]) -> Answer:
+def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: str, given: Mapping[str, Any]) -> Answer:
     from convert.adapters.report import describe_plan as describe_adapter
     from convert.commit.processes import Processes
+    from convert.conversions import opened_plan
     from convert.engine.outlook import outlook
     from convert.planning.planner import Plan
     from convert.report import describe_division, describe_plan
     from convert.run import writer_of
-    from layouts.checkpoint import open_checkpoint
 
     choices = {each.name for each in named(Choices)}
     chosen = {name: value for name, value in given.items() if name in choices}
-    planned = convert.plan(source, out, prefuse=arguments.prefuse, split=arguments.split, merge=arguments.merge, **chosen)
-    with readable(source), closing(open_checkpoint(planned.source)) as reader:
+    reader, planned = opened_plan(source, out, action, complete(Choices, chosen))
+    with readable(source), closing(reader):
         ahead = outlook(planned, reader)
         ahead.check()
         found = {"plan": planned.to_dict(), "peak_bytes": None, "workers": None, **ahead_json(ahead)}

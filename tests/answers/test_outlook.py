@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import convert
+import layouts.hf
 from convert.cli import main
 from convert.engine.outlook import Outlook, outlook
 from convert.options.values import in_units
@@ -146,3 +147,11 @@ def test_nobody_knows_the_room_in_a_store(places):
     unknown = Outlook(read=1000, write=2000, padding=0, free=None, out=plan.out)
     assert str(unknown) == "1.0 kB to read, 2.0 kB to write"
     unknown.check()
+
+
+def test_a_dry_run_reads_headers_once(places, monkeypatch):
+    opened = []
+    real = layouts.hf.read_shard
+    monkeypatch.setattr(layouts.hf, "read_shard", lambda path: opened.append(path) or real(path))
+    assert main(["--prefuse", "--dry-run", "--quiet", str(places / "hf"), str(places / "none")]) == 0
+    assert len(opened) == len(list((places / "hf").glob("*.safetensors")))
