@@ -126,15 +126,16 @@ def _loading(plan: Plan) -> str:
 def write_card(plan: Planned, reader: Reader, folder: Beside) -> tuple[str, ...]:
     """Write the card of an output, if it has one; what the user should know of it.
 
-    The section of the input goes if its experts were fused by us and are told of anew, or no more. One who saves a tree has
-    not said how, so that it stays.
+    The section of the input goes where its experts were fused and are told of anew, or no more. It stays where a tree is
+    saved, which nobody has told of, and where an input without a record is prefused: a split gives that back as it is.
 
     Raises:
         OSError: the disk is full or failing.
         InputError: the input's card is no regular file.
     """
     source, has = plan.source / CARD, CARD in plan.side_files
-    stale = _is_fused(reader.record) and (plan.card or plan.action == "split" or not _is_fused(plan.record))
+    apart = plan.action == "split" or not _is_fused(plan.record)
+    stale = (_is_fused(reader.record) and (plan.card or apart)) or (apart and _has_fused(plan))
     if any(name.startswith(f"{CARD}/") for name in plan.side_files):
         return (_untold(plan, "is a directory"),) if plan.card else ()
     card = read_card(source) if has else None
@@ -145,6 +146,12 @@ def write_card(plan: Planned, reader: Reader, folder: Beside) -> tuple[str, ...]
     if (made := add(kept, plan.card) if plan.card else kept) is not None:
         folder.write_text(CARD, made.decode())
     return ()
+
+
+def _has_fused(plan: Planned) -> bool:
+    """Whether experts of the input are fused: whoever saved it again may have kept the card, and no record."""
+    targets = getattr(plan, "targets", ())
+    return plan.action == "split" or any(each.role == "wi" and "g" in each.source.pattern.axes for each in targets)
 
 
 def _untold(plan: Planned, why: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from convert.card import explained
@@ -16,13 +17,14 @@ from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
 from convert.commit.stage import check_output, staging
 from convert.commit.store import mark_of
-from convert.engine.budget import make_budget
+from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
 from convert.engine.twins import compare_twins
 from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
+from convert.options.option import workers
 from convert.planning.choices import check
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
@@ -198,16 +200,19 @@ def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running, like: 
         from convert.orbax.write import OrbaxWriter
 
         return OrbaxWriter.make(plan, reader, memory, jobs, like)
-    if is_remote(plan.out):
-        raise UsageError(f"{plan.out}: safetensors are written to disks only; write them there and copy them")
     from convert.hf.write import HFWriter
 
+    original = manifest.files_as_they_are(like) if like else None
+    return HFWriter.make(plan, reader, partial(_budget, plan, reader, memory, jobs), running.max_shard_size, original)
+
+
+def _budget(plan: Plan, reader: Reader, memory: int, jobs: int | None, base: int, each: int) -> Budget:
+    """What `memory` allows where `base` bytes, and `each` by worker, are held besides."""
     if is_chunked(reader):
         from convert.orbax.budget import reading_budget
 
-        budget = reading_budget(memory, jobs, plan, reader)
-    else:
-        base, each = (plan.merging.base, plan.merging.each) if plan.merging else (0, 0)
-        budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), base=base, each=each)
-    original = manifest.files_as_they_are(like) if like else None
-    return HFWriter(plan=plan, reader=reader, budget=budget, max_shard_size=running.max_shard_size, like=original)
+        found = reading_budget(memory - base - workers(jobs) * each, jobs, plan, reader)
+        return replace(found, base=found.base + base, each=each)
+    if plan.merging:
+        base, each = base + plan.merging.base, each + plan.merging.each
+    return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), base=base, each=each)

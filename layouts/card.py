@@ -8,11 +8,15 @@ edited, or has written that only begins as ours does, is no section of ours, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import xxhash
 
 CARD = "README.md"
 MOST = 1 << 20
 """Bytes of a card that gets a section; those of models have some 10 kB."""
+SECTIONS = 8
+"""Sections at most that are looked for in a card; one that is saved again by others and prefused again has two."""
 _BEGIN, _CLOSE, _END = b"<!-- moe-convert ", b" -->\n", b"<!-- /moe-convert -->\n"
 _BETWEEN = b"\n\n"
 """Stands between a card and the section, however the card ends; a section that is the whole card has nothing before it."""
@@ -39,8 +43,15 @@ def strip(card: bytes | None) -> bytes | None:
 
 
 def alike(one: bytes | None, other: bytes | None) -> bool:
-    """Whether two cards are the same but for a section of ours in one of them, or in both."""
-    return not {one, strip(one)}.isdisjoint({other, strip(other)})
+    """Whether two cards are the same but for sections of ours at their ends."""
+    return not set(_stripped(one)).isdisjoint(_stripped(other))
+
+
+def _stripped(card: bytes | None) -> Iterator[bytes | None]:
+    """The card, and what it is without one section, without two, and so on."""
+    for _ in range(SECTIONS):
+        yield card
+        card = strip(card)
 
 
 def takes_section(card: bytes | None) -> bool:

@@ -134,6 +134,7 @@ class HFReader:
         Raises:
             InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
         """
+        said = manifest_record(path)
         weight_map = read_index(path)
         names = model_files(path, weight_map)
         shards = tuple(read_shard(path / name) for name in names)
@@ -148,7 +149,7 @@ class HFReader:
             compare_index(path, weight_map, {name: shard.name for name, shard in home.items()})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
-        records = manifest_record(path) | _records(shards, expected=bool(config.get(RECORD)))
+        records = said | _records(shards, expected=bool(config.get(RECORD)))
         return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, _home=home)
 
     @property

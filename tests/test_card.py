@@ -1,9 +1,11 @@
 """The output's model card says how its experts are stored; the way back takes exactly that away."""
 
+import json
 import re
 import shlex
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.card import CARD
@@ -125,6 +127,19 @@ def test_a_card_of_the_input_that_has_changed_is_seen(checkpoint, tmp_path):
         convert.prefuse(checkpoint, tmp_path / "out")
     put(tmp_path / "out", None)
     assert f"{CARD} is only in {checkpoint}" in str(convert.verify(checkpoint, tmp_path / "out", gemm=False))
+
+
+def test_a_card_that_outlived_its_record_is_put_right(checkpoint, tmp_path):
+    fused, back = tmp_path / "fused", tmp_path / "back"
+    convert.prefuse(checkpoint, fused, layout="transformers")
+    (fused / "convert_manifest.json").unlink()
+    config = json.loads((fused / "config.json").read_text())
+    del config["moe_layout"]
+    (fused / "config.json").write_text(json.dumps(config))
+    save_file(load_file(fused / "model.safetensors"), fused / "model.safetensors", {"format": "pt"})
+    convert.split(fused, back)
+    assert card_of(back) == card_of(checkpoint)
+    assert convert.verify(checkpoint, back, gemm=False).equal
 
 
 def test_a_directory_and_a_link(checkpoint, tmp_path):

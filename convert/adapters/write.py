@@ -36,6 +36,7 @@ from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
 from layouts.card import CARD
 from layouts.disk.files import read_bytes
+from layouts.disk.places import is_remote
 from layouts.hf import HFReader
 
 _USUAL = Choices()
@@ -74,6 +75,8 @@ def convert_adapter(
     started = time.monotonic()
     if processes.count > 1:
         raise UsageError(f"{source} is an adapter, which one process converts; call it without others")
+    if is_remote(out):
+        raise UsageError(f"{out}: an adapter is written to a disk; write it there and copy it")
     if not (finished := (out / manifest.NAME).exists()):
         check_output(source, out, overwrite=running.overwrite)
     reader, plan = open_and_plan(source, out, action, choices)

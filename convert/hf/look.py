@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError, safe_open
 
 from convert.commit.files import Folder
 from convert.errors import StorageError
 from convert.hf.shards import File
+from layouts.disk.places import RemotePath
+from layouts.disk.stored import StoredFile
+from layouts.errors import InputError
 
 
 def look(folder: Folder, files: Sequence[File]) -> None:
@@ -39,5 +44,38 @@ def look(folder: Folder, files: Sequence[File]) -> None:
             os.close(descriptor)
 
 
-def _lost(where: object, what: str) -> StorageError:
-    return StorageError(f"{where}: {what}. The disk has lost data; nothing is shown. Remove this file, and run again")
+def look_at_objects(out: RemotePath, files: Sequence[File]) -> None:
+    """The same of objects in a store: that each has its size, and the header that was planned.
+
+    Raises:
+        StorageError: one has not.
+    """
+    for file in files:
+        place = cast(Path, out / file.name)
+        try:
+            with StoredFile.open(out / file.name) as stored:
+                whole = stored.ends_at(file.size)
+            if whole and begins(place, file.head):
+                continue
+        except InputError:  # it is not there, or shorter
+            pass
+        raise _lost(place, "it is not what was written", "store")
+
+
+def begins(path: Path, head: bytes) -> bool:
+    """Whether a file, or an object, begins so.
+
+    Raises:
+        InputError: an object ends before.
+    """
+    if isinstance(path, RemotePath):
+        found = bytearray(len(head))
+        with StoredFile.open(path) as stored:
+            stored.read(memoryview(found), 0)
+        return bytes(found) == head
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
+
+
+def _lost(where: object, what: str, who: str = "disk") -> StorageError:
+    return StorageError(f"{where}: {what}. The {who} has lost data; nothing is shown. Remove this file, and run again")

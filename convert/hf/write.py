@@ -6,34 +6,40 @@ In: a plan and an open input. Out: a filled staging directory. It never writes e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from convert.card import write_card
 from convert.commit import manifest
 from convert.commit.identity import input_digest
-from convert.commit.inventory import check_copied, inventory
+from convert.commit.inventory import FileEntry, check_copied, inventory
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest
-from convert.commit.stage import AnyStage, Stage
+from convert.commit.stage import AnyStage
+from convert.commit.store import StoreStage
 from convert.engine.again import Remade, remade
 from convert.engine.budget import Budget
 from convert.engine.reading import in_order
 from convert.errors import PlanError, readable
 from convert.hf.execute import write_tensors
-from convert.hf.look import look
+from convert.hf.look import begins, look, look_at_objects
+from convert.hf.objects import begin, write_objects
 from convert.hf.shards import File, index_text, pack, restore, weight_map
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.card import CARD
 from layouts.disk.files import CONFIG, INDEX, RECORD
+from layouts.disk.places import RemotePath, is_remote, listed_anew
+from layouts.disk.upload import held
+from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader, is_chunked
 from layouts.shards import unindexed
 
+CLIENT = 64 << 20
+"""Bytes of the clients of a store."""
 REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
 
@@ -77,6 +83,22 @@ class HFWriter:
     max_shard_size: int
     like: manifest.Original | None = None
 
+    @classmethod
+    def make(
+        cls, plan: Plan, reader: Reader, budget: Callable[[int, int], Budget], limit: int, like: manifest.Original | None
+    ) -> HFWriter:
+        """One within a budget, which is asked for with the bytes that are held besides: at any rate, and by each worker.
+
+        Raises:
+            UsageError: nobody stays within it.
+            InputError, PlanError: see `files`.
+        """
+        made = cls(plan=plan, reader=reader, budget=budget(0, 0), max_shard_size=limit, like=like)
+        if not isinstance(plan.out, RemotePath):
+            return made
+        upload = held(plan.out, max((file.size for file in made.files), default=0))
+        return replace(made, budget=budget(CLIENT, upload))
+
     @cached_property
     def original(self) -> manifest.Original | None:
         """The original files, for an output whose experts are as they were; those of the base, where an adapter is merged.
@@ -105,35 +127,41 @@ class HFWriter:
 
     def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
         """Shards by all processes; the first one adds what stands beside them."""
-        assert isinstance(stage, Stage)
         plan, files, original = self.plan, self.files, self.original
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
         targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
-        ordered = is_chunked(self.reader) or plan.merging is not None  # neighbours share what is decoded, or A and B
-        digests = write_tensors(
-            targets, own, self.reader, stage, self.budget, progress, beside=plan.side_bytes, ordered=ordered
-        )
+        notes: tuple[str, ...] = ()
+        if isinstance(stage, StoreStage):
+            notes = begin(stage, files) if processes.first else ()
+            processes.agree("begun")
+            digests = write_objects(targets, own, self.reader, stage, self.budget, progress)
+        else:
+            ordered = is_chunked(self.reader) or plan.merging is not None  # neighbours share what is decoded, or A and B
+            digests = write_tensors(
+                targets, own, self.reader, stage, self.budget, progress, beside=plan.side_bytes, ordered=ordered
+            )
         processes.agree("written")
         if not processes.first:
             return ()
-        notes = self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
-        look(stage.folder, files)
+        look_at_objects(stage.out, files) if isinstance(stage, StoreStage) else look(stage.folder, files)
+        notes += self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             made = f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones"
             return (made, *notes)
         return notes
 
-    def _write_beside(self, stage: Stage, files: Sequence[File], digests: Mapping[str, str]) -> tuple[str, ...]:
-        plan, reader = self.plan, self.reader
-        for name, text in _texts(plan, reader, files, self.original).items():
-            stage.folder.write_text(name, text)
-        notes = write_card(plan, reader, stage.folder)
-        copied = [name for name in plan.side_files if name not in (*REWRITTEN, CARD)]
+    def _write_beside(self, stage: AnyStage, files: Sequence[File], digests: Mapping[str, manifest.Digest]) -> tuple[str, ...]:
+        plan, reader, folder = self.plan, self.reader, stage.folder
+        notes = write_card(plan, reader, folder)
+        marks = (COMMITTED,) if is_remote(plan.source) or is_remote(plan.out) else ()  # of stores alone
+        copied = [name for name in plan.side_files if name not in (*REWRITTEN, CARD, *marks)]
         for name in copied:
-            stage.folder.copy_in(plan.source / name, name)
-        shards = {file.name for file in files}
-        there = inventory(stage.path, manifest.NAME, shards.__contains__)
+            folder.copy_in(plan.source / name, name)
+        for name, text in _texts(plan, reader, files, self.original).items():
+            folder.write_text(name, text)  # late, because they make a checkpoint of what lies in a store
+        shards = {file.name: FileEntry(size=file.size) for file in files}
+        there = inventory(listed_anew(stage.path), manifest.NAME, shards.__contains__) | shards
         check_copied(stage.path, copied, there)
         beside = manifest.Beside(
             input=input_digest(reader),
@@ -141,7 +169,7 @@ class HFWriter:
             options={"max_shard_size": self.max_shard_size},
             headers={file.name: file.head[8:].decode() for file in files},
         )
-        stage.folder.write_text(manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
+        folder.write_text(manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
         return notes
 
     def unlike(self, found: Manifest) -> str | None:
@@ -151,7 +179,7 @@ class HFWriter:
             if shards.get(file.name) != file.size:
                 have = f"of {shards[file.name]} bytes" if file.name in shards else "absent"
                 return f"was made with other options (--max-shard-size): {file.name} is {have}, and would be of {file.size}"
-            if (self.plan.out / file.name).is_file() and not _begins(self.plan.out / file.name, file.head):
+            if (self.plan.out / file.name).is_file() and not begins(self.plan.out / file.name, file.head):
                 return f"is not what was written: the header of {file.name} is another one"
         return None
 
@@ -159,11 +187,6 @@ class HFWriter:
         """As they are written, strip by strip."""
         wanted = {name: entry.digest for name, entry in found.tensors.items()}
         return remade(targets, wanted, self.reader, self.budget, progress)
-
-
-def _begins(path: Path, head: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(head)) == head
 
 
 def _texts(plan: Plan, reader: Reader, files: Sequence[File], original: manifest.Original | None) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from convert.commit import manifest
 from convert.commit.inventory import FileEntry, entry_of, inventory
@@ -21,7 +20,7 @@ from convert.orbax.origin import Origin
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
-from layouts.disk.places import RemotePath
+from layouts.disk.places import listed_anew
 from layouts.orbax.digest import stored_digest
 from layouts.orbax.tree import DATABASE, PROCESS
 from layouts.reader import Reader, is_chunked
@@ -80,7 +79,6 @@ def files_of_item(path: Path, plan: Plan, origin: Origin, later: Mapping[str, st
         return name.startswith(item) and name != f"{item}manifest.ocdbt" and first.startswith((PROCESS, *DATABASE))
 
     # What TensorStore has put into a store is not among what was written from here.
-    path = cast(Path, path.listed_anew()) if isinstance(path, RemotePath) else path
-    found = inventory(path, manifest.NAME, holds_tensors, folders)
+    found = inventory(listed_anew(path), manifest.NAME, holds_tensors, folders)
     found |= {f"{item}{name}": entry_of(iter([text.encode()])) for name, text in later.items()}
     return dict(sorted(found.items()))

@@ -87,6 +87,6 @@ def system_error(error: Exception) -> int | None:
 
 def short(error: Exception) -> str:
     """Its message in a line, without specs and places in TensorStore's source."""
-    text = re.split(r" \[(?:tensorstore_spec|source locations|domain|\w+_spec)=?", str(error), maxsplit=1)[0]
+    text = re.split(r" \[(?:tensorstore_spec|source locations|domain|\w+_spec|http_\w+|x-[\w-]+)=?", str(error), maxsplit=1)[0]
     text = " ".join(text.split())
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."

@@ -21,6 +21,8 @@ from layouts.errors import InputError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "convert_manifest.json"
+UNFINISHED = "unfinished"
+"""The key of a manifest that only says, in a store, that its checkpoint is being written: no rename shows it at once there."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT calls the two files of a LoRA adapter."""
 RECORD = "moe_layout"
@@ -177,7 +179,9 @@ def manifest_record(path: Path) -> dict[str, Any]:
     """What the manifest says of the layout, by its name; nothing where there is none.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or says that the checkpoint is still being written.
     """
     found = read_object(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    if UNFINISHED in found:
+        raise InputError(f"{path}: a conversion into it has not finished, so that parts may be missing; run its command again")
     return {MANIFEST: found["record"]} if "record" in found else {}

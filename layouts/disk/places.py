@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from layouts.disk.faults import answer, told, writing
+from layouts.disk.buckets import DRIVERS, Root, explained
+from layouts.disk.faults import answer, writing
 from layouts.errors import InputError
-
-DRIVERS: Mapping[str, str] = {"gs": "gcs", "s3": "s3"}
-_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-"""Who sets these is known by them. Told so, TensorStore looks for no others, and does not log in which files it found none."""
-_TELLING = ("_METADATA", "manifest.ocdbt", ".zarray", ".json", ".safetensors")
-"""How files end that are written anew whenever a checkpoint is."""
 
 
 def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
@@ -45,7 +40,7 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Path:
     scheme, _, rest = str(path).partition("://")
     if scheme not in DRIVERS:
         raise InputError(f"{path}: known stores are {', '.join(f'{known}://' for known in DRIVERS)}")
-    return cast(Path, RemotePath(root=_Root.open(scheme, rest.strip("/"))))
+    return cast(Path, RemotePath(root=Root.open(scheme, rest.strip("/"))))
 
 
 def names_of(path: Path) -> Iterator[str]:
@@ -94,40 +89,6 @@ def kvstore_of(path: Path) -> dict[str, Any]:
     return {"driver": "file", "path": f"{path.resolve()}/"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Root:
-    """A prefix of a store, and the names of all objects below it."""
-
-    text: str
-    spec: Mapping[str, Any]
-    store: Any
-    files: set[str]
-
-    @classmethod
-    def open(cls, scheme: str, rest: str) -> _Root:
-        import tensorstore as ts
-
-        bucket, _, prefix = rest.partition("/")
-        spec: dict[str, Any] = {"driver": DRIVERS[scheme], "bucket": bucket, "path": f"{prefix}/" if prefix else ""}
-        if scheme == "s3":
-            words = {"endpoint": ("AWS_ENDPOINT_URL",), "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
-            found = {word: next((os.environ[n] for n in names if os.environ.get(n)), "") for word, names in words.items()}
-            spec |= {word: value for word, value in found.items() if value}
-            spec |= {"aws_credentials": {"type": "environment"}} if all(map(os.environ.get, _KEYS)) else {}
-        text = f"{scheme}://{rest}"
-        with told(text, "the list of its objects"):
-            store = answer(ts.KvStore.open(spec))
-            files = {key.decode() for key in answer(store.list())}
-        return cls(text=text, spec=spec, store=store, files=files)
-
-    def state(self, name: str) -> str:
-        """What changes when an object that speaks for others is written again."""
-        if not name.endswith(_TELLING):
-            return ""
-        with told(self.text, name):
-            return str(answer(self.store.read(name, byte_range=slice(0, 1))).stamp.generation)
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class RemotePath:
     """A place in a store, with those of `pathlib.Path`'s words that a checkpoint takes.
@@ -135,7 +96,7 @@ class RemotePath:
     What is there is what was there when the store was listed, and what has been written from here since.
     """
 
-    root: _Root = field(compare=False)
+    root: Root = field(compare=False)
     key: str = ""
 
     def __str__(self) -> str:
@@ -193,7 +154,7 @@ class RemotePath:
         Raises:
             OSError: it is not there, or cannot be read.
         """
-        with writing(str(self)):
+        with explained(str(self), self.root.spec), writing(str(self)):
             found = answer(self.root.store.read(self.key))
         if found.state != "value":
             raise FileNotFoundError(2, "no such object", str(self))
@@ -209,7 +170,7 @@ class RemotePath:
         Raises:
             OSError: it cannot be written.
         """
-        with writing(str(self)):
+        with explained(str(self), self.root.spec), writing(str(self)):
             answer(self.root.store.write(self.key, data))
         self.root.files.add(self.key)
 
@@ -222,9 +183,10 @@ class RemotePath:
         import tensorstore as ts
 
         gone = [name for name in self.root.files if name == self.key or name.startswith(self._prefix)]
+        behind = f"{self.key}0" if self.key else ""  # the first of all keys that do not begin so: "0" follows "/"
         with writing(str(self)):
             answer(self.root.store.write(self.key, None)) if self.key in self.root.files else None
-            answer(self.root.store.delete_range(ts.KvStore.KeyRange(self._prefix, _behind(self._prefix))))
+            answer(self.root.store.delete_range(ts.KvStore.KeyRange(self._prefix, behind)))
         self.root.files.difference_update(gone)
 
     def listed_anew(self) -> RemotePath:
@@ -241,6 +203,6 @@ class RemotePath:
         return (name[len(prefix) :] for name in self.root.files if name.startswith(prefix))
 
 
-def _behind(prefix: str) -> str:
-    """The end of the range of all keys that begin so."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
+def listed_anew(path: Path) -> Path:
+    """A place as it is now: what others have written into a store is not among what was listed."""
+    return cast(Path, path.listed_anew()) if isinstance(path, RemotePath) else path

@@ -13,7 +13,7 @@ from typing import Any
 from convert.commit.inventory import entry_of, read_card, read_in_pieces
 from convert.verifier.files.sealed import beside_manifest
 from convert.verifier.verdict import Level
-from layouts.card import CARD
+from layouts.card import CARD, strip
 from layouts.card import alike as same_card
 from layouts.disk.files import CONFIG, MANIFEST, RECORD, parsed, read_object
 from layouts.orbax.tree import COMMITTED, STEP
@@ -102,7 +102,7 @@ def _cards(one: Reader, other: Reader, alike: bool) -> list[str]:
     sides = {reader.path: read_card(reader.path / CARD) for reader in (one, other)}
     if same_card(*(sides[reader.path] for reader in (one, other))):
         return []
-    have = [path for path, card in sides.items() if card is not None]
+    have = [path for path, card in sides.items() if strip(card) is not None]
     if len(have) == len(sides):
         return [f"{CARD} differs"]
     return [f"{CARD} is only in {have[0]}"] if alike else []

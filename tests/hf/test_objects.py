@@ -1,0 +1,212 @@
+"""Safetensors in a store, out: the bytes of a disk, in parts, complete or absent, taken up again; against a local S3."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from moto.s3 import models as moto_s3
+
+import convert
+from convert.cli import main
+from convert.hf import objects as hf_objects
+from layouts.disk import places, upload
+from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.tiny import adapter, whole
+from tests.commit.test_processes import run as together
+from tests.commit.test_remote import BUCKET, client, downloaded, environment, objects, server  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"family": "qwen3_moe", "experts": 2, "embed": 16, "mlp": 16, "layers": 1}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("objects") / "in", **SMALL)
+
+
+@pytest.fixture
+def out(request):
+    """A place that no other test uses."""
+    return f"s3://{BUCKET}/objects/{abs(hash(request.node.name))}"
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Parts of 1 kB, which S3 would refuse."""
+    monkeypatch.setattr(upload, "PART", 1024)
+    monkeypatch.setattr(moto_s3, "S3_UPLOAD_PART_MIN_SIZE", 1)
+
+
+def below(place):
+    return place.removeprefix(f"s3://{BUCKET}/")
+
+
+def unfinished(place):
+    return client().list_multipart_uploads(Bucket=BUCKET, Prefix=below(place)).get("Uploads", [])
+
+
+def files(path):
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("limit", ["5GB", pytest.param("6kB", marks=pytest.mark.slow)])
+def test_the_objects_are_the_files_of_a_disk(local, out, parts, tmp_path, limit, monkeypatch):
+    put, order = places.RemotePath.write_bytes, []
+    monkeypatch.setattr(places.RemotePath, "write_bytes", lambda path, data: (order.append(path.name), put(path, data)))
+    convert.prefuse(local, out, max_shard_size=limit)
+    convert.prefuse(local, tmp_path / "disk", max_shard_size=limit)
+    index = ["model.safetensors.index.json"] * (limit == "6kB")
+    assert order[-3 - len(index) :] == ["config.json", *index, "convert_manifest.json", "commit_success.txt"]
+    there = files(downloaded(f"{below(out)}/", tmp_path / "there"))
+    assert there.pop("commit_success.txt")
+    assert there == files(tmp_path / "disk")
+    assert not unfinished(out)
+    assert convert.prefuse(local, out, max_shard_size=limit).proof
+    with pytest.raises(convert.OutputError, match=r"max.shard.size"):
+        convert.prefuse(local, out, max_shard_size=7000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["5GB", "6kB"])
+def test_there_and_back(local, out, parts, tmp_path, limit):
+    convert.prefuse(local, out, max_shard_size=limit)
+    assert convert.verify(out).equal
+    assert convert.verify(local, out, gemm=False).equal
+    convert.split(out, f"{out}-back")
+    convert.split(out, tmp_path / "back")
+    back = files(downloaded(f"{below(out)}-back/", tmp_path / "stored"))
+    for found in (back, files(tmp_path / "back")):
+        assert {name: found[name] for name in files(local)} == files(local)
+        assert found.keys() - files(local).keys() <= {"convert_manifest.json", "commit_success.txt"}
+
+
+@pytest.mark.slow
+def test_a_tree_becomes_objects(local, out, parts, tmp_path):
+    convert.reformat(local, tmp_path / "tree", to="orbax")
+    convert.reformat(tmp_path / "tree", out, to="hf")
+    there = files(downloaded(f"{below(out)}/", tmp_path / "there"))
+    assert {name: there[name] for name in files(local)} == files(local)
+
+
+CHILD = """
+import os, signal, sys
+from layouts.disk import upload
+upload.PART = 1024
+count, send = [int(sys.argv[1])], upload._Parts.send
+def sent(self, data):
+    send(self, data)
+    count[0] -= 1
+    if not count[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+upload._Parts.send = sent
+from convert.cli import main
+sys.exit(main([*sys.argv[2:], "--quiet", "--jobs", "1", "--max-shard-size", "6kB"]))
+"""
+
+
+def run(end, *words):
+    command = [sys.executable, "-c", CHILD, str(end), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_no_checkpoint_and_is_taken_up_again(local, out, parts, tmp_path, capsys):
+    assert run(12, "--prefuse", local, out).returncode == -signal.SIGKILL
+    names = {name.rpartition("/")[2] for name in objects(f"{below(out)}/")}
+    assert any(name.endswith(".safetensors") for name in names)
+    assert names.isdisjoint({"config.json", "model.safetensors.index.json", "commit_success.txt"})
+    assert len(unfinished(out)) == 1
+    for words in (["--inspect", out], ["--verify", str(local), out], ["--split", out, str(tmp_path / "no")]):
+        assert main([*words, "--quiet"]) == 3
+        assert f"{out}: a conversion into it has not finished" in capsys.readouterr().err
+    assert main(["--prefuse", str(local), out, "--layout", "transformers", "--quiet"]) == 5, "another plan must not mix with it"
+    done = run(0, "--prefuse", local, out)
+    assert done.returncode == 0, done.stderr
+    assert "finished by an earlier run" in done.stdout
+    assert not unfinished(out)
+    assert not objects(f"{below(out)}.partial")
+    assert convert.verify(out).equal
+    assert convert.verify(local, out, gemm=False).equal
+
+
+def fails(*words):
+    """A command that is refused: its exit code, and its one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", *map(str, words), "--quiet"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_let_us_is_one_line(local, out, monkeypatch, tmp_path):
+    missing = "there is no bucket 'no-such-bucket'; correct its name, AWS_REGION or AWS_ENDPOINT_URL"
+    for words in ((local, "s3://no-such-bucket/out"), ("s3://no-such-bucket/out", tmp_path / "out")):
+        assert fails("--prefuse", *words) == (3, f"convert: s3://no-such-bucket/out: {missing}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, text = fails("--prefuse", local, out)
+    assert code == 6
+    assert text.startswith(
+        "convert: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or make ~/.aws/"
+    )
+    assert "[" not in text
+
+
+def test_an_adapter_is_written_to_a_disk(out, tmp_path, capsys):
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    assert main(["--prefuse", str(given), out, "--quiet"]) == 2
+    assert "an adapter is written to a disk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("driver", ["s3", "gcs"])
+def test_parts_hold_little_and_follow_one_another(out, parts, monkeypatch, driver):
+    """In `gs://` there are no parts: an object is held as a whole, and counted so."""
+    there = places.place(out)
+    monkeypatch.setitem(there.root.spec, "driver", driver)
+    size, parts_of = 10_000, 1024 if driver == "s3" else 10_000
+    assert upload.held(there / "x", size) == 2 * parts_of
+    assert upload.held(there / "x", 1000) == 2000
+    assert upload.held(there / "x", 1024 * 10_000 * 3) == (2 * 1024 * 3 if driver == "s3" else 2 * 1024 * 30_000)
+    data = bytes(range(250)) * 40
+    with upload.Upload(there / "x", size) as one:
+        for start in range(0, size, 3000):
+            one.put(memoryview(data[start : start + 3000]), start)
+    assert (there / "x").read_bytes() == data
+    for then, why in ((5000, "5,000 bytes were written"), (6000, "do not follow")):
+        with pytest.raises(ValueError, match=why):
+            _broken(there / "y", data, then)
+    assert not [name for name in objects(f"{below(out)}/") if name.endswith("/y")]
+
+
+def _broken(path, data, then):
+    """An object that is cut, or has a gap."""
+    with upload.Upload(path, len(data)) as one:
+        one.put(memoryview(data[:2500]), 0)
+        one.put(memoryview(data[:2500]), then - 2500)
+
+
+@pytest.mark.slow
+def test_of_two_runs_the_later_one_goes_on(local, out, parts, monkeypatch):
+    write = hf_objects._write
+
+    def meanwhile(*given):
+        monkeypatch.setattr(hf_objects, "_write", write)
+        convert.prefuse(local, out)
+        return write(*given)
+
+    monkeypatch.setattr(hf_objects, "_write", meanwhile)
+    with pytest.raises(convert.OutputError, match="another run has begun to write it"):
+        convert.prefuse(local, out)
+    assert convert.verify(out).equal
+
+
+@pytest.mark.slow
+def test_several_processes_write_objects(local, out, parts):
+    assert together(2, "--prefuse", local, out, "--max-shard-size", "2000")[0] == [0, 0]
+    assert convert.verify(out).equal
+    assert convert.verify(local, out, gemm=False).equal
