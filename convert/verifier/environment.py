@@ -9,10 +9,11 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from convert.commit.manifest import TOOL
@@ -43,10 +44,17 @@ def run_of(command: str, started: datetime) -> Run:
         seconds=round((datetime.now(UTC) - started).total_seconds(), 3),
         tool=TOOL,
         python=platform.python_version(),
-        libraries={name: version(name) for name in _LIBRARIES},
+        libraries=dict(_libraries()),
         machine=_machine(),
         device=_device(),
     )
+
+
+def _libraries() -> Iterator[tuple[str, str]]:
+    """Those that are installed: bits are compared without JAX."""
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _machine() -> dict[str, str]:

@@ -65,6 +65,32 @@ def test_to_convert_safetensors_takes_few_packages(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_light_install_is_as_the_guide_says(tmp_path):
+    """A new environment with the two commands of the guide, and nothing else in it: metadata of others is missing, too."""
+    guide = (ROOT / "convert" / "README.md").read_text().partition("## A light install")[2]
+    command = next(line.strip() for line in guide.splitlines() if line.startswith("    pip install"))
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "light"], check=True)
+    shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", "__pycache__", "tests", "build", ".*_cache")
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["PATH"] = f"{tmp_path / 'light' / 'bin'}:{env['PATH']}"
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path / "source", env=env, check=True, capture_output=True)
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=4, layers=1)
+    for words in (
+        "--inspect in",
+        "--prefuse in fused",
+        "--split fused back",
+        "--verify in back --no-gemm",
+        "--verify in fused --no-gemm --json",
+        "--verify fused",
+        "--digest in fused",
+    ):
+        done = subprocess.run(["convert", *words.split()], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+@pytest.mark.slow
 def test_to_convert_to_orbax_takes_two_more(tmp_path):
     make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=4, layers=1)
     for words in (["--to", "orbax", "in", "tree"], ["--prefuse", "tree", "fused"], ["--to", "hf", "tree", "back"]):
