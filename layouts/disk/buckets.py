@@ -71,8 +71,8 @@ class Root:
 def _has_credentials() -> bool:
     """Whether there may be any for S3."""
     files = [Path.home() / ".aws" / name for name in ("credentials", "config")]
-    made_by = Path("/sys/devices/virtual/dmi/id/sys_vendor")
-    ours = made_by.is_file() and "Amazon" in made_by.read_text()
+    amazons = {"/sys/devices/virtual/dmi/id/sys_vendor": "Amazon", "/sys/hypervisor/uuid": "ec2"}
+    ours = any(Path(name).is_file() and Path(name).read_text().startswith(word) for name, word in amazons.items())
     return any(map(os.environ.get, _SIGNS)) or any(file.is_file() for file in files) or ours
 
 
