@@ -13,7 +13,7 @@ from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
 from layouts.language.parts import AXES
 from layouts.language.template import Index, Template
-from layouts.matching.lookup import expert_counts
+from layouts.matching.lookup import expert_counts, idle_experts
 from layouts.matching.packing import WEIGHTS
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
@@ -102,10 +102,16 @@ def check_blocks(reader: Reader, groups: Sequence[Group], *, whole: bool = True)
             continue
         wi, wo = weights["wi"][0], weights["wo"][0]
         packed = wi.packed or wo.packed
-        if any(wi.total(axis) != wo.total(axis) for axis in ("e" if packed else "ekn")):
+        if not _match(reader, wi, wo) or (not packed and any(wi.total(axis) != wo.total(axis) for axis in "kn")):
             sizes = [{axis: group.total(axis) for axis in "ekn"} for group in (wi, wo)]
             raise PlanError(f"{reader.path}: {wi.names[0]} and {wo.names[0]} do not fit together: {sizes[0]} and {sizes[1]}")
     _check_alike(reader, list(found.values()))
+
+
+def _match(reader: Reader, wi: Group, wo: Group) -> bool:
+    """Whether they are of the same experts; `wi` may have those that are the identity besides (LongCat)."""
+    idle, experts = idle_experts(reader.config), wo.total("e")
+    return wi.total("e") - experts in (0, idle) and not (idle and experts - idle in expert_counts(reader.config))
 
 
 def _check_steps(reader: Reader, group: Group) -> None:

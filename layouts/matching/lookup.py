@@ -161,7 +161,17 @@ def _kinds(names: Iterable[str]) -> list[str]:
 
 def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
     """The numbers of experts that `config.json` states: several for models of several parts, none where it is silent."""
-    return frozenset(_counts(config))
+    found, more = frozenset(_counts(config)), idle_experts(config)
+    return found | {count + more for count in found} if more else found
+
+
+def idle_experts(config: Mapping[str, Any]) -> int:
+    """How many experts more `config.json` counts that are the identity; they have rows of gate and up, and none of down.
+
+    Source: transformers `LongcatFlashExperts`, whose checkpoints have them; what is published has no rows at all.
+    """
+    stated = config.get("zero_expert_num")
+    return stated if type(stated) is int and stated > 0 else 0
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[int]:

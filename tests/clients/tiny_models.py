@@ -156,13 +156,14 @@ SKIPPED: Mapping[str, str] = {
     "Klear": _REMOTE,
     "arctic": _REMOTE,
     "hunyuan": _REMOTE,
+    "hunyuan_image_3_moe": _REMOTE,
 }
 """Model types of our table without a client test, and why."""
 
 EXTRA = ("qwen3_moe-square-tied", "longcat_flash-zeros")
 """Cases besides the plain model types."""
 
-REFUSED: Mapping[str, str] = {"ernie4_5_vl_moe": "must be alike", "longcat_flash-zeros": "experts, but config.json says 12"}
+REFUSED: Mapping[str, str] = {"ernie4_5_vl_moe": "must be alike"}
 """Cases that we do not convert, and a word of the reason that the error must give."""
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import convert
 from convert.errors import InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import make_plan
 from tests.layouts.by_hand import MODELS, config, tensors, weights
 from tests.layouts.by_hand.styles import in_out, interleaved, out_in, projections
-from tests.tiny import MemoryReader, run, same
+from tests.tiny import MemoryReader, checkpoint, run, same
 
 OUT = Path("out")
 QWEN35, VL = MODELS["qwen3_5_moe"], MODELS["qwen3_vl_moe"]
@@ -125,6 +126,50 @@ def test_a_router_may_have_more_rows_than_there_are_experts():
     arrays = tensors(longcat) | {"model.layers.2.mlp.router.classifier.weight": np.zeros((12 + 4, 6), "u4")}
     source = MemoryReader(arrays, config=config(longcat, "longcat_flash", 12) | {"zero_expert_num": 4})
     assert same(run(run(source, "prefuse"), "split").arrays, arrays)
+
+
+def idle(more, e=12):
+    """LongCat as transformers 5 holds it: gate and up of experts that are the identity, which have no down."""
+    arrays = {}
+    for layer in (2, 11):
+        held, down = out_in(f"model.layers.{layer}.mlp", *weights(layer, e + more, 6, 4)), weights(layer, e, 6, 4)[2]
+        arrays |= held | {f"model.layers.{layer}.mlp.experts.down_proj": down.swapaxes(1, 2)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return MemoryReader(arrays, config=config(MODELS["longcat_flash"], "longcat_flash", 12) | {"zero_expert_num": 4})
+
+
+def test_experts_that_are_the_identity_may_have_rows_of_gate_and_up():
+    source = idle(4)
+    fused = run(source, "prefuse")
+    gate, up, _ = weights(11, 16, 6, 4)
+    assert np.array_equal(fused.arrays["model.layers.11.mlp.experts.wi"], np.concatenate((gate, up), -1))
+    assert np.array_equal(fused.arrays["model.layers.11.mlp.experts.wo"], weights(11, 12, 6, 4)[2])
+    assert same(run(fused, "split").arrays, source.arrays)
+
+
+@pytest.mark.parametrize(("more", "e", "config"), [(3, 12, {}), (5, 12, {}), (4, 11, {}), (4, 12, {"zero_expert_num": 0})])
+def test_other_experts_without_down_are_missing_ones(more, e, config):
+    source = idle(more, e)
+    source.config |= config
+    with pytest.raises(InputError, match=r"experts, but config\.json says 12"):
+        make_plan(source, OUT, "prefuse")
+
+
+def test_all_of_them_with_down_are_too_many():
+    with pytest.raises(PlanError, match="do not fit together"):
+        make_plan(idle(0, 16), OUT, "prefuse")
+
+
+def test_a_bit_of_an_idle_row_is_compared(tmp_path):
+    """No expert reads it, and it is in the file all the same."""
+    for name in ("one", "other"):
+        source = idle(4)
+        if name == "other":
+            source.arrays["model.layers.11.mlp.experts.gate_up_proj"][14, 3, 2] ^= 1
+        checkpoint(tmp_path / name, source.arrays, source.config)
+    report = convert.verify(tmp_path / "one", tmp_path / "other", gemm=False)
+    assert not report.equal
+    assert "layer 11, expert 14, gate" in str(report)
 
 
 def test_a_missing_expert_is_named():

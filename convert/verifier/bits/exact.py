@@ -62,12 +62,12 @@ def compare_experts(
     Several processes compare a part of the experts each, and all of them get the level of all.
     """
     pairs, lines, own = list(pair(a, b)), list[str](), 0
-    chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].experts))]
+    chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].stored))]
     work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
     call = partial(_compare_expert, most=work.each, scratch=Scratch())
     mine = by_place(chosen, _places)[processes.stretch([1] * len(chosen))]
     number = {one.label: at for at, (one, _) in enumerate(pairs, start=1)}
-    each = {one.label: nbytes_of(one) // max(1, one.experts) for one, _ in pairs}
+    each = {one.label: nbytes_of(one) // max(1, one.stored) for one, _ in pairs}
     begin(progress, "bits of experts", sum(each[one.label] for (one, _), _ in mine))
     for _, group in itertools.groupby(mine, _places):  # one window after the other
         together = list(group)
@@ -77,7 +77,7 @@ def compare_experts(
             own += found.nbytes
             progress(found.nbytes)
     differences, (nbytes,) = joined(processes, lines, own)
-    layers, experts = len(pairs), max((len(scope.of(range(one.experts))) for one, _ in pairs), default=0)
+    layers, experts = len(pairs), max((len(scope.of(range(one.stored))) for one, _ in pairs), default=0)
     companions = {part for one, _ in pairs for _, part in one.groups if part}
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(
@@ -119,7 +119,8 @@ def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
 
 def _compare_expert(item: tuple[Sides, int], most: int, scratch: Scratch) -> Looked:
     (a, b), e = item
-    looked = [_compare_kind((a, b), kind, e, most, scratch) for kind in sorted(a.groups)]
+    kinds = [kind for kind in sorted(a.groups) if e < a.groups[kind].sizes.get("e", a.stored)]
+    looked = [_compare_kind((a, b), kind, e, most, scratch) for kind in kinds]
     return Looked(sum(each.nbytes for each in looked), [line for each in looked for line in each.differences])
 
 

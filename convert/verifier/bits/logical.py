@@ -62,8 +62,13 @@ class Block:
 
     @property
     def experts(self) -> int:
-        """E."""
-        return next(group.sizes["e"] for group in self.groups.values() if "e" in group.sizes)
+        """E: those that have a down projection."""
+        return min(group.sizes["e"] for group in self.groups.values() if "e" in group.sizes)
+
+    @property
+    def stored(self) -> int:
+        """The same with those that are the identity and have rows of gate and up all the same (LongCat)."""
+        return max(group.sizes["e"] for group in self.groups.values() if "e" in group.sizes)
 
     @property
     def number(self) -> int:
