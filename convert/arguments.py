@@ -82,7 +82,7 @@ _DO: Mapping[str, str] = {
 """The actions that exclude each other; `--to` goes with some of them."""
 _GROUPS: Mapping[str, str] = {
     "layout": "layout shards align glu_block source_layout family",
-    "formats": "to scan scan_axis params_only drop_optimizer drop_mtp keep_chunks mesh sharding copy_all dequantize",
+    "formats": "to scan scan_axis params_only drop_optimizer drop_mtp keep_chunks mesh sharding copy_all dequantize compute",
     "adapters": "from_writer base",
     "resources": "jobs memory max_shard_size resume overwrite",
     "several processes": "distributed coordinator num_processes process_id",

@@ -30,6 +30,7 @@ from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
 from convert.report import Report
 from layouts.checkpoint import FORMATS, growing, open_checkpoint
+from layouts.computing import computing
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.reader import Reader, ReadLimits, is_chunked
@@ -67,15 +68,18 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             from convert.planning.cross_plan import make_cross_plan
 
             plan = make_cross_plan(reader, place(out), action, choices)
-        elif choices.drop_mtp:
-            raise UsageError(f"{source} is {reader.format} already; --drop-mtp is for conversions between formats (--to)")
+        elif between := "--drop-mtp" if choices.drop_mtp else "--compute" if choices.compute else "":
+            raise UsageError(f"{source} is {reader.format} already; {between} is for conversions between formats (--to)")
         elif action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
             plan = make_plan(reader, place(out), action, choices)
         plan = _cut_for(plan, choices)
-        plan = replace(plan, remarks=(*plan.remarks, *_scales(plan, reader)))
-        return reader, replace(plan, computed=RULE, computed_kinds=kinds) if choices.dequantize else plan
+        plan, reader = replace(plan, remarks=(*plan.remarks, *_scales(plan, reader))), computing(reader, plan.factors)
+        if choices.dequantize:
+            rule = f"{RULE}; {plan.computed}" if plan.computed else RULE
+            plan = replace(plan, computed=rule, computed_kinds=(*kinds, *plan.computed_kinds))
+        return reader, plan
     except BaseException:
         reader.close()
         raise

@@ -17,7 +17,7 @@ settings.register_profile("tests", max_examples=60, deadline=None)
 settings.load_profile("tests")
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True)  # clients run where it is not installed
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: half as many again as cores, as tests wait for disks and for processes that they start."""
     return max(2, (os.cpu_count() or 1) * 3 // 2)

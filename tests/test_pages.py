@@ -75,6 +75,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in HF:
         make_checkpoint(Path(name), family="qwen3_moe", experts=4, layers=1)
+    make_checkpoint(Path("mixtral_dir"), family="mixtral", experts=4, layers=1)
     for name in FUSED:
         assert main(["--prefuse", "hf_dir", name, "--quiet"]) == 0
     for name in ("adapter_in", "adapter_a"):

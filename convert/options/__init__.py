@@ -131,6 +131,14 @@ class Choices:
         Literal["bf16"] | None,
         Option(text="compute FP8, NVFP4, MXFP4, MXFP8 and INT4 weights as bfloat16 (not lossless)", choices=("bf16",)),
     ] = None
+    compute: Annotated[
+        Literal["query-scale"] | None,
+        Option(
+            text="between formats: divide Mixtral's queries by the root of the head width, as MaxText has them, or multiply "
+            "them (not lossless)",
+            choices=("query-scale",),
+        ),
+    ] = None
     from_writer: _FromWriter = None
     base: _Base = None
 

@@ -39,6 +39,7 @@ class _Tree(TypedDict, total=False):
 class _Moved(_Tree, total=False):
     to: Format | None
     keep_chunks: bool
+    compute: Literal["query-scale"] | None
     from_writer: str | None
     base: str | Path | None
 
@@ -64,6 +65,7 @@ class Splitting(_Moved, _Running, total=False):
 class Reformatting(_Tree, _Running, total=False):
     """What `reformat` takes, besides the format."""
 
+    compute: Literal["query-scale"] | None
     dequantize: Literal["bf16"] | None
 
 

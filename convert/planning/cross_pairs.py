@@ -20,7 +20,7 @@ from layouts.language.pattern import Pattern
 from layouts.language.template import Template
 from layouts.tables.families import Family
 from layouts.tables.maxtext import LAYERS, ROOT, Row, Tree
-from layouts.tables.maxtext_trees import COMPUTED, TREES
+from layouts.tables.maxtext_trees import TREES
 
 _BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
 
@@ -30,13 +30,14 @@ class Pair:
     """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads.
 
     `real` are those of the source's axes that are stored with padding. Tensors of one `block` are there together, or none is. A
-    `twin` is in Hugging Face only, and holds what stands elsewhere as well.
+    `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by the rule `computed`.
     """
 
     role: str
     part: str = ""
     block: str = ""
     twin: bool = False
+    computed: str = ""
     source: Placed
     target: Placed
     counts: Mapping[str, int]
@@ -65,10 +66,8 @@ def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
     """The family's trees: the one to write first.
 
     Raises:
-        PlanError: it has none, or its MaxText form would change values.
+        PlanError: it has none.
     """
-    if family.name in COMPUTED:
-        raise PlanError(f"{where}: {COMPUTED[family.name]}; only layouts are converted here")
     if family.by_names:
         raise PlanError(
             f"{where}: config.json names no model that is known; its experts are ({family.name}), but a MaxText tree holds a "
@@ -115,7 +114,8 @@ def _has_some(pair: Pair, names: Collection[str]) -> bool:
 def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
     heads = part.heads
     for row in part.tree.outside:
-        yield _pair(sides, _of_row(row, part.named(row.hf), ROOT), optional=row.optional, counts=heads)
+        pair = _pair(sides, _of_row(row, part.named(row.hf), ROOT), optional=row.optional, counts=heads)
+        yield replace(pair, computed=row.computed)
     for layers in layers_of(part):
         stack, block = layers.stack, layers.block
         scan = sides.scan and stack.scanned is not None
@@ -124,7 +124,8 @@ def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
         axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
         for row in stack.rows:
             places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else single)
-            yield _pair(sides, places, scan=axes, optional=row.optional, counts=counts, block=block, twin=row.twin)
+            pair = _pair(sides, places, scan=axes, optional=row.optional, counts=counts, block=block, twin=row.twin)
+            yield replace(pair, computed=row.computed)
         if stack.experts:
             at = layers.hf + part.tree.hf_experts, single + stack.experts
             experts = _experts(sides, at, axes, {**counts, "e": expert_count(part.config), "g": 2})

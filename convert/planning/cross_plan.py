@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.options import Choices
+from convert.planning.computed import computed_in
 from convert.planning.cross import cross_targets, twins_of
 from convert.planning.cross_pairs import Sides, trees_of
 from convert.planning.planner import Action, Plan
@@ -53,6 +54,8 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
+    computed = computed_in(reader, tree, sides, config, choices.compute)
+    origin = replace(origin, computed=choices.compute if computed.factors else None)
     targets = sorted(cross_targets(reader, tree, sides, config, left_out), key=lambda target: target.spec.name)
     return Plan(
         source=reader.path,
@@ -61,7 +64,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         format="orbax" if to_maxtext else "hf",
         family=found.name,
         layout=choices.layout if fused else ("maxtext" if to_maxtext else "native"),
-        record=_record(choices.layout if fused else None, sides, targets, came, origin.without),
+        record=_record(choices.layout if fused else None, sides, targets, came, origin),
         targets=tuple(targets),
         side_files=side_files,
         left_out_files=left_out_files,
@@ -69,6 +72,9 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         left_out=left_out,
         twins=() if choices.drop_mtp else twins_of(reader, tree, sides, config),
         scanned=sides.scan if to_maxtext else None,
+        computed=computed.rule,
+        computed_kinds=computed.kinds,
+        factors=computed.factors,
     )
 
 
@@ -199,10 +205,10 @@ def real_sizes(reader: Reader, described: Description, below: str = "") -> dict[
 
 
 def _record(
-    layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts, without: str | None
+    layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts, origin: Origin
 ) -> dict[str, Any] | None:
     """The record of the experts, in the words of the format that has them; a tree's says of what it was made, too."""
-    origin = Origin(family=sides.family.name, layout=name_of(came), without=without) if sides.to_maxtext else Origin()
+    origin = replace(origin, family=sides.family.name, layout=name_of(came)) if sides.to_maxtext else Origin()
     if layout is None:
         return family_record(sides.tree, origin) if sides.to_maxtext else None
     owner, wanted = (sides.tree, sides.maxtext) if sides.to_maxtext else (sides.family, sides.hf)

@@ -90,6 +90,8 @@ class Plan:
     """By which rule values were computed; None where only bits are moved."""
     computed_kinds: tuple[str, ...] = ()
     """Which tensors they are, a line for each kind."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """By what the values of tensors of the input are multiplied."""
     merging: Merging | None = None
     content: Mapping[str, Any] | None = None
     """The digest of what the input holds, and so the output, if it was asked for (`convert.verifier.content`)."""

@@ -37,10 +37,26 @@ Source: MaxText `configs/base.yml` (`logical_axis_rules`), and the `kernel_axes`
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """MaxText has the values of a tensor over the root of the size of `axis`; `said` says so."""
+
+    axis: str
+    said: str
+
+
+RULES: Mapping[str, Rule] = {"query-scale": Rule("d", "the queries divided by the root of the head width")}
+"""What is computed on the way to MaxText, by the user's word for it (`--compute`).
+
+Source: MaxText `param_mapping.py`, `scale_query_layer`; its `layers/attentions.py` multiplies queries by nothing afterwards.
+"""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A tensor: key and pattern in Hugging Face, key and pattern in MaxText. An `optional` one may be absent.
 
-    A `twin` is in Hugging Face only: it holds once more what `maxtext` is, which stands outside the layers.
+    A `twin` is in Hugging Face only: it holds once more what `maxtext` is, which stands outside the layers. The values of a
+    `computed` one are others in MaxText, by this one of `RULES`.
     """
 
     hf: str
@@ -49,6 +65,7 @@ class Row:
     maxtext_axes: str
     optional: bool = False
     twin: bool = False
+    computed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,19 @@ Source: that of `layouts.tables.maxtext_trees`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from layouts.tables.maxtext import Row
 
 
-def attention(place: str, *, bias: bool = False, shared: str = "j", out: str = "o_proj") -> tuple[Row, ...]:
-    """Grouped-query attention: q, k and v by head, and the projection back. `shared` are the heads of k and v."""
+def attention(place: str, *, bias: bool = False, shared: str = "j", out: str = "o_proj", computed: str = "") -> tuple[Row, ...]:
+    """Grouped-query attention: q, k and v by head, and the projection back. `shared` are the heads of k and v.
+
+    The values of queries are `computed` by this one of `layouts.tables.maxtext.RULES`.
+    """
     projections = (("q_proj", "query", "h"), ("k_proj", "key", shared), ("v_proj", "value", shared))
     rows = [Row(f"self_attn.{q}.weight", f"({h} d) k", f"{place}.{name}.kernel", f"k {h} d") for q, name, h in projections]
+    rows[0] = replace(rows[0], computed=computed)
     rows.append(Row(f"self_attn.{out}.weight", "k (h d)", f"{place}.out.kernel", "h d k"))
     if bias:
         rows += [Row(f"self_attn.{q}.bias", f"({h} d)", f"{place}.{name}.bias", f"{h} d") for q, name, h in projections]

@@ -82,6 +82,21 @@ _QWEN3 = Tree(
     ),
     only=_ALL_SPARSE,
 )
+_MIXTRAL = Tree(
+    stacks=(
+        Stack(
+            scanned="decoder.layers",
+            single="decoder.layers_{l}",
+            experts="MoeBlock_0",
+            rows=(
+                *norms(),
+                *attention("self_attention", computed="query-scale"),
+                Row("block_sparse_moe.gate.weight", "e k", "MoeBlock_0.gate.kernel", "k e"),
+            ),
+        ),
+    ),
+    hf_experts="block_sparse_moe.experts",
+)
 _GPT_OSS_ROWS = (
     *norms(),
     *attention("GptOssAttention", bias=True),
@@ -156,6 +171,7 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     "qwen3_moe": (_QWEN3,),
     "qwen3_vl_moe": (replace(_QWEN3, wrapped=("model.", "model.language_model."), encoders=QWEN3_VL),),
     "qwen3_omni_moe": (replace(_QWEN3, wrapped=("", "thinker."), within="thinker_config", encoders=QWEN3_OMNI),),
+    "mixtral": (_MIXTRAL,),
     "deepseek_v2": (_DEEPSEEK,),
     "deepseek_v3": (_DEEPSEEK,),
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
@@ -176,8 +192,3 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     ),
 }
 """By the name of the family: the tree that MaxText has now, which is written, and those that it had before, read only."""
-
-COMPUTED: Mapping[str, str] = {
-    "mixtral": "MaxText's Mixtral has the queries divided by the root of the head width, which would change values",
-}
-"""Families whose MaxText form is more than another layout."""

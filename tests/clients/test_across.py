@@ -16,6 +16,8 @@ PARTLY = {"qwen3_omni_moe": "252 tensors have no place on the other side, first 
 """Models of which MaxText has a part alone, and what is said of the rest."""
 CASES = ["qwen3_moe-sparse", "qwen3_next-cycles", *sorted(TREES.keys() - {"qwen3_moe", "qwen3_next", *PARTLY}), "llama4_text"]
 """MaxText's Qwen3 has experts in every layer, and its Qwen3-Next whole cycles of four."""
+COMPUTED = {"mixtral": "query-scale"}
+"""Their heads are 16 wide here: over 4 and times 4 is exact, and all bits come back."""
 
 
 def test_every_tree_is_here():
@@ -33,8 +35,11 @@ def test_what_has_no_place_is_named(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back(case, scan, tmp_path):
     tiny_models.build(case).save_pretrained(tmp_path / "in")
-    convert.prefuse(tmp_path / "in", tmp_path / "tree", to="orbax", scan=scan)
-    convert.split(tmp_path / "tree", tmp_path / "again", to="hf")
+    convert.prefuse(tmp_path / "in", tmp_path / "tree", to="orbax", scan=scan, compute=COMPUTED.get(case))
+    convert.split(tmp_path / "tree", tmp_path / "again", to="hf", compute=COMPUTED.get(case))
+    if case in COMPUTED:  # nothing of the original files is kept, as their values are not
+        assert convert.verify(tmp_path / "in", tmp_path / "again").equal
+        return
     files = {file.name: file.read_bytes() for file in (tmp_path / "in").iterdir()}
     assert any(name.endswith(".safetensors") for name in files)
     assert all((tmp_path / "again" / name).read_bytes() == content for name, content in files.items())

@@ -48,6 +48,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     # 2N == K: a forgotten transpose shows in the values only
     "qwen3_moe-square-tied": {"moe_intermediate_size": 32, "tie_word_embeddings": True, "num_experts": 11},
     "deepseek_v3": {"n_group": 2},
+    "mixtral-heads": {"head_dim": 24, "sliding_window": None},  # as published; 24 is no power of four
     "deepseek_v32-heads": {"index_n_heads": 16},  # with few, many tokens have the score 0, and any of them is chosen
     "qwen3_omni_moe": {
         "talker_config": {

@@ -164,7 +164,8 @@ def test_the_checkpoint_manager_of_maxtext_restores_it(source, tmp_path):
     ("arguments", "code", "words"),
     [
         (["--prefuse", "{in}", "{out}", "--to", "orbax", "--layout", "vllm"], 4, "no place for layout 'vllm'"),
-        (["--to", "orbax", "{in}", "{out}", "--family", "mixtral"], 4, "would change values"),
+        (["--to", "orbax", "{in}", "{out}", "--compute", "query-scale"], 2, "nothing of this model is computed"),
+        (["--split", "{in}", "{out}", "--compute", "query-scale"], 2, "--compute is for conversions between formats"),
     ],
 )
 def test_what_maxtext_cannot_hold_is_refused(source, tmp_path, capsys, arguments, code, words):

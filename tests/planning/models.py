@@ -43,6 +43,16 @@ def qwen3_moe(layers: int) -> dict[str, np.ndarray]:
     return found
 
 
+def mixtral(layers: int) -> dict[str, np.ndarray]:
+    found = outside()
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        found |= norms(layer) | attention(layer) | {f"{layer}.block_sparse_moe.gate.weight": random(E, K)}
+        for e in range(E):
+            words = zip(("w1", "w3", "w2"), gated("", N).values(), strict=True)
+            found |= {f"{layer}.block_sparse_moe.experts.{e}.{word}.weight": array for word, array in words}
+    return found
+
+
 def deepseek_v3(layers: int) -> dict[str, np.ndarray]:
     found = outside()
     latent = {
@@ -200,6 +210,7 @@ def llama4_vision() -> dict[str, np.ndarray]:
 
 MODELS = {
     "qwen3_moe": (qwen3_moe, 3),
+    "mixtral": (mixtral, 3),
     "deepseek_v3": (deepseek_v3, 5),
     "deepseek_v32": (deepseek_v32, 3),
     "kimi_k25": (kimi_k25, 3),
@@ -210,7 +221,7 @@ MODELS = {
     "llama4": (llama4, 8),
 }
 COUNT = {"deepseek_v3": "n_routed_experts", "deepseek_v32": "n_routed_experts", "kimi_k25": "n_routed_experts"}
-COUNT |= {"gpt_oss": "num_local_experts", "llama4": "num_local_experts"}
+COUNT |= {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts", "llama4": "num_local_experts"}
 
 
 def reader(name: str) -> MemoryReader:

@@ -278,10 +278,9 @@ def test_a_missing_tensor_is_named(name):
         across(MemoryReader(arrays, config=source.config), to_maxtext=True)
 
 
-@pytest.mark.parametrize(("name", "words"), [("mixtral", "would change values"), ("olmoe", "no MaxText tree is known")])
-def test_what_would_compute_or_is_unknown_is_refused(name, words):
-    with pytest.raises(PlanError, match=words):
-        trees_of(next(f for f in FAMILIES if f.name == name), "memory")
+def test_what_is_unknown_is_refused():
+    with pytest.raises(PlanError, match="no MaxText tree is known"):
+        trees_of(next(f for f in FAMILIES if f.name == "olmoe"), "memory")
 
 
 @pytest.mark.parametrize("layout", ["concat", "per-shard"])

@@ -49,6 +49,8 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
     stored, real = fused_in(tree, where, options.source_layout)
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
     pairs = [pair for pair in there(pairs_of(rows, sides, config), tree.tensors) if _is_there(tree, pair)]
+    if rules := sorted({pair.computed for pair in pairs if pair.computed}):
+        raise PlanError(f"MaxText holds other values than Hugging Face does ({', '.join(rules)})")
     known = {name for pair in pairs for name in names_of(pair)}
     if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} ^ known):
         raise PlanError(f"{lonely[0]} {'is missing' if lonely[0] in known else 'has no place in Hugging Face'}")

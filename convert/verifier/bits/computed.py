@@ -1,0 +1,40 @@
+"""Whether two tensors are each other's by a rule that MaxText computes by: Mixtral's queries over the root of the head width.
+
+In: bits of both, in one shape, and the size whose root it is. Out: whether they agree. It never uses the code that converts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.planning.cross_pairs import Pair
+from layouts.tables.maxtext import RULES
+from layouts.tensors import numpy_dtype
+
+
+def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, size: int) -> bool:
+    """Whether the tree's values are those of Hugging Face over the root of `size`, or the latter the former times it.
+
+    Both are rounded once to float32 and once to the type `code`, as they are stored. Either may have been made of the other.
+    """
+    dtype, root = numpy_dtype(code), math.sqrt(size)
+
+    def times(bits: NDArray[Any], factor: float) -> NDArray[Any]:
+        with np.errstate(all="ignore"):
+            exact = np.ascontiguousarray(bits).view(dtype).astype(np.float64) * float(np.float32(factor))
+            return exact.astype(np.float32).astype(dtype).view(bits.dtype)
+
+    return np.array_equal(times(hf, 1 / root), tree) or np.array_equal(hf, times(tree, root))
+
+
+def words(pairs: Iterable[Pair]) -> str:
+    """What a level says of such tensors; nothing if there are none."""
+    rules = sorted({pair.computed for pair in pairs if pair.computed})
+    return "".join(
+        f"; {RULES[name].said} ({name}) were compared by that rule, which makes one of some neighbours" for name in rules
+    )

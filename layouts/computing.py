@@ -1,0 +1,64 @@
+"""A checkpoint with some of its tensors computed: each value times one number, as MaxText has it for some models.
+
+In: an open checkpoint, factors. Out: a reader of what these make. It never decides which tensors they are for.
+
+The product is taken in float32 and rounded once to the type of the tensor, to nearest even, as MaxText's converter does it
+(`checkpoint_conversion/utils/param_mapping.py`, `scale_query_layer`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layouts.disk.pread import Empty, Extent
+from layouts.reader import Reader
+from layouts.tensors import TensorSpec, bits, numpy_dtype
+from layouts.through import Through
+
+TYPES = ("BF16", "F16", "F32")
+"""Element types that are computed."""
+_PART = 1 << 17
+"""Elements computed at a time: they stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputingReader(Through):
+    """See `layouts.reader.Reader`; `factors` are for the tensors of these names."""
+
+    factors: Mapping[str, float]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """As they are."""
+        return self.inner.tensors
+
+    def extent(self, name: str) -> Extent | None:
+        """None of what is computed: it may not be read past `read`."""
+        return None if name in self.factors else self.inner.extent(name)
+
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
+        """A block as bits, computed where there is a factor."""
+        if name not in self.factors:
+            return self.inner.read(name, slices, empty)
+        spec, factor = self.tensors[name], np.float32(self.factors[name])
+        spans = [range(*cut.indices(size)) for cut, size in zip(slices, spec.shape, strict=True)]
+        out, dtype = empty([len(span) for span in spans], bits(spec.dtype)), numpy_dtype(spec.dtype)
+        rows, step = spans[0], max(1, _PART // max(1, math.prod(map(len, spans[1:]))))
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            block = np.ascontiguousarray(self.inner.read(name, (slice(part.start, part.stop), *slices[1:])))
+            with np.errstate(all="ignore"):
+                values = block.view(dtype).astype(np.float32) * factor
+                out[start : start + len(part)] = values.astype(dtype).view(out.dtype)
+        return out
+
+
+def computing(reader: Reader, factors: Mapping[str, float]) -> Reader:
+    """The checkpoint with these tensors computed; itself if there are none."""
+    return ComputingReader(inner=reader, factors=factors) if factors else reader

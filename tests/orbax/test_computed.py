@@ -1,0 +1,122 @@
+"""Mixtral, whose queries MaxText has over the root of the head width: by the user's word, named, and by MaxText's rule."""
+
+import json
+import math
+from contextlib import closing
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import convert
+from convert.cli import main
+from convert.errors import PlanError
+from layouts.checkpoint import open_checkpoint
+from tests.planning.models import D, H, K, reader
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+KERNEL = "params.params.decoder.layers.self_attention.query.kernel"
+LAYERS = 3
+TYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+
+
+def save(where: Path, code: str = "BF16") -> Path:
+    """Every value of a byte's worth of mantissas among the queries, and what does not scale: zeros, infinities, subnormals."""
+    dtype, arrays = np.dtype(TYPES[code]), reader("mixtral").arrays
+    rng = np.random.default_rng(1)
+    odd = np.array([0, -0.0, np.inf, -np.inf, 1, -3, np.finfo(np.float32).tiny], np.float32)
+    where.mkdir()
+    found = {name: rng.standard_normal(array.shape, np.float32).astype(dtype) for name, array in arrays.items()}
+    with np.errstate(all="ignore"):
+        found[Q].reshape(-1)[: odd.size] = odd.astype(dtype)
+    save_file(found, where / "model.safetensors")
+    (where / "config.json").write_text(json.dumps(reader("mixtral").config))
+    return where
+
+
+def by_maxtext(array: np.ndarray, *, back: bool = False) -> np.ndarray:
+    """`scale_query_layer` of MaxText 0.2.5 `param_mapping.py`, for heads of width D."""
+    factor = np.dtype("float32").type(np.sqrt(D) if back else 1 / np.sqrt(D))
+    with np.errstate(all="ignore"):
+        return (array * factor).astype(array.dtype)
+
+
+def queries(where: Path) -> np.ndarray:
+    with closing(open_checkpoint(where)) as tree:
+        spec = tree.tensors[KERNEL]
+        return tree.read(KERNEL, (slice(None),) * len(spec.shape)).view(TYPES[spec.dtype])
+
+
+@pytest.mark.parametrize("code", TYPES)
+def test_queries_are_those_of_maxtext_there_and_back(code, tmp_path):
+    source = save(tmp_path / "in", code)
+    convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
+    hf, found = load_file(source / "model.safetensors"), queries(tmp_path / "tree")
+    for layer in range(LAYERS):
+        wanted = by_maxtext(hf[f"model.layers.{layer}.self_attn.q_proj.weight"]).T.reshape(K, H, D)
+        assert np.array_equal(found[:, layer].view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8))
+    convert.split(tmp_path / "tree", tmp_path / "again", to="hf", compute="query-scale")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == hf.keys()
+    for name, array in hf.items():
+        wanted = by_maxtext(by_maxtext(array), back=True) if name.endswith("q_proj.weight") else array
+        assert again[name].tobytes() == wanted.tobytes(), name
+    for one in (source, tmp_path / "again"):
+        verdict = convert.verify(one, tmp_path / "tree", gemm=False)
+        assert verdict.equal
+        assert "the queries divided by the root of the head width (query-scale) were compared by that rule" in str(verdict)
+
+
+def test_it_needs_the_word_and_is_named(tmp_path, capsys):
+    source, out = save(tmp_path / "in"), tmp_path / "tree"
+    assert main(["--prefuse", str(source), str(out), "--to", "orbax", "--quiet"]) == 4
+    said = capsys.readouterr().err
+    assert "would change values; with --compute=query-scale" in said
+    assert not out.exists()
+    assert main(["--prefuse", str(source), str(out), "--to", "orbax", "--compute", "query-scale", "--dry-run"]) == 0
+    said, rule = capsys.readouterr().out, f"query-scale: times {1 / math.sqrt(D):.9g} in float32"
+    assert f"computed, not only moved: {rule}" in said
+    assert "model.layers.{l}.self_attn.q_proj.weight  x3" in said
+    convert.prefuse(source, out, to="orbax", compute="query-scale")
+    manifest = json.loads((out / "convert_manifest.json").read_text())
+    assert manifest["computed"].startswith(rule)
+    assert manifest["record"]["hf"]["computed"] == "query-scale"
+    assert "original" not in manifest
+    with pytest.raises(PlanError, match="compute='query-scale'"):
+        convert.split(out, tmp_path / "again", to="hf")
+    assert "nothing to do" in str(convert.prefuse(source, out, to="orbax", compute="query-scale"))
+
+
+@pytest.mark.parametrize(("scan", "axis"), [(True, 0), (False, None)])
+def test_other_forms_hold_the_same(scan, axis, tmp_path):
+    source = save(tmp_path / "in")
+    convert.reformat(source, tmp_path / "tree", to="orbax", scan=scan, scan_axis=axis, compute="query-scale")
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    assert convert.verify(source, tmp_path / "fused", gemm=False).equal
+    convert.split(tmp_path / "fused", tmp_path / "again", to="hf", compute="query-scale")
+    assert convert.verify(tmp_path / "again", tmp_path / "tree", gemm=False).equal
+
+
+def test_a_wrong_query_is_found(tmp_path):
+    source, out = save(tmp_path / "in", "F32"), tmp_path / "tree"
+    convert.prefuse(source, out, to="orbax", compute="query-scale")
+    arrays = load_file(source / "model.safetensors")
+    arrays[Q].view("u4")[-1, -1] ^= 1 << 3
+    save_file(arrays, source / "model.safetensors")
+    verdict = convert.verify(source, out, gemm=False)
+    assert not verdict.equal
+    assert f"{Q} differs" in str(verdict)
+
+
+def test_a_type_that_is_not_computed_is_refused(tmp_path):
+    source = save(tmp_path / "in")
+    arrays = load_file(source / "model.safetensors")
+    arrays[Q] = arrays[Q].astype(np.float64)
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}.self_attn.q_proj.weight"
+        arrays[name] = arrays[name].astype(np.float64)
+    save_file(arrays, source / "model.safetensors")
+    with pytest.raises(PlanError, match="is F64; query-scale is computed of BF16, F16, F32"):
+        convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
