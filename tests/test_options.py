@@ -55,6 +55,7 @@ found = convert.inspect("in", family="mixtral")
 print([block.experts + 1 for block in found.blocks], found.problem and found.problem.exit_code, found.to_dict())
 print(convert.digest("in").model.sha256.upper(), convert.digest("in", memory="1GiB").to_dict())
 params = convert.load("in", layout="concat", names="maxtext", dtype=np.float32, memory=2 << 30)
+params = convert.load("in", names=("hf", str.upper))
 params = convert.load(Path("in"), layout=None, names=str.upper, lazy=True, progress=lambda done: None)
 saved = convert.save(params, "new", like="in", layout="concat", overwrite=True)
 level: convert.Level = verdict.levels[0]

@@ -2,6 +2,7 @@
 
     request.py   what is asked for: a plan whose targets are the leaves, their names, and how these are held
     kinds.py     of each leaf: type, and the part of each device
+    read.py      a checkpoint as a tree, at once or lazily
     load.py      the leaves of a plan as arrays on devices, each of which reads its own part
     lazy.py      a leaf that is read when it is asked for
     back.py      the same plan the other way round, and a tree as the checkpoint that it is read from

@@ -5,7 +5,7 @@ In: paths, trees and options (`convert.options`). Out: trees, reports, functions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -16,6 +16,7 @@ from convert.options.keywords import Loading, Saving, Syncing
 from convert.options.option import complete
 
 if TYPE_CHECKING:
+    from convert.pipeline.request import Names
     from convert.pipeline.sync import Sync
     from convert.progress import Progress
     from convert.report import Report
@@ -26,7 +27,7 @@ def load(
     path: str | Path,
     *,
     layout: str | None = None,
-    names: Literal["hf", "maxtext"] | Callable[[str], str] | None = None,
+    names: Names = None,
     sharding: Any = None,
     dtype: Any = None,
     lazy: bool = False,
@@ -36,9 +37,10 @@ def load(
     """Read any checkpoint straight into JAX's arrays, in any layout; each device reads its own bytes only.
 
     `layout` is a target layout, `native` for experts as they were published, or None for all as it is stored. `names` are those
-    of Hugging Face (one flat dictionary), of MaxText (a nested one), or what a function makes of each name; those of the
-    checkpoint if None. `sharding` is one for all, a tree of them by the names in the result, or a function of name and shape.
-    `dtype` is one for all floats of 16 bits and more, or a function of name and stored type; values are rounded to it.
+    of Hugging Face ("hf", one flat dictionary), of MaxText ("maxtext", a nested one), or what a function makes of each, flat:
+    of the names of the checkpoint or, as in `("hf", function)`, of theirs; those of the checkpoint if None. `sharding` is one
+    for all, a tree of them by the names in the result, or a function of name and shape. `dtype` is one for all floats of 16
+    bits and more, or a function of name and stored type; values are rounded to it.
     With `lazy`, leaves have a shape, a type and `load()`, which reads. Otherwise the host holds no more than `memory` besides
     what is on its own devices.
 
@@ -47,35 +49,11 @@ def load(
         PlanError: no lossless plan exists.
         UsageError: a layout, a name, a sharding or a type that does not exist or does not fit; `memory` is too little.
     """
-    import weakref
-    from contextlib import ExitStack
+    from convert.pipeline.read import read
+    from convert.progress import ignore
 
-    from convert.commit.identity import state_of
-    from convert.engine.reading import in_order
-    from convert.errors import InputError
-    from convert.pipeline.kinds import kinds_of
-    from convert.pipeline.lazy import Lazy
-    from convert.pipeline.load import Loader
-    from convert.pipeline.request import held, opened, request
-    from convert.progress import begin, ignore
-
-    choices, running, told = complete(Choices, options), complete(Running, options), progress or ignore
-    with ExitStack() as until:
-        reader = opened(path, choices)
-        until.callback(reader.close)
-        asked = request(reader, layout, names, choices)
-        loader = Loader.make(asked.plan, reader, running)
-        targets = {asked.names[each.spec.name]: each for each in in_order(asked.plan.targets, reader)}
-        kinds = kinds_of(targets, sharding, dtype)
-        if lazy:
-            weakref.finalize(loader, until.pop_all().close)
-            return held({name: Lazy(kind, loader) for name, kind in kinds.items()}, nested=asked.nested)
-        begin(told, "loading", sum(kind.nbytes for kind in kinds.values()))
-        state = state_of(reader.path, asked.plan.never_copied)
-        leaves = loader.leaves(kinds, told)
-        if state_of(reader.path, asked.plan.never_copied).content != state.content:
-            raise InputError(f"{reader.path}: it has changed while it was read; load it again once it is at rest")
-        return held(leaves, nested=asked.nested)
+    choices, running = complete(Choices, options), complete(Running, options)
+    return read(path, layout, names, sharding, dtype, choices, running, progress or ignore, lazy=lazy)
 
 
 @documented(Saving)
@@ -85,7 +63,7 @@ def save(
     *,
     like: str | Path,
     layout: str | None = None,
-    names: Literal["hf", "maxtext"] | Callable[[str], str] | None = None,
+    names: Names = None,
     progress: Progress | None = None,
     **options: Unpack[Saving],
 ) -> Report:
@@ -119,7 +97,7 @@ def sync_plan(
     target: Any,
     *,
     layout: str | None = None,
-    names: Literal["hf", "maxtext"] | Callable[[str], str] | None = None,
+    names: Names = None,
     source_names: Literal["hf", "maxtext"] = "maxtext",
     config: Mapping[str, Any] | None = None,
     cast: bool = False,

@@ -22,7 +22,8 @@ from layouts.reader import Reader, is_chunked
 from layouts.tables.maxtext import ROOT
 from layouts.tables.targets import TARGETS
 
-Names = Literal["hf", "maxtext"] | Callable[[str], str] | None
+Names = Literal["hf", "maxtext"] | Callable[[str], str] | tuple[Literal["hf", "maxtext"], Callable[[str], str]] | None
+"""Whose names, or what a function makes of each: of those of the checkpoint, or of theirs."""
 NATIVE = "native"
 """The word for experts as they were published, gate and up apart."""
 _FORMATS = {"hf": "hf", "maxtext": "orbax"}
@@ -73,16 +74,25 @@ def request(reader: Reader, layout: str | None, names: Names, choices: Choices) 
         known = ", ".join((NATIVE, *TARGETS))
         hint = did_you_mean(layout, (NATIVE, *TARGETS)) if isinstance(layout, str) else ""
         raise UsageError(f"layout: {layout!r} is none{hint}; known: {known}, and None for as it is stored")
-    if not (names is None or callable(names) or (isinstance(names, str) and names in _FORMATS)):
-        raise UsageError(f"names: {names!r} is neither of {', '.join(_FORMATS)}, nor a function of a name")
-    called = names if callable(names) else None
-    kind = reader.format if called or names is None else _FORMATS[str(names)]
+    whose, called = _whose(names)
+    kind = reader.format if whose is None else _FORMATS[whose]
     with readable(reader.path):
         plan = _plan(reader, layout, kind, choices)
     if choices.params_only and reader.format == plan.format == "orbax":
         plan = replace(plan, targets=tuple(target for target in plan.targets if target.spec.name.startswith(ROOT)))
     found = [target.spec.name for target in plan.targets]
     return Request(plan=plan, names=_called(found, called), nested=kind == "orbax" and called is None)
+
+
+def _whose(names: Names) -> tuple[str | None, Callable[[str], str] | None]:
+    """Whose names are wanted, and what is made of each."""
+    whose, called = (
+        names if isinstance(names, tuple) and len(names) == 2 else (None, names) if callable(names) else (names, None)
+    )
+    known = (whose is None and not isinstance(names, tuple)) or (isinstance(whose, str) and whose in _FORMATS)
+    if not known or not (called is None or callable(called)) or (isinstance(names, tuple) and called is None):
+        raise UsageError(f"names: {names!r} is neither of {', '.join(_FORMATS)}, nor a function of a name, nor a pair of these")
+    return whose, called
 
 
 def _plan(reader: Reader, layout: str | None, kind: str, choices: Choices) -> Plan:

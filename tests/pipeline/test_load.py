@@ -193,6 +193,8 @@ def test_lazy_leaves_read_when_they_are_asked(source):
 def test_names_are_what_a_function_makes_of_them(source):
     found = convert.load(source, layout="concat", names=lambda name: name.removeprefix("model."))
     assert WI.removeprefix("model.") in found
+    told = convert.load(source, layout="concat", names=("hf", str.upper))
+    assert WI.upper() in told
     with pytest.raises(convert.UsageError, match="gives x for both"):
         convert.load(source, names=lambda _: "x")
     with pytest.raises(convert.UsageError, match="gives None for"):
@@ -232,6 +234,9 @@ WRONG = [
     ({"layout": "concatt"}, convert.UsageError, r"layout: 'concatt' is none \(did you mean concat\?\)"),
     ({"layout": 3}, convert.UsageError, "layout: 3 is not a word"),
     ({"names": "torch"}, convert.UsageError, "names: 'torch' is neither of hf, maxtext"),
+    ({"names": ("torch", str.upper)}, convert.UsageError, "nor a pair of these"),
+    ({"names": ("hf", None)}, convert.UsageError, "nor a pair of these"),
+    ({"names": (None, str.upper)}, convert.UsageError, "nor a pair of these"),
     ({"sharding": 3}, convert.UsageError, "sharding: a int is neither"),
     ({"sharding": {"lm_head.weight": None}}, convert.UsageError, "sharding: the tree has nothing for"),
     ({"sharding": lambda name, shape: P("x")}, convert.UsageError, "is a P(artitionSpec)?; make a jax.sharding.NamedSharding"),
