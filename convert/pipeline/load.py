@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from convert.engine.budget import Budget, make_budget
 from convert.engine.copying import Worker
 from convert.engine.regions import fill
+from convert.errors import UsageError
 from convert.options import Running
 from convert.pipeline.kinds import Kind
 from convert.planning.planner import Plan
@@ -55,12 +56,15 @@ class Loader:
             UsageError: it is too little.
         """
         most = running.memory * 3 // 4
-        if is_chunked(reader):
-            from convert.orbax.budget import reading_budget
+        try:
+            if is_chunked(reader):
+                from convert.orbax.budget import reading_budget
 
-            budget = reading_budget(most, running.jobs, plan, reader)
-        else:
-            budget = make_budget(most, running.jobs, len(reader.tensors) + len(plan.targets))
+                budget = reading_budget(most, running.jobs, plan, reader)
+            else:
+                budget = make_budget(most, running.jobs, len(reader.tensors) + len(plan.targets))
+        except UsageError as error:
+            raise UsageError(f"{error}; give a third more, as a quarter is for blocks on their way to devices") from None
         return cls(reader=reader, budget=budget, limit=(running.memory - budget.peak) // budget.jobs)
 
     def leaves(self, kinds: Mapping[str, Kind], progress: Progress) -> dict[str, jax.Array]:

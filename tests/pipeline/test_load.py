@@ -243,7 +243,7 @@ WRONG = [
     ({"sharding": lambda name, shape: NamedSharding(mesh(), P("x"))}, convert.UsageError, r"\(3, 5\) cannot be cut so"),
     ({"dtype": "bf17"}, convert.UsageError, "dtype: 'bf17' is no element type"),
     ({"dtype": "float64"}, convert.UsageError, "is float64, which JAX would narrow"),
-    ({"memory": "1MiB"}, convert.UsageError, "memory"),
+    ({"memory": "1MiB"}, convert.UsageError, "memory=.*; give a third more"),
     ({"memory": "lots"}, convert.UsageError, "memory: 'lots' is not a size"),
     ({"layout": "vllm", "names": "maxtext"}, convert.PlanError, "no MaxText tree|no place"),
     ({"family": "mixtrall", "layout": "concat"}, convert.PlanError, "mixtrall"),
