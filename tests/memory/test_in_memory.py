@@ -60,7 +60,7 @@ def test_block_scales_are_fused_and_biases_stay():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"wo": np.ones((1, 2, 2))}, "no leaves are called as .path..wi_"),
+        ({"wo": np.ones((1, 2, 2))}, r"no leaves are called as \*\.wi_0 is"),
         ({"m": {"wi_0": np.ones((1, 2, 2))}}, "params.m.wi_1 is missing"),
         ({"m": {"wi_0": np.ones((1, 2, 2)), "wi_1": np.ones((1, 2, 3))}}, "must be alike, but params.m.wi_0 is F64"),
         ({"m": {"wi_0": np.ones((1, 2, 2)), "wi_1": np.ones((1, 2, 2)), "wi": 1}}, "params.m.wi has the name"),
