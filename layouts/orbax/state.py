@@ -5,7 +5,11 @@ In: names and shapes. Out: a reader, with or without the optimizer's state, or a
 Moments of the Adam family, momentum, accumulated gradients: one number for each weight, so that they are cut and joined as the
 weights are. What other optimizers keep belongs to a whole matrix, and the matrix is another one when gate and up are fused.
 
-Source: optax 0.2 `_src/factorized.py` (v_row, v_col), `contrib/_muon.py` (a partition named muon), MaxText `optimizers.py`.
+Muon's momentum has the shape of the weights, and MaxText 0.2.5 takes `wi` as one matrix [K, 2N] of muon's: each step turns gate
+and up together, so that a fused run would go on otherwise than the one that was saved.
+
+Source: optax 0.2 `_src/factorized.py` (v_row, v_col), `contrib/_muon.py` (a partition named muon), MaxText `optimizers.py`,
+`utils/muon_utils.py` (`transform_logic`: the last two axes of routed experts, whatever their names).
 """
 
 from __future__ import annotations
