@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import convert
+from scripts.make_checkpoint import make_checkpoint
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.clients
@@ -58,3 +59,18 @@ def test_gradients_and_shapes_alone():
     assert convert.split_params(meta, "gmm-ep", sizes={"n": N})["wi_1"].shape == (E, K, N)
     with pytest.raises(convert.PlanError, match="several libraries"):
         convert.prefuse_params({"wi_0": gate, "wi_1": np.zeros((E, K, N), "f4")})
+
+
+@pytest.mark.parametrize(("dtype", "word"), [("bfloat16", "bf16"), ("float32", "f32")])
+def test_a_state_dict_of_tensors_is_saved(tmp_path, dtype, word):
+    source = make_checkpoint(tmp_path / "hf", family="qwen3_moe", dtype=word)
+    params = {}
+    for name, array in convert.load(source, layout="vllm").items():
+        flat = torch.from_numpy(np.asarray(array).view(f"i{array.dtype.itemsize}").copy())
+        params[name] = torch.nn.Parameter(flat.view(getattr(torch, dtype)))
+    convert.save(params, tmp_path / "out", like=source, layout="vllm")
+    for file in source.glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    params[name] = params[name].to("meta")
+    with pytest.raises(convert.UsageError, match="it holds no data"):
+        convert.save(params, tmp_path / "none", like=source, layout="vllm")
