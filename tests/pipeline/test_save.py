@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 import convert
 import scripts.make_checkpoint as made
 from tests import tiny
+from tests.memory.test_foreign import Foreign
 from tests.pipeline.test_load import LAYOUTS, OLMOE, PLAIN, WI, cut
 
 MANIFEST = "convert_manifest.json"
@@ -34,6 +35,12 @@ def test_the_same_files_again(source, tmp_path, layout):
     assert report.written
     assert "save" in str(report)
     assert convert.verify(tmp_path / "out").equal
+
+
+def test_arrays_that_speak_dlpack(source, tmp_path):
+    params = {name: Foreign(array) for name, array in convert.load(source, layout="concat").items()}
+    convert.save(params, tmp_path / "out", like=source, layout="concat")
+    assert files(tmp_path / "out") == files(source)
 
 
 SOME = [pytest.param(f, marks=() if i % 6 == 0 else pytest.mark.slow, id=f.name) for i, f in enumerate(PLAIN)]
