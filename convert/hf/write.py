@@ -144,8 +144,11 @@ class HFWriter:
         processes.agree("written")
         if not processes.first:
             return ()
-        look_at_objects(stage.out, files) if isinstance(stage, StoreStage) else look(stage.folder, files)
+        if isinstance(stage, StoreStage):  # what stands beside objects makes a checkpoint of them
+            look_at_objects(stage.out, files)
         notes += self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
+        if not isinstance(stage, StoreStage):
+            look(stage.folder, files)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             made = f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones"
             return (made, *notes)

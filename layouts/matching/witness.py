@@ -13,7 +13,7 @@ from layouts.disk.files import CONFIG
 from layouts.errors import InputError, PlanError
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.matching.group import Group
-from layouts.matching.lookup import EXPERT_COUNTS, expert_counts
+from layouts.matching.lookup import EXPERT_COUNTS, expert_counts, idle_experts
 from layouts.matching.packing import hidden_sizes
 from layouts.reader import Reader
 
@@ -100,6 +100,7 @@ def _has_router(reader: Reader, group: Group) -> bool:
         InputError: it has another number of rows.
     """
     experts, embed, found = group.total("e"), group.sizes.get("k"), False
+    whole = {experts, experts + idle_experts(reader.config)}
     stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", *EXTRA, *CHUNKS}]
     for name in _beside(group):
         if name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
@@ -109,7 +110,7 @@ def _has_router(reader: Reader, group: Group) -> bool:
             continue
         found = True
         rows = next((size for size in (shape[-1], shape[0]) if size != embed), embed)
-        if experts in shape or rows in stacked:  # a tree that does not say where its layers are may be read along the other one
+        if whole & {*shape} or rows in stacked:  # a tree that does not say where its layers are may be read along the other one
             continue
         raise InputError(
             f"{reader.path}: {group.names[0]} is one of {experts} experts, but the router {name} (in {reader.where(name)}) "

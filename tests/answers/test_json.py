@@ -76,8 +76,11 @@ def test_every_answer_is_one_document_of_the_schema(places, what, monkeypatch, c
     assert (found["action"], found["exit_code"]) == (what.split(" ")[0], code)
     assert (found["error"] is None) == (code < 2)
     if code < 2:
-        writes = (found["result"] or {}).get("written")
-        assert [line.endswith(" free\n") for line in printed.err.splitlines(keepends=True)] == [True] * bool(writes)
+        begins = "convert: compare " if what in ("verify", "verify what differs") else ""
+        ends = " free\n" if (found["result"] or {}).get("written") else begins and "here\n"
+        assert printed.err.startswith(begins)
+        assert printed.err.endswith(ends)
+        assert printed.err.count("\n") == bool(ends)
     else:
         assert printed.err == f"convert: {found['error']}\n"
 

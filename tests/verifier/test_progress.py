@@ -90,7 +90,8 @@ def test_a_caller_who_only_counts_is_told_bytes(root):
 
 def test_what_watches_for_other_processes_hands_phases_on():
     watcher = Watcher()
-    watched = Processes(count=2, client=type("Board", (), {"key_value_dir_get": lambda *_: []})()).watched(watcher)
+    silent = dict.fromkeys(("key_value_dir_get", "key_value_set"), lambda *_, **__: [])
+    watched = Processes(count=2, client=type("Board", (), silent)()).watched(watcher)
     progress.begin(watched, "bits", 10)
     progress.say(watched, "layer 1/2")
     watched(4)
