@@ -33,8 +33,8 @@ from layouts.checkpoint import FORMATS, growing, open_checkpoint
 from layouts.computing import computing
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
+from layouts.matching.scales import Scales, notes
 from layouts.reader import Reader, ReadLimits, is_chunked
-from layouts.scales import Scales, notes
 from layouts.windows import Windows
 
 

@@ -28,8 +28,8 @@ from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
 from layouts.matching.packing import WEIGHTS
+from layouts.matching.scales import Scales, notes
 from layouts.reader import Reader, is_chunked
-from layouts.scales import Scales, notes
 from layouts.tables.natives import SOURCES
 
 _AXES = frozenset({"e", "k", "g", "n", "d", *CHUNKS})

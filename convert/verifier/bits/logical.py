@@ -63,22 +63,22 @@ class Block:
     @property
     def experts(self) -> int:
         """E: those that have a down projection."""
-        return min(group.sizes["e"] for group in self.groups.values() if "e" in group.sizes)
+        return min(self._counts)
 
     @property
     def stored(self) -> int:
         """The same with those that are the identity and have rows of gate and up all the same (LongCat)."""
-        return max(group.sizes["e"] for group in self.groups.values() if "e" in group.sizes)
+        return max(self._counts)
+
+    @property
+    def _counts(self) -> list[int]:
+        return [group.sizes["e"] for group in self.groups.values() if "e" in group.sizes]
 
     @property
     def number(self) -> int:
         """By which a layer is chosen; in a stack of layers its place in it."""
         index = next(iter(self.groups.values())).index
         return int(index["l"]) if "l" in index else next(iter(self.scan.values()), 0)
-
-    def weight(self, role: str) -> Group | None:
-        """The weight of a role, if it is stored as numbers that a GEMM takes."""
-        return self.groups.get((role, ""))
 
 
 Sides = tuple[Block, Block]
@@ -127,19 +127,15 @@ def unlike(a: Mapping[str, Block], b: Mapping[str, Block]) -> list[str]:
 
 
 def _difference(a: Block, b: Block) -> str | None:
-    for role, part in sorted(a.groups.keys() ^ b.groups.keys()):
-        return f"{a.label}: only one of the two has {_named(role, part)}"
+    for kind in sorted(a.groups.keys() ^ b.groups.keys()):
+        return f"{a.label}: only one of the two has {'_'.join(filter(None, kind))}"
     for (role, part), group in sorted(a.groups.items()):
         one, other = ((g.dtype, *(g.total(axis) for axis in "ekn" if axis in g.sizes)) for g in (group, b.groups[role, part]))
         if one != other:
             axes = ", ".join(axis.upper() for axis in "ekn" if axis in group.sizes)
-            named = f"{a.label}: {_named(role, part)}"
-            return f"{named} is {one[0]} with ({axes}) {one[1:]} in one, {other[0]} {other[1:]} in the other"
+            what = "_".join(filter(None, (role, part)))
+            return f"{a.label}: {what} is {one[0]} with ({axes}) {one[1:]} in one, {other[0]} {other[1:]} in the other"
     return None
-
-
-def _named(role: str, part: str) -> str:
-    return f"{role}_{part}" if part else role
 
 
 def name_at(block: Block, kind: Kind, at: Mapping[str, int]) -> str:

@@ -96,7 +96,7 @@ class Weights:
 
 def can_run(block: Block) -> bool:
     """Whether both weights are of a type that a GEMM takes."""
-    weights = [block.weight(role) for role in ("wi", "wo")]
+    weights = [block.groups.get((role, "")) for role in ("wi", "wo")]
     return all(group is not None and group.dtype in FLOATS for group in weights)
 
 
