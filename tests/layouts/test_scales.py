@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import convert
-from layouts import scales
+from layouts.matching import scales
 from tests.layouts.by_hand import weights
 from tests.layouts.by_hand.styles import projections
 

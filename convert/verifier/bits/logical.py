@@ -95,8 +95,7 @@ def blocks(reader: Reader, description: Description) -> dict[str, Block]:
     made: dict[str, Block] = {}
     for (path, layer), groups in found.items():
         shown = str(path) if layer is None else f"{path} layer {layer}" if several else f"layer {layer}"
-        for block in _unstack(reader, shown, groups):
-            made[key_of({"path": path, "l": layer}, block.scan)] = block
+        made |= {key_of({"path": path, "l": layer}, block.scan): block for block in _unstack(reader, shown, groups)}
     return made
 
 
