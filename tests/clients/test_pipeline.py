@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from tests.clients import tiny_models  # noqa: E402
+from tests.clients.qwen3 import forward  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 IDS = torch.arange(34).reshape(2, 17) * 7 % 160
-BLOCK = "model.layers.{}.mlp"
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +27,29 @@ def saved(tmp_path_factory):
     return path, model
 
 
-def moe(params, layer, x, top_k, normalised):
-    """Qwen3's MoE block on fused experts; `wi` is (E, K, 2N)."""
-    place = BLOCK.format(layer)
-    weights, chosen = jax.lax.top_k(jax.nn.softmax(x @ params[f"{place}.gate.weight"].T), top_k)
-    weights = weights / weights.sum(-1, keepdims=True) if normalised else weights
-    gate, up = jnp.split(jnp.einsum("tk,ekn->etn", x, params[f"{place}.experts.wi"]), 2, axis=-1)
-    out = jnp.einsum("etn,enk->etk", jax.nn.silu(gate) * up, params[f"{place}.experts.wo"])
-    return jnp.einsum("etk,te->tk", out, (jax.nn.one_hot(chosen, out.shape[0]) * weights[..., None]).sum(1))
-
-
-def test_on_eight_devices_it_computes_what_transformers_computes(saved):
-    path, model = saved
-    mesh = Mesh(np.array(jax.devices()[:4]), ("expert",))
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("choices", "along"), [({"layout": "concat"}, 0), ({"layout": "per-shard", "shards": 8}, 2)])
+def test_on_eight_devices_it_computes_the_logits_of_transformers(tmp_path, choices, along, normalised):
+    """Along experts each device has whole ones; along N each has its shard of every gate and up, padded."""
+    config = tiny_models.config("qwen3_moe")
+    config.num_experts, config.norm_topk_prob = 16, normalised
+    model = tiny_models.built(config).float()
+    model.save_pretrained(tmp_path / "hf", max_shard_size="200KB")
+    mesh = Mesh(np.array(jax.devices()), ("x",))
 
     def cut(name, shape):
-        return NamedSharding(mesh, P("expert") if name.endswith((".wi", ".wo")) else P())
+        at = {"wi": along, "wo": min(along, 1)}.get(name.rpartition(".")[2], 0)
+        return NamedSharding(mesh, P(*[None] * at, "x") if shape[at] % 8 == 0 else P())
 
-    params = convert.load(path, layout="concat", sharding=cut)
-    config, checked = model.config, 0
-    for layer, block in enumerate(model.model.layers):
-        if f"{BLOCK.format(layer)}.experts.wi" not in params:
-            continue
-        x = np.random.default_rng(layer).standard_normal((24, config.hidden_size)).astype("f4")
-        with torch.no_grad():
-            wanted = block.mlp(torch.from_numpy(x)[None])
-        wanted = (wanted[0] if isinstance(wanted, tuple) else wanted).numpy().reshape(x.shape)
-        found = moe(params, layer, jnp.asarray(x), config.num_experts_per_tok, config.norm_topk_prob)
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
-        checked += 1
-    assert checked
+    params = convert.load(tmp_path / "hf", sharding=cut, **choices)
+    wi = params["model.layers.0.mlp.experts.wi"]
+    assert len(wi.sharding.device_set) == 8
+    assert {shard.data.size for shard in wi.addressable_shards} == {wi.size // 8}
+    with torch.no_grad():
+        wanted = model(IDS).logits.numpy()
+    found = forward(params, jnp.asarray(IDS.numpy()), config)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    assert len({*wanted.argmax(-1).flat}) > 1
 
 
 def test_transformers_loads_what_was_trained_and_saved(saved, tmp_path):

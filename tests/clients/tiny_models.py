@@ -204,8 +204,12 @@ AUTO = (
 
 def build(case: str) -> torch.nn.Module:
     """A model with random weights; the seed is the same for every case."""
+    return built(config(case))
+
+
+def built(stated: Any) -> torch.nn.Module:
+    """The same, of a config."""
     torch.manual_seed(0)
-    stated = config(case)
     auto = next(auto for auto in AUTO if type(stated) in auto._model_mapping)
     model = auto.from_config(stated, dtype=torch.bfloat16)
     with torch.no_grad():
