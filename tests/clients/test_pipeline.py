@@ -12,10 +12,12 @@ import convert
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests import guide  # noqa: E402
 from tests.clients import tiny_models  # noqa: E402
 from tests.clients.qwen3 import forward  # noqa: E402
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
+PAGE = "convert/pipeline/README.md"
 IDS = torch.arange(34).reshape(2, 17) * 7 % 160
 
 
@@ -70,3 +72,19 @@ def test_transformers_loads_what_was_trained_and_saved(saved, tmp_path):
             assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
             assert torch.equal(again.eval()(IDS).logits, logits)
     assert not torch.equal(wanted, doubled)
+
+
+def test_the_guide_loads_tunes_and_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_models.build("qwen3_moe").float()
+    model.save_pretrained("Qwen3-30B-A3B")
+    names = {"convert": convert, "jax": jax, "np": np, "P": P, "forward": forward, "config": model.config}
+    names["ids"] = ids = jnp.asarray(IDS.numpy())
+    found = guide.run(PAGE, "### From Hugging Face to eight devices", names)
+    np.testing.assert_allclose(found["logits"], model(IDS).logits.detach().numpy(), rtol=1e-4, atol=1e-4)
+    names |= {"params": found["params"], "loss": lambda params: jnp.sum(params["model.layers.0.mlp.experts.wo"] ** 2)}
+    names["AutoModelForCausalLM"] = transformers.AutoModelForCausalLM
+    found = guide.run(PAGE, "### Tuned, saved, and loaded by transformers", names)
+    logits = found["model"](IDS).logits.detach().numpy()
+    np.testing.assert_allclose(forward(found["tuned"], ids, model.config), logits, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits - model(IDS).logits.detach().numpy()).max() > 1e-2

@@ -8,10 +8,12 @@ from flax import nnx
 
 import convert
 import scripts.make_checkpoint as made
-from tests import tiny
-from tests.pipeline.test_load import bits, dotted
+from tests import guide
 
+PAGE = "convert/pipeline/README.md"
+NAMES = {"convert": convert, "jax": jax, "jnp": jnp, "nnx": nnx}
 E, K, N = 4, 8, 16
+ADAM = optax.adam(1e-2)
 
 
 class MoE(nnx.Module):
@@ -36,11 +38,11 @@ def data(step):
     return jnp.asarray(x), jnp.asarray(y)
 
 
-def train(graph, params, state, steps, adam):
+def train(graph, params, state, steps):
     @jax.jit
     def update(params, state, x, y):
         loss, gradients = jax.value_and_grad(lambda p: jnp.mean((nnx.merge(graph, p)(x) - y) ** 2))(params)
-        changes, state = adam.update(gradients, state, params)
+        changes, state = ADAM.update(gradients, state, params)
         return optax.apply_updates(params, changes), state, loss
 
     losses = []
@@ -51,40 +53,27 @@ def train(graph, params, state, steps, adam):
 
 
 def test_training_goes_on_where_it_was_prefused():
-    adam = optax.adam(1e-2)
     graph, params = nnx.split(MoE(nnx.Rngs(0)))
-    params, state, _ = train(graph, params, adam.init(params), range(2), adam)
-    _, _, wanted = train(graph, params, state, range(2, 6), adam)
-
-    fused, fused_state = convert.prefuse_params(params), convert.prefuse_params(state)
-    fused_graph = nnx.graphdef(convert.prefuse_params(nnx.merge(graph, params)))
-    last, _, losses = train(fused_graph, fused, fused_state, range(2, 6), adam)
-    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
-    assert set(convert.split_params(last, "concat")) == {"wi_0", "wi_1", "wo", "router"}
+    params, _, losses = train(graph, params, ADAM.init(params), range(6))
+    found = guide.run(PAGE, "### Training goes on fused", NAMES | {"model": MoE(nnx.Rngs(0)), "adam": ADAM, "train": train})
+    np.testing.assert_allclose(found["losses"], losses[2:], rtol=1e-5)
+    assert set(found["fused"]) == {"wi", "wo", "router"}
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5), found["params"], params)
 
 
 def test_training_through_the_fused_view():
-    """The parameters stay apart, and the kernel sees them fused: gradients are those of the parts."""
     graph, params = nnx.split(MoE(nnx.Rngs(0)))
-    fused_graph = nnx.graphdef(convert.prefuse_params(nnx.merge(graph, params)))
     x, y = data(0)
-
-    def loss(graph, view):
-        return lambda p: jnp.mean((nnx.merge(graph, view(p))(x) - y) ** 2)
-
-    found = jax.grad(loss(fused_graph, convert.prefuse_params))(params)
-    wanted = jax.grad(loss(graph, lambda p: p))(params)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    found = guide.run(PAGE, "### Training through the fused view", NAMES | {"graph": graph, "params": params, "x": x, "y": y})
+    wanted = jax.grad(lambda p: jnp.mean((nnx.merge(graph, p)(x) - y) ** 2))(params)
+    for one, other in zip(jax.tree.leaves(found["gradients"]), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
         assert float(jnp.abs(one).max()) > 0
 
 
 def test_a_maxtext_tree_that_orbax_restored_is_the_files_when_it_is_fused(tmp_path):
-    source = made.make_checkpoint(tmp_path / "a", family="qwen3_moe", format="orbax")
-    convert.prefuse(source, tmp_path / "b", layout="per-shard", shards=2)
-    restored = tiny.restore(next((tmp_path / "a").rglob("_METADATA")).parent)
-    fused = convert.prefuse_params(restored, layout="per-shard", shards=2)
-    wanted = tiny.restore(next((tmp_path / "b").rglob("_METADATA")).parent)
-    fused, wanted = dotted(fused), dotted(wanted)
-    assert fused.pop("step") == wanted.pop("step")
-    assert tiny.same(bits(fused), bits(wanted))
+    run = made.make_checkpoint(tmp_path / "a", family="qwen3_moe", format="orbax")
+    found = guide.run(PAGE, "### A MaxText tree that Orbax restored", NAMES | {"run": run, "out": tmp_path / "b"})
+    names = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(found["fused"])[0]}
+    assert "wi" in names
+    assert not names & {"wi_0", "wi_1"}
