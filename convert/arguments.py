@@ -7,6 +7,7 @@ It defines no option of the library; those of the command alone stand in `_COMMA
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -106,6 +107,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
 
 
+class _Format(argparse.RawDescriptionHelpFormatter):
+    """One that cuts no word at its hyphen: `megatron-bridge` is typed as it stands."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class _Help(argparse.Action):
     """`--help`, and `--help verify`, which has the options of one action alone."""
 
@@ -132,7 +140,7 @@ def _made(only: str | None) -> argparse.ArgumentParser:
         add_help=False,
         description=f"{ABOUT}\n\n{_examples(only)}",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Format,
     )
     do = found.add_argument_group("do")
     do.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")

@@ -20,6 +20,7 @@ from convert.answers.envelope import envelope
 from convert.answers.words import EXAMPLES
 from convert.arguments import parser
 from convert.errors import ConvertError, no_memory, one_line, printable
+from convert.terminal import columns, fitted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"convert: say what to do; convert --help shows all\n\n{EXAMPLES}", end="", file=sys.stderr)
         return 2
     answer = act(arguments)
-    shown = answer.document if arguments.json else printable(answer.text)
+    shown = answer.document if arguments.json else fitted(printable(answer.text), columns(sys.stdout))
     if shown:
         print(shown)
     if answer.problem:
@@ -111,5 +112,5 @@ def _told(error: Exception) -> tuple[str, int]:
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"convert: {one_line(message)}", file=sys.stderr)
+    print(fitted(f"convert: {one_line(message)}", columns(sys.stderr)), file=sys.stderr)
     return code

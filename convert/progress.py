@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from convert.options.values import in_units
+from convert.terminal import columns, fitted
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call, from one thread at a time; it may be `Phased`."""
@@ -112,7 +113,7 @@ class Bars:
         """See `Telling`; the line stands above the bar."""
         with self._lock:
             if self._bar is not None:
-                self._bar.write(f"convert: {text}", file=self._file)
+                self._bar.write(fitted(f"convert: {text}", columns(self._file)), file=self._file)
 
     def beat(self) -> None:
         """Draw the bar as it is, with the time that has passed."""

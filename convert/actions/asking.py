@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 
 import convert
 from convert.actions.answer import Answer, no_paths
 from convert.answers.envelope import envelope
 from convert.arguments import options
 from convert.errors import UsageError
+from convert.terminal import at_most
 
 
 def inspect(arguments: argparse.Namespace) -> Answer:
     """What a checkpoint is; see `convert.inspect`."""
+    from convert.answers.inspection import WIDTH
+
     given = options(arguments, "--inspect")
     if len(arguments.paths) != 1:
         raise UsageError(f"--inspect takes one checkpoint; found {len(arguments.paths)} paths")
     found = convert.inspect(arguments.paths[0], **given)
     code = found.problem.exit_code if found.problem else 0
-    return Answer(text=str(found), document=envelope("inspect", code, found.to_dict()), exit_code=code, problem=found.problem)
+    text = found.told(at_most(WIDTH, sys.stdout))
+    return Answer(text=text, document=envelope("inspect", code, found.to_dict()), exit_code=code, problem=found.problem)
 
 
 def families(arguments: argparse.Namespace) -> Answer:
@@ -33,7 +38,8 @@ def families(arguments: argparse.Namespace) -> Answer:
     if len(arguments.paths) > 1:
         raise UsageError("--families takes the name of one family, or none")
     name = next(iter(arguments.paths), None)
-    return Answer(text=tables.families_text(name), document=envelope("families", 0, tables.families(name)))
+    text = tables.families_text(name, at_most(tables.WIDTH, sys.stdout))
+    return Answer(text=text, document=envelope("families", 0, tables.families(name)))
 
 
 def layouts(arguments: argparse.Namespace) -> Answer:
@@ -42,7 +48,8 @@ def layouts(arguments: argparse.Namespace) -> Answer:
 
     options(arguments, "--layouts")
     no_paths(arguments, "--layouts")
-    return Answer(text=tables.layouts_text(), document=envelope("layouts", 0, tables.layouts()))
+    text = tables.layouts_text(at_most(tables.WIDTH, sys.stdout))
+    return Answer(text=text, document=envelope("layouts", 0, tables.layouts()))
 
 
 def version(arguments: argparse.Namespace) -> Answer:

@@ -1,6 +1,6 @@
 """What an inspection found, for people and for programs.
 
-In: facts. Out: text of 100 columns, or JSON. It never looks at a checkpoint.
+In: facts. Out: text of 100 columns or so many as are asked for, or JSON. It never looks at a checkpoint.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        return "\n".join(line for word, text in self._lines() for line in _wrapped(word, one_line(text)))
+        return self.told()
+
+    def told(self, width: int = WIDTH) -> str:
+        """For people, in so many columns."""
+        return "\n".join(line for word, text in self._lines() for line in _wrapped(word, one_line(text), width))
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         """What there is to say, each with its word."""
@@ -126,8 +130,8 @@ def _told(each: Blocks) -> str:
     )
 
 
-def _wrapped(word: str, text: str) -> Iterator[str]:
+def _wrapped(word: str, text: str, width: int) -> Iterator[str]:
     """Lines of a word and its text; axes stay in one."""
     text = re.sub(r"'[^']*'$", lambda axes: axes[0].replace(" ", _TIED), text) if word == "experts" else text
-    lines = textwrap.wrap(f"{word:<{INDENT}}{text}", WIDTH, subsequent_indent=" " * INDENT, break_on_hyphens=False)
+    lines = textwrap.wrap(f"{word:<{INDENT}}{text}", width, subsequent_indent=" " * INDENT, break_on_hyphens=False)
     return (line.replace(_TIED, " ") for line in lines)

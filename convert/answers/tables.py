@@ -1,6 +1,6 @@
 """The tables of this tool as people read them: model families, the layouts that checkpoints come in, and target layouts.
 
-In: the tables of `layouts`. Out: text of 100 columns, or JSON. It never looks at a checkpoint.
+In: the tables of `layouts`. Out: text of 100 columns or so many as are asked for, or JSON. It never looks at a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layouts.tables.families import FAMILIES, NOT_GATED, Family
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import LOADED_BY, TAKEN_BY, TARGETS
 
-_WIDTH = 100
+WIDTH = 100
 
 
 def made_for(layout: str, form: str | None = None) -> str | None:
@@ -39,7 +39,7 @@ def families(name: str | None = None) -> dict[str, Any]:
     return {"families": [_family(each) for each in found], "no_gate": lost}
 
 
-def families_text(name: str | None = None) -> str:
+def families_text(name: str | None = None, width: int = WIDTH) -> str:
     """The same for people: of one family all that the table knows, of all a line or two each."""
     found = families(name)
     lines: list[str] = []
@@ -48,16 +48,16 @@ def families_text(name: str | None = None) -> str:
         rows += [("experts", each["experts"]), ("published", ", ".join(each["native"]))]
         if name:
             rows += [("also read", ", ".join(each["also"]))]
-            lines += [line for word, text in rows if text for line in _wrapped(f"{word:<12}", text)]
-            lines += ["", *_layouts({at: SOURCES[at] for at in each["native"]}.items())]
+            lines += [line for word, text in rows if text for line in _wrapped(f"{word:<12}", text, width)]
+            lines += ["", *_layouts({at: SOURCES[at] for at in each["native"]}.items(), width)]
         else:
-            lines += _wrapped(
-                f"{each['name']:<22}", f"{', '.join(each['model_types']) or each['told_by']}; {', '.join(each['native'])}"
-            )
+            told = f"{', '.join(each['model_types']) or each['told_by']}; {', '.join(each['native'])}"
+            lines += _wrapped(f"{each['name']:<22}", told, width)
     if found["no_gate"]:
         lines += [*([""] if lines else []), "no gate, so nothing to fuse:"]
         lines += [f"{word:<22}{has}" for word, has in found["no_gate"].items()]
-    head = [] if name else [f"{'family':<22}model_type; layouts it is published in (convert --families NAME says more)", ""]
+    told = "model_type; layouts it is published in (convert --families NAME says more)"
+    head = [] if name else [*_wrapped(f"{'family':<22}", told, width), ""]
     return "\n".join([*head, *lines]).strip()
 
 
@@ -67,14 +67,14 @@ def layouts() -> dict[str, Any]:
     return {"targets": targets, "sources": {name: _layout(table) for name, table in SOURCES.items()}}
 
 
-def layouts_text() -> str:
+def layouts_text(width: int = WIDTH) -> str:
     """The same for people."""
     lines = ["--layout NAME: what wi (gate and up) and wo (down) become, as key and axes", ""]
     for name, table in TARGETS.items():
-        lines += [*_layouts([(name, table)]), *_wrapped(" " * 22, made_for(name) or "no program that we know of")]
-    lines += ["", "--source-layout NAME: what checkpoints come in, besides these", "", *_layouts(SOURCES.items())]
+        lines += [*_layouts([(name, table)], width), *_wrapped(" " * 22, made_for(name) or "no program that we know of", width)]
+    lines += ["", "--source-layout NAME: what checkpoints come in, besides these", "", *_layouts(SOURCES.items(), width)]
     axes = "e expert, k embed, g gate and up, n expert mlp, s shards, c chunks; %128 is padded; l, ... layers"
-    return "\n".join([*lines, "", axes])
+    return "\n".join([*lines, "", *_wrapped("", axes, width)])
 
 
 def _family(family: Family) -> dict[str, Any]:
@@ -98,16 +98,16 @@ def _layout(table: Layouts) -> dict[str, dict[str, str]]:
     return {role: {"key": each.key, "axes": each.pattern} for role, each in table.items()}
 
 
-def _layouts(rows: Iterable[tuple[str, Layouts]]) -> Iterator[str]:
+def _layouts(rows: Iterable[tuple[str, Layouts]], width: int) -> Iterator[str]:
     """Two lines for each layout: gate and up, and down."""
     for name, table in rows:
         for word, role in ((name, "wi"), ("", "wo")):
             key, axes = f"{word:<20}  {table[role].key}", f"'{table[role].pattern}'"
-            if len(key) > _WIDTH:
-                yield word
+            if len(key) > width:
+                yield from [word] * bool(word)
                 key = f"    {table[role].key}"
-            yield from [f"{key}  {axes}"] if len(key + axes) < _WIDTH - 2 else [key, " " * 22 + axes]
+            yield from [f"{key}  {axes}"] if len(key + axes) < width - 2 else [key, " " * 22 + axes]
 
 
-def _wrapped(word: str, text: str) -> Sequence[str]:
-    return textwrap.wrap(word + text, _WIDTH, subsequent_indent=" " * len(word), break_on_hyphens=False, break_long_words=False)
+def _wrapped(word: str, text: str, width: int) -> Sequence[str]:
+    return textwrap.wrap(word + text, width, subsequent_indent=" " * len(word), break_on_hyphens=False, break_long_words=False)

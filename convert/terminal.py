@@ -1,0 +1,52 @@
+"""Text as wide as the terminal that shows it: no word and no pattern of axes is cut at its edge.
+
+In: text, and where it is printed. Out: text. Files, pipes and programs have every line as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from contextlib import suppress
+from typing import TextIO
+
+_GAP = re.compile(r"(?<=\S) {2,}(?=\S)|^ +|^(?:verify|wrote|load|split|merge|note:) +")
+"""What stands before a column of text."""
+_DEEPEST, _LEAST = 24, 4
+"""Columns: the deepest that further lines of a text begin, and the least."""
+_WHOLE = re.compile(r"(?<!\w)'[^']{1,40}'(?!\w)|\d [kMGT]?i?B\b")
+"""Axes, and sizes with their unit."""
+_PASTED = ("convert --", "hf download ", "pip ")
+"""How commands begin; a line with one stays whole, so that it can be copied."""
+_TIED = "\u00a0"
+
+
+def columns(stream: TextIO) -> int | None:
+    """How many columns the terminal has that this stream is; None if it is none."""
+    with suppress(OSError, ValueError):
+        if stream.isatty():
+            return os.get_terminal_size(stream.fileno()).columns or None
+    return None
+
+
+def at_most(most: int, stream: TextIO) -> int:
+    """The same, where so many columns are enough, also for what is no terminal."""
+    return min(most, columns(stream) or most)
+
+
+def fitted(text: str, width: int | None) -> str:
+    """Lines that are wider go on in the next one, below the column where their text began."""
+    if not width or width < 2 * _DEEPEST:
+        return text
+    return "\n".join(line for long in text.split("\n") for line in _lines(long, width))
+
+
+def _lines(line: str, width: int) -> list[str]:
+    if len(line) <= width or " " not in line.strip() or any(word in line for word in _PASTED):
+        return [line]
+    gaps = [gap.end() for gap in _GAP.finditer(line) if gap.end() <= _DEEPEST]
+    indent = " " * max([_LEAST, *gaps])
+    tied = _WHOLE.sub(lambda found: found[0].replace(" ", _TIED), line)
+    parts = textwrap.wrap(tied, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    return [part.replace(_TIED, " ") for part in parts]

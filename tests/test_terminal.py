@@ -1,0 +1,95 @@
+"""Answers fit the terminal that shows them, and files and pipes have every line as it is."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from convert.answers.tables import families_text, layouts_text
+from convert.arguments import ACTIONS, _made
+from convert.terminal import at_most, columns, fitted
+from scripts.make_checkpoint import make_checkpoint
+
+LINES = {
+    "short": ["short"],
+    "exact     equal      3 MoE layers x 12 experts, gate, up and down": [
+        "exact     equal      3 MoE layers x 12 experts,",
+        "                     gate, up and down",
+    ],
+    "  a.wi  'e k (g n)'  BF16 (12, 64, 80)  x3  <- b 'e (g n) k'": [
+        "  a.wi  'e k (g n)'  BF16 (12, 64, 80)  x3  <- b",
+        "                     'e (g n) k'",
+    ],
+    "side files: README.md, config.json, tokenizer (7, 868 B)": [
+        "side files: README.md, config.json, tokenizer (7,",
+        "    868 B)",
+    ],
+    "note: peft-0.18 has written it, or else megatron-bridge": [
+        "note: peft-0.18 has written it, or else",
+        "      megatron-bridge",
+    ],
+    "verify convert --verify /a/long/way/to/input /a/long/way/to/output": [
+        "verify convert --verify /a/long/way/to/input /a/long/way/to/output"
+    ],
+    "    model.layers.{l}.mlp.experts.{e}.{g:gate_proj,up_proj}.weight": [
+        "    model.layers.{l}.mlp.experts.{e}.{g:gate_proj,up_proj}.weight"
+    ],
+}
+"""A line -> what is shown of it in 50 columns: words, axes, sizes, names and commands stay whole."""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_goes_on_below_its_text(line):
+    assert fitted(line, 50).split("\n") == LINES[line]
+    assert fitted(f"a\n{line}\n", 50).split("\n") == ["a", *LINES[line], ""]
+    assert fitted(line, None) == fitted(line, 20) == fitted(line, 100) == line
+
+
+def test_a_file_has_no_width():
+    assert columns(io.StringIO()) is None
+    assert at_most(100, io.StringIO()) == 100
+
+
+@pytest.mark.parametrize("action", [None, *ACTIONS])
+@pytest.mark.parametrize("width", [80, 160])
+def test_help_fits_and_cuts_no_word(action, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = _made(action).format_help()
+    assert max(map(len, text.splitlines())) <= width
+    assert not [line for line in text.splitlines() if line.endswith("-")]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_tables_fit(width):
+    for text in (families_text(None, width), families_text("glm4_moe", width), layouts_text(width)):
+        wide = [line for line in text.splitlines() if len(line) > width]
+        assert all(" " not in line.strip() for line in wide)  # a key that has no place to break
+        assert len(wide) < 2
+
+
+def test_a_real_terminal_shows_no_line_that_is_wider(tmp_path):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    shown = [*_in_a_terminal(80, tmp_path, "--inspect", "in"), *_in_a_terminal(80, tmp_path, "--prefuse", "in", "out")]
+    assert any(line.startswith("complete  ") for line in shown)
+    assert any(line.startswith("prefuse  ") for line in shown)
+    assert [line for line in shown if len(line) > 80] == []
+
+
+def _in_a_terminal(width: int, folder, *words: str) -> list[str]:
+    """What is on the screen in the end, line by line: a bar that is drawn over is gone."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, width))
+    with subprocess.Popen([sys.executable, "-m", "convert", *words], cwd=folder, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        found = b""
+        while True:
+            try:
+                found += os.read(ours, 1 << 16)
+            except OSError:  # the last one who had the terminal has left
+                break
+    os.close(ours)
+    return [line.rpartition("\r")[2] for line in found.decode().replace("\r\n", "\n").split("\n")]
