@@ -25,7 +25,7 @@ from layouts.adapters.merging.sites import Site
 from layouts.adapters.opening import MODEL, config_of, open_adapter
 from layouts.adapters.settings import CONFIG, Settings
 from layouts.adapters.writers import interleaved, unknown_turns
-from layouts.checkpoint import is_adapter, open_checkpoint
+from layouts.checkpoint import FORMATS, is_adapter, open_checkpoint
 from layouts.disk.places import place
 from layouts.hf import HFReader
 from layouts.matching.describe import Description as Model
@@ -56,9 +56,8 @@ def open_and_merge(source: str | Path, out: Path, choices: Choices) -> tuple[Mer
         base = open_checkpoint(choices.base)
     try:
         if base.format != "hf":
-            what = "an adapter" if base.format == "adapter" else "an Orbax tree"
             raise PlanError(
-                f"{choices.base}: the base is {what}, and an adapter is merged into safetensors checkpoints; "
+                f"{choices.base} is the base, in the format {FORMATS[base.format].title}; adapters go into safetensors: "
                 "make one of a tree with --to=hf, merge, and go back with --to=orbax"
             )
         model = describe_model(base, family=choices.family, source_layout=choices.source_layout)

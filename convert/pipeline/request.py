@@ -15,7 +15,7 @@ from convert.options import Choices
 from convert.planning.choices import check
 from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan, plan_as_stored
-from layouts.checkpoint import is_adapter, open_checkpoint
+from layouts.checkpoint import FORMATS, is_adapter, open_checkpoint
 from layouts.dequantize import dequantized
 from layouts.disk.places import place
 from layouts.reader import Reader, is_chunked
@@ -78,7 +78,7 @@ def request(reader: Reader, layout: str | None, names: Names, choices: Choices) 
     kind = reader.format if whose is None else _FORMATS[whose]
     with readable(reader.path):
         plan = _plan(reader, layout, kind, choices)
-    if choices.params_only and reader.format == plan.format == "orbax":
+    if choices.params_only and is_chunked(reader) and FORMATS[plan.format].chunked:
         plan = replace(plan, targets=tuple(target for target in plan.targets if target.spec.name.startswith(ROOT)))
     found = [target.spec.name for target in plan.targets]
     return Request(plan=plan, names=_called(found, called), nested=kind == "orbax" and called is None)

@@ -132,7 +132,7 @@ def test_quantised_and_tied_bases_and_the_wrong_words(tmp_path, capsys):
         (["--merge", given, tmp_path / "out"], 2, "the adapter is for: --base CKPT"),
         (["--merge", onto, tmp_path / "out", "--base", onto], 2, "is no LoRA adapter"),
         (["--merge", tmp_path / "none", tmp_path / "out", "--base", onto], 3, "no such directory"),
-        (["--merge", given, tmp_path / "out", "--base", given], 4, "the base is an adapter"),
+        (["--merge", given, tmp_path / "out", "--base", given], 4, "is the base, in the format LoRA adapter"),
         (["--merge", given, tmp_path / "out", "--base", onto, "--layout", "vllm"], 2, "--layout is for"),
         (["--merge", given, "--base", onto, onto, "--overwrite"], 5, "must not contain one another"),
         (["--merge", given, "--base", onto, given, "--overwrite"], 5, "must not contain one another"),
