@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from convert.answers.words import ABOUT, EPILOG, EXAMPLES, IMAGES, OTHER_PROGRAM
+from convert.answers.words import ABOUT, EPILOG, EXAMPLES, IMAGES, MEANT, OTHER_PROGRAM
 from convert.errors import UsageError, did_you_mean
 from convert.options import values
 from convert.options.keywords import (
@@ -103,7 +103,8 @@ class _Parser(argparse.ArgumentParser):
         if word in IMAGES:
             message = OTHER_PROGRAM
         elif word:
-            message += did_you_mean(word, self._option_string_actions)
+            message += f" ({MEANT[word]})" if word in MEANT else did_you_mean(word, self._option_string_actions)
+        message = message.replace("ignored explicit argument", "it takes no value; put a space in the place of = before")
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
 
 

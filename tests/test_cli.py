@@ -289,7 +289,10 @@ def test_a_report_is_tried_before_the_work(source, tmp_path, there, capsys, monk
     (tmp_path / "page.html").mkdir()
     where = tmp_path / "page.html" if there else tmp_path / "no" / "page.html"
     assert run("--verify", source, source, "--report", where) == 6
-    assert str(where) in capsys.readouterr().err
+    why = "Is a directory" if there else "No such file or directory"
+    assert capsys.readouterr().err == (
+        f"convert: --report={where} cannot be written: {why}; give a file in a directory that is there\n"
+    )
 
 
 def test_trying_leaves_a_report_as_it_is(source, tmp_path, monkeypatch):

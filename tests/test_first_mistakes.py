@@ -76,11 +76,33 @@ def test_what_is_no_directory(said, tmp_path):
     )
     assert said("--prefuse", "/a/b", OUT) == (3, f"convert: /a/b: {absent}")
     assert said("--prefuse", "a/b/c", OUT) == (3, f"convert: a/b/c: {absent}")
+    (tmp_path / "gone").symlink_to("elsewhere")
+    assert said("--prefuse", "gone", OUT) == (
+        3,
+        "convert: gone: a link to elsewhere, which is not there; give the directory that holds the checkpoint",
+    )
     code, text = said("--prefuse", "model.safetensors", OUT)
     assert (code, text) == (
         3,
         "convert: model.safetensors: this is a file; give the directory that holds the checkpoint: .",
     )
+
+
+ADDRESSES = {
+    "https://huggingface.co/Qwen/Qwen3-30B-A3B/tree/main": "download it first: hf download Qwen/Qwen3-30B-A3B --local-dir "
+    "Qwen3-30B-A3B",
+    "hf://a/b": "download it first: hf download a/b --local-dir b",
+    "https://huggingface.co/a": "known stores are gs://, s3://",
+    "https://example.org/a/b": "known stores are gs://, s3://",
+    "gs:/bucket/a": "no such directory; an address begins with gs://",
+    "~/ckpt": "no such directory; ~ stands for your home only without quotes",
+}
+"""What is no path here -> what is said of it."""
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_is_no_path(said, address):
+    assert said("--prefuse", address, OUT) == (3, f"convert: {address}: {ADDRESSES[address]}")
 
 
 QUANTISED = {
@@ -179,6 +201,37 @@ COMMANDS = {
     ("--prefuse", "a", "b", "--layout", "conact"): "no layout is called 'conact' (did you mean concat?); known: concat, "
     "transformers, vllm, cutlass, flashinfer, cutedsl, interleaved-rows, interleaved, glu32, glu64, glu, per-shard, lane, "
     "gmm-ep, fused-moe",
+    ("help",): "did you mean: convert --help",
+    ("--prefuse", "a b"): "give an input and an output checkpoint; found 1 paths: 'a b'",
+    ("--prefuse", "a", "my", "model"): "give an input and an output checkpoint; found 3 paths: a my model",
+    ("--prefuse",): "give an input and an output checkpoint; found 0 paths",
+    ("--prefuse", "", "b"): "a path is empty; if it is a variable of your shell, it is not set",
+    ("--inspect", ""): "a path is empty; if it is a variable of your shell, it is not set",
+    (
+        "--prefuse=a",
+        "b",
+    ): "argument --prefuse: it takes no value; put a space in the place of = before 'a'; convert --help shows all options",
+    **{
+        ("--prefuse", "a", "b", word): f"unrecognized arguments: {word} ({said}); convert --help shows all options"
+        for word, said in {
+            "-o": "the output is the second path",
+            "--output=b": "the output is the second path",
+            "--fuse": "did you mean --prefuse?",
+            "-f": "did you mean --overwrite?",
+            "-q": "did you mean --quiet?",
+            "-v": "--dry-run shows the plan, --debug tracebacks",
+            "--workers=2": "did you mean --jobs?",
+            "--tp=4": "did you mean --shards?",
+            "--dtype=bf16": "types stay as they are; --dequantize computes bfloat16 of quantised weights",
+        }.items()
+    },
+    (
+        "--verify",
+        "a",
+        "b",
+        "--layers",
+        "5-3",
+    ): "argument --layers: '5-3' ends before it begins; did you mean 3-5?; convert --help shows all options",
 }
 """A command -> what is said to it; its exit code is 2."""
 

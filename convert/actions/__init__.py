@@ -27,6 +27,8 @@ def act(arguments: argparse.Namespace) -> Answer:
     Raises:
         ConvertError: see `convert.errors`.
     """
+    if "" in arguments.paths:
+        raise UsageError("a path is empty; if it is a variable of your shell, it is not set")
     action = action_of(arguments)
     if action in _DOING:
         return _DOING[action](arguments)
@@ -45,7 +47,7 @@ def _nothing_to_do(paths: Sequence[str]) -> UsageError:
     """What to say to a command without an action."""
     if any(Path(path).suffix.lower() in IMAGES for path in paths):
         return UsageError(OTHER_PROGRAM)
-    if f"--{paths[0]}" in (*ACTIONS, "--families", "--layouts", "--version"):
+    if f"--{paths[0]}" in (*ACTIONS, "--families", "--layouts", "--version", "--help"):
         return UsageError(f"did you mean: {shlex.join(['convert', f'--{paths[0]}', *paths[1:]])}")
     return UsageError(
         "say what to do: --prefuse, --split, --merge, --verify, --digest, --inspect, --families, or --to the other format"

@@ -6,6 +6,7 @@ In: parsed arguments. Out: values. Nothing here prints or exits.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,7 +58,9 @@ def two_paths(paths: Sequence[str]) -> tuple[str, str]:
         UsageError: there are not two.
     """
     if len(paths) != 2:
-        raise UsageError(f"give an input and an output checkpoint; found {len(paths)} paths. See convert --help")
+        raise UsageError(
+            f"give an input and an output checkpoint; found {len(paths)} paths{f': {shlex.join(paths)}' if paths else ''}"
+        )
     return paths[0], paths[1]
 
 

@@ -15,7 +15,7 @@ import convert
 from convert.actions.answer import Answer, processes_of, shown, two_paths
 from convert.answers.envelope import envelope
 from convert.arguments import options
-from convert.errors import UsageError
+from convert.errors import StorageError, UsageError
 from convert.options import Verification
 from convert.options.option import complete
 from convert.progress import watching
@@ -61,11 +61,15 @@ def _try_to_write(path: Path) -> None:
     """See before hours of work that a page can be written there; what stands there stays until then.
 
     Raises:
-        OSError: it cannot.
+        StorageError: it cannot.
     """
     new = not path.exists()
-    with path.open("a", encoding="utf-8"):
-        pass
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise StorageError(
+            f"--report={path} cannot be written: {error.strerror}; give a file in a directory that is there"
+        ) from None
     if new:
         path.unlink()
 

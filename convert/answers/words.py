@@ -31,4 +31,25 @@ IMAGES = frozenset(
     + [f"-{word}" for word in ("resize", "quality", "crop", "rotate", "density")]
 )
 """How files end, and options begin, of the other program that is called `convert`."""
+MEANT = {
+    "--output": "the output is the second path",
+    "--input": "the input is the first path",
+    "--fuse": "did you mean --prefuse?",
+    "--unfuse": "did you mean --split?",
+    "--compare": "did you mean --verify?",
+    "--info": "did you mean --inspect?",
+    "--force": "did you mean --overwrite?",
+    "--verbose": "--dry-run shows the plan, --debug tracebacks",
+    "--threads": "did you mean --jobs?",
+    "--dtype": "types stay as they are; --dequantize computes bfloat16 of quantised weights",
+}
+MEANT |= {
+    short: MEANT.get(flag, f"did you mean {flag}?")
+    for short, flag in {
+        "-o": "--output", "--out": "--output", "-i": "--input", "--in": "--input", "--diff": "--compare", "-f": "--force",
+        "--check": "--compare", "--show": "--info", "-v": "--verbose", "--workers": "--threads", "-j": "--jobs", "-q": "--quiet",
+        "-V": "--version", "-n": "--dry-run", "--tp": "--shards", "--list": "--families", "--target-layout": "--layout",
+    }.items()
+}  # fmt: skip
+"""Options of other programs -> what is said of them."""
 OTHER_PROGRAM = "this converts MoE checkpoints; for pictures, call ImageMagick's convert by its full path, or magick"

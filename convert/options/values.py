@@ -102,6 +102,8 @@ def numbers(value: object) -> frozenset[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal() or (dash and not last) or len(part) > 20:
             raise ValueError(f"{value!r} is not a list of numbers such as 0,3-5")
+        if int(last or first) < int(first):
+            raise ValueError(f"{part!r} ends before it begins; did you mean {last}-{first}?")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)
 

@@ -19,6 +19,12 @@ _MODEL, _SNAPSHOTS, _MAIN = "models--", "snapshots", "refs/main"
 _NAME = 200
 """Bytes that the name of a snapshot may have."""
 _HUB = frozenset(string.ascii_letters + string.digits + "._-")
+_GIVE = "give the directory that holds the checkpoint"
+_ALMOST: Mapping[str, str] = {
+    "~": "~ stands for your home only without quotes",
+    **{f"{scheme}:/": f"an address begins with {scheme}://" for scheme in ("gs", "s3")},
+}
+"""How paths begin that were meant otherwise -> what to do."""
 OTHERS: Mapping[tuple[str, ...], str] = {
     ("*.gguf",): "GGUF files, for llama.cpp: take the safetensors of the same model",
     ("pytorch_model*.bin", "*.pt", "*.pth"): "PyTorch pickles, which run code when they are read: save the model as "
@@ -42,8 +48,13 @@ def meant(path: Path) -> Path:
         return path
     if path.exists():
         raise InputError(f"{path}: this is a file; give the directory that holds the checkpoint: {path.parent}")
+    if path.is_symlink():
+        raise InputError(
+            f"{path}: a link to {os.readlink(path)}, which is not there; give the directory that holds the checkpoint"
+        )
     if not _is_hub_id(str(path)):
-        raise InputError(f"{path}: no such directory; give the directory that holds the checkpoint")
+        hint = next((words for begin, words in _ALMOST.items() if str(path).startswith(begin)), _GIVE)
+        raise InputError(f"{path}: no such directory; {hint}")
     found = snapshot(_cache() / f"{_MODEL}{str(path).replace('/', '--')}")
     if found is None:
         raise InputError(
@@ -51,6 +62,15 @@ def meant(path: Path) -> Path:
             f"hf download {path} --local-dir {path.name}"
         )
     return found
+
+
+def of_the_hub(address: str) -> str | None:
+    """The id of a model whose page, or whose address in the words of other tools, this is; None if it is none."""
+    for begin in ("https://huggingface.co/", "https://hf.co/", "hf://"):
+        found = "/".join(address.removeprefix(begin).split("/")[:2])
+        if address.startswith(begin) and _is_hub_id(found):
+            return found
+    return None
 
 
 def snapshot(path: Path) -> Path | None:

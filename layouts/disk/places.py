@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from layouts.disk.buckets import DRIVERS, Root, explained
 from layouts.disk.faults import answer, writing
+from layouts.disk.mistaken import of_the_hub
 from layouts.errors import InputError
 
 
@@ -39,6 +40,8 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Path:
         return Path(path)
     scheme, _, rest = str(path).partition("://")
     if scheme not in DRIVERS:
+        if model := of_the_hub(str(path)):
+            raise InputError(f"{path}: download it first: hf download {model} --local-dir {model.rpartition('/')[2]}")
         raise InputError(f"{path}: known stores are {', '.join(f'{known}://' for known in DRIVERS)}")
     return cast(Path, RemotePath(root=Root.open(scheme, rest.strip("/"))))
 
