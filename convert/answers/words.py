@@ -46,9 +46,10 @@ MEANT = {
 MEANT |= {
     short: MEANT.get(flag, f"did you mean {flag}?")
     for short, flag in {
-        "-o": "--output", "--out": "--output", "-i": "--input", "--in": "--input", "--diff": "--compare", "-f": "--force",
-        "--check": "--compare", "--show": "--info", "-v": "--verbose", "--workers": "--threads", "-j": "--jobs", "-q": "--quiet",
-        "-V": "--version", "-n": "--dry-run", "--tp": "--shards", "--list": "--families", "--target-layout": "--layout",
+        "-o": "--output", "--out": "--output", "-i": "--input", "--in": "--input", "--diff": "--compare",
+        "--check": "--compare", "--show": "--info", "-v": "--verbose", "--workers": "--threads", "-j": "--jobs",
+        "-q": "--quiet", "-V": "--version", "-n": "--dry-run", "--tp": "--shards", "--list": "--families",
+        "--target-layout": "--layout", "-f": "--force",
     }.items()
 }  # fmt: skip
 """Options of other programs -> what is said of them."""
