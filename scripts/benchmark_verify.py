@@ -43,14 +43,14 @@ def rows(old: Path | None) -> Iterator[tuple[str, list[str], Path]]:
         yield f"--digest, {words}", [sys.executable, "-m", "convert", "--quiet", "--digest", side], ROOT
 
 
-def make(folder: Path, sizes: list[str]) -> None:
-    """The checkpoint and its fused form."""
+def make(folder: Path, sizes: list[str], tree: Path) -> None:
+    """The checkpoint and its fused form, written by a version that both can read: the older one."""
     if (folder / "B").exists():
         return
     script = [sys.executable, str(ROOT / "scripts/make_checkpoint.py"), str(folder / "A"), "--family", "qwen3_moe"]
     subprocess.run([*script, "--size", "bench", "--values", "normal", *sizes], check=True, stdout=subprocess.DEVNULL)
     command = [sys.executable, "-m", "convert", "--quiet", "--prefuse", str(folder / "A"), str(folder / "B")]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, cwd=tree, stdout=subprocess.DEVNULL)
 
 
 def prepare(folder: Path, *, cold: bool) -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="with nothing in the page cache")
     arguments = parser.parse_args()
     folder = arguments.directory.resolve()
-    make(folder, ["--layers", arguments.layers])
+    make(folder, ["--layers", arguments.layers], (arguments.old or ROOT).resolve())
     found: dict[str, list[Run]] = {}
     for _ in range(arguments.repeats):
         for name, command, tree in rows(arguments.old.resolve() if arguments.old else None):
