@@ -23,7 +23,9 @@ from layouts.card import CARD, MOST, add, strip, takes_section
 from layouts.reader import Reader
 from layouts.tables.targets import LOADED_BY, TAKEN_BY
 
-_HOW = frozenset({"jobs", "memory", "resume", "overwrite", "content", "base", "to"})
+_PLACES = ("base", "sharding")
+"""Options that are places: a card names none."""
+_HOW = frozenset({"jobs", "memory", "resume", "overwrite", "content", "to", *_PLACES})
 """Options that change no byte of the output, or are told otherwise."""
 _AXES = (
     "`e` expert, `k` embed, `g` gate and up (gate first; `-g` up first), `n` expert mlp, `s` shards, `c` chunks, `...` layers; "
@@ -102,7 +104,7 @@ def command(action: str, choices: Choices, running: Running, *, content: bool = 
     """What the user asked for, without what changes no byte; a call of the library is told as the command that it is."""
     words = ["convert", *(["--to", str(choices.to)] if action == "convert" else [f"--{action}"]), "IN", "OUT"]
     words += ["--to", choices.to] if choices.to and action != "convert" else []
-    words += ["--base", "BASE"] if choices.base else []
+    words += [word for name in _PLACES if getattr(choices, name) for word in (f"--{name}", name.upper())]
     words += ["--content"] if content else []
     for kind in (choices, running):
         for each in named(type(kind)):

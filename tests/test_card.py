@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert
-from convert.card import CARD
+from convert.card import CARD, command
 from convert.cli import main
+from convert.options import Choices, Running
 from layouts.card import MOST, add, strip
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.tiny import adapter, whole
@@ -176,3 +177,19 @@ def test_an_adapter_has_a_card_as_well(tmp_path):
     assert card_of(tmp_path / "back") == card_of(given)
     put(given, b"\xff")
     assert f"{CARD} is no text" in convert.prefuse(given, tmp_path / "other").notes[0]
+
+
+def test_an_adapter_without_a_card_is_split_without_one(tmp_path):
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    (given / CARD).unlink()
+    convert.prefuse(given, tmp_path / "fused")
+    assert card_of(tmp_path / "fused")
+    convert.split(tmp_path / "fused", tmp_path / "back")
+    assert card_of(tmp_path / "back") is None
+
+
+def test_a_card_names_no_place():
+    """Where the checkpoint is whose devices a tree is cut for is nobody's business but the user's."""
+    choices = Choices(to="orbax", sharding="/home/me/run", base="/home/me/base")
+    said = command("prefuse", choices, Running())
+    assert said == "convert --prefuse IN OUT --to orbax --base BASE --sharding SHARDING"

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from convert.errors import StorageError
-from layouts.card import MOST
+from layouts.card import CARD, MOST
 from layouts.disk.files import MANIFEST
 from layouts.disk.places import is_remote, names_of
 from layouts.errors import InputError
@@ -73,12 +73,15 @@ def inventory(
 
 
 def check_copied(path: Path, names: Collection[str], found: Collection[str]) -> None:
-    """See that each file that was copied is there by its own name: there are disks on which `readme.md` is `README.md`.
+    """See that each file that was copied is there by its own name: there are disks on which `config.JSON` is `config.json`.
+
+    Files that are written anew are not looked for: a split takes a card away that is all ours.
 
     Raises:
         StorageError: one is not, because another one has its place.
     """
-    if lost := sorted(name for name in names if name not in found and PurePosixPath(name).name not in (MANIFEST, COMMITTED)):
+    anew = (MANIFEST, COMMITTED)
+    if lost := sorted(name for name in names if not (name in found or name == CARD or PurePosixPath(name).name in anew)):
         raise StorageError(
             f"{path / lost[0]}: it was copied, and is not there by this name, as on a disk that takes capitals for small ones: "
             f"write to another disk, or rename one of the two files in the input"
