@@ -23,4 +23,4 @@ def envelope(action: str, exit_code: int, result: Mapping[str, Any] | None, erro
 def ahead_json(ahead: Any) -> dict[str, int | None]:
     """What a conversion will take; see `convert.engine.outlook`."""
     found = {"read_bytes": ahead.read, "write_bytes": ahead.write, "padding_bytes": ahead.padding}
-    return {**found, "free_bytes": ahead.free}
+    return {**found, "free_bytes": ahead.free, "seconds": round(ahead.seconds)}

@@ -1,6 +1,7 @@
 """What a conversion is about to read and to write, how much of that is padding, and the room on the disk.
 
-In: a plan, and the open input. Out: numbers, and one line for people. It reads no data and estimates no time.
+In: a plan, and the open input. Out: numbers, and one line for people. It reads no data, so that
+the time that it tells is an assumption about the disk, which stands beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from convert.errors import StorageError
+from convert.options.values import in_time
 from convert.options.values import in_units as size
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
@@ -21,6 +23,11 @@ from layouts.checkpoint import FORMATS
 from layouts.disk.places import is_remote
 from layouts.reader import Reader, is_chunked
 from layouts.through import Through
+
+RATE = 1_000_000_000
+"""Bytes a second, read and written together: a round number below those of local disks in `scripts/README.md`."""
+SHORT = 10.0
+"""Seconds of which nothing is said."""
 
 
 class Planned(Protocol):
@@ -56,11 +63,17 @@ class Outlook:
     chunked: tuple[bool, bool] = (False, False)
     """Whether what is read, and what is written, may be compressed."""
 
+    @property
+    def seconds(self) -> float:
+        """How long it takes where both together go at `RATE`."""
+        return (self.read + self.write) / RATE
+
     def __str__(self) -> str:
         read, write = (f"{'up to ' * may}{size(n)}" for may, n in zip(self.chunked, (self.read, self.write), strict=True))
         left = "" if self.free is None else f", {size(self.free)} free"
         pads = f"; {self.padded_by} makes {size(self.write - self.padding)} into {size(self.write)}: padding"
-        return f"{read} to read, {write} to write{left}{pads if self.padding else ''}"
+        time = f", {in_time(self.seconds)} at {size(RATE)}/s" if self.seconds >= SHORT else ""
+        return f"{read} to read, {write} to write{left}{time}{pads if self.padding else ''}"
 
     def check(self) -> None:
         """See that there is room.

@@ -198,3 +198,11 @@ def in_units(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def in_time(seconds: float) -> str:
+    """Seconds for people, in the unit of which there are some."""
+    for unit, least in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * least:
+            return f"{seconds / least:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -7,6 +7,7 @@ import pytest
 
 import convert
 import layouts.hf
+from convert.answers.envelope import ahead_json
 from convert.cli import main
 from convert.engine.outlook import Outlook, outlook
 from convert.options.values import in_units
@@ -155,3 +156,21 @@ def test_a_dry_run_reads_headers_once(places, monkeypatch):
     monkeypatch.setattr(layouts.hf, "read_shard", lambda path: opened.append(path) or real(path))
     assert main(["--prefuse", "--dry-run", "--quiet", str(places / "hf"), str(places / "none")]) == 0
     assert len(opened) == len(list((places / "hf").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("moved", "said"),
+    [
+        (9.9, ""),
+        (10, ", 10 s at 1.0 GB/s"),
+        (119, ", 119 s"),
+        (122, ", 2 min"),
+        (7000, ", 117 min"),
+        (9000, ", 2 h"),
+        (86_400, ", 24 h"),
+    ],
+)
+def test_the_time_is_an_assumption_that_stands_beside_it(tmp_path, moved, said):
+    ahead = Outlook(read=int(moved * 0.25e9), write=int(moved * 0.75e9), padding=0, free=None, out=tmp_path)
+    assert str(ahead).partition(" to write")[2] == (said and f"{said.partition(' at')[0]} at 1.0 GB/s")
+    assert ahead_json(ahead)["seconds"] == round(ahead.seconds)
