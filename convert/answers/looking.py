@@ -18,11 +18,11 @@ from convert.answers.tables import made_for
 from convert.errors import ConvertError, PlanError, readable
 from convert.options import Choices
 from convert.options.values import in_units as size
-from convert.planning.planner import Action, plan_described
+from convert.planning.landings import land
+from convert.planning.planner import Action
 from layouts.checkpoint import growing, is_adapter, open_checkpoint
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.disk.places import place
-from layouts.language.layout import ROLES
 from layouts.language.parts import CHUNKS
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description, describe
@@ -185,12 +185,9 @@ def _would(reader: Reader, described: Description, action: Action, choices: Choi
             from layouts.orbax.state import with_optimizer
 
             reader = with_optimizer(reader, drop=False)
-        plan = plan_described(reader, described, Path(_OUT), action, choices)
+        landed = land(reader, described, action, choices)
     except PlanError as problem:
         text = str(problem).removeprefix(f"{reader.path}: ")
         return text if "nothing to" in text else f"cannot: {text}"
-    moved = [target for target in plan.targets if target.role in ROLES]
-    layout = f"layout {plan.layout}" if action == "prefuse" else "gate and up apart, as they were"
-    return (
-        f"writes {layout}: {len(moved):,} expert tensors, {len(plan.targets) - len(moved):,} others copied, {size(plan.nbytes)}"
-    )
+    layout = f"layout {choices.layout}" if action == "prefuse" else "gate and up apart, as they were"
+    return f"writes {layout}: {landed.count:,} expert tensors, {len(described.verbatim):,} others copied, {size(landed.nbytes)}"

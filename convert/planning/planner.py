@@ -5,25 +5,22 @@ In: an open checkpoint and choices. Out: a plan. It never reads data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from convert.options import Choices
 from convert.planning.documents import plan_document
+from convert.planning.landings import land
 from convert.planning.record import family_record, make_record, with_origin
-from convert.planning.relay import Landing, landing
 from convert.planning.targets import Piece, Target, Way
-from layouts.errors import PlanError
-from layouts.language.layout import Layouts, Placed
+from layouts.language.layout import Placed
 from layouts.language.pattern import identity
 from layouts.language.template import Template
 from layouts.matching.describe import Description, describe
-from layouts.matching.group import Group
-from layouts.matching.origin import origin_of
 from layouts.reader import Reader
-from layouts.tables.targets import TAKE_SCALARS, target
 from layouts.tensors import TensorSpec
 
 __all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "plan_as_stored", "plan_described", "verbatim"]
@@ -51,7 +48,7 @@ class Merging:
     each: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a conversion will do; print it with `convert.report.describe_plan`.
 
@@ -98,7 +95,7 @@ class Plan:
     card: str = ""
     """What the output's model card is to say of the layout (`convert.card`); nothing where experts are not fused."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data in the output."""
         return sum(target.spec.nbytes for target in self.targets)
@@ -137,19 +134,10 @@ def plan_described(
     Raises:
         PlanError: no lossless plan exists, or there is nothing to do.
     """
-    layout = choices.layout
-    wanted = target(layout, described.family, shards=choices.shards, align=choices.align, block=choices.glu_block)
-    origin = origin_of(reader, choices.family)
-    landings = list(_experts(reader, described, None if action == "split" else wanted))
-    if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
-        _check_scalars(reader, described, layout)
-    if not idle and not any(each.way.moved for each in landings):
-        state = "as they were published" if action == "split" else f"in layout {layout!r}"
-        raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
-    experts = [(each.group.native, made) for each in landings for made in each.targets()]
+    layout, landed = choices.layout, land(reader, described, action, choices, idle=idle)
+    experts = [(each.group.native, made) for each in landed.landings for made in each.targets()]
     found = [made for _, made in experts]
     found += [verbatim(reader.tensors[name]) for name in described.verbatim]
-    _check_names(reader, found)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     return Plan(
@@ -159,9 +147,9 @@ def plan_described(
         format=reader.format,
         family=described.family.name,
         layout="native" if action == "split" else layout,
-        record=family_record(described.family, origin)
+        record=family_record(described.family, landed.origin)
         if action == "split"
-        else with_origin(make_record(layout, described.family, wanted, experts), origin),
+        else with_origin(make_record(layout, described.family, landed.wanted, experts), landed.origin),
         targets=_in_reading_order(reader, found),
         side_files=copied,
         left_out_files=left_out_files,
@@ -174,7 +162,6 @@ def plan_described(
 def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
     """Every tensor as it is, whatever it is: nothing is described."""
     targets = tuple(map(verbatim, reader.tensors.values()))
-    _check_names(reader, list(targets))
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     record = reader.record
@@ -193,40 +180,19 @@ def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
     )
 
 
-def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[Landing]:
-    """Where the experts land; where nothing is wanted, as they were before, or as the family is published."""
-    beside: dict[tuple[str, Any], list[Group]] = {}
-    for group in described.groups:
-        beside.setdefault((group.role, frozenset(group.index.items())), []).append(group)
-    for groups in beside.values():
-        for group in groups:
-            before = group.native if group.relaid else described.family.native[0][group.role]
-            layout = wanted[group.role] if wanted else before
-            yield landing(reader, group, groups, layout, described.family.experts, bare=bool(wanted))
-
-
-def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
-    consumer, way = f"layout {layout!r}", ". Use a layout that keeps (E, 2), as concat or vllm do"
-    if described.family.by_structure:
-        consumer, way = "MaxText's wi", ""
-    for group in described.groups:
-        if group.role == "wi" and group.part and not {"in", "out", "rest", "both", "all"} & set(group.dims.split()):
-            raise PlanError(
-                f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
-                f"has room for one, and to make them one would change values{way}"
-            )
-
-
 def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target, ...]:
     order = {name: position for position, name in enumerate(reader.tensors)}
-    first = {id(t): order[_first_source(t)] for t in targets}
-    return tuple(sorted(targets, key=lambda t: (first[id(t)], t.spec.name)))
+    known: dict[Any, int] = {}
 
+    def place(target: Target) -> tuple[int, str]:
+        if target.role == "verbatim":
+            return order[target.spec.name], target.spec.name
+        begins = id(target.way), *map(target.index.get, target.source.key.slots)  # all that its first source is told by
+        if (first := known.get(begins)) is None:
+            first = known[begins] = order[target.first_source]
+        return first, target.spec.name
 
-def _first_source(target: Target) -> str:
-    if target.role == "verbatim":
-        return target.spec.name
-    return target.first_source
+    return tuple(sorted(targets, key=place))
 
 
 def verbatim(spec: TensorSpec) -> Target:
@@ -234,16 +200,3 @@ def verbatim(spec: TensorSpec) -> Target:
     same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
     sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
     return Target(spec=spec, index={}, way=Way(role="verbatim", sizes=sizes, source_sizes=sizes, source=same, target=same))
-
-
-def _check_names(reader: Reader, targets: list[Target]) -> None:
-    """Each name is given once, and the logical sizes of what is read and written agree."""
-    seen: set[str] = set()
-    for name in (made.spec.name for made in targets):
-        if name in seen:
-            raise PlanError(f"{reader.path}: two tensors of the output would be called {name}")
-        seen.add(name)
-    padded = any(side.pattern.padding for made in targets for side in (made.source, made.target))
-    bytes_in, bytes_out = (sum(s.nbytes for s in specs) for specs in (reader.tensors.values(), (t.spec for t in targets)))
-    if bytes_in != bytes_out and not padded:
-        raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {bytes_out}; this is a bug, report it")

@@ -6,6 +6,7 @@ In: a group of tensors and a wanted layout. Out: targets, or a reason. It never 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from layouts.matching.group import Group
 from layouts.matching.packing import packs
 from layouts.quantisation import block_of
 from layouts.reader import Reader
-from layouts.tensors import TensorSpec
+from layouts.tensors import TensorSpec, itemsize
 
 _NUMBER = {part.name: number for number, part in enumerate(PARTS)}
 
@@ -32,12 +33,25 @@ class Landing(NamedTuple):
 
     def targets(self) -> Iterator[Target]:
         """The tensors: one per point of the axes in the key."""
-        key, sizes = self.way.target.key, self.way.sizes
-        named = [slot for slot in key.slots if slot in sizes]
-        for point in itertools.product(*(range(sizes[axis]) for axis in named)):
-            index = {**self.group.index, **dict(zip(named, point, strict=True))}
-            spec = TensorSpec(name=key.render(index), dtype=self.group.dtype, shape=self.shape)
-            yield Target(spec=spec, index=index, way=self.way)
+        named, index, dtype = self._named, self.group.index, self.group.dtype
+        for point, name in zip(itertools.product(*named.values()), self.names(), strict=True):
+            spec = TensorSpec(name=name, dtype=dtype, shape=self.shape)
+            yield Target(spec=spec, index={**index, **dict(zip(named, point, strict=True))}, way=self.way)
+
+    def names(self) -> Iterator[str]:
+        """What they are called, in the same order."""
+        return self.way.target.key.names(self.group.index, self._named)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of each of them."""
+        return math.prod(self.shape) * itemsize(self.group.dtype)
+
+    @property
+    def _named(self) -> dict[str, range]:
+        """The axes in the key."""
+        sizes = self.way.sizes
+        return {slot: range(sizes[slot]) for slot in self.way.target.key.slots if slot in sizes}
 
 
 def landing(

@@ -8,8 +8,9 @@ no inverse.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -212,9 +213,35 @@ class Template:
             name += slot.render(index) + literal
         return name
 
+    def names(self, index: Index, spans: Mapping[str, range]) -> Iterator[str]:
+        """The names at an index where these axes run, the last one fastest: `render` for 100,000 names.
+
+        What an axis is called is looked up once for each of its values, and not for each name.
+
+        Raises:
+            KeyError, ValueError: see `render`.
+        """
+        if any(slot.inner for slot in self._slots):
+            for point in itertools.product(*spans.values()):
+                yield self.render({**index, **dict(zip(spans, point, strict=True))})
+            return
+        slots = {slot.axis: slot for slot in self._slots}
+        words = [[slots[axis].render({axis: at}) if axis in slots else "" for at in span] for axis, span in spans.items()]
+        number = {axis: at for at, axis in enumerate(spans)}
+        name = _unformatted(self._literals[0])
+        for slot, literal in self._rendered:
+            at = number.get(slot.axis)
+            name += (_unformatted(slot.render(index)) if at is None else f"{{{at}}}") + _unformatted(literal)
+        yield from itertools.starmap(name.format, itertools.product(*words))
+
     def bind(self, slot: str, value: int) -> Template:
         """This template with one choice made; unchanged when it has no such slot."""
         for found in self._slots:
             if found.axis == slot and found.words:
                 return Template(self.text.replace(f"{{{slot}:{','.join(found.words)}}}", found.words[value]))
         return self
+
+
+def _unformatted(text: str) -> str:
+    """With braces that `str.format` leaves."""
+    return text.replace("{", "{{").replace("}", "}}")

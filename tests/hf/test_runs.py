@@ -27,12 +27,14 @@ def test_what_is_found_once_is_what_each_tensor_has(name, layout):
             assert kept.of(target, target.way.whole) == runs(target, target.way.whole), target.spec.name
 
 
-def test_tensors_of_one_way_share_it_and_lie_in_its_source_one_behind_the_other():
-    reader = run(memory(FORMS["mixtral"], layers=(1,)), "prefuse", layout="vllm")
+def test_layers_that_are_alike_share_a_way_and_lie_in_its_source_one_behind_the_other():
+    reader = run(memory(FORMS["mixtral"], layers=(0, 1)), "prefuse", layout="vllm")
     plan = make_plan(reader, Path("out"), "split", Choices())
     wi = [target for target in plan.targets if target.role == "wi"]
     kept = Runs()
-    found = [run for target in wi for run in kept.of(target, target.way.whole) or ()]
+    found = [each for target in wi for each in kept.of(target, target.way.whole) or ()]
     assert len({id(target.way) for target in wi}) == 1
-    assert len(found) == len(wi) == 24
-    assert sorted(run.start for run in found) == [number * wi[0].spec.nbytes for number in range(len(wi))]
+    assert len(found) == len(wi) == 48
+    for source in {each.source for each in found}:
+        starts = sorted(each.start for each in found if each.source == source)
+        assert starts == [number * wi[0].spec.nbytes for number in range(24)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from convert.errors import ConvertError, InputError, PlanError
 from convert.options import Choices
-from convert.planning.planner import _check_names, make_plan
+from convert.planning.landings import _check_written, land
+from convert.planning.planner import make_plan
 from layouts.language.template import Template
+from layouts.matching.describe import describe
 from layouts.matching.lookup import find_family, fitting
 from layouts.tables.families import FAMILIES, Family
 from layouts.tables.targets import TARGETS
@@ -282,12 +285,18 @@ def test_a_record_of_something_else_is_refused(record, error, words):
 def test_a_plan_that_would_lose_or_overwrite_something_is_refused():
     """The last net below the tables: no input that passes them is known to fall into it."""
     reader = memory(QWEN)
-    targets = list(plan(reader).targets)
-    _check_names(reader, targets)
-    with pytest.raises(PlanError, match=f"would be called {re.escape(targets[0].spec.name)}"):
-        _check_names(reader, [*targets, targets[0]])
+    described = describe(reader)
+    landed = land(reader, described, "prefuse", Choices())
+    made = plan(reader)
+    assert (landed.count, landed.nbytes) == (sum(t.role != "verbatim" for t in made.targets), made.nbytes)
+    name = next(landed.landings[0].names())
+    with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
+        _check_written(reader, described, [*landed.landings, landed.landings[0]])
+    more = MemoryReader({**tensors(QWEN), name: np.zeros(1)}, config=reader.config, format="hf")
+    with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
+        _check_written(more, replace(described, verbatim=(*described.verbatim, name)), landed.landings)
     with pytest.raises(PlanError, match="this is a bug"):
-        _check_names(reader, targets[1:])
+        _check_written(reader, described, landed.landings[1:])
 
 
 def test_a_hint_for_many_odd_names_looks_at_few(monkeypatch):

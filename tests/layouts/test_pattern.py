@@ -113,6 +113,27 @@ def test_misspelt_templates_are_refused(text):
         Template(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "fixed", "spans"),
+    [
+        ("m.{l}.{e}.{g:gate,up}.w", {"l": 3}, {"e": range(3), "g": range(2)}),
+        ("m.{l}.{e}.{g:gate,up}.w", {}, {"g": range(2), "l": range(2, 4), "e": range(9, 12)}),
+        ("{path}.{l}.{e}", {"path": "a{0}{}.{g}", "l": 0, "g": 1}, {"e": range(2)}),
+        ("m.{l*4+1}.{e}", {}, {"l": range(2), "e": range(2)}),
+        ("m.{l*4+p}.{e}", {"l": 2}, {"p": range(4), "e": range(2)}),
+        ("m.{l}", {"l": 7}, {"e": range(2)}),
+        ("m.{l}", {"l": 7}, {}),
+    ],
+)
+def test_names_of_a_grid_are_those_that_each_point_renders(text, fixed, spans):
+    points = [dict(zip(spans, point, strict=True)) for point in itertools.product(*spans.values())]
+    assert list(Template(text).names(fixed, spans)) == [Template(text).render({**fixed, **point}) for point in points]
+
+
+def test_names_of_a_literal_template_keep_its_braces():
+    assert list(Template("a{e}{0}", literal=True).names({"e": 1}, {})) == ["a{e}{0}"]
+
+
 def test_rendering_needs_every_slot():
     with pytest.raises(KeyError):
         EXPERT.render({"l": 1, "e": 2})

@@ -1,0 +1,110 @@
+"""Where all experts of a checkpoint land in a wanted layout, and that no byte is lost or written twice. Pure.
+
+In: a described checkpoint and choices. Out: `Landed`, which is all of a plan but its single tensors. It never makes these:
+there may be 100,000, and who only asks what a plan would do has no use for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convert.options import Choices
+from convert.planning.relay import Landing, landing
+from convert.planning.targets import Way
+from layouts.errors import PlanError
+from layouts.language.layout import Layouts
+from layouts.matching.describe import Description
+from layouts.matching.group import Group
+from layouts.matching.origin import Origin, origin_of
+from layouts.reader import Reader
+from layouts.tables.targets import TAKE_SCALARS, target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """Where groups land; `count` tensors of experts, and `nbytes` of these and of all others together."""
+
+    wanted: Layouts
+    origin: Origin
+    landings: tuple[Landing, ...]
+    count: int
+    nbytes: int
+
+
+def land(reader: Reader, described: Description, action: str, choices: Choices, *, idle: bool = False) -> Landed:
+    """Find it for a `prefuse` or a `split`; with `idle`, experts that are in the wanted layout already are taken as they are.
+
+    Raises:
+        PlanError: no lossless plan exists, or there is nothing to do.
+        InputError: the record of what a tree was made of is damaged.
+    """
+    layout, split = choices.layout, action == "split"
+    wanted = target(layout, described.family, shards=choices.shards, align=choices.align, block=choices.glu_block)
+    origin = origin_of(reader, choices.family)
+    landings = tuple(_experts(reader, described, None if split else wanted))
+    if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
+        _check_scalars(reader, described, layout)
+    if not idle and not any(each.way.moved for each in landings):
+        state = "as they were published" if split else f"in layout {layout!r}"
+        raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
+    count, nbytes = _check_written(reader, described, landings)
+    return Landed(wanted=wanted, origin=origin, landings=landings, count=count, nbytes=nbytes)
+
+
+def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[Landing]:
+    """Where the experts land; where nothing is wanted, as they were before, or as the family is published.
+
+    Layers that are alike share one `Way`: what is worked out for it is worked out once.
+    """
+    beside: dict[tuple[str, Any], list[Group]] = {}
+    for group in described.groups:
+        beside.setdefault((group.role, frozenset(group.index.items())), []).append(group)
+    ways: dict[Any, Way] = {}
+    for groups in beside.values():
+        for group in groups:
+            before = group.native if group.relaid else described.family.native[0][group.role]
+            layout = wanted[group.role] if wanted else before
+            found = landing(reader, group, groups, layout, described.family.experts, bare=bool(wanted))
+            yield found._replace(way=ways.setdefault(found.way.known_by, found.way))
+
+
+def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
+    consumer, way = f"layout {layout!r}", ". Use a layout that keeps (E, 2), as concat or vllm do"
+    if described.family.by_structure:
+        consumer, way = "MaxText's wi", ""
+    for group in described.groups:
+        if group.role == "wi" and group.part and not {"in", "out", "rest", "both", "all"} & set(group.dims.split()):
+            raise PlanError(
+                f"{reader.path}: {group.names[0]} is one number for gate, and another stands for up; {consumer} "
+                f"has room for one, and to make them one would change values{way}"
+            )
+
+
+def _check_written(reader: Reader, described: Description, landings: Sequence[Landing]) -> tuple[int, int]:
+    """See that each name is given once, and that what is read and written have one size; the experts' tensors, and all bytes.
+
+    Raises:
+        PlanError: it is not so.
+    """
+    seen, count = set[str](), 0
+    nbytes = sum(reader.tensors[name].nbytes for name in described.verbatim)
+    for names, each in ((each.names(), each.nbytes) for each in landings):
+        for name in names:
+            if name in seen:
+                raise _twice(reader, name)
+            seen.add(name)
+        nbytes += (len(seen) - count) * each
+        count = len(seen)
+    if (twice := next((name for name in described.verbatim if name in seen), None)) is not None:
+        raise _twice(reader, twice)
+    padded = any(side.pattern.padding for each in landings for side in (each.way.source, each.way.target))
+    bytes_in = sum(spec.nbytes for spec in reader.tensors.values())
+    if bytes_in != nbytes and not padded:
+        raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {nbytes}; this is a bug, report it")
+    return count, nbytes
+
+
+def _twice(reader: Reader, name: str) -> PlanError:
+    return PlanError(f"{reader.path}: two tensors of the output would be called {name}")
