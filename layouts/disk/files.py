@@ -100,12 +100,11 @@ def parsed(data: bytes) -> Any:
         ValueError, RecursionError: it is no such JSON.
     """
     found = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    escaped = b"\\u" in data
     for depth, level in enumerate(_levels(found)):
         if depth > DEPTH:
             raise ValueError(f"it is nested more than {DEPTH} deep")
-        if b"\\u" not in data:
-            continue
-        for text in (text for each in level for text in _texts(each)):
+        for text in (text for each in level for text in _texts(each)) if escaped else ():
             if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
                 raise ValueError(f"the text {text[:40]!r} has a NUL or half a letter in it")
     return found

@@ -12,11 +12,11 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from layouts.disk.gather import Part, gather
 from layouts.disk.places import is_remote
 from layouts.language.layout import Placed
 from layouts.language.parts import PARTS
@@ -56,24 +56,29 @@ class Scales:
         """How many names, or pairs of names, there are."""
         return math.prod(self.sizes[axis] for axis in self.named)
 
-    def pairs(self, reader: Reader, number: int) -> NDArray[np.float64]:
-        """(2, ...): gate and up of the names of this number."""
-        at = {axis: int(i) for axis, i in zip(self.named, np.unravel_index(number, self._shape), strict=True)}
+    def pairs(self, reader: Reader, numbers: range) -> NDArray[np.float64]:
+        """(2, ...): gate and up of the names of these numbers, one behind the other."""
         if "g" in self.placed.key.slots:
-            names = [self.placed.key.render({**self.index, **at, "g": g}) for g in (0, 1)]
-            return np.stack([self._read(reader, name).reshape(-1) for name in names])
-        found = self._read(reader, self.placed.key.render({**self.index, **at}))
-        found = found.reshape(self.placed.pattern.split(self.sizes))
-        return np.moveaxis(found, self.placed.pattern.axes.index("g"), 0).reshape(2, -1)
+            return np.stack([self._values(reader, self._names({**self.index, "g": g}, numbers)).reshape(-1) for g in (0, 1)])
+        found = self._values(reader, self._names(self.index, numbers))
+        found = found.reshape(len(numbers), *self.placed.pattern.split(self.sizes))
+        return np.moveaxis(found, 1 + self.placed.pattern.axes.index("g"), 0).reshape(2, -1)
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return tuple(self.sizes[axis] for axis in self.named)
+    def _names(self, index: Index, numbers: range) -> list[str]:
+        names = self.placed.key.names(index, {axis: range(self.sizes[axis]) for axis in self.named})
+        return list(itertools.islice(names, numbers.start, numbers.stop, numbers.step))
 
-    def _read(self, reader: Reader, name: str) -> NDArray[np.float64]:
-        whole = tuple(slice(0, size) for size in reader.tensors[name].shape)
-        found: NDArray[Any] = np.ascontiguousarray(reader.read(name, whole))
-        return found.view(numpy_dtype(self.dtype)).astype(np.float64)
+    def _values(self, reader: Reader, names: Sequence[str]) -> NDArray[np.float64]:
+        """What these tensors hold, one behind the other; they are read together where they lie in files as they are."""
+        spec, extents = reader.tensors[names[0]], [reader.extent(name) for name in names]
+        parts = [Part(*each, spec.nbytes, at * spec.nbytes) for at, each in enumerate(extents) if each is not None]
+        if len(parts) == len(names):
+            data = np.empty(len(names) * spec.nbytes, np.uint8)
+            gather(parts, data.data)
+        else:
+            whole = tuple(slice(0, size) for size in spec.shape)
+            data = np.concatenate([np.asarray(reader.read(name, whole), order="C").reshape(-1) for name in names])
+        return data.view(numpy_dtype(self.dtype)).astype(np.float64)
 
 
 def notes(reader: Reader, found: Iterable[Scales]) -> tuple[str, ...]:
@@ -93,8 +98,7 @@ def notes(reader: Reader, found: Iterable[Scales]) -> tuple[str, ...]:
 def _line(word: str, reader: Reader, held: Sequence[Scales], most: int) -> str:
     total = sum(each.count for each in held)
     step = -(-total // most)
-    chosen = itertools.islice(_numbered(held), 0, None, step)
-    gate, up = np.concatenate([each.pairs(reader, number) for each, number in chosen], axis=1)
+    gate, up = np.concatenate([each.pairs(reader, numbers) for each, numbers in _every(step, held)], axis=1)
     with np.errstate(all="ignore"):
         differ = ~((gate == up) | (np.isnan(gate) & np.isnan(up)))
         ratios = np.maximum(gate / up, up / gate)[differ]
@@ -106,6 +110,10 @@ def _line(word: str, reader: Reader, held: Sequence[Scales], most: int) -> str:
     return f"{word} of gate and up: {differ.sum():,} of {pairs} differ, {most_apart}; kernels with one for both need them equal"
 
 
-def _numbered(held: Iterable[Scales]) -> Iterator[tuple[Scales, int]]:
+def _every(step: int, held: Iterable[Scales]) -> Iterator[tuple[Scales, range]]:
+    """One number of so many, where those of all are counted one behind the other."""
+    before = 0
     for each in held:
-        yield from ((each, number) for number in range(each.count))
+        if numbers := range(-before % step, each.count, step):
+            yield each, numbers
+        before += each.count

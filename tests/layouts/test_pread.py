@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layouts.disk.gather import Part, gather
 from layouts.disk.pread import Extent, InputFile, read_block
 from layouts.errors import InputError
 
@@ -116,3 +117,29 @@ def test_a_link_to_a_file_is_a_file(tmp_path):
     with closing(InputFile.open(tmp_path / "file")) as file:
         file.read(memoryview(found), 0)
     assert found == b"data"
+
+
+@pytest.mark.parametrize(
+    ("gap", "cover", "count"), [(0, 1, 9), (0, 1 << 20, 5), (4, 1 << 20, 4), (1 << 20, 1 << 20, 2), (1 << 20, 12, 5)]
+)
+def test_short_runs_are_read_together_and_stand_where_they_should(tmp_path, monkeypatch, gap, cover, count):
+    data = [np.random.default_rng(seed).integers(0, 255, 100, "u1").tobytes() for seed in range(2)]
+    starts = [(0, 90, 10), (0, 0, 4), (0, 4, 4), (0, 7, 3), (0, 30, 0), (1, 50, 6), (0, 12, 4), (1, 44, 6), (0, 16, 2)]
+    asked, real = [], InputFile.read
+    monkeypatch.setattr(InputFile, "read", lambda self, view, at: (asked.append(at), real(self, view, at))[1])
+    monkeypatch.setattr(InputFile, "gap", gap)
+    monkeypatch.setattr(InputFile, "cover", cover)
+    for number, text in enumerate(data):
+        (tmp_path / str(number)).write_bytes(text)
+    with closing(InputFile.open(tmp_path / "0")) as one, closing(InputFile.open(tmp_path / "1")) as two:
+        places = np.cumsum([1, *(nbytes + 1 for _, _, nbytes in starts)])
+        out = bytearray(b"-" * places[-1])
+        gather([Part((one, two)[f], at, n, place) for (f, at, n), place in zip(starts, places, strict=False)], memoryview(out))
+    assert bytes(out) == b"-" + b"".join(data[f][at : at + n] + b"-" for f, at, n in starts)
+    assert len(asked) == count
+
+
+def test_short_runs_behind_the_end_of_a_file_are_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345678")
+    with closing(InputFile.open(tmp_path / "file")) as file, pytest.raises(InputError, match="it ends at byte 8"):
+        gather([Part(file, 0, 4, 0), Part(file, 6, 4, 4)], memoryview(bytearray(8)))

@@ -1,0 +1,58 @@
+"""Read many short runs of bytes out of files, those that are near one another together.
+
+In: runs, and where each is to stand in memory. Out: their bytes there. It never reads more at a time than `cover` of a file.
+
+A checkpoint may have 100,000 tensors of a few bytes: a call for each costs more than all of their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
+from typing import NamedTuple
+
+from layouts.disk.pread import Ranged
+
+
+class Part(NamedTuple):
+    """`nbytes` of a file from `start`, that are to stand at `at` in memory."""
+
+    file: Ranged
+    start: int
+    nbytes: int
+    at: int
+
+
+def gather(parts: Iterable[Part], out: memoryview) -> None:
+    """Put these parts in their places; the rest of `out` stays as it is.
+
+    Raises:
+        InputError, OSError: see `InputFile.read`.
+    """
+    files: dict[int, list[Part]] = {}
+    for part in parts:
+        files.setdefault(id(part.file), []).append(part)
+    for held in files.values():
+        held.sort(key=itemgetter(1))
+        gap, cover = held[0].file.gap, held[0].file.cover
+        run, begin, end = [held[0]], held[0].start, held[0].start + held[0].nbytes
+        for part in held[1:]:
+            _, start, nbytes, _ = part
+            if start > end + gap or start + nbytes - begin > cover:
+                _read(run, begin, end, out)
+                run, begin, end = [], start, start
+            run.append(part)
+            end = max(end, start + nbytes)
+        _read(run, begin, end, out)
+
+
+def _read(run: Sequence[Part], begin: int, end: int, out: memoryview) -> None:
+    """Parts that lie between `begin` and `end` of a file, in one call."""
+    file, _, nbytes, at = run[0]
+    if len(run) == 1:
+        file.read(out[at : at + nbytes], begin)
+        return
+    held = memoryview(bytearray(end - begin))
+    file.read(held, begin)
+    for _, start, nbytes, at in run:
+        out[at : at + nbytes] = held[start - begin : start - begin + nbytes]
