@@ -140,11 +140,10 @@ class HFReader:
         shards = tuple(read_shard(path / name) for name in names)
         home: dict[str, Shard] = {}
         for shard in shards:
-            for name in shard.tensors:
-                if name in home:
-                    cut = ": it is cut for tensor parallelism; join the parts first" if "-TP-" in shard.name else ""
-                    raise InputError(f"{path}: {name} stands in both {home[name].name} and {shard.name}{cut}")
-                home[name] = shard
+            if (twice := next((name for name in shard.tensors if name in home), None)) is not None:
+                cut = ": it is cut for tensor parallelism; join the parts first" if "-TP-" in shard.name else ""
+                raise InputError(f"{path}: {twice} stands in both {home[twice].name} and {shard.name}{cut}")
+            home |= dict.fromkeys(shard.tensors, shard)
         if weight_map is not None:
             compare_index(path, weight_map, {name: shard.name for name, shard in home.items()})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}

@@ -12,7 +12,6 @@ from typing import Any
 
 from convert.options import Choices
 from convert.planning.relay import Landing, landing
-from convert.planning.targets import Way
 from layouts.errors import PlanError
 from layouts.language.layout import Layouts
 from layouts.matching.describe import Description
@@ -56,18 +55,26 @@ def land(reader: Reader, described: Description, action: str, choices: Choices, 
 def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[Landing]:
     """Where the experts land; where nothing is wanted, as they were before, or as the family is published.
 
-    Layers that are alike share one `Way`: what is worked out for it is worked out once.
+    Layers that are alike land alike: a `Way`, and what is worked out for it, is worked out once.
     """
     beside: dict[tuple[str, Any], list[Group]] = {}
     for group in described.groups:
         beside.setdefault((group.role, frozenset(group.index.items())), []).append(group)
-    ways: dict[Any, Way] = {}
+    known: dict[Any, list[Landing]] = {}
     for groups in beside.values():
-        for group in groups:
-            before = group.native if group.relaid else described.family.native[0][group.role]
-            layout = wanted[group.role] if wanted else before
-            found = landing(reader, group, groups, layout, described.family.experts, bare=bool(wanted))
-            yield found._replace(way=ways.setdefault(found.way.known_by, found.way))
+        if (found := known.get(alike := tuple(map(_kind, groups)))) is None:
+            found = known[alike] = []
+            for group in groups:
+                before = group.native if group.relaid else described.family.native[0][group.role]
+                layout = wanted[group.role] if wanted else before
+                found.append(landing(reader, group, groups, layout, described.family.experts, bare=bool(wanted)))
+        yield from (each._replace(group=group) for group, each in zip(groups, found, strict=True))
+
+
+def _kind(group: Group) -> tuple[object, ...]:
+    """All of a group but the place of its block, and its names."""
+    words = group.role, group.part, group.dims, group.dtype, group.packed, group.relaid
+    return (*words, group.layout, group.native, group.placed, tuple(group.sizes.items()))
 
 
 def _check_scalars(reader: Reader, described: Description, layout: str) -> None:

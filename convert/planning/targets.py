@@ -61,12 +61,6 @@ class Way:
     target: Placed
     packed: bool = False
 
-    @property
-    def known_by(self) -> tuple[object, ...]:
-        """What makes it this way, and no other."""
-        words = self.role, self.part, self.dims, self.packed, self.source, self.target
-        return (*words, tuple(self.sizes.items()), tuple(self.source_sizes.items()))
-
     @cached_property
     def moved(self) -> bool:
         """Whether anything but the name's place in a file changes."""

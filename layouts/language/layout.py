@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from layouts.language.parts import words
 from layouts.language.pattern import Pattern
@@ -37,6 +38,7 @@ class Layout:
         """This layout below a place, ready to parse and render."""
         return Placed(self.template(experts), Pattern(self.pattern))
 
+    @lru_cache(maxsize=1 << 10)  # noqa: B019 - rows of tables, which are there for ever, and a few of a record
     def template(self, experts: str) -> Template:
         """The full key alone."""
         return Template(words(self.key).replace("{experts}", experts))
