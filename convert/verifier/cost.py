@@ -47,7 +47,7 @@ class Cost:
         digests = f"\ndigests  about {self.hashing:.1f} s more, at the speed of sha256" if self.hashing else ""
         return (
             f"experts  {self.experts} in {self.layers} MoE layers, {self.nbytes / 1e9:.2f} GB in each checkpoint\n"
-            f"probes   {self.flop:.1e} FLOP; several times that where ragged_dot is a masked dense product (CPU)\n"
+            f"probes   {self.flop:.1e} FLOP\n"
             f"time     about {seconds} here, by {self.timed} of the first experts; other tensors at the speed of the disk"
             f"{digests}"
         )

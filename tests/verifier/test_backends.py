@@ -33,6 +33,22 @@ def test_a_grouped_gemm(name, sizes, rows_first):
     check(name, sizes, rows_first)
 
 
+@pytest.mark.parametrize("rows_first", [False, True])
+@pytest.mark.parametrize(("sizes", "most"), [((3, 0, 5), 5), ((0, 0, 1), 4), ((1, 1, 1), 1)])
+def test_by_group_whatever_is_known_of_the_most_rows(sizes, most, rows_first):
+    check("ragged_dot", sizes, rows_first, most)
+
+
+def test_groups_that_are_larger_than_was_said_lose_no_row(folder):
+    """A router may send all tokens to one expert."""
+    reader = open_checkpoint(folder / "qwen3_moe")
+    block = next(iter(blocks(reader, describe(reader)).values()))
+    weights, backend = load(block, range(2)), BACKENDS["ragged_dot"]
+    x = np.random.default_rng(1).standard_normal((9, block.groups["wi", ""].total("k"))).astype(np.float32)
+    np.testing.assert_allclose(weights.run(x, (8, 1), backend, most=3), weights.run(x, (8, 1), backend), atol=1e-5)
+    reader.close()
+
+
 @pytest.mark.clients
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("rows_first", [False, True])
@@ -42,12 +58,12 @@ def test_a_grouped_gemm_by_tokamax(folder, rows_first):
     assert convert.verify(folder / "qwen3_moe", folder / "per-shard", backend="tokamax").equal
 
 
-def check(name, sizes, rows_first):
+def check(name, sizes, rows_first, most=0):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((sum(sizes), 16)).astype(np.float32)
     w = rng.standard_normal((3, 16, 24)).astype(np.float32)
     stored = np.ascontiguousarray(w.swapaxes(1, 2)) if rows_first else w
-    found = BACKENDS[name].gmm(jnp.asarray(x), jnp.asarray(stored), jnp.asarray(sizes, jnp.int32), rows_first)
+    found = BACKENDS[name].gmm(jnp.asarray(x), jnp.asarray(stored), jnp.asarray(sizes, jnp.int32), rows_first, most)
     wanted = np.stack([row @ w[e] for row, e in zip(x, np.repeat(np.arange(3), sizes), strict=True)])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 

@@ -2,7 +2,8 @@
 
 In: rows, weights, sizes of groups. Out: products. It never reads a checkpoint.
 
-- `ragged_dot`: `jax.lax.ragged_dot`, what MaxText and most JAX programs call.
+- `ragged_dot`: `jax.lax.ragged_dot`, what MaxText and most JAX programs call. On a CPU JAX makes a masked dense product of
+  it, which multiplies each row with all experts and copies all weights; there most calls go `by_group`, as a device does.
 - `megablox`: the Pallas kernel for TPUs that ships with JAX; elsewhere in Pallas's interpreter.
 - `tokamax`: OpenXLA's tuned kernels, if installed.
 - `moegemm`: no kernel, but how CUTLASS MoEGEMM finds its operands: one base pointer, a stride from expert to expert, B in the
@@ -26,9 +27,10 @@ from numpy.typing import NDArray
 from convert.errors import UsageError
 
 Gmm = Callable[..., jax.Array]
-"""`gmm(x, w, sizes, rows_first)`: rows (M, K) sorted by group, a matrix (K, C) of `w` for each group; (M, C), float32.
+"""`gmm(x, w, sizes, rows_first, most)`: rows (M, K) sorted by group, a matrix (K, C) of `w` for each group; (M, C), float32.
 
-`w` is (E, K, C), or (E, C, K) if its rows come first. Rows behind the last group come out as anything.
+`w` is (E, K, C), or (E, C, K) if its rows come first. Rows behind the last group come out as anything. No group has more than
+`most` rows, unless that is 0: then nobody knows.
 """
 _TILE = 8
 """Rows of a tile of megablox: the least that TPUs take, and the fewest wasted here."""
@@ -43,13 +45,30 @@ class Backend:
     traced: bool = True
 
 
-def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> jax.Array:
-    """`jax.lax.ragged_dot`, accumulated in float32; on a CPU it is a masked dense product, E times the work."""
+def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool, most: int = 0) -> jax.Array:
+    """`jax.lax.ragged_dot`, accumulated in float32; on a CPU `by_group`, where `most` is known."""
+    if most and jax.default_backend() == "cpu":
+        return by_group(x, w, sizes, rows_first, most)
     matrix = jnp.swapaxes(w, 1, 2) if rows_first else w
     return jax.lax.ragged_dot(x, matrix, sizes, preferred_element_type=jnp.float32)
 
 
-def megablox(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> jax.Array:
+def by_group(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool, most: int) -> jax.Array:
+    """The same, each group's rows beside one another and one product for each group, over the weights as they are stored."""
+    starts = jnp.cumsum(sizes) - sizes
+    rows = x.at[starts[:, None] + jnp.arange(most)].get(mode="clip")
+    contracted = ((2,), (2 if rows_first else 1,)), ((0,), (0,))
+    out = jax.lax.dot_general(rows, w, contracted, preferred_element_type=jnp.float32)
+    own = owners(sizes, len(x))
+    return out.at[own, jnp.arange(len(x)) - starts[own]].get(mode="clip")
+
+
+def owners(sizes: jax.Array, rows: int) -> jax.Array:
+    """The expert (M,) that each row belongs to; rows behind the last group get the last."""
+    return jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
+
+
+def megablox(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool, most: int = 0) -> jax.Array:  # noqa: ARG001
     """Pallas's `gmm`; rows are padded to whole tiles, and the tiles are as wide as the matrices where nobody is in a hurry."""
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
@@ -62,7 +81,7 @@ def megablox(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> 
     return jnp.asarray(out[:rows])
 
 
-def tokamax(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> jax.Array:
+def tokamax(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool, most: int = 0) -> jax.Array:  # noqa: ARG001
     """`tokamax.ragged_dot`, which chooses among its kernels and XLA's by the device."""
     import tokamax as library
     from absl import flags
@@ -73,7 +92,7 @@ def tokamax(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool) -> j
     return jnp.asarray(library.ragged_dot(x, matrix, sizes, preferred_element_type=jnp.float32))
 
 
-def moegemm(x: Any, w: Any, sizes: Any, rows_first: bool) -> jax.Array:
+def moegemm(x: Any, w: Any, sizes: Any, rows_first: bool, most: int = 0) -> jax.Array:  # noqa: ARG001
     """Each expert's operands by address alone: rows of A from the sum of the sizes before, B from base + e * stride.
 
     Source: Intel's CUTLASS fork, pull request 520: all B contiguous, N x K column-major per expert, one base pointer.

@@ -2,8 +2,7 @@
 
 In: layers, and bytes of memory. Out: ranges of experts; their weights, one side after the other. It never runs them.
 
-On a CPU `jax.lax.ragged_dot` lowers to a masked dense product, which multiplies each row with all experts of the call. So a
-call takes few experts. Calls follow one another until all experts were taken.
+A call takes few experts, whose weights stay in the cache of a CPU. Calls follow one another until all experts were taken.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from layouts.tensors import itemsize
 
 EXPERTS = 8
 """In a call, at most."""
-NUMBERS = 16 << 20
+NUMBERS = 20 << 20
 """Weights in a call, unless two experts have more."""
 BASE = 400 << 20
 """Bytes that the process has without any weights: Python, JAX, what it has compiled."""

@@ -20,7 +20,7 @@ from convert.verifier.gemms import probes
 from convert.verifier.gemms.calls import Call
 from convert.verifier.gemms.operands import Weights
 from convert.verifier.gemms.probes import Distance, Setting, distance, stored
-from convert.verifier.gemms.rows import ask, room_for, rows_of
+from convert.verifier.gemms.rows import ask, most_of, room_for, rows_of
 from convert.verifier.gemms.whole import Routed, add_experts, pieces
 from convert.verifier.share import by_key, chained, merged
 from convert.verifier.verdict import Level
@@ -83,12 +83,13 @@ class Findings:
         out, setting = self.outputs[call.label][side], self.setting
         first, *rest = pieces(to, call.experts, room_for(len(call.experts), tokens))
         rows = ask(block, call.experts, tokens, (first.x, first.sizes))
-        running = weights.read(rows.x, rows.hot, rows.sizes, setting.backend, setting.activation)
+        most = most_of(block, len(call.experts), tokens)
+        running = weights.read(rows.x, rows.hot, rows.sizes, setting.backend, setting.activation, most)
         call.wanted = call.wanted or stored(weights, rows_of(block, tokens))  # while that runs
         answers = probes.answered(running, rows)
         self._add("identity", probes.identity(call.wanted, answers, weights, block, call.experts, call.unread))
         first.add(out, answers.routed)
-        add_experts(out, rest, weights, setting, len(rows.x))
+        add_experts(out, rest, weights, setting, (len(rows.x), most))
         call.answers.append(answers)
 
     def compare(self, one: Block, to: Sequence[Routed]) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from convert.verifier.gemms.backends import Gmm, ragged_dot
+from convert.verifier.gemms.backends import Gmm, owners, ragged_dot
 from convert.verifier.gemms.routing import SILU, Activation
 
 Columns = tuple[tuple[str, int, int, bool], ...]
@@ -32,6 +32,8 @@ class Form:
     rows_first: tuple[bool, bool] = (False, False)
     activation: Activation = SILU
     gmm: Gmm = ragged_dot
+    most: int = 0
+    """Rows of an expert at most; 0 where nobody knows."""
 
 
 class Arrays(NamedTuple):
@@ -127,10 +129,10 @@ def gmm_up(
     wide = _pad(x, each[0].shape[2 if first else 1])
     own = _own(bias, sizes, len(x), plain)
     if not isinstance(wi, tuple):
-        both = form.gmm(wide, wi, sizes, first)
+        both = form.gmm(wide, wi, sizes, first, form.most)
         gate, up = cut(both + own if own is not None and own.ndim == both.ndim else both, form.columns)
     else:
-        gate, up = (cut(form.gmm(wide, one, sizes, first), form.columns)[0] for one in each)
+        gate, up = (cut(form.gmm(wide, one, sizes, first, form.most), form.columns)[0] for one in each)
     if own is not None and own.ndim > gate.ndim:
         gate, up = gate + own[:, 0], up + own[:, 1]
     return gate, up
@@ -146,7 +148,7 @@ def gmm_down(
 ) -> jax.Array:
     """The down projection (M, K) of rows (M, N); biases for `plain` rows."""
     first = form.rows_first[1]
-    out = form.gmm(_pad(hidden, wo.shape[-1] if first else wo.shape[-2]), wo, sizes, first)
+    out = form.gmm(_pad(hidden, wo.shape[-1] if first else wo.shape[-2]), wo, sizes, first, form.most)
     own = _own(bias, sizes, len(hidden), plain)
     return out if own is None else out + own
 
@@ -157,11 +159,6 @@ def _own(bias: jax.Array | None, sizes: jax.Array, rows: int, plain: jax.Array |
         return None
     own = bias[owners(sizes, rows)]
     return own if plain is None else jnp.where(plain.reshape(-1, *[1] * (own.ndim - 1)), own, 0)
-
-
-def owners(sizes: jax.Array, rows: int) -> jax.Array:
-    """The expert (M,) that each row belongs to; rows behind the last group get the last."""
-    return jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
 
 
 def _pad(x: jax.Array, width: int) -> jax.Array:

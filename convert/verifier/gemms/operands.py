@@ -69,29 +69,38 @@ class Weights:
         """How many they are."""
         return len(self.wo.host)
 
-    def form(self, backend: Backend, activation: Activation | None = None) -> Form:
-        """How they are run."""
+    def form(self, backend: Backend, activation: Activation | None = None, most: int = 0) -> Form:
+        """How they are run, with so many rows for an expert `most`."""
         return Form(
             columns=self.wi.columns,
             rows_first=(self.wi.rows_first, self.wo.rows_first),
             activation=activation or SILU,
             gmm=backend.gmm,
+            most=most,
         )
 
-    def read(self, x: Any, hot: tuple[Any, Any], groups: Any, backend: Backend, activation: Activation | None = None) -> Read:
-        """What rows (M, K) in groups read; it is begun here, and may go on when this has returned."""
+    def read(
+        self, x: Any, hot: tuple[Any, Any], groups: Any, backend: Backend, activation: Activation | None = None, most: int = 0
+    ) -> Read:
+        """What rows (M, K) in groups, none of more than `most`, read; it is begun here, and may go on afterwards."""
         call = jitted_read if backend.traced else read
         sizes: Any = np.asarray(groups, np.int32)
-        return call(x, hot, self.arrays, sizes, form=self.form(backend, activation))
+        return call(x, hot, self.arrays, sizes, form=self.form(backend, activation, most if max(groups) <= most else 0))
 
     def run(
-        self, x: NDArray[Any], groups: Any, backend: Backend, activation: Activation | None = None, rows: int = 0
+        self,
+        x: NDArray[Any],
+        groups: Any,
+        backend: Backend,
+        activation: Activation | None = None,
+        rows: int = 0,
+        most: int = 0,
     ) -> NDArray[Any]:
         """The expert layer's output (M, K) for rows (M, K) in groups, padded to so many that a compiled call is used again."""
         length = max(rows, len(x))
         none = np.full(length, -1, np.int32)
         wide = np.pad(x, ((0, length - len(x)), (0, 0)))
-        return np.asarray(self.read(wide, (none, none), groups, backend, activation).down)[: len(x)]
+        return np.asarray(self.read(wide, (none, none), groups, backend, activation, most).down)[: len(x)]
 
 
 def can_run(block: Block) -> bool:

@@ -134,7 +134,7 @@ def tokens(experts: range, k: int, times: int, sizes: Sequence[int] = GROUP_SIZE
 
 
 def skewed(a: Weights, b: Weights, block: Block, experts: range, setting: Setting) -> tuple[Distance, list[str]]:
-    """The same for random tokens in skewed groups, of which some are empty and some have one."""
+    """The same for random tokens in skewed groups, of which some are empty and some have one; always by the backend itself."""
     k = block.groups["wi", ""].total("k")
     worst = Distance._make(np.zeros(len(experts), kind) for kind in (float, float, float, bool, bool))
     length = length_of(block, len(experts), setting.tokens)
@@ -183,7 +183,7 @@ def gradients(
 
 
 def _gradients(weights: Weights, x: Any, along: Any, groups: Any, setting: Setting) -> Mapping[str, Any]:
-    form = weights.form(setting.backend, setting.activation)
+    form = weights.form(setting.backend, setting.activation, int(max(groups)))
     found = _gradient(jnp.asarray(x), weights.arrays, jnp.asarray(groups), jnp.asarray(along), form=form)
     return dict(zip(("x", "wi", "wo"), found, strict=True))
 

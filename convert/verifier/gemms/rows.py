@@ -51,10 +51,19 @@ def room_for(experts: int, tokens: int = 1) -> int:
     return max(8, ROUTED * experts * tokens)
 
 
+def most_of(block: Block, experts: int, tokens: int = 1) -> int:
+    """Rows of one expert in a call, at most."""
+    return _each(block, tokens) + room_for(experts, tokens)
+
+
 def length_of(block: Block, experts: int, tokens: int = 1) -> int:
     """Rows of a call: always as many, whatever they are, so that a call is compiled once."""
-    reading = max(map(len, rows_of(block, tokens).values()))
-    return experts * (reading + RANDOM * tokens) + room_for(experts, tokens)
+    return experts * _each(block, tokens) + room_for(experts, tokens)
+
+
+def _each(block: Block, tokens: int) -> int:
+    """Rows of each expert: those that read, and random ones."""
+    return max(map(len, rows_of(block, tokens).values())) + RANDOM * tokens
 
 
 @functools.lru_cache(maxsize=2)

@@ -155,7 +155,7 @@ def pieces(to: Routed, experts: range, most: int) -> Iterator[Piece]:
         yield Piece(x, np.bincount(here, minlength=len(experts)), to.token[rows], 1 if to.on_inputs else weight)
 
 
-def add_experts(out: NDArray[Any], rest: Iterable[Piece], weights: Weights, setting: Setting, rows: int) -> None:
-    """Run pieces, each in a call of so many rows, and add what the experts give to the outputs (T, K)."""
+def add_experts(out: NDArray[Any], rest: Iterable[Piece], weights: Weights, setting: Setting, rows: tuple[int, int]) -> None:
+    """Run pieces, each in a call of so many rows, so many of an expert at most; add what comes out to the outputs (T, K)."""
     for piece in rest:
-        piece.add(out, weights.run(piece.x, piece.sizes, setting.backend, setting.activation, rows))
+        piece.add(out, weights.run(piece.x, piece.sizes, setting.backend, setting.activation, *rows))
