@@ -19,8 +19,10 @@ from layouts.language.template import Template
 
 ROLES: Mapping[str, frozenset[str]] = {"wi": frozenset("ekgn"), "wo": frozenset("enk")}
 """Every role with the axes that its key and its pattern must hold between them."""
-_MAY = {"...", "s", "c", "part", "path", "l", "moe", "within"}
+_MAY = {"...", "s", "c", "part", "path", "l", "moe", "kind", "within"}
 """What they may hold besides: scan axes, the chunks of `n`, the word of a companion, and a place that is not the family's."""
+OPEN = "*first+"
+"""Stands in a key before `e` for the number of experts of the first kind, where a layer has two kinds, numbered through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ class Layout:
 
     key: str
     pattern: str
+
+    def filled(self, first: int) -> Layout:
+        """This layout, for so many experts of the first kind."""
+        return Layout(self.key.replace(OPEN, f"*{first}+"), self.pattern)
 
     def place(self, experts: str) -> Placed:
         """This layout below a place, ready to parse and render."""

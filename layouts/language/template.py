@@ -17,10 +17,12 @@ from functools import cached_property
 Index = Mapping[str, int | str]
 """Where a name puts its tensor: `{"l": 3, "e": 17, "g": 0}`; a path slot holds text."""
 
-_SLOT = re.compile(r"\{([a-z]+)(?:\*([1-9]\d*))?(?:\+([1-9]\d*|[a-z]))?(?::([^{}]+))?\}")
+_SLOT = re.compile(r"\{([a-z]+)(?:\*([1-9]\d*|first))?(?:\+([1-9]\d*|[a-z]))?(?::([^{}]+))?\}")
 _INTEGER = r"(0|[1-9][0-9]{0,8})"
 """Nine digits at most: no checkpoint has more of anything, and int() refuses what is much longer."""
 _PATH = r"(.+)"
+_NEVER = r"(?!)()"
+"""No name: a template with a number that nobody has filled in must not be taken for one that has it."""
 _WITHIN = r"((?:[^.]+\.){0,3})"
 """A few modules or none; not any number of them, as hostile names would be searched for each beginning again."""
 
@@ -29,13 +31,14 @@ _WITHIN = r"((?:[^.]+\.){0,3})"
 class _Slot:
     """A slot of a template: a path, `optional` modules with their dots, a choice of `words`, or a number.
 
-    A number is `factor * axis` plus an `offset` or an `inner` axis.
+    A number is `factor * axis` plus an `offset` or an `inner` axis, whose axis is below a `limit`; a factor of 0 is still open.
     """
 
     axis: str
     factor: int = 1
     offset: int = 0
     inner: str = ""
+    limit: int = 0
     words: tuple[str, ...] = ()
     optional: bool = False
 
@@ -43,12 +46,14 @@ class _Slot:
     def of(cls, axis: str, factor: str | None, offset: str | None, words: str | None) -> _Slot:
         """From what the text of a slot says."""
         inner = offset if offset and offset.isalpha() else ""
+        limit = words if words and inner and words.isdecimal() else ""
         return cls(
             axis=axis,
-            factor=int(factor or 1),
+            factor=0 if factor == "first" else int(factor or 1),
             offset=int(offset or 0) if not inner else 0,
             inner=inner,
-            words=tuple(words.split(",")) if words and words != "?" else (),
+            limit=int(limit or 0),
+            words=tuple(words.split(",")) if words and words != "?" and not limit else (),
             optional=words == "?",
         )
 
@@ -60,14 +65,20 @@ class _Slot:
     def regex(self) -> str:
         if self.words:
             return f"({'|'.join(map(re.escape, self.words))})"
-        return _WITHIN if self.optional else _INTEGER if len(self.axis) == 1 else _PATH
+        if not self.factor:
+            return _NEVER
+        return _WITHIN if self.optional else _INTEGER if self.is_number else _PATH
+
+    @property
+    def is_number(self) -> bool:
+        return len(self.axis) == 1 or bool(self.inner)
 
     @property
     def plain(self) -> Callable[[str], int | str] | None:
         """What a word stands for where that needs no arithmetic."""
         if self.words:
             return {word: at for at, word in enumerate(self.words)}.__getitem__
-        if len(self.axis) > 1:
+        if not self.is_number:
             return str
         return None if self.inner or self.offset or self.factor > 1 else int
 
@@ -75,6 +86,8 @@ class _Slot:
         if self.plain:
             return {self.axis: self.plain(text)}
         number, rest = divmod(int(text) - self.offset, self.factor)
+        if self.limit and number >= self.limit:
+            number, rest = self.limit - 1, int(text) - self.factor * (self.limit - 1)
         if self.inner:
             return {self.axis: number, self.inner: rest}
         return None if rest or number < 0 else {self.axis: number}
@@ -82,12 +95,12 @@ class _Slot:
     def render(self, index: Index) -> str:
         if self.words:
             return self.words[int(index[self.axis])]
-        if len(self.axis) > 1:
+        if not self.is_number:
             return str(index[self.axis])
         if not self.inner and self.factor == 1 and not self.offset:
             return str(int(index[self.axis]))
         rest = int(index[self.inner]) if self.inner else self.offset
-        if self.inner and rest >= self.factor:
+        if self.inner and rest >= self.factor > 0 and int(index[self.axis]) != self.limit - 1:
             raise ValueError(f"{self.inner} = {rest} is not below {self.factor}")
         return str(int(index[self.axis]) * self.factor + rest)
 
@@ -99,7 +112,8 @@ class Template:
     `{within:?}` is up to three modules, each with the dot behind it, or nothing: `{l}.{within:?}experts`.
 
     An index may count otherwise than the name: `{l*4+1}` is 1, 5, 9, ... for `l` = 0, 1, 2, ..., and `{l*4+p}` has two: 6 is
-    `l` = 1 and `p` = 2.
+    `l` = 1 and `p` = 2. `{kind*64+e:2}` has two kinds, and all numbers from 64 on are of the second. In
+    `{kind*first+e:2}` the number is still open, and no name is of that form; see `Layout.filled`.
 
     Names match in full and indices are digits without leading zeros, so that `parse` and `render` are exact inverses.
 

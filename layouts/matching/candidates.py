@@ -145,7 +145,7 @@ def named(text: str, family: Family) -> Layouts:
     """
     name, *options = text.split(":")
     if name in SOURCES and not options:
-        return SOURCES[name]
+        return family.own(SOURCES[name])
     if name in TARGETS and "{block}" in TARGETS[name]["wi"].pattern and len(options) == 1 and _NUMBER.fullmatch(options[0]):
         return target(name, family, shards=1, align=1, block=int(options[0]))
     shards, align = [*options, *("1", "128")[len(options) :]][:2]

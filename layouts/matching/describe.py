@@ -18,6 +18,7 @@ from layouts.language.pattern import Pattern
 from layouts.matching.candidates import Candidates, candidates, record_of
 from layouts.matching.checks import check_blocks, check_equal, check_grid
 from layouts.matching.group import Group
+from layouts.matching.kinds import check_kinds, filled
 from layouts.matching.lookup import expert_counts, find_family
 from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.packing import WEIGHTS, marked
@@ -73,6 +74,7 @@ def describe(
         )
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups, whole=whole)
+    check_kinds(reader, found, groups)
     counted = check_routers(reader, groups)
     told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
     if source_layout or told or (found.both_ways and not record_of(reader)):
@@ -91,7 +93,8 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Fami
         wanted = override or asked or stated or maxtext().name
     else:
         wanted = override or stated
-    return find_family(reader.config, list(reader.tensors), where=reader.path, format=reader.format, override=wanted)
+    found = find_family(reader.config, list(reader.tensors), where=reader.path, format=reader.format, override=wanted)
+    return filled(reader, found)
 
 
 def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, ...]:

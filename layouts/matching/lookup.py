@@ -26,8 +26,10 @@ _KINDS = 1_000
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts")
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
-_LISTS = ("pyramid_num_routed",)
-"""The names of lists of them, one for each layer (the vision encoder of Dots 3 Note)."""
+_KINDS_OF = "moe_num_experts"
+"""The word for the number of experts of each kind, where a layer has several: a list, or one number for all of them."""
+_LISTS = ("pyramid_num_routed", _KINDS_OF)
+"""The names of lists of them, one for each layer (the vision encoder of Dots 3 Note), or for each kind (ERNIE 4.5 VL)."""
 
 
 def find_family(
@@ -163,6 +165,21 @@ def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
     """The numbers of experts that `config.json` states: several for models of several parts, none where it is silent."""
     found, more = frozenset(_counts(config)), idle_experts(config)
     return found | {count + more for count in found} if more else found
+
+
+def experts_of_kinds(config: Mapping[str, Any], kinds: int) -> tuple[int, ...] | None:
+    """How many experts a layer has of each kind, by `config.json` at any depth; None if it does not say one thing."""
+    found = {tuple(value) if isinstance(value, list) else (value,) * kinds for value in _values(config, _KINDS_OF)}
+    stated = found.pop() if len(found) == 1 else ()
+    return stated if len(stated) == kinds and all(type(count) is int and count > 0 for count in stated) else None
+
+
+def _values(config: Mapping[str, Any], word: str) -> Iterator[Any]:
+    for key, value in config.items():
+        if key == word and value is not None:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _values(value, word)
 
 
 def idle_experts(config: Mapping[str, Any]) -> int:

@@ -139,12 +139,15 @@ def check_said(reader: Reader, groups: Sequence[Group]) -> None:
 
 
 def _beside(group: Group) -> Iterator[str]:
-    """The names that the router of a block may have: in the modules around the experts, within their layer."""
-    parts = group.names[0].split(".")
+    """The names that the router of a block may have: in the modules around the experts, within their layer.
+
+    That of a second kind of experts is `gate.weight_1` (ERNIE 4.5 VL).
+    """
+    parts, kind = group.names[0].split("."), group.index.get("kind")
     for depth in range(len(parts) - 1, 0, -1):
         if parts[depth - 1].isdecimal() and parts[depth - 2] != "experts":
             return
-        yield from (".".join([*parts[:depth], name]) for name in ROUTERS)
+        yield from (".".join([*parts[:depth], f"{name}_{kind}" if kind else name]) for name in ROUTERS)
 
 
 def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:

@@ -6,11 +6,12 @@ checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from layouts.language.layout import Layouts
+from layouts.language.layout import OPEN, Layouts
 from layouts.language.parts import is_in_first
 from layouts.language.pattern import Pattern
+from layouts.language.template import Template
 from layouts.tables.natives import (
     AUTOMODEL,
     FC,
@@ -51,6 +52,9 @@ class Family:
     scan_axis: int = 1
     """The axis along which MaxText stacks layers (its `param_scan_axis`), if it does."""
 
+    first: int = 0
+    """How many experts of the first kind a layer has, if it has several kinds and `config.json` was read."""
+
     @property
     def by_structure(self) -> bool:
         """Whether its trees are told by their structure, as MaxText's are, and not by `config.json`."""
@@ -60,6 +64,25 @@ class Family:
     def by_names(self) -> bool:
         """Whether no `config.json` names it: the names of its experts have one meaning, whatever the model is."""
         return not self.model_types and not self.by_structure
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of experts a layer has, each a block of its own with its own sizes."""
+        return Template(self.experts).choices.get("kind", 1)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes a look at `config.json` to know which expert of a name is of which kind."""
+        return any(OPEN in layout.key for table in self.native for layout in table.values())
+
+    def filled(self, first: int) -> Family:
+        """This family with so many experts of the first kind."""
+        told = replace(self, first=first)
+        return replace(told, native=tuple(map(told.own, self.native)))
+
+    def own(self, table: Layouts) -> Layouts:
+        """A layout as this family has it: with the number of experts that it leaves open."""
+        return {role: layout.filled(self.first) for role, layout in table.items()} if self.first else table
 
     @property
     def both_ways(self) -> bool:

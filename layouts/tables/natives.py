@@ -28,6 +28,10 @@ PER_EXPERT_BELOW = layouts(
     wi=("{experts}.experts.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
     wo=("{experts}.experts.{e}.down_proj.{part}", "k n"),
 )
+PER_EXPERT_KINDS = layouts(
+    wi=("{path}.{l}.mlp.experts.{kind*first+e:2}.{g:gate_proj,up_proj}.{part}", "n k"),
+    wo=("{path}.{l}.mlp.experts.{kind*first+e:2}.down_proj.{part}", "k n"),
+)
 PER_EXPERT_FC = layouts(
     wi=("{experts}.{e}.{g:fc1,fc3}.{part}", "n k"),
     wo=("{experts}.{e}.fc2.{part}", "k n"),
@@ -163,6 +167,7 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert": PER_EXPERT,
     "per-expert-in-out": PER_EXPERT_IN_OUT,  # Paddle's linear layers, unfused: only a user can say so
     "per-expert-w123": PER_EXPERT_W123,
+    "per-expert-kinds": PER_EXPERT_KINDS,  # ERNIE 4.5 VL: text experts, and behind them those for images
     "per-expert-fc": PER_EXPERT_FC,  # the vision encoder of Dots 3 Note
     "per-expert-spelt": PER_EXPERT_SPELT,
     "per-expert-linear": PER_EXPERT_LINEAR,  # Grok-1

@@ -164,7 +164,7 @@ SKIPPED: Mapping[str, str] = {
 EXTRA = ("qwen3_moe-square-tied", "longcat_flash-zeros")
 """Cases besides the plain model types."""
 
-REFUSED: Mapping[str, str] = {"ernie4_5_vl_moe": "must be alike"}
+REFUSED: Mapping[str, str] = {}
 """Cases that we do not convert, and a word of the reason that the error must give."""
 
 

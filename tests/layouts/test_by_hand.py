@@ -96,6 +96,6 @@ def test_families_without_a_gate_have_nothing_to_fuse(kind):
 
 
 def test_every_family_of_the_table_is_written_by_hand():
-    by_hand = {kind for _, kind in CASES}
+    by_hand = {kind for _, kind in CASES} | {"ernie4_5_vl_moe"}  # in test_kinds.py
     missing = [f.name for f in FAMILIES if f.model_types and not by_hand & set(f.model_types)]
     assert not missing

@@ -95,17 +95,6 @@ def test_a_model_of_two_parts_with_experts_of_two_kinds():
         make_plan(MemoryReader(arrays, config=stated), OUT, "prefuse")
 
 
-def test_experts_of_two_widths_in_one_layer_are_refused_with_the_reason():
-    """ERNIE-4.5-VL: text experts and, behind them, narrower ones for images."""
-    arrays = projections("model.layers.1.mlp", *weights(1, 4, 6, 4))
-    for name, array in projections("model.layers.1.mlp", *weights(2, 4, 6, 2)).items():
-        *place, e, word, weight = name.split(".")
-        arrays[".".join([*place, str(int(e) + 4), word, weight])] = array
-    stated = {"model_type": "ernie4_5_vl_moe", "text_config": {"moe_num_experts": [4, 4]}}
-    with pytest.raises(PlanError, match=r"experts of one layer must be alike.*no stacked tensor can hold both"):
-        make_plan(MemoryReader(arrays, config=stated), OUT, "prefuse")
-
-
 def test_layers_behind_the_last_are_converted_like_the_rest():
     """DeepSeek-V3's MTP block is `model.layers.61`, one more than num_hidden_layers."""
     deepseek = MODELS["deepseek"]

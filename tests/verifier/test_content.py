@@ -27,7 +27,9 @@ from layouts.checkpoint import open_checkpoint
 from layouts.windows import Windows
 from scripts.make_checkpoint import make_checkpoint
 from tests.layouts.test_companions import BLOCKS, FP8, FP8_PARTS, checkpoint
-from tests.tiny import HF, cut, memory, restore, run, store_again
+from tests.layouts.test_kinds import config as kinds
+from tests.layouts.test_kinds import published
+from tests.tiny import HF, MemoryReader, cut, memory, restore, run, store_again
 
 E, K, N, LAYERS = 4, 8, 4, 3
 ROOT = Path(__file__).parents[2]
@@ -92,7 +94,9 @@ def in_memory(reader) -> str:
     return contents(Reader(reader), options=Verification())[0].model.sha256
 
 
-@pytest.mark.parametrize("family", [f for f in HF if f.name != "hunyuan"], ids=lambda family: family.name)  # einops has no -g
+@pytest.mark.parametrize(
+    "family", [f for f in HF if f.name != "hunyuan" and f.kinds == 1], ids=lambda f: f.name
+)  # einops has no -g
 def test_every_family_has_one_digest_in_all_layouts(family):
     versions = {"transformers_version": f"{family.changed_in - 1}.0"} if family.changed_in else {}
     reader = memory(family, e=3, n=128, layers=(1,))
@@ -103,6 +107,15 @@ def test_every_family_has_one_digest_in_all_layouts(family):
             same.append(in_memory(run(reader, "prefuse", layout=layout, shards=shards)) == wanted)
     assert all(same)
     assert len(same) >= len(LAYOUTS) - 1
+
+
+def test_both_kinds_of_experts_belong_to_it():
+    source = MemoryReader(published(widths=(4, 4)), config=kinds())
+    fused = run(source, "prefuse")
+    assert in_memory(fused) == in_memory(source)
+    text, images = (f"model.layers.1.mlp.{word}.experts.wi" for word in ("text_moe", "vision_moe"))
+    fused.arrays[text], fused.arrays[images] = fused.arrays[images], fused.arrays[text]
+    assert in_memory(fused) != in_memory(source)
 
 
 @pytest.mark.parametrize("layout", ["concat", "transformers", "per-shard", "vllm", "lane"])

@@ -87,21 +87,24 @@ Sides = tuple[Block, Block]
 
 def blocks(reader: Reader, description: Description) -> dict[str, Block]:
     """Every MoE layer by a key that does not depend on the layout: where it is, and its place in a stack of layers."""
-    found: dict[tuple[Any, Any], dict[Kind, Group]] = {}
+    found: dict[tuple[Any, Any, Any], dict[Kind, Group]] = {}
     for group in description.groups:
-        place = (group.index.get("path", ""), group.index.get("l"))
+        place = (group.index.get("path", ""), group.index.get("l"), group.index.get("kind"))
         found.setdefault(place, {})[group.role, group.part] = group
-    several = len({path for path, _ in found}) > 1
+    several = len({path for path, _, _ in found}) > 1
     made: dict[str, Block] = {}
-    for (path, layer), groups in found.items():
+    for (path, layer, kind), groups in found.items():
         shown = str(path) if layer is None else f"{path} layer {layer}" if several else f"layer {layer}"
-        made |= {key_of({"path": path, "l": layer}, block.scan): block for block in _unstack(reader, shown, groups)}
+        shown += "" if kind is None else f" kind {kind}"
+        index = {"path": path, "l": layer} | ({} if kind is None else {"kind": kind})
+        made |= {key_of(index, block.scan): block for block in _unstack(reader, shown, groups)}
     return made
 
 
 def key_of(index: Mapping[str, Any], scan: Mapping[str, int]) -> str:
-    """Where a MoE layer is, and its place in a stack of layers."""
-    return f"{index.get('path', '')} {index.get('l')} {sorted(scan.items())}"
+    """Where a MoE layer is, of which kind if it has several, and its place in a stack of layers."""
+    kind = f" {index['kind']}" if "kind" in index else ""
+    return f"{index.get('path', '')} {index.get('l')}{kind} {sorted(scan.items())}"
 
 
 def _unstack(reader: Reader, place: str, groups: Mapping[Kind, Group]) -> Iterator[Block]:

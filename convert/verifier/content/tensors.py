@@ -27,9 +27,9 @@ WORDS: Mapping[str, tuple[str, ...]] = {"wi": ("gate", "up"), "wo": ("down",)}
 
 
 def place_in(block: Block) -> list[Any]:
-    """Where a MoE layer is, whatever its layout: a path, the number of the layer, its place in a stack of them."""
+    """Where a MoE layer is, whatever its layout: a path, its number, its kind if it has several, its place in a stack."""
     index = next(iter(block.groups.values())).index
-    return [index.get("path", ""), index.get("l"), *block.scan.values()]
+    return [index.get("path", ""), index.get("l"), *([index["kind"]] if "kind" in index else []), *block.scan.values()]
 
 
 def expert_units(place: list[Any], block: Block) -> Iterator[Unit]:

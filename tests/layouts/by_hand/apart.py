@@ -111,7 +111,6 @@ APART = {
             "unlimited_ocr",
             "unlimited_ocr_text",
             "deepseek_ocr2_text",
-            "ernie4_5_vl_moe_text",
         )
     ),
     "dots3_note": Model(types=("dots3_note",), at="layers.{}.mlp"),
