@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scripts._forked import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -73,7 +76,6 @@ if step:
         return result
     setattr(module, name, wrapped)
 from convert.cli import main
-print(flush=True)
 sys.exit(main(sys.argv[5:]))
 """
 
@@ -104,23 +106,19 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def strike(case: Case, out: Path, point: Point) -> int:
+def strike(forks: Forks, case: Case, out: Path, point: Point) -> int:
     """Run the conversion and kill it at a point; the exit code, -9 if the kill struck."""
     options = [case.action, str(case.source), str(out), "--quiet", "--jobs", "2", "--max-shard-size", "60000"]
     options += ["--overwrite"] if case.old else []
     exchange = "yes" if point.exchange else "no"
-    command = [sys.executable, "-c", CHILD, point.step, point.when, str(point.number), exchange, *options]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        if not point.step and point.delay:
-            time.sleep(point.delay)
-            process.send_signal(signal.SIGKILL)
-        process.stdout.read()
-    return process.returncode
+    started = forks.start(CHILD, point.step, point.when, point.number, exchange, *options)
+    if not point.step and point.delay:
+        time.sleep(point.delay)
+        os.kill(started[0], signal.SIGKILL)
+    return forks.end(*started).returncode
 
 
-def check(case: Case, folder: Path, points: Sequence[Point]) -> bool:
+def check(forks: Forks, case: Case, folder: Path, points: Sequence[Point]) -> bool:
     """Strike at each point in turn, then finish; whether the first one struck.
 
     Raises:
@@ -132,7 +130,7 @@ def check(case: Case, folder: Path, points: Sequence[Point]) -> bool:
         write(out, case.old)
     codes = []
     for point in (*points, Point()):
-        codes.append(strike(case, out, point))
+        codes.append(strike(forks, case, out, point))
         assert codes[-1] in (0, -signal.SIGKILL), (codes, points)
         found = contents(out) if out.exists() else None
         between = not point.exchange and found is None  # two renames instead of one: absent is allowed
@@ -181,9 +179,11 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=200, help="random moments, besides every named step")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
+    from scripts._forked import Forks
+
     dice = random.Random(arguments.seed)
     struck: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
+    with Forks() as forks, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cases = make_cases(folder)
         work = [(case, (point,)) for case in cases for point in named_points()]
@@ -193,7 +193,7 @@ def main() -> None:
         for number, (case, points) in enumerate(work):
             try:
                 kind = points[0].step or "random"
-                struck[kind] += check(case, folder / f"run{number}", points)
+                struck[kind] += check(forks, case, folder / f"run{number}", points)
             except AssertionError as error:
                 sys.exit(f"seed {arguments.seed}: {case.action}, overwrite {bool(case.old)}, {points}: {error}")
     print(f"seed {arguments.seed}: {len(work)} runs, {sum(struck.values())} of them killed, none partial, all finished")
@@ -201,5 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     main()

@@ -1,10 +1,13 @@
 """Settings of all tests."""
 
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
 from hypothesis import settings
+
+from scripts._forked import Forks
 
 # Here XLA compiles for much longer than it computes. Processes that tests start have this from them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
@@ -21,3 +24,10 @@ settings.load_profile("tests")
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: half as many again as cores, as tests wait for disks and for processes that they start."""
     return max(2, (os.cpu_count() or 1) * 3 // 2)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs code in processes of their own, at a tenth of the cost: none has to start Python."""
+    with Forks(JAX_PLATFORMS="cpu") as forks:
+        yield forks

@@ -2,12 +2,9 @@
 
 import fcntl
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -45,23 +42,25 @@ if end:
     Stage.record = last
 sys.exit(main([*sys.argv[5:], "--quiet", *(["--distributed"] if int(count) > 1 else [])]))
 """
-ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 
 
-def run(count, *arguments, ends=(), options=()):
+@pytest.fixture(scope="module")
+def run(forks):
+    return partial(together, forks)
+
+
+def together(forks, count, *arguments, ends=(), options=()):
     """Exit codes and what was written to stderr, of `count` processes that run the command together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     children = []
     for index in range(count):
         own = [address, str(count), str(index), dict(ends).get(index, ""), *map(str, arguments), *dict(options).get(index, ())]
-        command = [sys.executable, "-c", CHILD, *own]
-        children.append(subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True))
-    texts = [child.communicate(timeout=180)[1] for child in children]
-    return [child.returncode for child in children], texts
+        children.append(forks.start(CHILD, *own))
+    ended = [forks.end(*child) for child in children]
+    return [child.returncode for child in ended], [child.stderr for child in ended]
 
 
 NAMED = ("files", "xxh3_128")
@@ -88,14 +87,14 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tree(source):
+def tree(run, source):
     path = source.with_name("tree")
     assert run(1, "--to", "orbax", source, path)[0] == [0]
     return path
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
-def test_safetensors_by_several_processes(source, tmp_path, count):
+def test_safetensors_by_several_processes(run, source, tmp_path, count):
     arguments = ("--max-shard-size", "60kB")
     assert main(["--prefuse", str(source), str(tmp_path / "alone"), "--quiet", *arguments]) == 0
     assert run(count, "--prefuse", source, tmp_path / "out", *arguments) == ([0] * count, [""] * count)
@@ -109,7 +108,7 @@ def test_safetensors_by_several_processes(source, tmp_path, count):
 @pytest.mark.parametrize(
     ("count", "kind"), [(2, "source"), pytest.param(4, "source", marks=SLOW), pytest.param(3, "tree", marks=SLOW)]
 )
-def test_orbax_by_several_processes(source, tree, tmp_path, count, kind):
+def test_orbax_by_several_processes(run, source, tree, tmp_path, count, kind):
     """Arrays in portions; from a tree, the files of a database are copied and renamed."""
     arguments = ("--prefuse", {"source": source, "tree": tree}[kind])
     to = ("--to", "orbax") if kind == "source" else ()
@@ -141,7 +140,7 @@ def folders(tmp_path_factory):
 
 @SLOW
 @pytest.mark.parametrize("count", [1, 2])
-def test_directories_of_chunks_by_several_processes(folders, tmp_path, count):
+def test_directories_of_chunks_by_several_processes(run, folders, tmp_path, count):
     """Each chunk is a file that is copied under its new name; a run that failed leaves what is done to the next."""
     assert run(count, "--prefuse", folders, tmp_path / "out", ends={0: "fail"})[0] == [6] * count
     assert run(count, "--prefuse", folders, tmp_path / "out") == ([0] * count, [""] * count)
@@ -157,7 +156,7 @@ def test_directories_of_chunks_by_several_processes(folders, tmp_path, count):
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=SLOW)])
-def test_portions_of_arrays_that_are_directories(folders, tmp_path, count, monkeypatch):
+def test_portions_of_arrays_that_are_directories(run, folders, tmp_path, count, monkeypatch):
     monkeypatch.setenv("ANEW", "1")
     assert run(count, "--prefuse", folders, tmp_path / "out", ends={0: "fail"})[0] == [6] * count
     (home,) = tmp_path.glob("out.partial-*")
@@ -171,7 +170,7 @@ def test_portions_of_arrays_that_are_directories(folders, tmp_path, count, monke
     assert not list(tmp_path.rglob("*.__lock"))
 
 
-def test_a_flipped_bit_is_found_in_its_portion(tree, tmp_path):
+def test_a_flipped_bit_is_found_in_its_portion(run, tree, tmp_path):
     assert run(1, "--prefuse", tree, tmp_path / "out")[0] == [0]
     path = tmp_path / "out" / "convert_manifest.json"
     text = path.read_text()
@@ -186,7 +185,7 @@ ENDS = [(0, ORBAX), (1, HF), pytest.param(0, HF, marks=SLOW), pytest.param(1, OR
 
 
 @pytest.mark.parametrize(("failing", "to"), [ENDS[0], pytest.param(1, HF, marks=SLOW), *ENDS[2:]])
-def test_one_fails_and_all_stop_and_the_next_run_goes_on(source, tmp_path, to, failing):
+def test_one_fails_and_all_stop_and_the_next_run_goes_on(run, source, tmp_path, to, failing):
     arguments = ("--prefuse", source, tmp_path / "out", "--max-shard-size", "60kB", *to)
     codes, texts = run(2, *arguments, ends={failing: "fail"})
     assert codes == [6, 6]
@@ -201,7 +200,7 @@ def test_one_fails_and_all_stop_and_the_next_run_goes_on(source, tmp_path, to, f
 
 
 @pytest.mark.parametrize(("killed", "to"), [pytest.param(0, ORBAX, marks=SLOW), *ENDS[1:]])
-def test_one_is_killed_and_the_next_run_goes_on(source, tmp_path, to, killed):
+def test_one_is_killed_and_the_next_run_goes_on(run, source, tmp_path, to, killed):
     """JAX notices that it is gone and ends the other one."""
     arguments = ("--prefuse", source, tmp_path / "out", "--max-shard-size", "60kB", *to)
     codes, _ = run(2, *arguments, ends={killed: "kill"})
@@ -213,14 +212,14 @@ def test_one_is_killed_and_the_next_run_goes_on(source, tmp_path, to, killed):
     assert convert.verify(source, tmp_path / "out", gemm=False).equal
 
 
-def test_different_options_are_refused(source, tmp_path):
+def test_different_options_are_refused(run, source, tmp_path):
     codes, texts = run(2, "--prefuse", source, tmp_path / "out", options={1: ("--layout", "interleaved")})
     assert set(codes) in ({2}, {2, 6})  # who is told before it sees for itself has 6
     assert any("all processes must be given the same options" in text for text in texts)
     assert not (tmp_path / "out").exists()
 
 
-def test_helpers_of_an_earlier_run_that_still_write_are_noticed(source, tmp_path):
+def test_helpers_of_an_earlier_run_that_still_write_are_noticed(run, source, tmp_path):
     assert run(2, "--prefuse", source, tmp_path / "out", ends={0: "fail"})[0] == [6, 6]
     (home,) = tmp_path.glob("out.partial-*")
     with (home / ".convert_journal-1").open("a") as held:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +109,6 @@ def test_what_cannot_be_done_is_said(remote, local, tmp_path, capsys):
         places.place("ftp://host/file")
 
 
-ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, signal, sys
 from convert.hf import execute
@@ -198,22 +195,17 @@ def test_from_hugging_face_to_a_store_and_back(server, fresh, tmp_path, monkeypa
         convert.reformat(tmp_path / "in", out, to="orbax")
 
 
-def run(end, *arguments):
-    command = [sys.executable, "-c", CHILD, end, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_a_killed_run_leaves_no_checkpoint_and_is_taken_up_again(server, fresh, tmp_path):
+def test_a_killed_run_leaves_no_checkpoint_and_is_taken_up_again(server, forks, fresh, tmp_path):
     make_checkpoint(tmp_path / "in", family="qwen3_moe")
     command = ("--prefuse", "--to", "orbax", tmp_path / "in", f"s3://{BUCKET}/{fresh}")
-    assert run("kill", *command).returncode == -signal.SIGKILL
+    assert forks.run(CHILD, "kill", *command).returncode == -signal.SIGKILL
     written = objects(f"{fresh}/")
     assert written
     assert not any(name.endswith(("_METADATA", "commit_success.txt")) for name in written)
     assert main(["--verify", str(tmp_path / "in"), f"s3://{BUCKET}/{fresh}", "--quiet"]) == 3
-    other = run("", "--to", "orbax", tmp_path / "in", f"s3://{BUCKET}/{fresh}")
+    other = forks.run(CHILD, "", "--to", "orbax", tmp_path / "in", f"s3://{BUCKET}/{fresh}")
     assert other.returncode == 5, "another plan must not mix with it"
-    again = run("", *command)
+    again = forks.run(CHILD, "", *command)
     assert again.returncode == 0, again.stderr
     assert "finished by an earlier run" in again.stdout
     assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}", gemm=False).equal
@@ -280,12 +272,12 @@ def test_of_two_runs_the_later_one_goes_on(server, fresh, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_several_processes_write_to_a_store(server, fresh, tmp_path):
-    from tests.commit.test_processes import run as together
+def test_several_processes_write_to_a_store(server, forks, fresh, tmp_path):
+    from tests.commit.test_processes import together
 
     make_checkpoint(tmp_path / "in", family="qwen3_moe", values="identity")
     arguments = ("--prefuse", "--to", "orbax", tmp_path / "in", f"s3://{BUCKET}/{fresh}")
-    assert together(2, *arguments)[0] == [0, 0]
+    assert together(forks, 2, *arguments)[0] == [0, 0]
     assert convert.verify(f"s3://{BUCKET}/{fresh}").equal
     assert convert.verify(tmp_path / "in", f"s3://{BUCKET}/{fresh}", gemm=False).equal
     manifest = json.loads(client().get_object(Bucket=BUCKET, Key=f"{fresh}/convert_manifest.json")["Body"].read())

@@ -1,8 +1,7 @@
 """Kill -9 at any system call that changes the disk: the output is absent or complete, and the same command finishes it."""
 
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import convert
 from scripts.make_checkpoint import make_checkpoint
 
 CHILD = """
-import os, shutil, signal, sys  # shutil asks at its import whether `os.open` is the system's
+import os, signal, sys
 point, left = int(sys.argv[1]), [int(sys.argv[1])]
 def wrap(real):
     def call(*arguments, **keywords):
@@ -33,11 +32,6 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def run(point: int, action: str, source: Path, out: Path) -> int:
-    command = [sys.executable, "-c", CHILD, str(point), action, str(source), str(out)]
-    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False).returncode
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
     root = tmp_path_factory.mktemp("case")
@@ -46,30 +40,30 @@ def case(tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
     return source, contents(source), contents(root / "out")
 
 
-def check(points: range, case, tmp_path: Path) -> None:
+def check(forks, points: range, case, tmp_path: Path) -> None:
     source, before, wanted = case
     killed = 0
     for point in points:
         out = tmp_path / f"out{point}"
-        code = run(point, "--prefuse", source, out)
+        code = forks.run(CHILD, point, "--prefuse", source, out).returncode
         if out.exists():
             assert contents(out) == wanted, point
         killed += code == -9
         if code == -9 and not out.exists():
-            again = run(0, "--prefuse", source, out)
+            again = forks.run(CHILD, 0, "--prefuse", source, out).returncode
             assert again == 0, point
         assert contents(out) == wanted, point
         assert os.listdir(tmp_path) == [out.name] or killed, point
         for leftover in tmp_path.iterdir():
-            subprocess.run(["rm", "-rf", leftover], check=True)
+            shutil.rmtree(leftover)
     assert killed > len(points) // 2
     assert contents(source) == before
 
 
-def test_killed_at_some_steps(case, tmp_path):
-    check(range(1, 90, 12), case, tmp_path)
+def test_killed_at_some_steps(forks, case, tmp_path):
+    check(forks, range(1, 90, 12), case, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_at_every_step(case, tmp_path):
-    check(range(1, 120), case, tmp_path)
+def test_killed_at_every_step(forks, case, tmp_path):
+    check(forks, range(1, 120), case, tmp_path)

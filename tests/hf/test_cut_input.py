@@ -1,9 +1,5 @@
 """An input that is cut while it is read ends the run with its name and exit code 3; it does not kill the process."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from scripts.make_checkpoint import make_checkpoint
@@ -25,25 +21,20 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-def run(function: str, path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, function, str(path), *map(str, arguments)]
-    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=100)
-
-
 @pytest.mark.parametrize("function", ["read", "extent"])
 @pytest.mark.parametrize(
     "arguments", [("--prefuse",), ("--prefuse", "--layout", "transformers"), ("--to", "orbax", "--no-scan")]
 )
-def test_a_conversion(tmp_path, arguments, function):
+def test_a_conversion(forks, tmp_path, arguments, function):
     source = make_checkpoint(tmp_path / "in", family="qwen3_moe", layers=2, experts=4, embed=128, mlp=128)
-    done = run(function, source, *arguments, "--quiet", source, tmp_path / "out")
+    done = forks.run(CHILD, function, source, *arguments, "--quiet", source, tmp_path / "out")
     assert done.returncode == 3, done.stderr
     assert ".safetensors: it ends at byte 100,000" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_verification(tmp_path):
+def test_a_verification(forks, tmp_path):
     source = make_checkpoint(tmp_path / "in", family="qwen3_moe", layers=2, experts=4, embed=128, mlp=128)
-    done = run("read", source, "--verify", "--quiet", "--no-gemm", source, source)
+    done = forks.run(CHILD, "read", source, "--verify", "--quiet", "--no-gemm", source, source)
     assert done.returncode == 3, done.stderr
     assert ".safetensors: it ends at byte 100,000" in done.stderr

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from scripts.make_checkpoint import make_checkpoint
 from tests import tiny
 from tests.commit.test_commit import contents, count_calls, partials, prefuse
 
-ROOT = Path(__file__).parents[2]
 QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
 
 
@@ -206,21 +204,26 @@ def test_a_full_tmpfs(tmp_path, jobs):
         subprocess.run(["umount", disk], check=True)
 
 
+SIGNALLED = """
+import itertools, os, sys, time
+from convert.cli import main
+from convert.engine.direct import Output
+calls, put = itertools.count(), Output.put
+def signalled(*arguments):
+    next(calls) or os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(0.05)  # the signal is met before the work is done
+    put(*arguments)
+Output.put = signalled
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_run_to_go_on_with(source, wanted, tmp_path, number):
-    slow = "import sys, time; from convert.cli import main; from convert.engine.direct import Output; r = Output.put\n"
-    slow += "Output.put = lambda *a: (print(flush=True), time.sleep(0.05), r(*a))[2]\nsys.exit(main(sys.argv[1:]))"
+def test_a_signal_leaves_a_run_to_go_on_with(forks, source, wanted, tmp_path, number):
     arguments = ["--prefuse", str(source), str(tmp_path / "out"), "--max-shard-size", "60000", "--quiet"]
-    run = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with run:
-        assert run.stdout is not None
-        assert run.stderr is not None
-        run.stdout.readline()
-        run.send_signal(number)
-        assert "run the same command again" in run.stderr.read()
-    assert run.returncode == 128 + number
+    done = forks.run(SIGNALLED, int(number), *arguments)
+    assert "run the same command again" in done.stderr
+    assert done.returncode == 128 + number
     assert not (tmp_path / "out").exists()
     assert main(arguments) == 0
     assert contents(tmp_path / "out") == wanted

@@ -1,9 +1,7 @@
 """Hugging Face to MaxText on the disk: Orbax restores what we write, and the way back gives every file again."""
 
 import json
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -183,14 +181,13 @@ def test_a_tree_without_config_is_refused_with_what_to_do(source, tmp_path, caps
     assert "put the model's config.json there" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on(source, tmp_path):
+def test_an_interrupted_run_goes_on(forks, source, tmp_path):
     code = (
         "import os, signal, sys, convert.orbax.write as w; from convert.cli import main\n"
         "w.OrbaxWriter._write_beside = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(main(sys.argv[1:]))"
     )
     command = ["--to", "orbax", str(source), str(tmp_path / "tree"), "--quiet"]
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code, *command], cwd=root, env=dict(os.environ)).returncode == -9
+    assert forks.run(code, *command).returncode == -signal.SIGKILL
     assert not (tmp_path / "tree").exists()
     assert convert.reformat(source, tmp_path / "tree", to="orbax").resumed
     convert.reformat(tmp_path / "tree", tmp_path / "again", to="hf")

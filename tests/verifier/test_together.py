@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -208,16 +205,15 @@ def test_a_part_is_a_stretch_of_the_work(sizes, parts):
 
 
 @pytest.mark.parametrize("words", [["--no-gemm"], pytest.param([], marks=pytest.mark.slow)], ids=" ".join)
-def test_the_command_prints_one_verdict(root, words):
+def test_the_command_prints_one_verdict(forks, root, words):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     given = ["--verify", str(root / "in"), str(root / "damaged"), *words, "--json", "--quiet", "--coordinator", address]
-    command = [sys.executable, "-m", "convert", *given, "--num-processes", "2", "--process-id"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    children = [subprocess.Popen([*command, str(i)], env=environment, stdout=-1, stderr=-1, text=True) for i in range(2)]
-    texts = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [1, 1], texts
+    code = "import sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+    children = [forks.start(code, *given, "--num-processes", 2, "--process-id", i) for i in range(2)]
+    ended = [forks.end(*child) for child in children]
+    assert [child.returncode for child in ended] == [1, 1], ended
     alone = convert.verify(root / "in", root / "damaged", gemm=not words, content=True, self_test=True)
-    assert json.loads(texts[0][0])["result"] | {"run": None} == json.loads(alone.json())
-    assert [texts[0][1], *texts[1]] == ["", "", ""]
+    assert json.loads(ended[0].stdout)["result"] | {"run": None} == json.loads(alone.json())
+    assert [ended[0].stderr, ended[1].stdout, ended[1].stderr] == ["", "", ""]

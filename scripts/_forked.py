@@ -1,0 +1,134 @@
+"""Run code in processes of its own, of which none has to start Python: each is forked off one that has imported the tool.
+
+What they do and how they end is what a process of `python -c CODE` does: it can be killed, it has threads, handlers and an exit
+code of its own. Nothing has started a thread in the process that forks, which a fork would lose.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 180
+"""Seconds after which a run hangs, and is ended by SIGALRM."""
+ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The exit code of a process (negative: the signal that killed it), and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Forks:
+    """The process that forks. Leave its context in the end."""
+
+    def __init__(self, **environment: str) -> None:
+        """Start it, with these variables beside those of this process."""
+        own = os.environ | ALONE | {"PYTHONPATH": str(ROOT)} | environment
+        self._folder = tempfile.TemporaryDirectory()
+        self._number = 0
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=own, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def start(self, code: str, *arguments: object) -> tuple[int, str]:
+        """Begin to run `code` as `python -c` does; the number of its process, and where it writes. Give both to `end`."""
+        self._number += 1
+        printed = f"{self._folder.name}/{self._number}"
+        request = {"code": code, "arguments": ["-c", *map(str, arguments)], "printed": printed}
+        return self._ask(request | {"environment": dict(os.environ)}), printed
+
+    def end(self, pid: int, printed: str) -> Ended:
+        """Wait until it has ended."""
+        code = self._ask({"pid": pid})
+        return Ended(returncode=code, stdout=Path(f"{printed}.1").read_text(), stderr=Path(f"{printed}.2").read_text())
+
+    def run(self, code: str, *arguments: object) -> Ended:
+        """Run `code` to its end."""
+        return self.end(*self.start(code, *arguments))
+
+    def _ask(self, request: Mapping[str, Any]) -> int:
+        ask: IO[str] = self._process.stdin  # type: ignore[assignment]
+        answer: IO[str] = self._process.stdout  # type: ignore[assignment]
+        print(json.dumps(request), file=ask, flush=True)
+        return int(answer.readline())
+
+
+def load() -> None:
+    """Import every module of the tool, and keep what is there from the collector, which would copy all memory in each fork."""
+    for package in map(importlib.import_module, ("convert", "layouts")):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):  # that would run it
+                importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()
+
+
+def serve() -> None:
+    """Answer each request on stdin: to fork, with the number of the process, and to wait for one, with its exit code."""
+    code: list[int] = []
+    atexit.register(lambda: code and _leave(*code))  # the first, so it is called last: only Python would end after that
+    load()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "pid" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1]), flush=True)
+            continue
+        assert len(os.listdir("/proc/self/task")) == 1, "a thread that the forked process would not have"
+        child = os.fork()
+        if not child:
+            code.append(_become(**request))
+            return
+        print(child, flush=True)
+
+
+def _become(*, code: str, arguments: list[str], printed: str, environment: dict[str, str]) -> int:
+    """Be the process that runs the code, and give its exit code; Python waits for its threads and calls its exit handlers."""
+    signal.alarm(LIMIT)
+    for stream in (0, 1, 2):
+        os.dup2(os.open(f"{printed}.{stream}", os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.update(environment)
+    sys.argv = arguments
+    try:
+        exec(compile(code, "<forked>", "exec"), {"__name__": "__main__"})
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
