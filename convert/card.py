@@ -18,9 +18,11 @@ from convert.commit.inventory import read_card
 from convert.commit.manifest import TOOL
 from convert.options import Choices, Running
 from convert.options.option import named
+from convert.planning.computed import originals_of
 from convert.planning.planner import Plan
 from layouts.card import CARD, MOST, add, strip, takes_section
 from layouts.reader import Reader
+from layouts.side_files import ORIGINALS
 from layouts.tables.targets import LOADED_BY, TAKEN_BY
 
 _PLACES = ("base", "sharding")
@@ -90,7 +92,8 @@ def _lines(plan: Plan, before: str, choices: Choices, running: Running) -> Itera
             yield f"| {title} | `{record[role]['key']}` | `{record[role]['pattern']}` |"
     yield from ("", _AXES, "", f"Made by moe-convert {TOOL}; OUT is this checkpoint, and IN what it was made of:", "")
     yield from (f"    {command(plan.action, choices, running, content=bool(plan.content))}", "")
-    yield f"- Values: {'computed: ' + plan.computed if plan.computed else 'every bit is as it was in IN'}."
+    kept = f"; the originals are in `{ORIGINALS}`" if originals_of(plan) else ""
+    yield f"- Values: {f'computed: {plan.computed}{kept}' if plan.computed else 'every bit is as it was in IN'}."
     if plan.content:
         yield f"- sha256 of what it holds, the same in every layout: `{plan.content['model']['sha256']}` (`convert --digest`)."
     yield f"- To load it: {_loading(plan)}."

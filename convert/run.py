@@ -20,17 +20,17 @@ from convert.commit.store import mark_of
 from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
-from convert.engine.twins import compare_twins
+from convert.engine.twins import compare_twins, with_computed
 from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
 from convert.options.option import workers
 from convert.planning.choices import check
+from convert.planning.computed import kept_bytes
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
 from convert.report import Report
 from layouts.checkpoint import FORMATS, growing, open_checkpoint
-from layouts.computing import computing
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.matching.scales import Scales, notes
@@ -75,7 +75,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         else:
             plan = make_plan(reader, place(out), action, choices)
         plan = _cut_for(plan, choices)
-        plan, reader = replace(plan, remarks=(*plan.remarks, *_scales(plan, reader))), computing(reader, plan.factors)
+        plan, reader = with_computed(replace(plan, remarks=(*plan.remarks, *_scales(plan, reader))), reader)
         if choices.dequantize:
             rule = f"{RULE}; {plan.computed}" if plan.computed else RULE
             plan = replace(plan, computed=rule, computed_kinds=(*kinds, *plan.computed_kinds))
@@ -125,7 +125,7 @@ def convert_checkpoint(
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)
         hashed = sum(spec.nbytes for spec in reader.tensors.values()) if running.content and processes.first else 0
-        begin(progress or ignore, "", hashed + plan.nbytes // processes.count)
+        begin(progress or ignore, "", hashed + (plan.nbytes + kept_bytes(plan)) // processes.count)
         told = processes.watched(progress or ignore)
         with closing(reader):
             if not finished or running.overwrite:
@@ -201,9 +201,10 @@ def writer_of(plan: Plan, reader: Reader, running: Running, processes: Processes
 def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running, like: Reader | None) -> Writer:
     jobs = running.jobs
     if FORMATS[plan.format].chunked:
+        from convert.hf.originals import keep_originals
         from convert.orbax.write import OrbaxWriter
 
-        return OrbaxWriter.make(plan, reader, memory, jobs, like)
+        return OrbaxWriter.make(plan, reader, memory, jobs, partial(keep_originals, plan, reader), like)
     from convert.hf.write import HFWriter
 
     original = manifest.files_as_they_are(like) if like else None

@@ -1,6 +1,7 @@
 """A checkpoint with some of its tensors computed: each value times one number, as MaxText has it for some models.
 
-In: an open checkpoint, factors. Out: a reader of what these make. It never decides which tensors they are for.
+In: an open checkpoint, factors. Out: a reader of what these make, or one of what they were made of, where that is kept. It
+never decides which tensors they are for, or whether what is kept is theirs.
 
 The product is taken in float32 and rounded once to the type of the tensor, to nearest even, as MaxText's converter does it
 (`checkpoint_conversion/utils/param_mapping.py`, `scale_query_layer`).
@@ -17,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.disk.pread import Empty, Extent
+from layouts.errors import InputError
+from layouts.hf import HFReader
 from layouts.reader import Reader
+from layouts.side_files import ORIGINALS
 from layouts.tensors import TensorSpec, bits, numpy_dtype
 from layouts.through import Through
 
@@ -62,3 +66,47 @@ class ComputingReader(Through):
 def computing(reader: Reader, factors: Mapping[str, float]) -> Reader:
     """The checkpoint with these tensors computed; itself if there are none."""
     return ComputingReader(inner=reader, factors=factors) if factors else reader
+
+
+def uncomputed(reader: Reader) -> Reader:
+    """The checkpoint as it is stored, of one that `computing` made."""
+    return reader.inner if isinstance(reader, ComputingReader) else reader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OriginalsReader(Through):
+    """A tree with the originals of computed tensors in their place: same names, shapes and types, the values as they were."""
+
+    kept: Reader
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """As they are."""
+        return self.inner.tensors
+
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
+        """A block as bits."""
+        return (self.kept if name in self.kept.tensors else self.inner).read(name, slices, empty)
+
+    def close(self) -> None:
+        """Close both."""
+        self.kept.close()
+        self.inner.close()
+
+
+def open_originals(reader: Reader) -> Reader | None:
+    """The originals of computed tensors that a tree keeps, if it does; the caller closes them.
+
+    Raises:
+        InputError: they are damaged, or hold something else than tensors of the tree.
+    """
+    if ORIGINALS not in reader.side_files.plain:
+        return None
+    kept = HFReader.open((reader.path / ORIGINALS).parent)
+    for name, spec in kept.tensors.items():
+        if reader.tensors.get(name) != spec:
+            raise InputError(
+                f"{reader.path / ORIGINALS}: it holds {name} as {spec.dtype} {spec.shape}, and the tree has no such tensor; "
+                f"restore the file, or remove it to have values computed"
+            )
+    return kept

@@ -21,6 +21,11 @@ NEVER = (".git", "*.incomplete", "*.lock")
 """What an unfinished download leaves, locks, and the file that a submodule of git has in the place of the folder."""
 WEIGHT_FOLDERS = frozenset({"original", "metal"})
 """Folders at the top in which publishers keep the same weights in a form of their own."""
+ORIGINALS = "convert_originals/originals.safetensors"
+"""Where a tree that we made keeps the originals of tensors that were computed, by the names of the computed ones.
+
+In a folder of its own: loaders that take every `*.safetensors` of a directory for the model do not look there.
+"""
 OTHER_MODELS = ("adapter_*", "consolidated*", "mmproj*")
 """What is called so belongs to an adapter, to the publisher's own form of the model, or to another model."""
 WEIGHTS = (
@@ -62,6 +67,8 @@ def sort_files(names: Iterable[str], size: Callable[[str], int], folders: frozen
         first, _, below = name.partition("/")
         if (found := never_copied(name)) is not None:
             never.add(found)
+        elif name == ORIGINALS:
+            plain[name] = size(name)
         elif (below and first.lower() in folders) or is_any(name.rpartition("/")[2], WEIGHTS):
             weights[name] = size(name)
         else:

@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from convert.commit.inventory import FileEntry
+from convert.planning.computed import originals_of
 from convert.planning.planner import Plan
 from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.disk.written import indented
@@ -62,6 +63,8 @@ class Beside:
     options: Mapping[str, int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     """The header of each shard; its digest goes into the manifest."""
+    originals: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the originals of computed tensors that the output keeps, as `entries` has it."""
 
 
 def digest_of(shardings: Mapping[str, str]) -> str:
@@ -91,6 +94,7 @@ def render(
         **({"hashed": CHUNKS} if of_chunks else {}),
         "tensors": entries((target.spec for target in plan.targets), digests),
         "sources": _sources(plan, digests),
+        **({"originals": dict(beside.originals)} if beside.originals else {}),
         "files": {name: entry.json() for name, entry in beside.files.items()},
         "headers": {name: hashed_text(header) for name, header in beside.headers.items()},
     }
@@ -160,7 +164,7 @@ def original_of(plan: Plan, reader: Reader) -> Original | None:
     """What a later way back needs; a checkpoint that we made keeps what it remembers."""
     if plan.merging:  # what the base remembers of names and files is as true of the output
         return original_files(plan.source) if plan.record else None
-    if plan.computed or (plan.format == "hf" and plan.record is None):
+    if (plan.computed and not originals_of(plan)) or (plan.format == "hf" and plan.record is None):
         return None
     if (reader.record or not reader.headers) and (kept := original_files(plan.source)):
         return kept

@@ -24,6 +24,10 @@ class TensorEntry:
     shape: tuple[int, ...]
     digest: Digest
 
+    def json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "xxh3_128": self.digest}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -45,6 +49,8 @@ class Manifest:
     """The digest of what the input held (`convert.verifier.content`), if it was asked for."""
     intact: bool | None
     """Whether its digest of itself is right; None if it has none."""
+    originals: Mapping[str, TensorEntry]
+    """The originals of computed tensors, which are kept beside the manifest."""
     tool: object
     """The version of this tool that wrote it, as it says."""
 
@@ -73,6 +79,7 @@ def load(path: Path) -> Manifest | None:
             headers={str(name): str(digest) for name, digest in found.get("headers", {}).items()},
             content=_content(found.get("content")),
             intact=found[SEAL] == seal_of(found) if SEAL in found else None,
+            originals={name: _tensor(entry) for name, entry in found.get("originals", {}).items()},
             tool=found.get("tool"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -17,6 +17,7 @@ from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest, load
 from convert.engine.writer import Writer
 from convert.errors import InputError, OutputError
+from convert.planning.computed import originals_of
 from convert.planning.planner import Plan
 from convert.progress import Progress
 from layouts.card import CARD, alike
@@ -77,6 +78,9 @@ def _unlike(plan: Plan, reader: Reader, writer: Writer, found: Manifest) -> Iter
     if wanted != have:
         name = min(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
         yield f"was not made by this plan: {name} is {_spec(have.get(name))} there, and {_spec(wanted.get(name))} in the plan"
+    originals = {target.spec.name: (target.spec.dtype, target.spec.shape) for target in originals_of(plan)}
+    if plan.computed and originals != {name: (entry.dtype, entry.shape) for name, entry in found.originals.items()}:
+        yield "was not made by this plan: it does not keep the originals of the same computed tensors"
     if why := writer.unlike(found):
         yield why
     yield from _other_files(plan, found)

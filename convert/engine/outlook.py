@@ -17,6 +17,7 @@ from typing import Protocol
 from convert.errors import StorageError
 from convert.options.values import in_time
 from convert.options.values import in_units as size
+from convert.planning.computed import kept_bytes
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.checkpoint import FORMATS
@@ -96,7 +97,7 @@ def outlook(plan: Planned, reader: Reader) -> Outlook:
     shards = next((target.target.pattern.fixed["s"] for target in padded if "s" in target.target.pattern.fixed), None)
     return Outlook(
         read=_read(plan, reader, plan.nbytes - padding) + beside,
-        write=plan.nbytes + beside,
+        write=plan.nbytes + kept_bytes(plan) + beside,
         padding=padding,
         free=_free(plan.out),
         out=plan.out,

@@ -1,6 +1,6 @@
-"""See that tensors which the other format has only once hold the same here.
+"""See that tensors hold what they have to, where others stand for them: twins, and originals of computed tensors.
 
-In: pairs of names, the open input. Out: nothing, or an error. It runs before anything is written.
+In: names, the open input. Out: nothing, a name, or an error. It runs before anything is written.
 
 DeepSeek's MTP block is published with copies of the embedding and of the head; MaxText's block uses those of the model. To take
 their equality for granted would drop a tensor.
@@ -8,16 +8,28 @@ their equality for granted would drop a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
+import xxhash
 
-from convert.errors import PlanError
+from convert.commit.recorded import load
+from convert.errors import InputError, PlanError
+from convert.options.values import in_units
+from convert.planning.computed import kept_bytes, originals_of
+from convert.planning.planner import Plan
+from layouts.checkpoint import FORMATS
+from layouts.computing import OriginalsReader, computing, open_originals
 from layouts.language.pattern import strips
-from layouts.reader import Reader
+from layouts.reader import Reader, ReadLimits
+from layouts.side_files import ORIGINALS
+from layouts.windows import Windows
 
 _STRIP = 4 << 20
 """Elements that are compared at a time."""
+_READ = ReadLimits(cache=64 << 20, stream=64 << 20, streams=1)
+"""What reading arrays for it may hold."""
 
 
 def compare_twins(twins: Iterable[tuple[str, str]], reader: Reader) -> None:
@@ -38,3 +50,60 @@ def compare_twins(twins: Iterable[tuple[str, str]], reader: Reader) -> None:
 
 def _equal(reader: Reader, one: str, other: str, part: tuple[slice, ...]) -> bool:
     return np.array_equal(reader.read(one, part), reader.read(other, part))
+
+
+def with_computed(plan: Plan, reader: Reader) -> tuple[Plan, Reader]:
+    """A plan with the reader of what it computes; on the way back of the originals instead, where they are kept and fit.
+
+    Raises:
+        InputError: what is kept is not what was written.
+    """
+    if FORMATS[plan.format].chunked or not plan.factors:
+        kept = originals_of(plan)
+        size, where = in_units(kept_bytes(plan)), f"kept in {ORIGINALS} for the way back"
+        said = f"the originals of computed values are {where}: {len(kept)} tensors, {size}"
+        plan = replace(plan, remarks=(*plan.remarks, said)) if kept else plan
+        return plan, computing(reader, plan.factors)
+    originals, why = open_originals(reader), f"no originals are kept ({ORIGINALS})"
+    if originals is not None:
+        try:
+            other = _unlike(reader, originals, plan.factors)
+        except BaseException:
+            originals.close()
+            raise
+        if other is None:
+            said = f"values are not computed back: {ORIGINALS} holds what the rule makes, to the bit, all of these of the tree"
+            back = replace(plan, computed=None, computed_kinds=(), factors={}, remarks=(*plan.remarks, said))
+            return back, OriginalsReader(inner=reader, kept=originals)
+        originals.close()
+        why = f"{other} is not what the rule makes of its original in {ORIGINALS}; it was changed since"
+    said = f"values are computed back, and bits may not come back: {why}"
+    return replace(plan, remarks=(*plan.remarks, said)), computing(reader, plan.factors)
+
+
+def _unlike(tree: Reader, kept: Reader, factors: Mapping[str, float]) -> str | None:
+    """The first tensor of the tree that is not, to the bit, what the rule makes of its original; None if there is none.
+
+    `factors` are those by which the tree's values are multiplied on the way back. What is kept is compared with the manifest's
+    digests, too: the rule makes one of some neighbours.
+
+    Raises:
+        InputError: what is kept is not what was written.
+    """
+    found = load(tree.path)
+    digests = {name: entry.digest for name, entry in found.originals.items()} if found else {}
+    again = computing(kept, {name: 1 / factor for name, factor in factors.items()})
+    tree.hold(_READ, Windows())
+    for name in factors:
+        if name not in kept.tensors:
+            return name
+        digest, same = xxhash.xxh3_128(), True
+        for part in strips(kept.tensors[name].shape, _STRIP):
+            digest.update(np.ascontiguousarray(kept.read(name, part)).data)
+            same = same and np.array_equal(again.read(name, part), tree.read(name, part))
+        if name in digests and digest.hexdigest() != digests[name]:
+            where = f"{tree.path / ORIGINALS}: {name}"
+            raise InputError(f"{where} is not what was written; restore the file, or remove it to have values computed")
+        if not same:
+            return name
+    return None

@@ -1,4 +1,4 @@
-"""Tensors of an Orbax output made from the input again, and the files that such an output consists of.
+"""Tensors of an Orbax output made from the input again, the files that it consists of, and whether it will be read again.
 
 In: a plan and its open input. Out: digests of targets as `convert.engine.again` gives them, entries of files for the manifest.
 It never writes.
@@ -6,6 +6,7 @@ It never writes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from convert.commit import manifest
 from convert.commit.inventory import FileEntry, entry_of, inventory
 from convert.engine.again import Remade, Told, each, remade
 from convert.engine.budget import make_budget
-from convert.orbax.budget import reading_budget
+from convert.errors import PlanError
+from convert.orbax.budget import OrbaxBudget, reading_budget
 from convert.orbax.keeping.keep import Kept, kept_chunks
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
+from convert.planning.computed import originals_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.disk.places import listed_anew
+from layouts.orbax.arrays import CHUNKS
 from layouts.orbax.digest import stored_digest
 from layouts.orbax.tree import DATABASE, PROCESS
 from layouts.reader import Reader, is_chunked
+from layouts.side_files import ORIGINALS
 
 
 def stored_again(
@@ -74,7 +79,11 @@ def files_of_item(path: Path, plan: Plan, origin: Origin, later: Mapping[str, st
     item = origin.place.as_posix() + "/" if origin.place.parts else ""
     folders = () if origin.ocdbt else {f"{item}{stored_name(target, origin)}/" for target in plan.targets}
 
+    originals = originals_of(plan)
+
     def holds_tensors(name: str) -> bool:
+        if name == ORIGINALS and originals:
+            return True
         first = name.removeprefix(item).partition("/")[0]
         return name.startswith(item) and name != f"{item}manifest.ocdbt" and first.startswith((PROCESS, *DATABASE))
 
@@ -82,3 +91,19 @@ def files_of_item(path: Path, plan: Plan, origin: Origin, later: Mapping[str, st
     found = inventory(listed_anew(path), manifest.NAME, holds_tensors, folders)
     found |= {f"{item}{name}": entry_of(iter([text.encode()])) for name, text in later.items()}
     return dict(sorted(found.items()))
+
+
+def check_chunks(plan: Plan, reader: Reader, budget: OrbaxBudget) -> None:
+    """An output is one that we read again: its arrays have no more chunks than those of an input may have.
+
+    Raises:
+        PlanError: one would have more.
+    """
+    for target in plan.targets:
+        chunk = budget.chunking(target, reader).shape
+        count = math.prod(-(-size // max(1, step)) for size, step in zip(target.spec.shape, chunk, strict=True))
+        if count > CHUNKS:
+            raise PlanError(
+                f"{reader.path}: {target.spec.name} {target.spec.shape} would be written in {count:,} chunks of {chunk}; "
+                f"{CHUNKS:,} are the most that are read again"
+            )

@@ -10,10 +10,10 @@ run continues behind it, and removes what an interrupted run left of a batch, so
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -28,8 +28,8 @@ from convert.commit.stage import AnyStage, Stage
 from convert.commit.store import StoreFolder
 from convert.engine.again import Remade
 from convert.engine.budget import SYNC
-from convert.errors import PlanError, readable
-from convert.orbax.again import files_of_item, stored_again, written_again
+from convert.errors import readable
+from convert.orbax.again import check_chunks, files_of_item, stored_again, written_again
 from convert.orbax.budget import OrbaxBudget, orbax_budget
 from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
@@ -40,18 +40,21 @@ from convert.orbax.look import look, look_at_files
 from convert.orbax.metadata import check_names, render, render_step
 from convert.orbax.origin import Origin, origin_of
 from convert.orbax.portions import Portion, batches, by_array, cut, total
+from convert.planning.computed import originals_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.card import CARD
+from layouts.computing import uncomputed
 from layouts.disk.faults import writing
 from layouts.disk.places import is_remote
-from layouts.orbax.arrays import CHUNKS
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.reader import Reader
 from layouts.windows import Windows
 
+_Originals = Callable[[AnyStage, Progress], Mapping[str, Any]]
+"""Keeps the originals of computed tensors, and gives what the manifest says of them (`convert.hf.originals`)."""
 _Chunks = Mapping[str, tuple[int, ...]]
 """The shapes of stored chunks, by array."""
 _KEPT, _COPIED, _WRITTEN = "chunks are kept", "chunks are kept and copied", "chunks are written"
@@ -68,9 +71,12 @@ class OrbaxWriter:
     kept: Kept | None
     memory: int
     wanted: int | None
+    originals: _Originals
 
     @classmethod
-    def make(cls, plan: Plan, reader: Reader, memory: int, jobs: int | None, like: Reader | None = None) -> OrbaxWriter:
+    def make(
+        cls, plan: Plan, reader: Reader, memory: int, jobs: int | None, originals: _Originals, like: Reader | None = None
+    ) -> OrbaxWriter:
         """Choose the way and the settings that stay within `memory` bytes; `like`, or what is read, says how trees are stored.
 
         Raises:
@@ -84,7 +90,7 @@ class OrbaxWriter:
             render(plan, origin, {target.spec.name: target.spec.shape for target in plan.targets})  # or it fails at the end
         budget = orbax_budget(memory, jobs, plan, reader, origin, kept)
         if not kept:
-            _check_chunks(plan, reader, budget)
+            check_chunks(plan, reader, budget)
         return cls(
             plan=plan,
             reader=reader,
@@ -93,6 +99,7 @@ class OrbaxWriter:
             kept=kept,
             memory=memory,
             wanted=jobs,
+            originals=originals,
         )
 
     def pieces(self) -> list[tuple[str, int]]:
@@ -109,6 +116,7 @@ class OrbaxWriter:
         whole = self._batches()
         portions = list(itertools.chain.from_iterable(whole))
         copied = _begin(stage, _KEPT if self.kept else _written(portions), processes)
+        kept = self.originals(stage, progress) if processes.first else {}
         with stage.folder.below(_name(self.origin.place), make=True) as folder:
             self.reader.hold(self.budget.limits, Windows())
             if self.kept and isinstance(stage, Stage) and isinstance(folder, Folder):
@@ -119,7 +127,8 @@ class OrbaxWriter:
             if not processes.first:
                 return ()
             look(stage.path / self.origin.place, self.plan, self.origin)
-            return self._write_beside(stage, folder, by_array(portions, stage.done | stage.by_helpers() | digests), chunks)
+            found = by_array(portions, stage.done | stage.by_helpers() | digests)
+            return self._write_beside(stage, folder, found, chunks, kept)
 
     def _keep(
         self,
@@ -169,7 +178,12 @@ class OrbaxWriter:
         return digests, {portion.target.spec.name: portion.chunking.shape for batch in whole for portion in batch}
 
     def _write_beside(
-        self, stage: AnyStage, folder: Folder | StoreFolder, digests: Mapping[str, manifest.Digest], chunks: _Chunks
+        self,
+        stage: AnyStage,
+        folder: Folder | StoreFolder,
+        digests: Mapping[str, manifest.Digest],
+        chunks: _Chunks,
+        kept: Mapping[str, Any],
     ) -> tuple[str, ...]:
         plan, texts = self.plan, render(self.plan, self.origin, chunks, kept=self.kept is not None)
         for name in texts.keys() - {METADATA}:
@@ -183,7 +197,7 @@ class OrbaxWriter:
         original = manifest.original_of(plan, self.reader)
         files = files_of_item(stage.path, plan, self.origin, {METADATA: texts[METADATA]})
         check_copied(stage.path, plan.side_files, files)
-        beside = manifest.Beside(input=input_digest(self.reader), files=files)
+        beside = manifest.Beside(input=input_digest(self.reader), files=files, originals=kept)
         text = manifest.render(plan, digests, original, beside, of_chunks=self.kept is not None)
         stage.folder.write_text(manifest.NAME, text)
         folder.write_text(METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
@@ -199,24 +213,13 @@ class OrbaxWriter:
         """Kept chunks as they are stored; else as files are made from the input, in storage order."""
         wanted = {name: entry.digest for name, entry in found.tensors.items()}
         if self.kept:
-            return stored_again(targets, wanted, self.kept, self.budget.jobs, progress)
-        return written_again(self.plan, targets, wanted, self.reader, (self.memory, self.wanted), progress)
-
-
-def _check_chunks(plan: Plan, reader: Reader, budget: OrbaxBudget) -> None:
-    """An output is one that we read again: its arrays have no more chunks than those of an input may have.
-
-    Raises:
-        PlanError: one would have more.
-    """
-    for target in plan.targets:
-        chunk = budget.chunking(target, reader).shape
-        count = math.prod(-(-size // max(1, step)) for size, step in zip(target.spec.shape, chunk, strict=True))
-        if count > CHUNKS:
-            raise PlanError(
-                f"{reader.path}: {target.spec.name} {target.spec.shape} would be written in {count:,} chunks of {chunk}; "
-                f"{CHUNKS:,} are the most that are read again"
-            )
+            yield from stored_again(targets, wanted, self.kept, self.budget.jobs, progress)
+            return
+        limits = self.memory, self.wanted
+        yield from written_again(self.plan, targets, wanted, self.reader, limits, progress)
+        kept = {name: entry.digest for name, entry in found.originals.items()}
+        own = [target for target in targets if target in originals_of(self.plan)]
+        yield from written_again(self.plan, own, kept, uncomputed(self.reader), limits, progress)
 
 
 def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:

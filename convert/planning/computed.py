@@ -12,6 +12,8 @@ from typing import Any
 
 from convert.errors import UsageError
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there
+from convert.planning.planner import Plan
+from convert.planning.targets import Target
 from layouts.computing import TYPES
 from layouts.errors import PlanError
 from layouts.reader import Reader
@@ -37,6 +39,17 @@ def factor_of(pair: Pair, spec: TensorSpec, *, to_maxtext: bool) -> float:
     sizes = {**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)}
     root = math.sqrt(sizes[RULES[pair.computed].axis])
     return 1 / root if to_maxtext else root
+
+
+def originals_of(plan: Plan) -> tuple[Target, ...]:
+    """Tensors of a tree whose values are computed on the way there: each is kept once more, with the values as they were."""
+    factors = plan.factors if plan.format == "orbax" else {}
+    return tuple(target for target in plan.targets if factors and target.first_source in factors)
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Bytes of these originals."""
+    return sum(target.spec.nbytes for target in originals_of(plan))
 
 
 def computed_in(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any], word: str | None) -> Computed:

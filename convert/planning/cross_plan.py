@@ -28,6 +28,7 @@ from layouts.matching.lookup import find_family
 from layouts.matching.origin import Origin, name_of, origin_of
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
+from layouts.side_files import ORIGINALS
 from layouts.tables.families import Family, maxtext
 from layouts.tables.maxtext import MTP, ROOT, Tree
 from layouts.tables.natives import SOURCES
@@ -51,6 +52,8 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     side_files = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
+    if side_files.pop(ORIGINALS, None) is not None and to_maxtext:
+        raise PlanError(f"{reader.path / ORIGINALS}: no place for it, because a tree keeps its own originals there; remove it")
     left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import closing
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
-from convert.errors import PlanError
+from convert.errors import InputError, OutputError, PlanError
 from layouts.checkpoint import open_checkpoint
+from layouts.side_files import ORIGINALS
 from tests.planning.models import D, H, K, reader
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -43,6 +45,10 @@ def by_maxtext(array: np.ndarray, *, back: bool = False) -> np.ndarray:
         return (array * factor).astype(array.dtype)
 
 
+def files(where: Path) -> dict[str, bytes]:
+    return {name: (where / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
 def queries(where: Path) -> np.ndarray:
     with closing(open_checkpoint(where)) as tree:
         spec = tree.tensors[KERNEL]
@@ -57,16 +63,111 @@ def test_queries_are_those_of_maxtext_there_and_back(code, tmp_path):
     for layer in range(LAYERS):
         wanted = by_maxtext(hf[f"model.layers.{layer}.self_attn.q_proj.weight"]).T.reshape(K, H, D)
         assert np.array_equal(found[:, layer].view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8))
-    convert.split(tmp_path / "tree", tmp_path / "again", to="hf", compute="query-scale")
+    report = convert.split(tmp_path / "tree", tmp_path / "again", to="hf", compute="query-scale")
+    assert "values are not computed back" in report.plan.remarks[-1]
+    assert files(tmp_path / "again") == files(source)
+    verdict = convert.verify(source, tmp_path / "tree", gemm=False)
+    assert verdict.equal
+    assert "(query-scale) were compared by that rule, and with the originals that the tree keeps" in str(verdict)
+    assert convert.verify(tmp_path / "tree").equal
+
+
+@pytest.mark.parametrize("code", TYPES)
+def test_without_originals_queries_are_computed_back(code, tmp_path):
+    source, tree = save(tmp_path / "in", code), tmp_path / "tree"
+    convert.prefuse(source, tree, to="orbax", compute="query-scale")
+    hf = load_file(source / "model.safetensors")
+    (tree / ORIGINALS).unlink()
+    report = convert.split(tree, tmp_path / "again", to="hf", compute="query-scale")
+    assert f"values are computed back, and bits may not come back: no originals are kept ({ORIGINALS})" in report.plan.remarks
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == hf.keys()
     for name, array in hf.items():
         wanted = by_maxtext(by_maxtext(array), back=True) if name.endswith("q_proj.weight") else array
         assert again[name].tobytes() == wanted.tobytes(), name
     for one in (source, tmp_path / "again"):
-        verdict = convert.verify(one, tmp_path / "tree", gemm=False)
-        assert verdict.equal
-        assert "the queries divided by the root of the head width (query-scale) were compared by that rule" in str(verdict)
+        verdict = convert.verify(one, tree, gemm=False)
+        assert "(query-scale) were compared by that rule, which makes one of some neighbours" in str(verdict)
+        assert {level.name: level.differences for level in verdict.levels}["others"] == ()
+    assert f"{ORIGINALS} is missing" in str(convert.verify(tree))
+
+
+def test_a_trained_tree_is_computed_back(tmp_path):
+    """What is kept is no longer the original of what the tree holds."""
+    source = save(tmp_path / "in")
+    convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
+    params = convert.load(tmp_path / "tree")
+    attention = params["params"]["params"]["decoder"]["layers"]["self_attention"]["query"]
+    attention["kernel"] = np.array(attention["kernel"])
+    attention["kernel"][0, 1, 0, 0] += 1
+    convert.save(params, tmp_path / "tuned", like=tmp_path / "tree")
+    report = convert.split(tmp_path / "tuned", tmp_path / "again", to="hf", compute="query-scale")
+    assert f"{KERNEL} is not what the rule makes of its original in {ORIGINALS}" in report.plan.remarks[-1]
+    assert "times" in str(report.plan.computed)
+    verdict = convert.verify(tmp_path / "again", tmp_path / "tuned", gemm=False)
+    assert {level.name: level.differences for level in verdict.levels}["others"] == ()
+
+
+def neighbour(source: Path) -> Path:
+    """Change one query so that MaxText has the same of it."""
+    arrays = load_file(source / "model.safetensors")
+    other = (arrays[Q].view(np.uint16) ^ 1).view(arrays[Q].dtype)
+    at = tuple(np.argwhere(by_maxtext(arrays[Q]) == by_maxtext(other))[-1])
+    arrays[Q][at] = other[at]
+    save_file(arrays, source / "model.safetensors")
+    return source
+
+
+def test_what_is_kept_is_compared_bit_for_bit(tmp_path):
+    source, tree = save(tmp_path / "in"), tmp_path / "tree"
+    convert.prefuse(source, tree, to="orbax", compute="query-scale")
+    neighbour(source)
+    verdict = convert.verify(source, tree, gemm=False)
+    assert f"{Q} differs" in str(verdict)
+    with pytest.raises(OutputError, match=f"was made from another input: {re.escape(KERNEL)} differs"):
+        convert.prefuse(source, tree, to="orbax", compute="query-scale")
+
+
+def test_a_changed_original_is_noticed(tmp_path):
+    tree = tmp_path / "tree"
+    convert.prefuse(save(tmp_path / "in"), tree, to="orbax", compute="query-scale")
+    data = bytearray((tree / ORIGINALS).read_bytes())
+    data[-1] ^= 1
+    (tree / ORIGINALS).write_bytes(data)
+    assert f"{ORIGINALS}: {KERNEL}" in str(convert.verify(tree))
+    with pytest.raises(InputError, match="is not what was written; restore the file, or remove it"):
+        convert.split(tree, tmp_path / "again", to="hf", compute="query-scale")
+    save_file({KERNEL: np.zeros(3, np.float32)}, tree / ORIGINALS)
+    with pytest.raises(InputError, match="and the tree has no such tensor"):
+        convert.split(tree, tmp_path / "again", to="hf", compute="query-scale")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    source = save(tmp_path / "in")
+    convert.prefuse(source, tmp_path / "whole", to="orbax", compute="query-scale")
+    seen = 0
+
+    def stop(nbytes: int) -> None:
+        nonlocal seen
+        seen += nbytes
+        if seen > queries(tmp_path / "whole").nbytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale", progress=stop)
+    assert not (tmp_path / "tree").exists()
+    assert convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale").resumed
+    assert (tmp_path / "tree" / ORIGINALS).read_bytes() == (tmp_path / "whole" / ORIGINALS).read_bytes()
+    assert convert.verify(tmp_path / "tree").equal
+
+
+def test_originals_of_another_tree_have_no_place(tmp_path):
+    source = save(tmp_path / "in")
+    (source / ORIGINALS).parent.mkdir()
+    (source / ORIGINALS).write_bytes(b"")
+    with pytest.raises(PlanError, match="because a tree keeps its own originals there"):
+        convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
 
 
 def test_it_needs_the_word_and_is_named(tmp_path, capsys):
@@ -79,11 +180,13 @@ def test_it_needs_the_word_and_is_named(tmp_path, capsys):
     said, rule = capsys.readouterr().out, f"query-scale: times {1 / math.sqrt(D):.9g} in float32"
     assert f"computed, not only moved: {rule}" in said
     assert "model.layers.{l}.self_attn.q_proj.weight  x3" in said
+    assert f"kept in {ORIGINALS} for the way back: 1 tensors" in said
     convert.prefuse(source, out, to="orbax", compute="query-scale")
     manifest = json.loads((out / "convert_manifest.json").read_text())
     assert manifest["computed"].startswith(rule)
     assert manifest["record"]["hf"]["computed"] == "query-scale"
-    assert "original" not in manifest
+    assert manifest["originals"].keys() == {KERNEL}
+    assert manifest["files"][ORIGINALS] == {"size": (out / ORIGINALS).stat().st_size}
     with pytest.raises(PlanError, match="compute='query-scale'"):
         convert.split(out, tmp_path / "again", to="hf")
     assert "nothing to do" in str(convert.prefuse(source, out, to="orbax", compute="query-scale"))
@@ -95,8 +198,9 @@ def test_other_forms_hold_the_same(scan, axis, tmp_path):
     convert.reformat(source, tmp_path / "tree", to="orbax", scan=scan, scan_axis=axis, compute="query-scale")
     convert.prefuse(tmp_path / "tree", tmp_path / "fused")
     assert convert.verify(source, tmp_path / "fused", gemm=False).equal
+    assert convert.verify(tmp_path / "fused").equal
     convert.split(tmp_path / "fused", tmp_path / "again", to="hf", compute="query-scale")
-    assert convert.verify(tmp_path / "again", tmp_path / "tree", gemm=False).equal
+    assert files(tmp_path / "again") == files(source)
 
 
 def test_a_wrong_query_is_found(tmp_path):

@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.planning.cross_pairs import Pair
+from convert.planning.cross_pairs import Pair, names_of
+from layouts.language.pattern import strips
+from layouts.reader import Reader
 from layouts.tables.maxtext import RULES
 from layouts.tensors import numpy_dtype
+
+_LOSS = ", which makes one of some neighbours"
+_STRIP = 1 << 20
+"""Elements that are compared at a time: they are computed in float64."""
 
 
 def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, size: int) -> bool:
@@ -32,9 +38,21 @@ def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, size: int) -> bool:
     return np.array_equal(times(hf, 1 / root), tree) or np.array_equal(hf, times(tree, root))
 
 
-def words(pairs: Iterable[Pair]) -> str:
-    """What a level says of such tensors; nothing if there are none."""
+def fitting(tree: Reader, kept: Reader, pairs: Iterable[Pair]) -> frozenset[str]:
+    """The computed arrays of a tree all of whose values are, by their rule, those of the originals that it keeps."""
+    found = set[str]()
+    for pair in (pair for pair in pairs if pair.computed):
+        for name in (name for name in names_of(pair) if name in kept.tensors):
+            spec = kept.tensors[name]
+            size = {**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)}[RULES[pair.computed].axis]
+            cuts = strips(spec.shape, _STRIP)
+            if all(agree(kept.read(name, cut), tree.read(name, cut), spec.dtype, size) for cut in cuts):
+                found.add(name)
+    return frozenset(found)
+
+
+def words(pairs: Iterable[Pair], *, kept: bool) -> str:
+    """What a level says of such tensors, whose originals may be `kept` with the tree; nothing if there are none."""
     rules = sorted({pair.computed for pair in pairs if pair.computed})
-    return "".join(
-        f"; {RULES[name].said} ({name}) were compared by that rule, which makes one of some neighbours" for name in rules
-    )
+    how = ", and with the originals that the tree keeps, bit for bit" if kept else _LOSS
+    return "".join(f"; {RULES[name].said} ({name}) were compared by that rule{how}" for name in rules)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from convert.verifier.bits.across import Formats
 from convert.verifier.bits.order import by_place, hold, place_of
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
+from layouts.computing import open_originals
 from layouts.language.layout import ROLES
 from layouts.reader import Reader
 from layouts.tables.maxtext import LAYERS, ROOT, RULES
@@ -47,15 +49,19 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     sizes = [_nbytes(hf, pair, name) for pair, _, name in every]
     found: list[str] = []
     looked = 0
+    kept = open_originals(tree) if any(pair.computed for pair in others) else None
+    fitting = computed.fitting(tree, kept, others) if kept else frozenset()
     # Experts that either side has alone are a difference of level `exact`.
     seen = {name for group in both.described.groups for name in group.names} | {name for *_, name in every}
     placed = {name for pair in both.pairs for name in names_of(pair)}
     own = processes.stretch(sizes)
     begin(progress, "bits of other tensors", sum(sizes[own]))
-    for pair, items in itertools.groupby(every[own], lambda item: item[0]):
-        for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
-            found += _compare(hf, tree, pair, index, name, progress)
-            looked += _nbytes(hf, pair, name)
+    with closing(kept) if kept else nullcontext():
+        for pair, items in itertools.groupby(every[own], lambda item: item[0]):
+            for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
+                originals = kept if pair.source.key.render(index) in fitting else None
+                found += _compare(hf, (tree, originals), pair, index, name, progress)
+                looked += _nbytes(hf, pair, name)
     differences, (nbytes,) = joined(processes, found, looked)
     differences += [line for pair in both.pairs for line in _stacks_of_another_size(tree, pair)]
     lonely = [name for name in hf.tensors if name not in seen]
@@ -67,7 +73,7 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     return Level(
         name="others",
         covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart{words}"
-        f"{computed.words(others)}",
+        f"{computed.words(others, kept=bool(fitting))}",
         compared=nbytes,
         differences=tuple(differences),
     )
@@ -127,13 +133,17 @@ def _strips(pair: Pair, spec: TensorSpec) -> list[dict[str, range]]:
 
 def _compare(
     hf: Reader,
-    tree: Reader,
+    trees: tuple[Reader, Reader | None],
     pair: Pair,
     index: Mapping[str, int],
     name: str,
     progress: Progress,
 ) -> Iterator[str]:
-    """One tensor of Hugging Face against its part of an array, in strips of its first axis where it is large."""
+    """One tensor of Hugging Face against its part of an array, in strips of its first axis where it is large.
+
+    `trees` are the tree, and the originals that it keeps, if it keeps those of this array.
+    """
+    tree, originals = trees
     if name not in hf.tensors:
         yield f"{name} is not in {hf.path}"
         return
@@ -157,16 +167,19 @@ def _compare(
             yield f"{name} has the shape {spec.shape}, which is not of the form '{axes.text}' with {known}"
             return
         one, other = one[tuple(index[axis] for axis in _cut(pair))], _other(tree, pair, index, strip)
-        if other is None or not _alike(pair, kept, spec.dtype, one, other):
+        original = _other(originals, pair, index, strip) if originals else None
+        if other is None or not _alike(pair, kept, spec.dtype, one, other, original):
             yield f"{name} differs from {pair.source.key.render({'l': 0, **index})}"
             return
         progress(one.nbytes)
 
 
-def _alike(pair: Pair, axes: list[str], code: str, hf: NDArray[Any], tree: NDArray[Any]) -> bool:
-    """Whether both hold the same, bit for bit, or by the rule that MaxText computes by."""
+def _alike(pair: Pair, axes: list[str], code: str, hf: NDArray[Any], tree: NDArray[Any], original: NDArray[Any] | None) -> bool:
+    """Whether both hold the same, bit for bit, or by the rule that MaxText computes by, unless the tree keeps an original."""
     if not pair.computed or hf.shape != tree.shape:
         return np.array_equal(hf, tree)
+    if original is not None:
+        return np.array_equal(hf, original)
     return computed.agree(hf, tree, code, hf.shape[axes.index(RULES[pair.computed].axis)])
 
 

@@ -18,6 +18,7 @@ from layouts.card import alike as same_card
 from layouts.disk.files import CONFIG, MANIFEST, RECORD, parsed, read_object
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
+from layouts.side_files import ORIGINALS
 from layouts.tables.families import families_of
 from layouts.tables.targets import TARGETS, target
 
@@ -45,7 +46,11 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
     alike = one.format == other.format
     (left, first), (right, second) = _names(one), _names(other)
     files = (left & right) | (first & second)
-    lonely = [f"{name} is only in {(one if name in left else other).path}" for name in sorted(left ^ right)]
+    lonely = [
+        f"{name} is only in {(one if name in left else other).path}"
+        for name in sorted(left ^ right)
+        if alike or name != ORIGINALS
+    ]
     differences = [*_configs(one, other, alike), *_changed(one, other, sorted(files)), *(lonely if alike else ())]
     differences += _cards(one, other, alike)
     differences += [*_metadata(one, other), *_orbax(one, other, alike, stacked), *_words(one), *_words(other)]

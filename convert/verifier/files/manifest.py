@@ -26,7 +26,9 @@ from convert.verifier.share import agree, by_first
 from convert.verifier.stand import stood
 from convert.verifier.verdict import EQUAL, Level, Trial, Verdict
 from layouts.checkpoint import open_checkpoint
+from layouts.computing import open_originals
 from layouts.reader import Reader
+from layouts.side_files import ORIGINALS
 
 _HELD = Level(
     name="content", covered="", compared=0, not_run="--content compares what it holds with what the input held", asked=False
@@ -61,13 +63,24 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         itself = by_first(processes, Level, lambda: compare_manifest(reader, found))
         stored = Stored()
         differ = changed(reader, found, stored, progress, options, processes)
-        both = found.tensors.keys() & reader.tensors.keys()
-        digests = Level(name="digests", covered=_covered(found, stored, options), compared=len(both), differences=differ)
+        differ += _originals(reader, found, options, processes)
+        both = len(found.tensors.keys() & reader.tensors.keys()) + len(found.originals)
+        digests = Level(name="digests", covered=_covered(found, stored, options), compared=both, differences=differ)
         levels = [files, digests, itself]
         levels += [decoded(reader, stored, progress, processes)] if options.decode else []
         levels += [_HELD] if found.content and not options.content else []
         verdict = Verdict(subject=str(path), levels=tuple(levels))
         return by_first(processes, Verdict, lambda: _attested(verdict, reader, found, options, progress))
+
+
+def _originals(reader: Reader, found: Manifest, options: Verification, processes: Processes) -> tuple[str, ...]:
+    """What is not so of the originals of computed tensors; level `files` says it if they are not there."""
+    kept = open_originals(reader) if found.originals else None
+    if kept is None:
+        return ()
+    with closing(kept):
+        entries = replace(found, tensors=found.originals, hashed=None)
+        return tuple(f"{ORIGINALS}: {line}" for line in changed(kept, entries, Stored(), ignore, options, processes))
 
 
 def _files(path: Path, found: Manifest) -> Level:
@@ -92,7 +105,8 @@ def _attested(verdict: Verdict, reader: Reader, found: Manifest, options: Verifi
 
 
 def _covered(found: Manifest, stored: Stored, options: Verification) -> str:
-    covered = f"{len(found.tensors)} tensors, xxh3-128"
+    kept = f" and {len(found.originals)} originals of computed ones" if found.originals else ""
+    covered = f"{len(found.tensors)} tensors{kept}, xxh3-128"
     if stored.chunks and not options.decode:
         covered += f"; {stored} were not decoded; --decode reads them"
     return covered

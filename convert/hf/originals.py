@@ -1,0 +1,80 @@
+"""Keep the originals of computed tensors: a safetensors file of their own beside the tree that has the computed ones.
+
+In: a plan, the open input. Out: the file in the stage, durable, and digests of what it holds. It never publishes.
+
+The tensors are those of the tree, by their names, shapes and types, with the values that they were computed from. So whoever
+reads both can tell whether the rule makes of the one what the other is. The file is written once, before the arrays; a run that
+is interrupted in it begins it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert.commit.manifest import entries
+from convert.commit.recorded import load
+from convert.commit.stage import AnyStage
+from convert.commit.store import StoreStage
+from convert.engine.budget import STRIP
+from convert.engine.copying import Worker, write_tensor
+from convert.engine.direct import Output
+from convert.hf.objects import write_object
+from convert.hf.shards import File, file_of
+from convert.planning.computed import kept_bytes, originals_of
+from convert.planning.planner import Plan
+from convert.planning.targets import Target
+from convert.progress import Progress
+from layouts.computing import uncomputed
+from layouts.reader import Reader
+from layouts.side_files import ORIGINALS
+
+_NOTE = "original:"
+"""What stands before the name of a tensor in the journal, where its computed form stands, too."""
+
+
+def keep_originals(plan: Plan, reader: Reader, stage: AnyStage, progress: Progress) -> dict[str, Any]:
+    """Write the file, if the stage does not hold it yet; what the manifest says of the tensors in it.
+
+    Of a tree that comes with such a file, which is copied like any other beside it, it says what it said before.
+
+    Raises:
+        OSError: the disk or the store is full or failing.
+        InputError: data of the input, or its manifest, cannot be read.
+    """
+    if ORIGINALS in plan.side_files:
+        before = load(plan.source)
+        return {name: entry.json() for name, entry in before.originals.items()} if before else {}
+    targets = {target.spec.name: target for target in originals_of(plan)}
+    if not targets:
+        return {}
+    digests = _written(plan, targets, reader, stage, progress)
+    return entries((target.spec for target in targets.values()), digests)
+
+
+def _written(plan: Plan, targets: Mapping[str, Target], reader: Reader, stage: AnyStage, progress: Progress) -> dict[str, str]:
+    file = file_of(ORIGINALS, (target.spec for target in targets.values()), {})
+    done = {name: stage.done.get(_NOTE + name) for name in targets}
+    if _is_there(stage, file) and all(done.values()):
+        progress(kept_bytes(plan))
+        return {name: str(digest) for name, digest in done.items()}
+    worker = Worker.make(uncomputed(reader), STRIP)
+    if isinstance(stage, StoreStage):
+        found = write_object(file, targets, worker, stage, progress)
+    else:
+        stage.folder.remove(file.name)
+        stage.folder.reserve(file.name, file.size, head=file.head)
+        found = {}
+        with Output(stage.folder, file.name) as output:
+            for name, offset in file.offsets.items():
+                found |= write_tensor(targets[name], output, offset, worker, progress)
+        stage.folder.sync(file.name)
+    stage.record({_NOTE + name: found[name] for name in targets})
+    return {name: found[name] for name in targets}
+
+
+def _is_there(stage: AnyStage, file: File) -> bool:
+    if isinstance(stage, StoreStage):
+        return (stage.out / file.name).is_file()
+    found = stage.folder.stat(file.name)
+    return found is not None and found.st_size == file.size
