@@ -218,7 +218,8 @@ class OrbaxWriter:
         limits = self.memory, self.wanted
         yield from written_again(self.plan, targets, wanted, self.reader, limits, progress)
         kept = {name: entry.digest for name, entry in found.originals.items()}
-        own = [target for target in targets if target in originals_of(self.plan)]
+        computed = {target.spec.name for target in originals_of(self.plan)}
+        own = [target for target in targets if target.spec.name in computed]
         yield from written_again(self.plan, own, kept, uncomputed(self.reader), limits, progress)
 
 
