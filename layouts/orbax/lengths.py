@@ -14,14 +14,15 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import tensorstore as ts
 
 from layouts.disk.faults import answer, told
-from layouts.disk.files import check_size
+from layouts.disk.files import LIMITS, check_size
 from layouts.disk.places import is_remote, kvstore_of, names_of
 from layouts.errors import InputError
-from layouts.orbax.codec import METADATA, grid_shape, key_form, key_of
+from layouts.orbax.codec import METADATA, PIECE, Pieces, fetch, grid_shape, key_form, key_of, pieces_of, zstd
 from layouts.orbax.tree import DATABASE, PROCESS, Leaf
 from layouts.tensors import TensorSpec, itemsize
 
@@ -30,10 +31,16 @@ _BESIDE, _EACH = 64 << 10, 64
 _RATIO, _ZEROS = 1 << 15, 16 << 30
 """Bytes that a stored one stands for at most (zstd: 128 KiB by 4 bytes), and bytes of zeros that may be left out anyway."""
 
-_NUMBERED = len("manifest.") + 16
-"""Letters of the name of a manifest that is in a file of its own for each version, of which none would be looked at."""
 _NODE = 128 << 20
 """Bytes of a database's node: Orbax has TensorStore divide one that has more than 100 MB (`max_decoded_node_bytes`)."""
+_LEAF: Mapping[str, Any] = {"height": 0, "entries": ()}
+"""What is taken of a node of values, which name no others."""
+_HEAD, _CRC, _PLAIN, _ZSTD = 14, 4, b"\0\0", b"\0\1"
+"""Bytes before and behind the body of a manifest or a node, and how the head ends: version 0, and whether there is zstd."""
+_BLOSC = 16
+"""Bytes of the head of a chunk in blosc: four of versions, then how long it decodes to as uint32 (c-blosc)."""
+_UUID = 16
+"""Bytes of the manifest before the one that says whether versions are in files of their own, which none would look at."""
 _METADATA = (*METADATA.values(), ".zattrs")
 
 
@@ -42,21 +49,19 @@ def check_metadata(item: Path, leaves: Iterable[Leaf], *, ocdbt: bool, zarr3: bo
 
     Raises:
         InputError: one is.
-        OSError: the directory cannot be listed.
+        OSError: the directory cannot be listed, or the store is failing.
     """
-    if is_remote(item):
-        return
     if ocdbt:
-        for folder in (item, *(child for child in item.iterdir() if child.name.startswith(PROCESS))):
+        for folder in (child for child in item.iterdir() if child.name.startswith(PROCESS)) if not is_remote(item) else ():
             check_size(folder / DATABASE[0])
         check_nodes(item)
         return
-    for leaf in leaves:
+    for leaf in leaves if not is_remote(item) else ():
         check_size(item / leaf.stored / ("zarr.json" if zarr3 else ".zarray"))
 
 
 def check_nodes(item: Path) -> None:
-    """Refuse a database that names a node which is longer than any, or the same node twice, or that cannot be entered.
+    """Refuse a database that names a node which is longer than any or decodes to more, or one twice, or cannot be entered.
 
     A name says where a node lies and how long it is, and TensorStore believes it: 8 GiB of a hole are read, and a tree that
     names a node twice has no end for who lists it. Source: https://google.github.io/tensorstore/kvstore/ocdbt.
@@ -66,9 +71,10 @@ def check_nodes(item: Path) -> None:
         OSError: the disk or the store is failing.
     """
     where, base = item / DATABASE[0], kvstore_of(item)
-    numbered = any(child.name.startswith("manifest.") and len(child.name) == _NUMBERED for child in item.iterdir())
     with told(item, DATABASE[0]):
         store = answer(ts.KvStore.open(base))
+        check_values(store, [(DATABASE[0], LIMITS[DATABASE[0]])], str(item))
+        numbered = _check_decoded(store, DATABASE[0], 0, LIMITS[DATABASE[0]], where)[_UUID : _UUID + 1] != b"\0"
         versions = [] if numbered else answer(ts.ocdbt.dump(store)).get("versions")
     if not versions:
         raise InputError(f"{where}: the versions of the database are not in it; Orbax writes none such")
@@ -80,17 +86,48 @@ def check_nodes(item: Path) -> None:
             continue
         if node in seen:
             raise InputError(f"{where}: its tree names the node {node} twice: it is damaged")
-        if (nbytes := int(node.rpartition(":")[2])) > _NODE:
-            raise InputError(f"{where}: its tree names a node of {nbytes:,} bytes; {_NODE:,} are the most that one may have")
         seen.add(node)
-        if height:
-            with told(item, f"the node {node}"):
-                found = answer(ts.ocdbt.dump(store, node))
-            if found["height"] != height:
-                raise InputError(f"{where}: the node {node} is not where its tree says: it is damaged")
-            waiting += [(entry["location"], height - 1) for entry in found["entries"]]
+        _, folder, file, begin, nbytes = node.split(":")
+        if int(nbytes) > _NODE:
+            raise InputError(
+                f"{where}: its tree names a node of {int(nbytes):,} bytes; {_NODE:,} are the most that one may have"
+            )
+        with told(item, f"the node {node}"):
+            _check_decoded(store, unquote(folder + file), int(begin), _NODE, f"{where}: the node {node}", int(nbytes))
+            found = answer(ts.ocdbt.dump(store, node)) if height else _LEAF
+        if found["height"] != height:
+            raise InputError(f"{where}: the node {node} is not where its tree says: it is damaged")
+        waiting += [(entry["location"], height - 1) for entry in found["entries"]]
     with told(item, DATABASE[0]):
         answer(answer(ts.KvStore.open({"driver": "ocdbt", "base": base})).read("\0"))
+
+
+def _check_decoded(store: Any, key: str, begin: int, most: int, where: object, nbytes: int | None = None) -> bytes:
+    """The beginning of a manifest or a node, which may not decode to more than `most` bytes: 50 kB may stand for gigabytes.
+
+    It is made of its magic, its length as uint64, version and compression, the body, and a CRC.
+
+    Raises:
+        InputError: it does, or it is of another form, or not as long as `nbytes`.
+        ValueError: it is not there.
+    """
+    head = fetch(store, key, slice(begin, begin + _HEAD))
+    length, form = int.from_bytes(head[4:12], "little"), head[12:_HEAD]
+    if form not in (_PLAIN, _ZSTD) or length > most or nbytes not in (None, length):
+        raise InputError(f"{where} is {'damaged, or of a form that is not known' if head else 'missing'}")
+    pieces = Pieces(pieces_of(store, key, begin + _HEAD, begin + length - _CRC))
+    if form == _PLAIN or zstd is None:
+        return pieces.read()[: _UUID + 1]
+    source = zstd.ZstdDecompressor().stream_reader(pieces, read_size=PIECE, read_across_frames=True)  # type: ignore[arg-type]
+    first, held = b"", 0
+    try:
+        while part := source.read(PIECE):
+            first, held = first or part[: _UUID + 1], held + len(part)
+            if held > most:
+                raise InputError(f"{where} decodes to more than {most:,} bytes, which are the most that it may have")
+    except zstd.ZstdError as error:
+        raise InputError(f"{where} is damaged: {error}") from None
+    return first
 
 
 def check_chunks(item: Path, stored: Mapping[str, str], grids: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> None:
@@ -129,9 +166,25 @@ def check_values(found: Any, wanted: Iterable[tuple[str, int]], where: str) -> N
 def check_stored(
     found: Any, metadata: Mapping[str, Any], spec: TensorSpec, places: Iterable[tuple[int, ...]], where: object
 ) -> None:
-    """The same of the stored chunks of an array at these places of its grid."""
-    most, form = _most(metadata, itemsize(spec.dtype)), key_form(metadata)
-    check_values(found, ((key_of(*form, at), most) for at in places), f"{where}: {spec.name}")
+    """The same of the stored chunks of an array at these places of its grid; and of blosc's, which says how long it decodes to.
+
+    Raises:
+        InputError: one is longer, or says that it decodes to something else.
+        ValueError: one cannot be read.
+    """
+    width, keys = itemsize(spec.dtype), [key_of(*key_form(metadata), at) for at in places]
+    check_values(found, ((key, _most(metadata, width)) for key in keys), f"{where}: {spec.name}")
+    if not says_its_length(metadata):
+        return
+    for key in keys:
+        head, decoded = fetch(found, key, slice(0, _BLOSC)), width * math.prod(grid_shape(metadata))
+        if head and (said := int.from_bytes(head[4:8], "little")) != decoded:
+            raise InputError(f"{where}: {spec.name}: {key} says that it decodes to {said:,} bytes; a chunk has {decoded:,}")
+
+
+def says_its_length(metadata: Mapping[str, Any]) -> bool:
+    """Whether an array is stored with blosc, for which TensorStore takes as much memory as a chunk says (2 GiB at most)."""
+    return "'blosc'" in str(metadata)
 
 
 def chunks_under(metadata: Mapping[str, Any], slices: Sequence[slice]) -> Iterator[tuple[int, ...]]:

@@ -27,7 +27,7 @@ from layouts.disk.pread import Empty
 from layouts.orbax.arrays import chunk_of, decoded_size, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.beside import files_beside
 from layouts.orbax.codec import streamable
-from layouts.orbax.lengths import check_chunks, check_metadata, check_stored, check_total, chunks_under
+from layouts.orbax.lengths import check_chunks, check_metadata, check_stored, check_total, chunks_under, says_its_length
 from layouts.orbax.stream import ChunkStreams
 from layouts.orbax.tree import ARRAYS, COMPLETE, METADATA, Leaf, check_finished, find_item, read_leaves, read_strings
 from layouts.reader import ReadLimits, ReadUnit
@@ -190,8 +190,8 @@ class OrbaxReader:
             return read_by_chunks(store, slices, self.chunks[name], some).view(dtype)
 
     def _check_lengths(self, name: str, slices: tuple[slice, ...]) -> None:
-        """Look once at how long each chunk of a block is that a database has; it may say what it likes."""
-        if self.use_ocdbt:
+        """Look once at how long each chunk of a block is, where a database or the chunk itself may say what it likes."""
+        if self.use_ocdbt or says_its_length(self.grids[name]):
             seen = self._seen.setdefault(name, set())
             fresh = [at for at in chunks_under(self.grids[name], slices) if at not in seen]
             check_stored(self.values(name), self.grids[name], self.tensors[name], fresh, self.item)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import tensorstore as ts
 
 import convert
 from convert import cli
+from layouts.checkpoint import open_checkpoint
 from layouts.disk import faults
 from layouts.disk.faults import answer, told, writing
 from layouts.errors import InputError
@@ -176,7 +177,7 @@ def test_a_manifest_of_8_gib_is_refused(tmp_path, capsys):
     (source / "_METADATA").write_text(json.dumps(tree | {"use_ocdbt": True}))
     (source / "manifest.ocdbt").touch()
     os.truncate(source / "manifest.ocdbt", 8 << 30)
-    refused(capsys, source, "are the most that a file of this kind may have")
+    refused(capsys, source, "are the most that it may have")
 
 
 def test_a_side_file_that_is_a_link_to_a_directory_is_not_left_out(kept, capsys):
@@ -223,6 +224,25 @@ def test_the_nodes_of_a_database_are_looked_at_before_any_is_read(tree, change, 
     monkeypatch.setattr(ts.ocdbt, "dump", dumped)
     with pytest.raises(InputError, match=words) if words else nullcontext():
         lengths.check_nodes(item)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 31])
+def test_a_chunk_that_says_it_decodes_to_something_else_is_refused(size, tmp_path):
+    source, blosc = item(tmp_path / "in"), {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}
+    shutil.rmtree(source / "x")
+    metadata = {"compressor": blosc, "shape": [4], "chunks": [2], "dtype": "<f4"}
+    array = ts.open({"driver": "zarr", "kvstore": f"file://{source}/x/", "metadata": metadata}, create=True).result()
+    array.write([1.0, 2, 3, 4]).result()
+    tree = json.loads((source / "_METADATA").read_text()) | {"use_zarr3": False}
+    (source / "_METADATA").write_text(json.dumps(tree))
+    with closing(open_checkpoint(source)) as reader:
+        assert reader.read("x", (slice(None),)).view("f4").tolist() == [1, 2, 3, 4]
+    chunk = bytearray((source / "x" / "1").read_bytes())
+    chunk[4:8] = size.to_bytes(4, "little")
+    (source / "x" / "1").write_bytes(chunk)
+    words = f"x: 1 says that it decodes to {size:,} bytes; a chunk has 8"
+    with closing(open_checkpoint(source)) as reader, pytest.raises(InputError, match=words):
+        reader.read("x", (slice(None),))
 
 
 def test_a_database_that_keeps_its_versions_elsewhere_is_none_of_orbax(tmp_path):
