@@ -5,11 +5,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import convert
+from convert.verifier.files.leaves import compare_leaves
 from convert.verifier.verdict import Level
 from scripts.make_checkpoint import make_checkpoint
 
@@ -62,6 +64,43 @@ def test_what_orbax_keeps_of_a_step_is_compared_wherever_it_lies(root, tmp_path)
         )
     level = files(tmp_path / "a", tmp_path / "b")
     assert level.differences == ("_CHECKPOINT_METADATA: custom_metadata is 1 in one, 2 in the other",)
+
+
+LEAVES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no kind": (lambda leaf: leaf["key_metadata"][0].update(key_type=7), "and a key of kind 7, which Orbax has not (1 leaves)"),
+    "a text": (
+        lambda leaf: leaf["key_metadata"][0].update(key_type="2"),
+        "and a key of kind '2', which Orbax has not (1 leaves)",
+    ),
+    "skipped": (lambda leaf: leaf["value_metadata"].update(skip_deserialize=True), "so Orbax does not restore it"),
+}
+
+
+@pytest.mark.parametrize("against", ["in", "fused-tree"])
+@pytest.mark.parametrize("edit", LEAVES)
+def test_what_orbax_says_of_a_leaf_is_looked_at(root, tmp_path, edit, against):
+    """`0` of a list and `0` of a dictionary are one name."""
+    change, line = LEAVES[edit]
+    tree = shutil.copytree(root / "tree", tmp_path / "tree")
+
+    def first(found: dict[str, Any]) -> None:
+        name = next(name for name in found["tree_metadata"] if "router" in name or "gate" in name or "norm" in name)
+        change(found["tree_metadata"][name])
+
+    edited(next(tree.rglob("_METADATA")), first)
+    found = files(root / against, tree).differences
+    assert sum(line in each for each in found) == 1, found
+
+
+def test_a_list_is_no_dictionary_with_the_same_names():
+    def tree(kind: int) -> Any:
+        keys = [{"key": "params", "key_type": 2}, {"key": "0", "key_type": kind}]
+        leaf = SimpleNamespace(kind="np.ndarray", entry={"key_metadata": keys, "value_metadata": {"skip_deserialize": False}})
+        return SimpleNamespace(path=Path("tree"), leaves={"params.0": leaf})
+
+    assert list(compare_leaves(tree(1), tree(1))) == []
+    wanted = "_METADATA: below params is an index of a list in one, a key of a dictionary in the other"
+    assert list(compare_leaves(tree(1), tree(2))) == [wanted]
 
 
 def test_the_records_of_two_models_do_not_hide_what_they_are(root, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert.commit.inventory import entry_of, read_card, read_in_pieces
+from convert.verifier.files.leaves import compare_leaves
 from convert.verifier.files.sealed import beside_manifest
 from convert.verifier.verdict import Level
 from layouts.card import CARD, strip
@@ -53,7 +54,13 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
     ]
     differences = [*_configs(one, other, alike), *_changed(one, other, sorted(files)), *(lonely if alike else ())]
     differences += _cards(one, other, alike)
-    differences += [*_metadata(one, other), *_orbax(one, other, alike, stacked), *_words(one), *_words(other)]
+    differences += [
+        *_metadata(one, other),
+        *_orbax(one, other, alike, stacked),
+        *compare_leaves(one, other),
+        *_words(one),
+        *_words(other),
+    ]
     differences += [line for reader in (one, other) for line in beside_manifest(reader)]
     keys = len(_plain(one.config).keys() | _plain(other.config).keys())
     shards = len(one.headers) + len(other.headers)
