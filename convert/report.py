@@ -104,7 +104,8 @@ def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     lines = [_headline(plan), ""]
     for (source, target, shape, dtype), group in _fold(plan.targets).items():
         packed = ", packed: in and out keep their order" if group[0].packed else ""
-        lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}{packed}")
+        sections = f", u in turns by {turns.text}" if (turns := group[0].way.turns) else ""
+        lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}{packed}{sections}")
     computed, told = (plan.merging.names, plan.merging.lines) if plan.merging else (frozenset[str](), ())
     lines += [*(f"  {line}" for line in told), ""]
     kept = (target for target in plan.targets if target.spec.name not in computed)

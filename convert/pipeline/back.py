@@ -24,6 +24,7 @@ from convert.pipeline.request import Request
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.disk.pread import Empty
+from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader, ReadLimits
 from layouts.tensors import TensorSpec, bits, numpy_dtype
 from layouts.through import Through
@@ -62,8 +63,10 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
 
 def _reversed(target: Target, spec: TensorSpec) -> Target:
     index = {**target.index, **(target.source.key.parse(spec.name) or {})}
-    way = target.way
-    back = replace(way, sizes=way.source_sizes, source_sizes=way.sizes, source=way.target, target=way.source)
+    way, sizes = target.way, target.source_sizes
+    if way.turns and TENSOR in way.source.key.slots:
+        sizes = {**sizes, ROWS: way.turns.size(int(index[TENSOR]))}
+    back = replace(way, sizes=sizes, source_sizes=way.sizes, source=way.target, target=way.source)
     return replace(target, spec=spec, index=index, way=back)
 
 

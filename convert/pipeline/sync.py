@@ -98,6 +98,11 @@ def plan_sync(
     tensors = {name: spec_of(name, leaf) for name, leaf in held.items()}
     reader = Tree(tensors=tensors, format="hf" if hf else "orbax", record=None, config=config)
     asked = request(cast(Reader, reader), layout, names, choices)
+    if turned := next((each for each in asked.plan.targets if each.way.turns), None):
+        raise PlanError(
+            f"{turned.spec.name}: its rows are in several tensors on the other side, in turns, which sync does not do; "
+            "save the tree and load it with the other names"
+        )
     moves = tuple(_moves(asked))
     wanted = _leaves_of(target)
     _check(asked, wanted, held, moves, cast_types=cast_types)

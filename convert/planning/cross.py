@@ -12,9 +12,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there
-from convert.planning.stacks import mtp_places
+from convert.planning.stacks import mtp_places, parts_of
 from convert.planning.targets import OTHER, Target, Way, cut
 from layouts.errors import InputError, PlanError
+from layouts.language.parts import PARTS
+from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader
 from layouts.tables.maxtext import Tree
 from layouts.tensors import TensorSpec
@@ -62,17 +64,24 @@ def twins_of(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]
     return tuple((names_of(pair)[0], places[pair.target.key.text]) for pair in pairs if pair.twin)
 
 
+_SCALES = tuple(f".{part.word}" for part in PARTS if part.name not in ("", "bias"))
+"""How the names of tensors end that stand beside quantised weights."""
+
+
 def _hint(sides: Sides, tree: Tree, config: Mapping[str, Any], left: Collection[str]) -> str:
     places = mtp_places(tree, config) if sides.to_maxtext else ()
     if places and all(name.startswith(places) for name in left):
         return "; --drop-mtp leaves out blocks that predict further tokens, as these are"
+    if sides.to_maxtext and any(name.endswith(_SCALES) for name in left):
+        return "; MaxText's trees have weights alone: of what is quantised, --dequantize=bf16 makes them"
     return ""
 
 
 def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
     """Say why tensors do not fit the tree, where `config.json` tells that it is of another kind of model."""
+    text = next(parts_of(tree, config)).config
     for word, values, kind in tree.only:
-        if (stated := config.get(word)) is not None and stated not in values:
+        if (stated := text.get(word)) is not None and stated not in values:
             raise PlanError(
                 f"{reader.path}: {word} is {str(stated)[:80]} in config.json, and MaxText has no such model: its own has {kind}"
             )
@@ -80,23 +89,48 @@ def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
 
 def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Target]:
     first = reader.tensors[names[0]]
-    for name in names:
-        spec = reader.tensors[name]
-        if (spec.shape, spec.dtype) != (first.shape, first.dtype):
-            raise InputError(
-                f"{reader.path}: {name} is {spec.dtype} {spec.shape}, but {first.name} {first.dtype} {first.shape}"
-            )
     try:
-        stored = {**pair.counts, **pair.source.pattern.sizes(first.shape, {**pair.counts, **pair.real})}
-        sizes = stored if pair.role == OTHER else cut(stored, pair.target.pattern)
-        shape = pair.target.pattern.shape(sizes)
+        ways = _ways(pair, first)
     except (KeyError, ValueError) as error:
         raise PlanError(f"{reader.path}: {first.name} (in {reader.where(first.name)}): {error}") from None
-    way = Way(
-        role=pair.role, part=pair.part, dims="out" if pair.part else "out in",
-        sizes=sizes, source_sizes=stored, source=pair.source, target=pair.target,
-    )  # fmt: skip
+    for name in names:
+        spec, like = reader.tensors[name], _shape_like(pair, name, first.shape)
+        if (spec.shape, spec.dtype) != (like, first.dtype):
+            wanted = "" if like == first.shape else f", and config.json wants {like}"
+            raise InputError(
+                f"{reader.path}: {name} is {spec.dtype} {spec.shape}, but {first.name} {first.dtype} {first.shape}{wanted}"
+            )
     slots = pair.target.key.slots
     for point in itertools.product(*(range(pair.counts[slot]) for slot in slots)):
         index = dict(zip(slots, point, strict=True))
-        yield Target(spec=TensorSpec(name=pair.target.key.render(index), dtype=first.dtype, shape=shape), index=index, way=way)
+        way = ways[index.get(TENSOR, 0)]
+        spec = TensorSpec(name=pair.target.key.render(index), dtype=first.dtype, shape=way.target.pattern.shape(way.sizes))
+        yield Target(spec=spec, index=index, way=way)
+
+
+def _shape_like(pair: Pair, name: str, first: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor should have if the first of its kind has this one."""
+    tensor = int((pair.source.key.parse(name) or {}).get(TENSOR, 0)) if pair.turns else 0
+    return (pair.turns.size(tensor), *first[1:]) if pair.turns and tensor else first
+
+
+def _ways(pair: Pair, first: TensorSpec) -> list[Way]:
+    """How targets come about: in one way, but those that are sections of one tensor in one each.
+
+    Raises:
+        KeyError, ValueError: the shape does not fit the table.
+    """
+    stored = {**pair.counts, **pair.source.pattern.sizes(first.shape, {**pair.counts, **pair.real})}
+    sizes = [stored if pair.role == OTHER else cut(stored, pair.target.pattern)]
+    if turns := pair.turns:
+        joins = TENSOR in pair.source.key.slots
+        if stored[ROWS] != (wanted := turns.size(0) if joins else turns.total):
+            raise ValueError(f"it has {stored[ROWS]} rows ({ROWS}), and {wanted} by config.json ({turns.text})")
+        each = [turns.total] if joins else map(turns.size, range(len(turns.parts)))
+        sizes = [{**stored, ROWS: size} for size in each]
+    return [
+        Way(
+            role=pair.role, part=pair.part, dims="out" if pair.part else "out in",
+            sizes=own, source_sizes=stored, source=pair.source, target=pair.target, turns=pair.turns,
+        ) for own in sizes
+    ]  # fmt: skip

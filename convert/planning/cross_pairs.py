@@ -17,10 +17,11 @@ from layouts.errors import InputError, PlanError
 from layouts.language.layout import Layout, Layouts, Placed
 from layouts.language.parts import PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern
+from layouts.language.sections import Turns
 from layouts.language.template import Template
 from layouts.tables.families import Family
 from layouts.tables.maxtext import LAYERS, ROOT, Row, Tree
-from layouts.tables.maxtext_trees import TREES
+from layouts.tables.maxtext_trees import INEXACT, TREES
 
 _BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
 
@@ -30,7 +31,8 @@ class Pair:
     """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads.
 
     `real` are those of the source's axes that are stored with padding. Tensors of one `block` are there together, or none is. A
-    `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by the rule `computed`.
+    `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by the rule `computed`, or
+    has as one what Hugging Face has as several, in `turns`.
     """
 
     role: str
@@ -38,6 +40,7 @@ class Pair:
     block: str = ""
     twin: bool = False
     computed: str = ""
+    turns: Turns | None = None
     source: Placed
     target: Placed
     counts: Mapping[str, int]
@@ -73,6 +76,8 @@ def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
             f"{where}: config.json names no model that is known; its experts are ({family.name}), but a MaxText tree holds a "
             f"whole model. If it is one of {', '.join(sorted(TREES))}, say so with --family"
         )
+    if why := INEXACT.get(family.name):
+        raise PlanError(f"{where}: {family.name}: MaxText has a model of it, but no exact tree: {why}")
     if family.name not in TREES:
         raise PlanError(f"{where}: no MaxText tree is known for family {family.name}; known: {', '.join(sorted(TREES))}")
     return TREES[family.name]
@@ -119,17 +124,35 @@ def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
     for layers in layers_of(part):
         stack, block = layers.stack, layers.block
         scan = sides.scan and stack.scanned is not None
+        if scan and sides.to_maxtext and layers.total % stack.step:
+            raise PlanError(
+                f"{layers.total} layers ({stack.last}) do not make whole cycles of {stack.step}, and MaxText stacks only such; "
+                f"--no-scan has a subtree for each layer"
+            )
         single = f"{ROOT}{stack.scanned if scan else stack.single}."
         counts = {**heads, "l": layers.count, **({"p": stack.run} if stack.run > 1 else {})}
         axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
         for row in stack.rows:
             places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else single)
             pair = _pair(sides, places, scan=axes, optional=row.optional, counts=counts, block=block, twin=row.twin)
-            yield replace(pair, computed=row.computed)
+            yield replace(pair, computed=row.computed, turns=_turns(part, row))
         if stack.experts:
             at = layers.hf + part.tree.hf_experts, single + stack.experts
             experts = _experts(sides, at, axes, {**counts, "e": expert_count(part.config), "g": 2})
             yield from (replace(pair, block=block) for pair in experts)
+
+
+def _turns(part: Part, row: Row) -> Turns | None:
+    if row.sections is None:
+        return None
+    try:
+        return row.sections.of(part.heads)
+    except KeyError as error:
+        word = dict(part.tree.heads)[error.args[0]]
+        raise PlanError(f"config.json does not say {word}, which says how the rows of {row.hf} lie") from None
+    except ValueError as error:
+        words = {axis: word for axis, word in part.tree.heads if f"'{axis}'" in str(error)}
+        raise PlanError(f"config.json does not fit {row.hf}: {error}; the axes are {words}") from None
 
 
 def _of_row(row: Row, hf: str, maxtext: str) -> tuple[Placed, Placed]:
@@ -152,7 +175,7 @@ def _pair(
     twin: bool = False,
 ) -> Pair:
     hf, maxtext = places
-    counts = {**maxtext.key.choices, **counts}
+    counts = {**hf.key.choices, **maxtext.key.choices, **counts}
     if scan:
         maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, sides.tree.scan_axis))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)

@@ -39,10 +39,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The layers of a stack: how many, and where in Hugging Face. Those of one `block` are there together, or not at all."""
+    """The layers of a stack: how many, and where in Hugging Face. Those of one `block` are there together, or not at all.
+
+    `total` are those of all stacks that take turns with it.
+    """
 
     stack: Stack
     count: int
+    total: int = 0
     hf: str
     block: str = ""
 
@@ -73,7 +77,7 @@ def layers_of(part: Part) -> Iterator[Layers]:
         elif count := _count(stack, part.config):
             first = _number(part.config, stack.first)
             hf = part.named(f"{stack.hf}.{numbered(first or 0, stack.step, stack.run)}.")
-            yield Layers(stack=stack, count=count, hf=hf)
+            yield Layers(stack=stack, count=count, total=_number(part.config, stack.last) or 0, hf=hf)
 
 
 def mtp_places(tree: Tree, config: Mapping[str, Any]) -> tuple[str, ...]:

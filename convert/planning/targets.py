@@ -18,6 +18,7 @@ from typing import NamedTuple
 from layouts.language.layout import Placed
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Box, Pattern
+from layouts.language.sections import ROWS, TENSOR, Turns
 from layouts.language.template import Index
 from layouts.tensors import TensorSpec
 
@@ -49,7 +50,8 @@ class Way:
 
     There may be 100,000 tensors, and a few hundred ways. `sizes` are those of a tensor's axes, `source_sizes` the sources'.
     `role` is `wi`, `wo`, `verbatim`, or `other` for tensors that only the other format has otherwise; `part` names a companion,
-    such as a bias or a scale. If several values are in an element, it is `packed`: in and out keep their order.
+    such as a bias or a scale. If several values are in an element, it is `packed`: in and out keep their order. With `turns`,
+    one side has several tensors of what the other has as one; `source_sizes` are those of the first.
     """
 
     role: str
@@ -60,6 +62,7 @@ class Way:
     source: Placed
     target: Placed
     packed: bool = False
+    turns: Turns | None = None
 
     @cached_property
     def moved(self) -> bool:
@@ -78,8 +81,8 @@ class Way:
 
     @cached_property
     def is_cut(self) -> bool:
-        """Whether `n` is cut into shards or chunks on either side."""
-        return any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
+        """Whether `n` is cut into shards or chunks on either side, or rows into sections."""
+        return self.turns is not None or any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
 
     def last(self, axis: str) -> int:
         """The last position of an axis."""
@@ -154,11 +157,11 @@ class Target:
         for point in itertools.product(*(full[axis] for axis in single)):
             here = full | {axis: range(i, i + 1) for axis, i in zip(single, point, strict=True)}
             there = {**ones, **here, **{axis: self._turn(axis, here[axis]) for axis in turned if axis in here}}
-            name = self.source.key.render({**self.index, **{axis: there[axis].start for axis in single}})
             for in_target, in_source in self._runs(here):
                 target_box, source_box = {**here, **in_target}, {**there, **in_source}
+                at = {axis: source_box[axis].start for axis in slots if axis in source_box}
                 yield Piece(
-                    source=name,
+                    source=self.source.key.render({**self.index, **at}),
                     source_box={axis: source_box[axis] for axis in self.source.pattern.axes},
                     target_box={axis: target_box[axis] for axis in self.target.pattern.axes},
                 )
@@ -166,7 +169,7 @@ class Target:
     @property
     def first_source(self) -> str:
         """The source of the first piece of all: where reading this tensor begins."""
-        first = {**dict.fromkeys(self.target.pattern.axes, 0), **self.index}
+        first = {**dict.fromkeys((*self.target.pattern.axes, TENSOR), 0), **self.index}
         turned = {axis: self.way.last(axis) - int(first[axis]) for axis in self.way.turned if axis in first}
         return self.source.key.render({**first, **turned})
 
@@ -177,7 +180,11 @@ class Target:
         return range(last - span.start, last - span.start + 1)
 
     def _runs(self, box: Box) -> Iterator[tuple[Box, Box]]:
-        """The parts of `box` along `n` that lie in one chunk on both sides."""
+        """The parts of `box` along `n` that lie in one chunk on both sides, or along rows in one section."""
+        if self.way.turns:
+            tensor = self.index[TENSOR] if TENSOR in self.target.key.slots else None
+            yield from self.way.turns.boxes(box[ROWS], tensor)
+            return
         if "n" not in box or not self.way.is_cut:
             yield {}, {}
             return

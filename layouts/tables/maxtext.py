@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from layouts.language.sections import Sections
+
 LAYERS = ("l", "p")
 """The axes of layers: a stack's steps, and the run of layers in each, if there are several."""
 ROOT = "params.params."
@@ -56,7 +58,8 @@ class Row:
     """A tensor: key and pattern in Hugging Face, key and pattern in MaxText. An `optional` one may be absent.
 
     A `twin` is in Hugging Face only: it holds once more what `maxtext` is, which stands outside the layers. The values of a
-    `computed` one are others in MaxText, by this one of `RULES`.
+    `computed` one are others in MaxText, by this one of `RULES`. With `sections`, Hugging Face has several tensors of what
+    MaxText has as one: `{t:qkv,z}` in its key, `u` on both sides (see `layouts.language.sections`).
     """
 
     hf: str
@@ -66,6 +69,7 @@ class Row:
     optional: bool = False
     twin: bool = False
     computed: str = ""
+    sections: Sections | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,10 @@ class Stack:
     hf: str = "model.layers"
 
 
+HEADS = (("h", "num_attention_heads"), ("j", "num_key_value_heads"), ("x", "index_n_heads"))
+"""Axes of heads with their words in `config.json`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
     """A model: what stands outside the layers, and its stacks of layers. `hf_experts` is the place of experts in a layer.
@@ -116,7 +124,7 @@ class Tree:
     wrapped: tuple[str, str] = ("", "")
     within: str = ""
     encoders: tuple[tuple[str, Tree], ...] = ()
-    heads: tuple[tuple[str, str], ...] = (("h", "num_attention_heads"), ("j", "num_key_value_heads"), ("x", "index_n_heads"))
+    heads: tuple[tuple[str, str], ...] = HEADS
     mtp: tuple[str, ...] = ()
     only: tuple[tuple[str, tuple[object, ...], str], ...] = ()
 

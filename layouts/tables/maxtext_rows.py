@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from layouts.language.sections import Sections
 from layouts.tables.maxtext import Row
 
 
@@ -75,3 +76,52 @@ LATENT = (
     Row("self_attn.indexer.wk.weight", "i k", "self_attention.indexer.wk.kernel", "k i", optional=True),
 )
 """Latent attention, with an indexer or without."""
+JOINED = (
+    Row("linear_attn.in_proj_qkvz.weight", "q k", "attention.in_proj_qkvz.kernel", "k q"),
+    Row("linear_attn.in_proj_ba.weight", "q k", "attention.in_proj_ba.kernel", "k q"),
+)
+APART = (
+    Row(
+        "linear_attn.in_proj_{t:qkv,z}.weight",
+        "u k",
+        "attention.in_proj_qkvz.kernel",
+        "k u",
+        sections=Sections("a: a m + a m + b y | b y"),
+    ),
+    Row("linear_attn.in_proj_{t:b,a}.weight", "u k", "attention.in_proj_ba.kernel", "k u", sections=Sections("a: b | b")),
+)
+"""What a gated delta net projects to: as MaxText has it, and as several tensors (MaxText `concat_qkvz_and_transpose`)."""
+DELTA_NET = (
+    ("a", "linear_num_key_heads"),
+    ("b", "linear_num_value_heads"),
+    ("m", "linear_key_head_dim"),
+    ("y", "linear_value_head_dim"),
+)
+"""The sizes that its sections take."""
+
+
+def hybrid(*, full: bool, projections: tuple[Row, ...] = JOINED) -> tuple[Row, ...]:
+    """A layer with full attention, or with a gated delta net of these projections; and experts, one of them shared."""
+    full_rows = (
+        # With a gate: two for each head.
+        Row("self_attn.q_proj.weight", "(h q) k", "attention.attention.query.kernel", "k h q"),
+        *attention("attention.attention")[1:3],
+        Row("self_attn.o_proj.weight", "k q", "attention.attention.out.kernel", "q k"),
+        Row("self_attn.q_norm.weight", "d", "attention.attention.query_norm.scale", "d"),
+        Row("self_attn.k_norm.weight", "d", "attention.attention.key_norm.scale", "d"),
+    )
+    linear_rows = (
+        *projections,
+        Row("linear_attn.conv1d.weight", "q o w", "attention.conv1d.kernel", "w o q"),
+        Row("linear_attn.A_log", "q", "attention.A_log", "q"),
+        Row("linear_attn.dt_bias", "q", "attention.dt_bias", "q"),
+        Row("linear_attn.norm.weight", "q", "attention.norm.rms_norm.scale", "q"),
+        Row("linear_attn.out_proj.weight", "k q", "attention.out_proj.kernel", "q k"),
+    )
+    return (
+        *norms("input_layernorm", "post_attention_layernorm"),
+        *(full_rows if full else linear_rows),
+        *gated("mlp.shared_expert", "mlp.shared_expert"),
+        Row("mlp.gate.weight", "e k", "mlp.routed_experts.gate.kernel", "k e"),
+        Row("mlp.shared_expert_gate.weight", "o k", "mlp.shared_expert_gate.kernel", "k o"),
+    )

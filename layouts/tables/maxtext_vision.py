@@ -66,11 +66,19 @@ LLAMA4_VISION = Tree(
 )
 
 
-def _qwen_vision(hf: str, name: str, merger: tuple[str, str, str], mergers: str) -> Tree:
+def _qwen_vision(hf: str, name: str, merger: tuple[str, str, str], mergers: str | None) -> Tree:
     """Qwen3's vision encoder: `merger` are its norm and its two layers; `mergers` those of deeper layers, by the same words."""
     seen, norm_q, one, two = f"vision_encoder.{name}VisionEncoder_0", *merger
     merge = (*norm(norm_q, "ln_q"), *linear(one, "mlp_0"), *linear(two, "mlp_2"))
     at_end = f"vision_encoder.{name}VisionProjector_0.merger."
+    deeper = Stack(
+        scanned=None,
+        single=f"{seen}.merger_{{l}}",
+        hf=f"{hf}.{mergers}",
+        last="deepstack_visual_indexes",
+        experts=None,
+        rows=merge,
+    )
     return Tree(
         heads=(("h", "num_heads"),),
         outside=(
@@ -97,14 +105,7 @@ def _qwen_vision(hf: str, name: str, merger: tuple[str, str, str], mergers: str)
                     *linear("mlp.linear_fc2", "mlp_out"),
                 ),
             ),
-            Stack(
-                scanned=None,
-                single=f"{seen}.merger_{{l}}",
-                hf=f"{hf}.{mergers}",
-                last="deepstack_visual_indexes",
-                experts=None,
-                rows=merge,
-            ),
+            *([deeper] if mergers else ()),
         ),
     )
 
@@ -144,9 +145,9 @@ _OMNI_AUDIO = Tree(
         ),
     ),
 )
-QWEN3_VL = (
-    ("vision_config", _qwen_vision("model.visual", "Qwen3VL", ("norm", "linear_fc1", "linear_fc2"), "deepstack_merger_list")),
-)
+_MERGER = ("norm", "linear_fc1", "linear_fc2")
+QWEN3_VL = (("vision_config", _qwen_vision("model.visual", "Qwen3VL", _MERGER, "deepstack_merger_list")),)
+QWEN3_5 = (("vision_config", _qwen_vision("model.visual", "Qwen3_5Moe", _MERGER, None)),)
 QWEN3_OMNI = (
     ("vision_config", _qwen_vision("thinker.visual", "Qwen3OmniMoe", ("ln_q", "mlp.0", "mlp.2"), "merger_list")),
     ("audio_config", _OMNI_AUDIO),

@@ -14,8 +14,9 @@ pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
 PARTLY = {"qwen3_omni_moe": "252 tensors have no place on the other side, first code2wav"}
 """Models of which MaxText has a part alone, and what is said of the rest."""
-CASES = ["qwen3_moe-sparse", "qwen3_next-cycles", *sorted(TREES.keys() - {"qwen3_moe", "qwen3_next", *PARTLY}), "llama4_text"]
-"""MaxText's Qwen3 has experts in every layer, and its Qwen3-Next whole cycles of four."""
+SPECIAL = ("qwen3_moe-sparse", "qwen3_next-cycles", "qwen3_5_moe-cycles")
+"""MaxText's Qwen3 has experts in every layer, and its Qwen3-Next and Qwen3.5 whole cycles of four."""
+CASES = [*SPECIAL, *sorted(TREES.keys() - {case.partition("-")[0] for case in SPECIAL} - PARTLY.keys()), "llama4_text"]
 COMPUTED = {"mixtral": "query-scale"}
 """Their heads are 16 wide here: over 4 and times 4 is exact, and all bits come back."""
 

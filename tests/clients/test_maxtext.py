@@ -85,6 +85,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "deepseek_v32-heads": ("deepseek3.2-671b", YARN),
     "gpt_oss": ("gpt-oss-20b", {"sliding_window_size": 16}),
     "qwen3_next-cycles": ("qwen3-next-80b-a3b", {"gdn_chunk_size": 4}),
+    "qwen3_5_moe_text-cycles": ("qwen3.5-35b-a3b", {"gdn_chunk_size": 4, "use_mrope": False}),
     "llama4_text-top1": ("llama4-17b-16e", {"rope_use_scale": False}),
 }
 """The tiny model of transformers, MaxText's name of its kind, and what that has otherwise than the tiny one."""

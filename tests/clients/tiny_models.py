@@ -41,6 +41,7 @@ QWEN4 = {
     "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_embed_dim": 16,
     "hc_lowrank": 8,
 }  # fmt: skip
+HYBRID = {"num_hidden_layers": 8, "shared_expert_intermediate_size": 40, "linear_value_head_dim": 8}
 GEMMA = {"enable_moe_block": True, "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 0}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
@@ -85,12 +86,18 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "inkling2_loop_text": {"unpadded_vocab_size": 160},
     "hy_v4_vl": {TEXT: {"rope_parameters": MROPE}},
     "hy_v4_vl_text": {"rope_parameters": MROPE},
-    "llama4": {"vision_config": {"projector_input_dim": HIDDEN, "projector_output_dim": HIDDEN}},
+    "llama4": {
+        TEXT: {"num_hidden_layers": 4},
+        "vision_config": {"projector_input_dim": HIDDEN, "projector_output_dim": HIDDEN},
+    },
+    "llama4_text": {"num_hidden_layers": 4},
     "llama4_text-top1": {"num_experts_per_tok": 1, "num_hidden_layers": 8},
     "gemma4": {TEXT: GEMMA},
     "gemma4_text": GEMMA,
     "qwen3_moe-sparse": {"mlp_only_layers": [], "norm_topk_prob": True},
     "qwen3_next-cycles": {"num_hidden_layers": 8, "shared_expert_intermediate_size": 40},
+    "qwen3_5_moe-cycles": {TEXT: HYBRID},
+    "qwen3_5_moe_text-cycles": HYBRID,
     "qwen3_vl_moe-square": {TEXT: {"moe_intermediate_size": 32}},
     "deepseek_ocr2": {TEXT: {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4}},
     "qwen4_exp": {TEXT: QWEN4},

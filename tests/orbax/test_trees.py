@@ -14,7 +14,7 @@ from convert.errors import PlanError, UsageError
 from tests.planning.models import MODELS, TWINS, reader
 from tests.tiny import tree
 
-NEW = ("deepseek_v32", "kimi_k25", "qwen3_vl_moe", "qwen3_omni_moe")
+NEW = ("deepseek_v32", "kimi_k25", "qwen3_vl_moe", "qwen3_omni_moe", "qwen3_5_moe")
 
 
 def save(name: str, where: Path) -> Path:
@@ -79,6 +79,8 @@ BITS = [
     ("qwen3_vl_moe", "model.visual.blocks.1.attn.qkv.weight"),
     ("qwen3_vl_moe", "model.visual.blocks.0.attn.qkv.bias"),
     ("qwen3_omni_moe", "thinker.audio_tower.conv2d3.weight"),
+    ("qwen3_5_moe", "model.language_model.layers.4.linear_attn.in_proj_qkv.weight"),
+    ("qwen3_5_moe", "model.language_model.layers.6.linear_attn.in_proj_a.weight"),
 ]
 
 

@@ -176,6 +176,25 @@ def qwen3_next(layers: int) -> dict[str, np.ndarray]:
     return found
 
 
+def qwen3_5_moe(layers: int) -> dict[str, np.ndarray]:
+    """Two key heads of 3 and four value heads of 2: sections of 6, 6, 8 and 8 rows."""
+    linear = {
+        "in_proj_qkv.weight": (20, K), "in_proj_z.weight": (8, K), "in_proj_b.weight": (4, K), "in_proj_a.weight": (4, K),
+        "conv1d.weight": (20, 1, 4), "A_log": (4,), "dt_bias": (4,), "norm.weight": (2,), "out_proj.weight": (K, 8),
+    }  # fmt: skip
+    found = {}
+    for name, array in qwen3_next(layers).items():
+        if ".linear_attn." not in name and ".experts." not in name:
+            found[name.replace("model.", "model.language_model.", 1)] = array
+    for i in range(layers):
+        layer = f"model.language_model.layers.{i}"
+        found |= {f"{layer}.mlp.experts.gate_up_proj": random(E, 2 * N, K), f"{layer}.mlp.experts.down_proj": random(E, K, N)}
+        if i % 4 != 3:
+            found |= {f"{layer}.linear_attn.{name}": random(*shape) for name, shape in linear.items()}
+    seen = vision("model.visual", ("norm", "linear_fc1", "linear_fc2"), "deeper")
+    return found | {name: array for name, array in seen.items() if ".deeper." not in name}
+
+
 def llama4(layers: int, step: int = 2) -> dict[str, np.ndarray]:
     found = outside()
     for i in range(layers):
@@ -218,6 +237,7 @@ MODELS = {
     "qwen3_omni_moe": (qwen3_omni_moe, 2),
     "gpt_oss": (gpt_oss, 4),
     "qwen3_next": (qwen3_next, 8),
+    "qwen3_5_moe": (qwen3_5_moe, 8),
     "llama4": (llama4, 8),
 }
 COUNT = {"deepseek_v3": "n_routed_experts", "deepseek_v32": "n_routed_experts", "kimi_k25": "n_routed_experts"}
@@ -236,6 +256,10 @@ def reader(name: str) -> MemoryReader:
         config = {"model_type": name, "text_config": config | {"model_type": "kimi_k2"}}
     if name == "deepseek_v32":
         config |= {"index_n_heads": X, "num_nextn_predict_layers": 1}
+    if name == "qwen3_5_moe":
+        sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 3, "value_head_dim": 2}
+        text = config | {"model_type": "qwen3_5_moe_text"} | {f"linear_{word}": size for word, size in sizes.items()}
+        config = {"model_type": name, "text_config": text, "vision_config": {"num_heads": 2, "depth": 2}}
     if name in ("qwen3_vl_moe", "qwen3_omni_moe"):
         seen = {"num_heads": 2, "depth": 2, "deepstack_visual_indexes": [0, 1, 1]}
         heard = {"encoder_attention_heads": 4, "encoder_layers": 2}

@@ -1,5 +1,6 @@
 """Hugging Face to MaxText and back, against MaxText's own rule for each tensor: transpose, then reshape; layers on axis 1."""
 
+import json
 from pathlib import Path
 from types import MappingProxyType
 
@@ -173,6 +174,69 @@ def test_runs_of_layers_are_stacked_twice():
         assert np.array_equal(wi[expert, block, position], np.concatenate(halves, axis=-1))
 
 
+def test_what_is_apart_in_qwen_3_5_takes_turns_in_maxtext():
+    """By `concat_qkvz_and_transpose` and `concat_ba_and_transpose` of `param_mapping.py`: of each key head all that it has."""
+    source = reader("qwen3_5_moe")
+    tree, hf = across(source, to_maxtext=True, fused="concat").arrays, source.arrays
+    at, layers = P + "decoder.layers.layer_2.", (2, 6)
+    qkvz, ba = [], []
+    for layer in (f"model.language_model.layers.{i}.linear_attn.in_proj_" for i in layers):
+        q, k, v = np.split(hf[layer + "qkv.weight"], (6, 12))
+        heads = [part.reshape(2, -1, K) for part in (q, k, v, hf[layer + "z.weight"])]
+        qkvz.append(np.concatenate(heads, axis=1).reshape(-1, K).T)
+        ba.append(np.concatenate([hf[f"{layer}{word}.weight"].reshape(2, 2, K) for word in "ba"], axis=1).reshape(-1, K).T)
+    whole = P + "decoder.layers.layer_3.attention.attention."
+    each = [f"model.language_model.layers.{i}." for i in (3, 7)]
+    wanted = {
+        at + "attention.in_proj_qkvz.kernel": np.stack(qkvz, 1),
+        at + "attention.in_proj_ba.kernel": np.stack(ba, 1),
+        at + "attention.A_log": stacked(hf, [f"model.language_model.layers.{i}.linear_attn.A_log" for i in layers], np.array),
+        whole + "query.kernel": stacked(hf, [p + "self_attn.q_proj.weight" for p in each], by_heads(H)),
+        whole + "out.kernel": stacked(hf, [p + "self_attn.o_proj.weight" for p in each], np.transpose),
+        P + "vision_encoder.Qwen3_5MoeVisionEncoder_0.blocks_1.attn.attn.key.bias": hf["model.visual.blocks.1.attn.qkv.bias"][
+            6:12
+        ].reshape(2, 3),
+        P + "vision_encoder.Qwen3_5MoeVisionProjector_0.merger.ln_q.scale": hf["model.visual.merger.norm.weight"],
+    }
+    assert same({name: tree.get(name) for name in wanted}, wanted)
+    halves = [hf[f"model.language_model.layers.{i}.mlp.experts.gate_up_proj"].transpose(0, 2, 1) for i in layers]
+    assert np.array_equal(tree[at + "mlp.routed_experts.wi"], np.stack(halves, 1))
+
+
+TEXT = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 3, "linear_value_head_dim": 2}
+WRONG = [
+    ({"linear_num_key_heads": None}, "does not say linear_num_key_heads"),
+    ({"linear_num_key_heads": 3}, "do not divide into groups.*linear_num_key_heads"),
+    ({"linear_num_value_heads": 0}, "do not divide into groups"),
+    ({"linear_key_head_dim": 6, "linear_value_head_dim": 1}, r"20 rows \(u\), and 28 by config.json"),
+    ({"linear_num_key_heads": 1}, r"20 rows \(u\), and 14 by config.json"),
+]
+
+
+@pytest.mark.parametrize(("words", "why"), WRONG)
+def test_sections_that_do_not_fit_are_refused(words, why):
+    source = reader("qwen3_5_moe")
+    text = {key: value for key, value in {**source.config["text_config"], **TEXT, **words}.items() if value is not None}
+    with pytest.raises(PlanError, match=why):
+        across(MemoryReader(source.arrays, config={**source.config, "text_config": text}), to_maxtext=True)
+
+
+def test_full_attention_in_other_layers_is_another_kind_of_model():
+    source = reader("qwen3_5_moe")
+    arrays = {key: array for key, array in source.arrays.items() if ".layers.1.linear_attn." not in key}
+    config = {**source.config, "text_config": {**source.config["text_config"], "full_attention_interval": 2}}
+    with pytest.raises(PlanError, match=r"full_attention_interval is 2 in config.json, and MaxText has no such model"):
+        across(MemoryReader(arrays, config=config), to_maxtext=True)
+
+
+@pytest.mark.parametrize("shape", [(7, K), (8, K + 1)])
+def test_a_section_of_another_size_is_named(shape):
+    source = reader("qwen3_5_moe")
+    name = "model.language_model.layers.5.linear_attn.in_proj_z.weight"
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        across(MemoryReader(source.arrays | {name: random(*shape)}, config=source.config), to_maxtext=True)
+
+
 @pytest.mark.parametrize("fused", [None, "concat"])
 def test_the_tree_of_an_older_maxtext_is_read_as_well(fused):
     source = reader("qwen3_next")
@@ -189,6 +253,20 @@ def test_a_cycle_that_is_not_whole_is_refused():
     config = source.config | {"num_hidden_layers": 7}
     with pytest.raises(PlanError, match=r"7 layers .*do not make whole cycles of 4"):
         across(MemoryReader(source.arrays, config=config), to_maxtext=True)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("qwen3_5_moe", 6), ("gpt_oss", 3), ("llama4", 6)])
+def test_a_cycle_that_is_not_whole_is_not_stacked(name, layers):
+    """MaxText has as many steps as there are whole cycles, and says nothing of the layers behind them."""
+    source = reader(name)
+    arrays = {key: a for key, a in source.arrays.items() if not any(f"l.layers.{i}." in key for i in range(layers, 8))}
+    config = json.loads(
+        json.dumps(source.config).replace(f'"num_hidden_layers": {MODELS[name][1]}', f'"num_hidden_layers": {layers}')
+    )
+    cut = MemoryReader(arrays, config=config)
+    with pytest.raises(PlanError, match=rf"{layers} layers .*do not make whole cycles of .*--no-scan"):
+        across(cut, to_maxtext=True)
+    assert same(across(across(cut, to_maxtext=True, scan=False), to_maxtext=False).arrays, arrays)
 
 
 def test_dense_layers_and_experts_are_two_stacks():
@@ -276,9 +354,20 @@ def test_a_missing_tensor_is_named(name):
         across(MemoryReader(arrays, config=source.config), to_maxtext=True)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "deepseek_v3"])
+def test_scales_of_quantised_weights_have_no_place_and_a_way_out(name):
+    source = reader(name)
+    weight = next(key for key in source.arrays if key.endswith("o_proj.weight"))
+    arrays = source.arrays | {f"{weight}_scale_inv": random(1, 1)}
+    with pytest.raises(PlanError, match=r"1 tensors have no place .*o_proj\.weight_scale_inv .*--dequantize=bf16"):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+
+
 def test_what_is_unknown_is_refused():
     with pytest.raises(PlanError, match="no MaxText tree is known"):
         trees_of(next(f for f in FAMILIES if f.name == "olmoe"), "memory")
+    with pytest.raises(PlanError, match=r"deepseek_v4: MaxText has a model of it, but no exact tree: .*mhc_norm"):
+        trees_of(next(f for f in FAMILIES if f.name == "deepseek_v4"), "memory")
 
 
 @pytest.mark.parametrize("layout", ["concat", "per-shard"])

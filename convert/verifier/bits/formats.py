@@ -25,10 +25,12 @@ from convert.progress import Progress, begin
 from convert.verifier.bits import computed
 from convert.verifier.bits.across import Formats
 from convert.verifier.bits.order import by_place, hold, place_of
+from convert.verifier.bits.sections import positions
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.computing import open_originals
 from layouts.language.layout import ROLES
+from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader
 from layouts.tables.maxtext import LAYERS, ROOT, RULES
 from layouts.tensors import TensorSpec
@@ -123,8 +125,9 @@ def _in_order(
 
 
 def _strips(pair: Pair, spec: TensorSpec) -> list[dict[str, range]]:
-    """The parts along the first axis of a tensor of Hugging Face; one that is small, or has other axes within, is not cut."""
-    first, rows = pair.target.pattern.tokens[0], spec.shape[0] if spec.shape else 1
+    """The parts of a tensor of Hugging Face along its first axis, or second; none of one that is small, or has axes within."""
+    at = 1 if pair.turns else 0  # rows in turns lie elsewhere, columns do not
+    first, rows = pair.target.pattern.tokens[at], spec.shape[at] if len(spec.shape) > at else 1
     if spec.nbytes <= _LARGE or not first.isalpha() or first in ("e", "d"):
         return [{}]
     step = max(1, rows * _LARGE // spec.nbytes)
@@ -158,20 +161,27 @@ def _compare(
         yield f"{name} has the shape {spec.shape}, which is not of the form '{axes.text}'"
         return
     for strip in _strips(pair, spec):
-        rows = [slice(span.start, span.stop) for span in strip.values()]
-        slices = (*rows, *[slice(None)] * (len(spec.shape) - len(rows)))
-        block = hf.read(name, slices)
+        spans = [strip.get(token, range(size)) for token, size in zip(axes.tokens, spec.shape, strict=True)]
+        block = hf.read(name, tuple(slice(span.start, span.stop) for span in spans))
         try:
             one = rearrange(block, f"{axes.text} -> {' '.join([*_cut(pair), *kept])}", **known)
         except EinopsError:
             yield f"{name} has the shape {spec.shape}, which is not of the form '{axes.text}' with {known}"
             return
         one, other = one[tuple(index[axis] for axis in _cut(pair))], _other(tree, pair, index, strip)
+        other = _own_rows(pair, kept, index, other) if pair.turns and other is not None else other
         original = _other(originals, pair, index, strip) if originals else None
         if other is None or not _alike(pair, kept, spec.dtype, one, other, original):
             yield f"{name} differs from {pair.source.key.render({'l': 0, **index})}"
             return
         progress(one.nbytes)
+
+
+def _own_rows(pair: Pair, axes: list[str], index: Mapping[str, int], tree: NDArray[Any]) -> NDArray[Any] | None:
+    """What MaxText's array has of this tensor, which is a part of it."""
+    assert pair.turns
+    at = axes.index(ROWS)
+    return tree.take(positions(pair.turns, index[TENSOR]), at) if tree.shape[at] == pair.turns.total else None
 
 
 def _alike(pair: Pair, axes: list[str], code: str, hf: NDArray[Any], tree: NDArray[Any], original: NDArray[Any] | None) -> bool:

@@ -23,11 +23,13 @@ from convert.planning.cross_plan import config_of, fused_in, stacked_along, tree
 from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
 from convert.verifier.bits.order import STRIP
+from convert.verifier.bits.sections import stretches
 from convert.verifier.content.hashing import Logical, Slices, Unit, rows_of
 from convert.verifier.content.tensors import expert_units
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
 from layouts.language.parts import PARTS
+from layouts.language.sections import ROWS, TENSOR
 from layouts.matching.lookup import find_family
 from layouts.matching.origin import origin_of
 from layouts.reader import Reader
@@ -128,6 +130,9 @@ class _Row:
         if not axes:
             yield {}
             return
+        if self.pair.turns:
+            yield from ({ROWS: rows} for rows in stretches(self.pair.turns, self.index[TENSOR]))
+            return
         size = self.sizes[axes[0]]
         step = max(1, STRIP * size // max(1, math.prod(self.sizes[axis] for axis in axes)))
         if axes[0] in self.pair.source.key.slots:
@@ -152,11 +157,18 @@ class _Row:
             yield from rows_of(rearrange(data, f"{kept} -> {self.pair.target.pattern.text}"))
 
 
+def _rows_in(pair: Pair, index: Mapping[str, int]) -> dict[str, int]:
+    """How many rows a tensor has whose array holds those of others, too."""
+    return {ROWS: pair.turns.size(index[TENSOR])} if pair.turns else {}
+
+
 def _rows(tree: Reader, _: Sides, pair: Pair) -> Iterator[Unit]:
     """One kind of any other tensor."""
-    for at in _layers(pair):
+    tensors = [{TENSOR: tensor} for tensor in range(len(pair.turns.parts))] if pair.turns else [{}]
+    for layer, tensor in itertools.product(_layers(pair), tensors):
+        at = layer | tensor
         spec = tree.tensors[pair.source.key.render({**dict.fromkeys(pair.source.key.slots, 0), **at})]
-        row = _Row(tree=tree, pair=pair, index=at, sizes=_sizes(tree, pair, spec))
+        row = _Row(tree=tree, pair=pair, index=at, sizes=_sizes(tree, pair, spec) | _rows_in(pair, at))
         first = row.slices(next(row.strips(), {}))
         nbytes = math.prod(lengths(first)) * itemsize(spec.dtype)
         yield Unit(array=spec.name, slices=first, nbytes=nbytes, read=partial(_Row.read, row))
