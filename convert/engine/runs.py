@@ -64,6 +64,8 @@ class _Steps(NamedTuple):
     strides: Sequence[tuple[str, int]]
     """The axes of the source along which a piece may begin elsewhere, and how many elements a step is."""
     each: int
+    known: dict[tuple[object, ...], str]
+    """Names of single sources, by what stands in them: many tensors may be parts of one."""
 
 
 class Runs:
@@ -80,7 +82,7 @@ class Runs:
         if id(way) not in self._steps:  # the way is kept with it, so that no other one can have its place
             self._steps[id(way)] = way, None if runs(target, box) is None else _steps(way, box)
         steps = self._steps[id(way)][1]
-        return None if steps is None else _merged(_whole(target, steps))
+        return None if steps is None else _whole(target, steps)
 
 
 def _steps(way: Way, box: Box) -> _Steps:
@@ -93,14 +95,27 @@ def _steps(way: Way, box: Box) -> _Steps:
         turned={axis: way.last(axis) for axis in way.turned},
         strides=[(axis, step) for axis, step in strides.items() if axis in axes or axis not in box],
         each=math.prod(len(span) for axis, span in box.items() if axis not in axes),
+        known={},
     )
 
 
-def _whole(target: Target, steps: _Steps) -> Iterable[Run]:
+def _whole(target: Target, steps: _Steps) -> list[Run]:
     size, key, index = itemsize(target.spec.dtype), target.source.key, target.index
-    strides = [(axis, step) for axis, step in steps.strides if axis in index or axis in steps.axes]
-    for point in itertools.product(*steps.spans):
-        at = {**index, **dict(zip(steps.axes, point, strict=True))}
-        at |= {axis: last - int(at[axis]) for axis, last in steps.turned.items() if axis in at}
-        start = sum(step * int(at[axis]) for axis, step in strides)
-        yield Run(key.render(at), start * size, steps.each * size)
+    nbytes = steps.each * size
+    if steps.turned:
+        index = {axis: steps.turned[axis] - int(at) if axis in steps.turned else at for axis, at in index.items()}
+    begin = sum(step * int(index[axis]) for axis, step in steps.strides if axis in index and axis not in steps.axes)
+    if not steps.axes:
+        at = tuple(map(index.get, key.slots))
+        if (name := steps.known.get(at)) is None:
+            name = steps.known[at] = key.render(index)
+        return [Run(name, begin * size, nbytes)]
+    spans = {axis: _turned(span, steps.turned.get(axis)) for axis, span in zip(steps.axes, steps.spans, strict=True)}
+    apart = dict(steps.strides)
+    places = itertools.product(*([apart.get(axis, 0) * at for at in span] for axis, span in spans.items()))
+    names = key.names(index, spans)
+    return _merged(Run(name, (begin + sum(place)) * size, nbytes) for name, place in zip(names, places, strict=True))
+
+
+def _turned(span: range, last: int | None) -> range:
+    return span if last is None else range(last - span.start, last - span.stop, -1)

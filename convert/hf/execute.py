@@ -22,7 +22,7 @@ from convert.commit.files import Folder
 from convert.commit.manifest import SOURCE
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC, Budget
-from convert.engine.copying import Worker, write_tensor
+from convert.engine.copying import Worker, write_tensor, write_together
 from convert.engine.direct import Output
 from convert.hf.shards import File
 from convert.planning.targets import Target
@@ -43,10 +43,6 @@ class _Task:
     parts: list[tuple[Target, int]] = field(default_factory=list)
     nbytes: int = 0
     digests: dict[str, str] = field(default_factory=dict)
-
-    def has_room(self, nbytes: int) -> bool:
-        """For one tensor more."""
-        return len(self.parts) < BATCH and self.nbytes + nbytes <= BATCH_BYTES
 
 
 def write_tensors(
@@ -80,7 +76,9 @@ def write_tensors(
 
     def work(task: _Task) -> None:
         with Output(stage.folder, task.file) as output:
-            for target, offset in task.parts:
+            found, left = write_together(task.parts, output, own.worker, told)
+            task.digests.update(found)
+            for target, offset in left:
                 task.digests.update(write_tensor(target, output, offset, own.worker, told))
 
     def begin() -> None:
@@ -176,9 +174,11 @@ def _tasks(targets: Iterable[Target], files: Sequence[File], *, turns: bool) -> 
     queues: dict[str, list[_Task]] = {}
     for target in targets:
         name, offset = home[target.spec.name]
-        queue = queues.setdefault(name if turns else "", [])
-        if not queue or queue[-1].file != name or not queue[-1].has_room(target.spec.nbytes):
-            queue.append(_Task(name))
-        queue[-1].parts.append((target, offset))
-        queue[-1].nbytes += target.spec.nbytes
+        if (queue := queues.get(name if turns else "")) is None:
+            queue = queues[name if turns else ""] = []
+        last, nbytes = queue[-1] if queue else None, target.spec.nbytes
+        if last is None or last.file != name or len(last.parts) == BATCH or last.nbytes + nbytes > BATCH_BYTES:
+            queue.append(last := _Task(name))
+        last.parts.append((target, offset))
+        last.nbytes += nbytes
     return [task for turn in itertools.zip_longest(*queues.values()) for task in turn if task is not None]

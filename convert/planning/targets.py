@@ -84,6 +84,11 @@ class Way:
         """Whether `n` is cut into shards or chunks on either side, or rows into sections."""
         return self.turns is not None or any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
 
+    @cached_property
+    def consumes(self) -> bool:
+        """Whether all of each source goes into one tensor, which is another than it."""
+        return self.moved and not set(self.target.key.slots) & set(self.source.pattern.axes)
+
     def last(self, axis: str) -> int:
         """The last position of an axis."""
         return self.sizes.get(axis, self.source_sizes.get(axis, 0)) - 1

@@ -12,7 +12,7 @@ import pytest
 import convert
 from convert.cli import main
 from convert.commit import journal, publish, stage
-from convert.engine import direct
+from convert.engine import copying, direct
 from convert.hf import execute
 from scripts.make_checkpoint import make_checkpoint
 
@@ -145,6 +145,7 @@ def test_finished_tensors_are_not_written_again(source, wanted, tmp_path, monkey
         written.append(target.spec.name)
         return real(target, *rest)
 
+    monkeypatch.setattr(copying, "SHORT", 0)  # each tensor by itself
     monkeypatch.setattr(execute, "write_tensor", fail_later)
     assert prefuse(source, tmp_path / "out", "--jobs", "1") == 6
     (stage,) = partials(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import convert
 from convert.cli import main
 from convert.commit import identity, inventory
-from convert.engine import again
+from convert.engine import again, copying
 from convert.hf import execute
 from convert.orbax import copy, fill
 from layouts.hf import read_shard
@@ -205,6 +205,7 @@ def stop_half_way(monkeypatch) -> None:
         written.append(target)
         return real(target, *rest)
 
+    monkeypatch.setattr(copying, "SHORT", 0)  # each tensor by itself
     monkeypatch.setattr(execute, "write_tensor", fail_later)
 
 
@@ -256,6 +257,7 @@ def test_a_hard_link_to_the_input_spoils_no_run(one, tmp_path, monkeypatch):
             os.link(source / "config.json", tmp_path / "link")
         return real(target, *rest)
 
+    monkeypatch.setattr(copying, "SHORT", 0)
     monkeypatch.setattr(execute, "write_tensor", link)
     assert prefuse(source, tmp_path / "out", "--jobs", "1") == 0
 

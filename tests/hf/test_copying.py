@@ -81,3 +81,18 @@ def test_a_kernel_that_cannot_copy_ranges_gives_the_same_files(tmp_path, monkeyp
     convert.prefuse(source, tmp_path / "out", layout=layout)
     assert calls
     assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
+
+
+@pytest.mark.parametrize("layout", ["transformers", "concat"])
+def test_small_tensors_are_read_and_written_together(tmp_path, monkeypatch, layout):
+    """A tensor between them that is not small, or is put together from blocks, is left out of no file, and ends a stretch."""
+    found = tensors(QWEN, n=8) | {"model.between": np.arange(20_000, dtype="u2").view(np.int16)}
+    source = checkpoint(tmp_path / "in", found, config(QWEN))
+    wanted = {file.name: file.read_bytes() for file in source.glob("*.safetensors")}
+    writes, real = [], copying.Output.put
+    monkeypatch.setattr(copying.Output, "put", lambda self, block, at: (writes.append(len(block)), real(self, block, at))[1])
+    convert.prefuse(source, tmp_path / "out", layout=layout)
+    writes.clear()
+    convert.split(tmp_path / "out", tmp_path / "back")
+    assert wanted == {file.name: file.read_bytes() for file in (tmp_path / "back").glob("*.safetensors")}
+    assert len(found) > len(writes) > 4 if layout == "concat" else len(writes) <= 4
