@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def input_digest(reader: Reader) -> str:
     digest = xxhash.xxh3_128()
     for name, header in sorted(reader.headers.items()):
         digest.update(_line(name, header))
-    for name, spec in sorted(reader.tensors.items()):
+    for name, spec in sorted(reader.tensors.items(), key=itemgetter(0)):
         unit = reader.unit(name)
         chunk = list(unit.shape) if unit else "null"
         digest.update(f"[{quoted(name)}, {quoted(spec.dtype)}, {list(spec.shape)}, {chunk}]".encode())

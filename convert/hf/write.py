@@ -31,6 +31,7 @@ from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.card import CARD
+from layouts.checkpoint import growing
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.disk.places import RemotePath, is_remote, listed_anew
 from layouts.disk.upload import held
@@ -118,7 +119,7 @@ class HFWriter:
             InputError: what the input remembers cannot be read.
             PlanError: a side file has the name of one of them.
         """
-        with readable(self.plan.source):
+        with readable(self.plan.source), growing():
             return _plan_files(self.plan, self.reader, self.original, self.max_shard_size)
 
     def pieces(self) -> list[tuple[str, int]]:
@@ -146,7 +147,8 @@ class HFWriter:
             return ()
         if isinstance(stage, StoreStage):  # what stands beside objects makes a checkpoint of them
             look_at_objects(stage.out, files)
-        notes += self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
+        with growing():
+            notes += self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
         if not isinstance(stage, StoreStage):
             look(stage.folder, files)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):

@@ -122,6 +122,9 @@ def read_block(extent: Extent, shape: Sequence[int], slices: Sequence[slice], ou
     Raises:
         InputError, OSError: see `InputFile.read`.
     """
+    if out.shape == tuple(shape):  # all of it, as most small tensors are read
+        extent.file.read(_bytes(out), extent.start)
+        return
     spans = [range(*part.indices(size)) for part, size in zip(slices, shape, strict=True)]
     if not out.size:
         return

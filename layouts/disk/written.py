@@ -27,10 +27,11 @@ def _text(found: Any, line: str, step: str) -> str:
     if not found or not isinstance(found, dict | list | tuple):
         return json.dumps(found)
     inner = line + step
-    if isinstance(found, dict):  # texts are most of what there is: no call for them
+    if isinstance(found, dict):  # texts are most of what there is, and in lists numbers: no call for them
         entries = [
             f"{quoted(key)}: {quoted(value) if type(value) is str else _text(value, inner, step)}"
             for key, value in found.items()
         ]
         return f"{{{inner}{f',{inner}'.join(entries)}{line}}}"
-    return f"[{inner}{f',{inner}'.join([_text(value, inner, step) for value in found])}{line}]"
+    values = [str(value) if type(value) is int else _text(value, inner, step) for value in found]
+    return f"[{inner}{f',{inner}'.join(values)}{line}]"

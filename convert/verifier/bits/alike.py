@@ -38,6 +38,8 @@ def differing(x: NDArray[np.generic], y: NDArray[np.generic]) -> Difference | No
     """
     if x.shape != y.shape:
         raise ValueError(f"{x.shape} in one, {y.shape} in the other")
+    if x.size <= PART and np.array_equal(x, y):  # as small experts are, of which there may be 100,000
+        return None
     one, other = _turned(x, y) if x.ndim else (x, y)
     if all(np.array_equal(one[part], other[part]) for part in _parts(one, other)):
         return None

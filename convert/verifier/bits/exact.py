@@ -41,6 +41,10 @@ AXES: Mapping[str, str] = {"wi": "kn", "wo": "nk"}
 """The logical axes of a projection."""
 
 
+Cuts = Mapping[Kind, Sequence[Cut | None]]
+"""In which parts each tensor of an expert is compared; the same for all experts of a layer."""
+
+
 class Looked(NamedTuple):
     """What was looked at on the first side, in bytes, and the differences in words."""
 
@@ -64,7 +68,8 @@ def compare_experts(
     pairs, lines, own = list(pair(a, b)), list[str](), 0
     chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].stored))]
     work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
-    call = partial(_compare_expert, most=work.each, scratch=Scratch())
+    cuts = {id(one): {kind: list(_cuts((one, other), kind, work.each)) for kind in one.groups} for one, other in pairs}
+    call = partial(_compare_expert, cuts=cuts, scratch=Scratch())
     mine = by_place(chosen, _places)[processes.stretch([1] * len(chosen))]
     number = {one.label: at for at, (one, _) in enumerate(pairs, start=1)}
     each = {one.label: nbytes_of(one) // max(1, one.stored) for one, _ in pairs}
@@ -117,19 +122,19 @@ def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
         yield Cut(axis, start, start + step if start + step < size else None)
 
 
-def _compare_expert(item: tuple[Sides, int], most: int, scratch: Scratch) -> Looked:
+def _compare_expert(item: tuple[Sides, int], cuts: Mapping[int, Cuts], scratch: Scratch) -> Looked:
     (a, b), e = item
     kinds = [kind for kind in sorted(a.groups) if e < a.groups[kind].sizes.get("e", a.stored)]
-    looked = [_compare_kind((a, b), kind, e, most, scratch) for kind in kinds]
+    looked = [_compare_kind((a, b), kind, e, cuts[id(a)][kind], scratch) for kind in kinds]
     return Looked(sum(each.nbytes for each in looked), [line for each in looked for line in each.differences])
 
 
-def _compare_kind(sides: Sides, kind: Kind, e: int, most: int, scratch: Scratch) -> Looked:
+def _compare_kind(sides: Sides, kind: Kind, e: int, cuts: Sequence[Cut | None], scratch: Scratch) -> Looked:
     role, part = kind
     words = PROJECTIONS[role] if role == "wo" or "g" in sides[0].groups[kind].sizes else (" and ".join(PROJECTIONS[role]),)
     where, nbytes, sizes = f"{sides[0].label}, expert {e}", 0, dict.fromkeys(words, 0)
     found: dict[str, list[Difference]] = {}
-    for cut in _cuts(sides, kind, most):
+    for cut in cuts:
         scratch.rewind()
         try:
             one, other = (projections(block, kind, e, scratch.empty, cut) for block in sides)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,14 @@ class Axis:
 
 def dimensions(text: str, sizes: Mapping[str, int]) -> list[list[Axis]]:
     """The axes of each stored dimension of a pattern such as `e k (s=8 g n%128)`."""
+    return [[*axes] for axes in _dimensions(text, tuple(sizes.items()))]
+
+
+@lru_cache(maxsize=1 << 10)
+def _dimensions(text: str, known: tuple[tuple[str, int], ...]) -> Sequence[Sequence[Axis]]:
+    """A pattern is read once for all experts: there may be 100,000 tensors, and a few patterns."""
+    sizes, inside = dict(known), False
     found: list[list[Axis]] = []
-    inside = False
     for word in text.replace("(", " ( ").replace(")", " ) ").split():
         if word in "()":
             inside = word == "("
@@ -87,9 +94,10 @@ def arranged(block: NDArray[Any], dims: Sequence[Sequence[Axis]], wanted: Sequen
     split = block.reshape([axis.stored for axis in axes])
     for at, axis in enumerate(axes):
         here = (slice(None),) * at
-        if split[(*here, slice(axis.size, None))].any():
-            raise ValueError(f"there is more than zeros behind the first {axis.size} ({axis.name})")
-        split = split[(*here, slice(axis.size))]
+        if axis.stored > axis.size:
+            if split[(*here, slice(axis.size, None))].any():
+                raise ValueError(f"there is more than zeros behind the first {axis.size} ({axis.name})")
+            split = split[(*here, slice(axis.size))]
         split = np.flip(split, at) if axis.reverse else split
     names = [axis.name for axis in axes]
     order = [name for name in wanted if name in names]

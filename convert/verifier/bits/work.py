@@ -5,6 +5,7 @@ In: a function and what it is called with, one after another. Out: its results, 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,7 @@ class Scratch(threading.local):  # no dataclass: threads would share its slots
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array with anything in it, good until `rewind`."""
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         if self._next == len(self._held):
             self._held.append(np.empty(nbytes, np.uint8))
         elif self._held[self._next].nbytes < nbytes:
