@@ -1,5 +1,7 @@
 """Each mutant is caught by its level, with layer, expert and projection; what cannot be told is said."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,42 @@ def test_mutants_are_caught(source, change, config, words, tmp_path, capsys):
     other = adapter(tmp_path / "other", changed, **config)
     assert run("--verify", given, other, "--family", "qwen3_moe") == 1
     assert words in capsys.readouterr().out
+
+
+FILES = {
+    "a side file": (lambda folder: (folder / "tokenizer.json").write_text("{} "), "tokenizer.json differs"),
+    "one more": (lambda folder: (folder / "vocab.txt").write_text("a"), "vocab.txt is only in "),
+    "one less": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is only in "),
+    "the card": (lambda folder: (folder / "README.md").write_text("# Another"), "README.md differs"),
+    "metadata": (lambda folder: _say(folder / "adapter_model.safetensors", rank="8"), "__metadata__: rank is absent in one"),
+    "the manifest": (lambda folder: _forge(folder / "convert_manifest.json"), "convert_manifest.json is not what was written"),
+}
+
+
+def _say(path, **words):
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    header["__metadata__"] = header.get("__metadata__", {}) | words
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + path.read_bytes()[8 + size :])
+
+
+def _forge(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"input": "another"}))
+
+
+def test_what_stands_beside_two_adapters_is_compared(tmp_path, capsys):
+    given = adapter(tmp_path / "in", fused("packed"))
+    (given / "tokenizer.json").write_text("{}")
+    (given / "README.md").write_text("# Mine")
+    assert run("--split", given, tmp_path / "out", "--family", "qwen3_moe") == 0
+    assert run("--verify", given, tmp_path / "out", "--family", "qwen3_moe") == 0
+    assert "1 side files by their digests" in " ".join(capsys.readouterr().out.split())
+    for name, (edit, words) in FILES.items():
+        other = shutil.copytree(tmp_path / "out", tmp_path / name)
+        edit(other)
+        assert run("--verify", given, other, "--family", "qwen3_moe") == 1, name
+        assert words in " ".join(capsys.readouterr().out.split()), name
 
 
 def test_other_factors_of_the_same_product_are_equal_by_delta_alone(tmp_path, capsys):

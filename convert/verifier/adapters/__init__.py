@@ -19,6 +19,7 @@ from convert.options.evidence import known_of
 from convert.progress import Progress, begin, ignore
 from convert.verifier.adapters.beside import compare_others, compare_settings
 from convert.verifier.adapters.factors import Side, Stored, difference, held, places_of, same
+from convert.verifier.files.beside import compare_adapter_files
 from convert.verifier.verdict import Level, Verdict
 from layouts.adapters.describe import describe
 from layouts.adapters.opening import config_of, open_adapter
@@ -55,6 +56,7 @@ def verify_adapters(
             *_compare_experts(left, right, progress or ignore, options.memory),
             compare_others(left, right),
             compare_settings(left, right),
+            compare_adapter_files(one, other, (CONFIG,)),
         )
         return Verdict(subject=f"{a} against {b}", levels=levels, allow_not_run=options.allow_not_run)
 

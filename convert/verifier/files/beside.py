@@ -6,7 +6,7 @@ In: two open checkpoints. Out: level `files`. It never looks at tensors, and ope
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -76,6 +76,21 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
         not_run="there are none" if none else "",
         asked=not none,
     )
+
+
+def compare_adapter_files(one: Reader, other: Reader, own: Collection[str]) -> Level:
+    """The same of two adapters, but for files of their `own`, which say how they are stored and are compared elsewhere.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    left, right = (reader.side_files.plain.keys() - {MANIFEST, CARD, *own} for reader in (one, other))
+    shards, both = len(one.headers) + len(other.headers), sorted(left & right)
+    differences = [f"{name} is only in {(one if name in left else other).path}" for name in sorted(left ^ right)]
+    differences += [*_changed(one, other, both), *_cards(one, other, alike=True), *_metadata(one, other)]
+    differences += [line for reader in (one, other) for line in beside_manifest(reader)]
+    covered = f"{len(both)} side files by their digests, the model card, __metadata__ of {shards} files, manifests"
+    return Level(name="files", covered=covered, compared=len(both) + shards, differences=tuple(differences))
 
 
 def _plain(found: Mapping[str, Any], at: str = "") -> dict[str, Any]:
