@@ -51,8 +51,7 @@ def verify_checkpoints(
 ) -> Verdict:
     """Compare two checkpoints in whatever layouts: all weights bit for bit, then the outputs of grouped GEMMs.
 
-    Of several `processes`, each looks at a part of both, and all of them come to the same verdict. Digests of what either side
-    holds, and the self-test, are left to the first of them.
+    Of several `processes`, each looks at a part of both, and all of them come to the same verdict.
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
@@ -65,8 +64,8 @@ def verify_checkpoints(
             raise UsageError("--trust-digests reads no bits, so that --self-test has none to flip; leave out one of them")
         announce(report, lambda: _outlook(one, other))
         verdict = _compare(one, other, options, report, processes)
-        again = partial(_compare, report=ignore)
-        return by_first(processes, Verdict, lambda: attested(verdict, (one, other), options, report, again))
+        again = partial(_compare, report=ignore, processes=processes)
+        return attested(verdict, (one, other), options, report, again, processes)
 
 
 def _outlook(one: Reader, other: Reader) -> str:
@@ -76,12 +75,12 @@ def _outlook(one: Reader, other: Reader) -> str:
 
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes = ALONE) -> Verdict:
     make = _across if _differ(one, other) else _alike
-    found = by_first(processes, Level, lambda: compare_recorded(one, other, options, report) or _NO_RECORD)
+    found = by_first(processes, lambda: compare_recorded(one, other, options, report) or _NO_RECORD)
     unread = found.state == EQUAL
     about, counts, rest = make(one, other, options, report, processes, unread=unread)
     bits_and_probes = tuple(rest)
     begin(report, "files")
-    beside = by_first(processes, Level, lambda: compare_files(one, other, counts.stacked))
+    beside = by_first(processes, lambda: compare_files(one, other, counts.stacked))
     noted = () if unread or found == _NO_RECORD else (found,)
     levels = *((found,) if unread else ()), *bits_and_probes, beside, *noted
     looked = sum(level.compared for level in levels if level.name in ("exact", "others"))

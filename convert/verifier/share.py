@@ -9,17 +9,15 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
 from convert.commit.processes import Processes
-from convert.verifier.verdict import Level, Side, Trial, Verdict
+from convert.verifier.verdict import Level
 
 Rule = Callable[[list[Any]], Any]
 """What becomes of what each process has."""
-_Found = TypeVar("_Found", Level, Verdict)
-_PARTS: Mapping[str, Any] = {"levels": Level, "sides": Side, "self_test": Trial}
 
 
 def joined(processes: Processes, lines: Sequence[str], *amounts: int) -> tuple[list[str], list[int]]:
@@ -60,23 +58,12 @@ def chained(found: list[Any]) -> list[Any]:
     return list(itertools.chain.from_iterable(found))
 
 
-def by_first(processes: Processes, kind: type[_Found], make: Callable[[], _Found]) -> _Found:
-    """What the first process makes: where there is little to divide, or what has to be done by one."""
+def by_first(processes: Processes, make: Callable[[], Level]) -> Level:
+    """What the first process finds, where there is little to divide."""
     if processes.count == 1:
         return make()
     text = json.dumps(asdict(make())) if processes.first else ""
-    found: _Found = _made(kind, json.loads(processes.gather(text)[0]))
-    return found
-
-
-def _made(kind: Any, found: Mapping[str, Any]) -> Any:
-    """A level or a verdict, of what JSON has of it."""
-    return kind(
-        **{
-            name: tuple(_made(_PARTS[name], each) for each in value) if name in _PARTS else _frozen(value)
-            for name, value in found.items()
-        }
-    )
+    return Level(**_frozen(json.loads(processes.gather(text)[0])))
 
 
 def _frozen(value: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from convert.commit.processes import ALONE, Processes
 from convert.errors import InputError, PlanError, UsageError
 from convert.options import Verification
 from convert.progress import Progress, begin
@@ -31,11 +32,13 @@ from layouts.reader import Reader
 _AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}
 
 
-def attested(verdict: Verdict, sides: Sides, options: Verification, progress: Progress, compare: Compare) -> Verdict:
+def attested(
+    verdict: Verdict, sides: Sides, options: Verification, progress: Progress, compare: Compare, processes: Processes = ALONE
+) -> Verdict:
     """A verdict on two with what else a report has, as far as that is asked for; `compare` compares them again."""
     if not (options.content or options.self_test):
         return verdict
-    verdict = stood(verdict, sides, options, progress)
+    verdict = stood(verdict, sides, options, progress, processes=processes)
     if not options.self_test:
         return verdict
     begin(progress, "self-test")
@@ -48,6 +51,7 @@ def stood(
     options: Verification,
     progress: Progress,
     wanted: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Verdict:
     """With both sides and, if asked for, a level `content`: whether they hold the same, by the digest of each alone.
 
@@ -56,9 +60,10 @@ def stood(
     found: list[Content] = []
     levels = verdict.levels
     if options.content:
-        begin(progress, "digests of what is held", sum(spec.nbytes for reader in readers for spec in reader.tensors.values()))
+        total = sum(spec.nbytes for reader in readers for spec in reader.tensors.values())
+        begin(progress, "digests of what is held", total // processes.count)
         try:
-            found = contents(*readers, options=options, progress=progress)
+            found = contents(*readers, options=options, progress=progress, processes=processes)
             other = found[1].to_dict() if len(found) > 1 else wanted
             levels += (_content(found[0].to_dict(), other),) if other else ()
         except (InputError, PlanError, UsageError) as error:

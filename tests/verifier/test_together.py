@@ -15,7 +15,8 @@ import pytest
 import convert
 from convert.commit import processes
 from convert.commit.processes import Processes
-from convert.errors import ConvertError, StorageError, UsageError
+from convert.errors import ConvertError, InputError, StorageError, UsageError
+from convert.verifier.content import hashing
 from layouts.hf import HFReader
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.tiny import adapter, whole
@@ -102,13 +103,34 @@ def test_the_probes_are_divided_by_layers(root, monkeypatch, names):
 
 @pytest.mark.parametrize("names", [("in", "fused"), ("in", "damaged"), ("fused",)], ids=" ".join)
 def test_digests_and_the_self_test_are_those_of_one_process(root, monkeypatch, names):
-    """The first one makes them alone; all have them."""
+    """Each hashes a part of both, and no tensor is hashed twice; all have the same digests."""
+    hashed: list[int] = []
+    every = hashing.hashed
+    monkeypatch.setattr(hashing, "hashed", lambda unit: hashed.append(unit.nbytes) or every(unit))
     paths, words = [root / name for name in names], {"gemm": False} if len(names) == 2 else {}
     words |= {"content": True, "self_test": True}
     alone = convert.verify(*paths, **words)
     assert alone.self_test or "damaged" in names
     assert alone.sides[0].digest
+    once = sorted(hashed)
+    hashed.clear()
     assert [each.json() for each in together(monkeypatch, 2, *paths, **words)] == [alone.json()] * 2
+    assert sorted(hashed) == once
+
+
+def test_what_one_process_cannot_hash_all_say(root, monkeypatch):
+    """The others would wait for it."""
+    every = hashing.hashed
+
+    def fails(unit):
+        if "lm_head" in unit.array:
+            raise InputError("a hole")
+        return every(unit)
+
+    monkeypatch.setattr(hashing, "hashed", fails)
+    for found in together(monkeypatch, 2, root / "in", root / "fused", gemm=False, content=True):
+        level = next(level for level in found.levels if level.name == "content")
+        assert (level.state, level.why) == ("not run", "a hole")
 
 
 def test_adapters_are_for_one_process(tmp_path, monkeypatch):

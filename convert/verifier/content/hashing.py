@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.errors import UsageError, one_line
+from convert.commit.processes import ALONE, Processes
+from convert.errors import InputError, UsageError, one_line
 from convert.options.option import workers
 from convert.progress import Progress
 from convert.verifier.bits.order import by_place, hold, place_of
 from convert.verifier.bits.work import in_order
+from convert.verifier.share import joined
 from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
@@ -110,21 +112,31 @@ def rows_of(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
         yield turned
 
 
-def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Progress) -> Digest:
-    """Read all units and hash what they give, as many at a time as `memory` bytes allow.
+def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Progress, processes: Processes = ALONE) -> Digest:
+    """Read all units and hash what they give, as many at a time as `memory` bytes allow; several processes a part of them each.
 
     Raises:
+        InputError: one cannot be read, here or in another process.
         UsageError: not even one can be held.
     """
     fit = _fit(reader, units, memory)
     hold(reader, {unit.array: lengths(unit.slices) for unit in units}, 1, memory)
     ordered = by_place(units, lambda unit: [place_of(reader, unit.array, unit.slices)])
+    own = ordered[processes.stretch([unit.nbytes for unit in ordered])]
     jobs = 1 if reader.windows.shapes else min(fit, workers(None))
-    lines, total = list[str](), 0
-    for found, nbytes in in_order(hashed, ordered, jobs):
-        lines += found
-        total += nbytes
-        progress(nbytes)
+    lines, total, wrong = list[str](), 0, list[str]()
+    try:
+        for found, nbytes in in_order(hashed, own, jobs):
+            lines += found
+            total += nbytes
+            progress(nbytes)
+    except InputError as error:
+        if processes.count == 1:
+            raise
+        wrong = [str(error)]  # the others wait for this one, and say the same
+    if wrong := joined(processes, wrong)[0]:
+        raise InputError(wrong[0])
+    lines, (total,) = joined(processes, lines, total)
     whole = hashlib.sha256(f"{FORM}\n".encode())
     for line in sorted(lines):
         whole.update(f"{line}\n".encode())

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from convert.commit.processes import ALONE, Processes
 from convert.errors import InputError, PlanError, readable
 from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import blocks
-from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Unit, digest_of, hashed
+from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Digest, Unit, digest_of, hashed
 from convert.verifier.content.tensors import expert_units, other_units, place_in
 from convert.verifier.content.tree import model_units
 from convert.verifier.sides import described, said_alone
@@ -26,8 +28,12 @@ from layouts.reader import Reader
 from layouts.tables.maxtext import ROOT
 
 
-def contents(*readers: Reader, options: Verification, progress: Progress = ignore) -> list[Content]:
+def contents(
+    *readers: Reader, options: Verification, progress: Progress = ignore, processes: Processes = ALONE
+) -> list[Content]:
     """Of one checkpoint, or of several that are compared: all in the same terms, and what one does not say, others do.
+
+    Several `processes` hash a part of each.
 
     Raises:
         InputError, PlanError: one cannot be read or described.
@@ -39,7 +45,8 @@ def contents(*readers: Reader, options: Verification, progress: Progress = ignor
             sides.append(_side(reader, said_alone(options, at), beside))
     alike = len({reader.format for reader in readers}) == 1
     why = next((side.why for side in sides if side.why), "") if alike else ""
-    return [_content(side, why or side.why, options.memory, progress) for side in sides]
+    digest = partial(digest_of, memory=options.memory, progress=progress, processes=processes)
+    return [_content(side, why or side.why, digest) for side in sides]
 
 
 def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], options: Verification) -> list[str]:
@@ -59,14 +66,14 @@ def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]
     return _Side(reader=reader, description=description, units=units, why=why)
 
 
-def _content(side: _Side, why: str, memory: int, progress: Progress) -> Content:
+def _content(side: _Side, why: str, digest: Callable[[Reader, list[Unit]], Digest]) -> Content:
     """In the terms of Hugging Face, but for a reason not to."""
     if side.units is None or why:
-        model = digest_of(side.reader, side.own(""), memory, progress)
+        model = digest(side.reader, side.own(""))
         return Content(model=model, terms=OWN if why else HUGGING_FACE, why=why)
-    model = digest_of(side.reader, side.units, memory, progress)
+    model = digest(side.reader, side.units)
     state = side.own(ROOT)
-    found = digest_of(side.reader, state, memory, progress) if state else None
+    found = digest(side.reader, state) if state else None
     return Content(model=model, terms=HUGGING_FACE, state=found)
 
 

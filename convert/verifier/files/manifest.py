@@ -56,11 +56,11 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
     agree(processes, found, options)
     begin(progress, "files")
-    files = by_first(processes, Level, lambda: _files(path, found))
+    files = by_first(processes, lambda: _files(path, found))
     with closing(open_checkpoint(path)) as reader:
         agree(processes, list(reader.tensors.values()))
         hold_strips(reader, found.tensors, options.memory)
-        itself = by_first(processes, Level, lambda: compare_manifest(reader, found))
+        itself = by_first(processes, lambda: compare_manifest(reader, found))
         stored = Stored()
         differ = changed(reader, found, stored, progress, options, processes)
         differ += _originals(reader, found, options, processes)
@@ -70,7 +70,7 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         levels += [decoded(reader, stored, progress, processes)] if options.decode else []
         levels += [_HELD] if found.content and not options.content else []
         verdict = Verdict(subject=str(path), levels=tuple(levels))
-        return by_first(processes, Verdict, lambda: _attested(verdict, reader, found, options, progress))
+        return _attested(verdict, reader, found, options, progress, processes)
 
 
 def _originals(reader: Reader, found: Manifest, options: Verification, processes: Processes) -> tuple[str, ...]:
@@ -94,14 +94,16 @@ def _files(path: Path, found: Manifest) -> Level:
     )
 
 
-def _attested(verdict: Verdict, reader: Reader, found: Manifest, options: Verification, progress: Progress) -> Verdict:
+def _attested(
+    verdict: Verdict, reader: Reader, found: Manifest, options: Verification, progress: Progress, processes: Processes
+) -> Verdict:
     """The verdict with what a report has besides, as far as that is asked for."""
     if options.self_test:
         digests = next(level for level in verdict.levels if level.name == "digests")
         verdict = replace(verdict, self_test=_self_test(reader, found, digests))
     if not (options.content or options.self_test):
         return verdict
-    return stood(verdict, (reader,), options, progress, found.content)
+    return stood(verdict, (reader,), options, progress, found.content, processes)
 
 
 def _covered(found: Manifest, stored: Stored, options: Verification) -> str:
