@@ -1,5 +1,7 @@
 """Saving: what was loaded becomes the files that it came from, byte for byte, and new values stand where the old ones stood."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,13 @@ from safetensors.numpy import load_file
 
 import convert
 import scripts.make_checkpoint as made
+from convert.options import Choices
+from convert.pipeline.back import reversed_plan
+from convert.planning.cross_plan import make_cross_plan
 from tests import tiny
 from tests.memory.test_foreign import Foreign
 from tests.pipeline.test_load import LAYOUTS, OLMOE, PLAIN, WI, cut
+from tests.planning.models import reader
 
 MANIFEST = "convert_manifest.json"
 
@@ -70,6 +76,20 @@ def test_maxtexts_tree_becomes_hugging_faces_files_again(tmp_path, layout, scan)
     asked = {"names": "maxtext", "layout": layout, "scan": scan, **({"shards": 2} if layout == "per-shard" else {})}
     convert.save(convert.load(source, sharding=cut, **asked), tmp_path / "out", like=source, **asked)
     assert files(tmp_path / "out") == files(source)
+
+
+@pytest.mark.parametrize("to_maxtext", [True, False])
+def test_tensors_that_take_turns_in_one_are_given_back(to_maxtext):
+    """Loaded by the names of the other format: the plan of one array of several tensors, and of several of one, reversed."""
+    source = reader("qwen3_5_moe")
+    if not to_maxtext:
+        plan = make_cross_plan(source, Path(), "convert", Choices())
+        arrays = {target.spec.name: tiny.fill(target, source) for target in plan.targets}
+        source = tiny.MemoryReader(arrays, config=source.config, format="orbax")
+    plan = make_cross_plan(source, Path(), "convert", Choices())
+    held = tiny.MemoryReader({target.spec.name: tiny.fill(target, source) for target in plan.targets})
+    back = {target.spec.name: tiny.fill(target, held) for target in reversed_plan(plan, source, Path()).targets}
+    assert tiny.same(back, source.arrays)
 
 
 def test_an_orbax_checkpoint_is_saved_as_orbax(tmp_path):

@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 import convert
 import scripts.make_checkpoint as made
 from tests.pipeline.test_load import bits, cut, dotted
+from tests.planning.models import reader
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,13 @@ def test_trees_that_do_not_fit(case):
     target, said = REFUSED[case]
     with pytest.raises(convert.PlanError, match=said):
         convert.sync_plan(TREE, target, layout="concat")
+
+
+def test_tensors_that_take_turns_are_refused():
+    model = reader("qwen3_5_moe")
+    trainer = {name: jax.ShapeDtypeStruct(array.shape, "float32") for name, array in model.arrays.items()}
+    with pytest.raises(convert.PlanError, match=r"in_proj_ba\.kernel: .* in turns, which sync does not do"):
+        convert.sync_plan(trainer, {}, names="maxtext", source_names="hf", config=model.config)
 
 
 def test_a_tree_that_is_not_as_planned():

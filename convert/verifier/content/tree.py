@@ -79,9 +79,12 @@ def _layers(pair: Pair) -> Iterator[dict[str, int]]:
 def _sizes(tree: Reader, pair: Pair, spec: TensorSpec) -> dict[str, int]:
     """Of all axes of an array; the table has to be right about all of them, or a part would be left out."""
     try:
-        return {**pair.counts, **pair.source.pattern.sizes(spec.shape, {**pair.counts, **pair.real})}
+        sizes = {**pair.counts, **pair.source.pattern.sizes(spec.shape, {**pair.counts, **pair.real})}
     except ValueError as error:
         raise InputError(f"{tree.path}: {spec.name}: {error}") from None
+    if pair.turns and sizes[ROWS] != pair.turns.total:
+        raise InputError(f"{tree.path}: {spec.name} has {sizes[ROWS]} rows, and {pair.turns.total} by config.json")
+    return sizes
 
 
 def _experts(tree: Reader, sides: Sides, pair: Pair) -> Iterator[Unit]:
