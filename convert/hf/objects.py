@@ -80,7 +80,7 @@ def write_objects(
 
     def work(file: File) -> dict[str, str]:
         stage.check()
-        return write_object(file, by_name, own.worker, stage, told)
+        return _write(file, by_name, own.worker, stage, told)
 
     with ThreadPoolExecutor(budget.jobs, initializer=equip) as pool:
         try:
@@ -94,14 +94,7 @@ def write_objects(
     return digests
 
 
-def write_object(
-    file: File, targets: Mapping[str, Target], worker: Worker, stage: StoreStage, told: Progress
-) -> dict[str, str]:
-    """Write one file, and return the digests of its tensors.
-
-    Raises:
-        OSError: the store fails.
-    """
+def _write(file: File, targets: Mapping[str, Target], worker: Worker, stage: StoreStage, told: Progress) -> dict[str, str]:
     found: dict[str, str] = {}
     with Upload(stage.out / file.name, file.size) as upload:
         upload.put(memoryview(file.head), 0)

@@ -9,8 +9,9 @@ is interrupted in it begins it again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 from convert.commit.manifest import entries
 from convert.commit.recorded import load
@@ -19,13 +20,14 @@ from convert.commit.store import StoreStage
 from convert.engine.budget import STRIP
 from convert.engine.copying import Worker, write_tensor
 from convert.engine.direct import Output
-from convert.hf.objects import write_object
+from convert.hf.objects import ObjectOutput
 from convert.hf.shards import File, file_of
 from convert.planning.computed import kept_bytes, originals_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress
 from layouts.computing import uncomputed
+from layouts.disk.upload import Upload
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
 
@@ -58,19 +60,27 @@ def _written(plan: Plan, targets: Mapping[str, Target], reader: Reader, stage: A
     if _is_there(stage, file) and all(done.values()):
         progress(kept_bytes(plan))
         return {name: str(digest) for name, digest in done.items()}
-    worker = Worker.make(uncomputed(reader), STRIP)
-    if isinstance(stage, StoreStage):
-        found = write_object(file, targets, worker, stage, progress)
-    else:
-        stage.folder.remove(file.name)
-        stage.folder.reserve(file.name, file.size, head=file.head)
-        found = {}
-        with Output(stage.folder, file.name) as output:
-            for name, offset in file.offsets.items():
-                found |= write_tensor(targets[name], output, offset, worker, progress)
-        stage.folder.sync(file.name)
+    worker, found = Worker.make(uncomputed(reader), STRIP), dict[str, str]()
+    with _opened(stage, file) as output:
+        for name, offset in file.offsets.items():  # from front to back, as a store takes them
+            found |= write_tensor(targets[name], output, offset, worker, progress)
     stage.record({_NOTE + name: found[name] for name in targets})
     return {name: found[name] for name in targets}
+
+
+@contextmanager
+def _opened(stage: AnyStage, file: File) -> Iterator[Output]:
+    """The file with its head, made anew; durable in the end."""
+    if isinstance(stage, StoreStage):
+        with Upload(stage.out / file.name, file.size) as upload:
+            upload.put(memoryview(file.head), 0)
+            yield cast(Output, ObjectOutput(upload))
+        return
+    stage.folder.remove(file.name)
+    stage.folder.reserve(file.name, file.size, head=file.head)
+    with Output(stage.folder, file.name) as output:
+        yield output
+    stage.folder.sync(file.name)
 
 
 def _is_there(stage: AnyStage, file: File) -> bool:
