@@ -16,7 +16,7 @@ from convert.errors import one_line
 from convert.options.values import in_units as size
 from convert.planning.documents import report_document
 from convert.planning.planner import Plan
-from convert.planning.targets import OTHER, Target
+from convert.planning.targets import LORA, OTHER, Target
 from layouts.language.layout import ROLES
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.language.template import Template
@@ -65,7 +65,8 @@ class Report:
             lines.append(f"{_left_out(plan)}: {', '.join(plan.left_out_files)}")
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
-        said = plan.remarks if plan.merging else ()  # what was taken of an adapter decides on its numbers
+        loud = plan.merging or any(target.role == LORA for target in plan.targets)
+        said = plan.remarks if loud else ()  # what was taken of an adapter, and its alpha, decide on its numbers
         return _joined([*lines, *(f"note: {note}" for note in (*said, *self.notes))])
 
 
@@ -81,11 +82,12 @@ def _headline(plan: Plan) -> str:
         )
     moved = [target for target in plan.targets if target.role in ROLES]
     experts = max((target.sizes.get("e", 0) for target in moved), default=0)
-    others = len(plan.targets) - len(moved)
+    lora = sum(target.role == LORA for target in plan.targets)
+    others = len(plan.targets) - len(moved) - lora
     how = "copied as they are" if all(t.role != OTHER for t in plan.targets) else "in the other format's axes"
     return (
         f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: {_blocks(moved)} MoE blocks of "
-        f"{experts} experts, {len(moved)} expert tensors, {others} others {how}"
+        f"{experts} experts, {len(moved)} expert tensors, {f'{lora} of LoRA, ' if lora else ''}{others} others {how}"
     )
 
 

@@ -92,7 +92,7 @@ def _targets(
     held = [name for name in held if not any(f".{router}.weight".endswith(f".{name}") for router in routers)]
     plain = [name for name in others if name not in routers or form.per_expert]
     named = _named(modules, plain)
-    if form.wrapped:
+    if form.of_parameters:
         ours = dict.fromkeys(f"{_below_layer(name)}" for name in wanted)
         gates = dict.fromkeys(f"{_below_layer(name)}.weight" for name in routers)
         first = sorted(ours, key=lambda name: not name.endswith("gate_up_proj"))

@@ -34,13 +34,9 @@ def _modules(makings: tuple[Making, ...], form: Form) -> Iterator[tuple[str, Sca
     for making in makings:
         place = f"{making.path.removeprefix('base_model.model.')}.experts"
         for recipe in making.recipes:
-            word = f"{recipe.unit}_proj" if form.wrapped else _word(form, recipe.unit)
+            word = form.word(recipe.unit)
             for e in range(len(recipe.scales)) if form.per_expert else [0]:
                 yield f"{place}.{e}.{word}" if form.per_expert else f"{place}.{word}", recipe.scales[e], recipe
-
-
-def _word(form: Form, unit: str) -> str:
-    return form.template.bind("p", form.units.index(unit)).text.rpartition(".lora_")[0].rpartition(".")[2]
 
 
 def config_of_output(

@@ -170,7 +170,7 @@ def _making(reader: Reader, described: Description, block: Block, way: Way, reco
 def _path(path: str, form: Form, family: str | None, record: Mapping[str, Any]) -> str:
     """What stands before the experts; transformers 5 calls Mixtral's `block_sparse_moe` `mlp`."""
     stem, _, last = path.rpartition(".")
-    if last == "block_sparse_moe" and (form.wrapped or form.name == "fused"):
+    if last == "block_sparse_moe" and form.fused and not form.per_expert:
         return f"{stem}.mlp"
     twice = any(each.name == family and "block_sparse_moe,mlp" in each.experts for each in FAMILIES)
     back = last == "mlp" and form.name == "per-expert-w123" and (twice or record.get("place") == "block_sparse_moe")
@@ -207,7 +207,7 @@ def _counted(described: Description, way: Way) -> Iterator[str]:
 
 def _dropped(settings: Settings, way: Way) -> Iterator[str]:
     """What a setting was, where the new form takes no other value."""
-    if way.target.wrapped and (dropout := settings.raw.get("lora_dropout")):
+    if way.target.of_parameters and (dropout := settings.raw.get("lora_dropout")):
         yield f"lora_dropout was {dropout} and is 0.0 now: PEFT takes no other for packed experts"
 
 

@@ -190,4 +190,6 @@ def _would(reader: Reader, described: Description, action: Action, choices: Choi
         text = str(problem).removeprefix(f"{reader.path}: ")
         return text if "nothing to" in text else f"cannot: {text}"
     layout = f"layout {choices.layout}" if action == "prefuse" else "gate and up apart, as they were"
-    return f"writes {layout}: {landed.count:,} expert tensors, {len(described.verbatim):,} others copied, {size(landed.nbytes)}"
+    lora = f"{len(landed.lora):,} of LoRA, " if landed.lora else ""
+    others = f"{lora}{len(described.verbatim):,} others copied"
+    return f"writes {layout}: {landed.count:,} expert tensors, {others}, {size(landed.nbytes)}"

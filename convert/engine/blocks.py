@@ -8,13 +8,15 @@ Memory is bounded: a source is read in slabs of at most `SLAB` bytes, each into 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convert.errors import readable
-from convert.planning.targets import Piece, Target
+from convert.planning.loras import NOT_DIAGONAL
+from convert.planning.targets import HALF, Piece, Target
 from layouts.disk.pread import Empty
 from layouts.errors import InputError
 from layouts.language.pattern import Box, Pattern
@@ -38,7 +40,7 @@ def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty,
         block = _read(target, pieces[0], reader, empty)
         return block if block.flags.c_contiguous else block.copy()
     out = empty([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
-    if target.target.pattern.padding:
+    if target.target.pattern.padding or HALF in target.target.pattern.axes:
         out[...] = 0
     for piece in pieces:
         for part in _slabs(target, piece, out.itemsize):
@@ -78,6 +80,8 @@ def _inside(target: Target, piece: Piece, box: Box) -> tuple[slice, ...]:
 def _read(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[Any]:
     """A piece in the target's axes: read where it is stored, split, cut, transposed; no value is touched."""
     source, wanted = target.source.pattern, target.target.pattern.axes
+    if HALF in source.axes:
+        _check_beside(target, piece, reader)
     block = _cut(target, piece, reader, empty)
     only_source = tuple(i for i, axis in enumerate(source.axes) if axis not in wanted)
     order = [axis for axis in source.axes if axis in wanted]
@@ -107,6 +111,18 @@ def _cut(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[
                 f"{sizes[axis]} ({axis}) as '{pattern.text}' says, and does not; is it in another layout?"
             )
     return block[tuple(slice(len(piece.source_box[axis])) for axis in pattern.axes)]
+
+
+def _check_beside(target: Target, piece: Piece, reader: Reader) -> None:
+    """See that a matrix is block diagonal: the ranks of up are zeros in the columns of gate, and the other way round.
+
+    Raises:
+        InputError: they are not, so that what is dropped would be lost.
+    """
+    other = 1 - piece.source_box[HALF].start
+    beside = replace(piece, source_box={**piece.source_box, HALF: range(other, other + 1)})
+    if np.any(_cut(target, beside, reader, np.empty)):
+        raise InputError(f"{reader.path}: {piece.source} (in {reader.where(piece.source)}) should hold {NOT_DIAGONAL}")
 
 
 def _with_padding(target: Target, piece: Piece) -> Box:

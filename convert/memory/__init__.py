@@ -5,7 +5,6 @@ In: a tree of arrays, a layout. Out: the same kind of tree, its experts in that 
     tree.py      any container as names and leaves, and back          leaves.py    an array, and the box that it may stand in
     plan.py      the files' own planner, asked about these names      relay.py     a pattern as reshape, transpose, stack, pad
     move.py      one relay compiled, with its derivative              places.py    where the axes of an array lie on the devices
-    adapters.py  LoRA beside the weights: a relay that is block diagonal
 
 One engine: names are matched, and refused, by the tables and the planner that files go through. Only the copying differs.
 """
@@ -21,11 +20,11 @@ import jax
 
 from convert.errors import PlanError, UsageError
 from convert.memory import tree
-from convert.memory.adapters import Planned
 from convert.memory.leaves import Leaf, leaf_of
 from convert.memory.move import moved
 from convert.memory.names import Names
 from convert.memory.plan import planned
+from convert.memory.relay import Planned
 from convert.options import Choices
 from convert.planning.choices import check
 from convert.planning.planner import Action

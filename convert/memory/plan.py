@@ -8,19 +8,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from convert.errors import ConvertError, PlanError, UsageError
-from convert.memory.adapters import Planned, adapters, columns_of
 from convert.memory.leaves import Leaf
 from convert.memory.names import absent, check_arrays, family_of, has_gates
-from convert.memory.relay import Relay, Side
+from convert.memory.relay import Planned, Relay, Side
 from convert.memory.tree import Held
 from convert.options import Choices
 from convert.options.wording import as_arguments
+from convert.planning.loras import columns_of, loras, sizes_of, stated_in
 from convert.planning.planner import Action, Plan, make_plan
-from convert.planning.targets import Target
+from convert.planning.targets import HALF, LORA, Target
 from layouts.adapters.trees import is_lora
 from layouts.language.layout import ROLES, Layout, Layouts, Placed
 from layouts.language.pattern import Pattern
@@ -109,18 +110,19 @@ def _planned(
     before = before if there is None else (named(there, family), *before)
     check_arrays(held, family, (*before, *family.native, wanted))
     tensors = {name: spec_of(name, each.leaf) for name, each in held.items() if each.leaf is not None}
-    loras = {name: tensors.pop(name) for name in list(tensors) if family.by_structure and is_lora(name)}
-    columns = columns_of(loras, record, before if there else (), after if action == "prefuse" else None)
+    found = {name: tensors.pop(name) for name in list(tensors) if family.by_structure and is_lora(name)}
+    columns, said = (
+        columns_of(found, record, before if there else (), wanted if action == "prefuse" else None),
+        stated_in(record),
+    )
+    beside = partial(loras, found, columns, said={**said, **sizes})
     if not has_gates(tensors, family, before if action == "split" else ()):
-        moves = (*_places(held, _empty_pairs(family, before, after)), *adapters(loras, columns, (), sizes))
+        moves = (*_places(held, _empty_pairs(family, before, after)), *_moves(beside(weights={})))
         return Moves(moves=moves or absent(held, family, before, said=bool(choices.family)), record=None)
     reader = Tree(tensors=tensors, format=family.format, record=record, config=config)
     plan = make_plan(cast(Reader, reader), Path(), action, choices, whole=False)
-    moved = tuple(_moves(plan))
-    return Moves(
-        moves=(*moved, *adapters(loras, columns, moved, sizes), *_places(held, _pairs(plan))),
-        record=_whole(plan.record, family),
-    )
+    moved = _moves((*plan.targets, *beside(weights=sizes_of(plan.targets))))
+    return Moves(moves=(*moved, *_places(held, _pairs(plan))), record=plan.record or {})
 
 
 def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -135,12 +137,12 @@ def spec_of(name: str, leaf: Leaf) -> TensorSpec:
     return TensorSpec(name=name, dtype=_CODES.get(leaf.dtype, _OTHER_TYPE), shape=tuple(leaf.array.shape))
 
 
-def _moves(plan: Plan) -> Iterator[Planned]:
+def _moves(found: Iterable[Target]) -> Iterator[Planned]:
     """The targets that are made of the same sources, together."""
     made: dict[Any, list[Target]] = {}
-    for each in plan.targets:
-        if each.role in ROLES and each.moved:
-            block = frozenset((slot, at) for slot, at in each.index.items() if slot not in ROLES[each.role])
+    for each in found:
+        if each.role in (*ROLES, LORA) and each.moved:
+            block = frozenset((slot, at) for slot, at in each.index.items() if slot not in ROLES.get(each.role, "g"))
             made.setdefault((each.role, each.part, block), []).append(each)
     for targets in made.values():
         first = targets[0]
@@ -148,14 +150,16 @@ def _moves(plan: Plan) -> Iterator[Planned]:
         yield Planned(
             sources=_rendered(first.source.key, first.index, dict(source.sizes)),
             targets=_rendered(first.target.key, first.index, dict(target.sizes)),
-            relay=Relay(source=source, target=target),
+            relay=Relay(source=source, target=target, diagonal=first.way.diagonal),
         )
 
 
 def _side(placed: Placed, sizes: Mapping[str, int]) -> Side:
-    axes = [slot for slot in placed.key.slots if slot in "ekgn"]
-    held = {axis: sizes[axis] for axis in (*axes, *placed.pattern.axes)}
-    return Side(named=tuple(axes), pattern=placed.pattern, sizes=tuple(held.items()))
+    axes, pattern = [slot for slot in placed.key.slots if slot in "ekgn"], placed.pattern
+    if HALF in pattern.axes:  # a relay has both halves of the rank as one axis
+        pattern, sizes = Pattern(pattern.text.replace(f"({HALF} r)", "r")), {**sizes, "r": 2 * sizes["r"]}
+    held = {axis: sizes[axis] for axis in (*axes, *pattern.axes)}
+    return Side(named=tuple(axes), pattern=pattern, sizes=tuple(held.items()))
 
 
 def _rendered(key: Template, index: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -218,14 +222,6 @@ def _stated(text: str | None, family: Family, sizes: Mapping[str, int]) -> dict[
     if not record["stored"]:
         raise UsageError("sizes: k and n are those of a padded layout that is named; else shapes or the record say them")
     return record
-
-
-def _whole(record: Mapping[str, Any] | None, family: Family) -> dict[str, Any]:
-    """A record in which a role that the tree lacks is there, too, as it would have been."""
-    found = dict(record or {})
-    for role in ROLES if "layout" in found else ():
-        found[role] = {**found[role], "native": found[role]["native"] or [_words(family.native[0][role], family)]}
-    return found
 
 
 def _words(layout: Layout, family: Family) -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from convert.planning.loras import NOT_DIAGONAL
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
 
@@ -108,10 +109,7 @@ class Relay:
     def holes(self) -> str:
         """What a source should hold besides what is moved, in words; nothing where all of it is moved."""
         if self.diagonal and not self._fuses:
-            return (
-                "zeros where the ranks of gate meet the columns of up, or the other way round, as block-diagonal LoRA has it, "
-                "and does not: it has been trained since, or never was block diagonal; keep it fused"
-            )
+            return NOT_DIAGONAL
         pattern = self.source.pattern
         where = f"zeros behind the first {dict(self.source.sizes)} as '{pattern.text}' says"
         return f"{where}, and does not; is it in another layout?" if pattern.padding else ""
@@ -182,6 +180,15 @@ class Relay:
         """The axes into which `n` is cut, and their sizes, in their logical order."""
         sizes = dict(side.sizes)
         return {axis: sizes[axis] for axis in CHUNKS if axis in side.pattern.axes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One move: the names of leaves, the names of what they become, and how; by no relay if they only keep places."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    relay: Relay | None
 
 
 def _items(order: Sequence[str], sizes: Mapping[str, int]) -> list[tuple[str, int]]:

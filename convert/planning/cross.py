@@ -18,8 +18,10 @@ from layouts.errors import InputError, PlanError
 from layouts.language.parts import PARTS
 from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader
-from layouts.tables.maxtext import Tree
+from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, Tree
 from layouts.tensors import TensorSpec
+
+_LORA = ". It is LoRA, which Hugging Face has in its own directory with alpha, and a tree holds no alpha: convert it without"
 
 
 def cross_targets(
@@ -40,9 +42,11 @@ def cross_targets(
         _check_kind(reader, tree, config)
     if left:  # before what is missing: of another model, both are
         first = next(name for name in reader.tensors if name in left)
+        lora = any(key.parse(name) for name in left for key in (LORA_APART, LORA_FUSED, LORA_DOWN))
+        hint = _LORA if lora else _hint(sides, tree, config, left)
         raise PlanError(
             f"{reader.path}: {len(left)} tensors have no place on the other side, first {first} (in "
-            f"{reader.where(first)}); nothing is dropped, so there is no plan{_hint(sides, tree, config, left)}"
+            f"{reader.where(first)}); nothing is dropped, so there is no plan{hint}"
         )
     for names, count in missing:
         lost = next(name for name in names if name not in have)

@@ -6,12 +6,15 @@ there may be 100,000, and who only asks what a plan would do has no use for them
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convert.options import Choices
+from convert.planning.loras import adapted
 from convert.planning.relay import Landing, landing
+from convert.planning.targets import Target, Way
 from layouts.errors import PlanError
 from layouts.language.layout import Layouts
 from layouts.matching.describe import Description
@@ -28,6 +31,10 @@ class Landed:
     wanted: Layouts
     origin: Origin
     landings: tuple[Landing, ...]
+    lora: tuple[Target, ...]
+    """A and B of gate and up of a tree, of which there are few."""
+    told: tuple[str, ...]
+    """What a plan should say of them."""
     count: int
     nbytes: int
 
@@ -45,11 +52,13 @@ def land(reader: Reader, described: Description, action: str, choices: Choices, 
     landings = tuple(_experts(reader, described, None if split else wanted))
     if action == "prefuse" and (layout not in TAKE_SCALARS or described.family.by_structure):
         _check_scalars(reader, described, layout)
-    if not idle and not any(each.way.moved for each in landings):
+    some = (made for each in landings for made in itertools.islice(each.targets(), 1))
+    lora, told = adapted(reader, described, choices.source_layout, some, None if split else wanted)
+    if not idle and not any(way.moved for way in _ways(landings, lora)):
         state = "as they were published" if split else f"in layout {layout!r}"
         raise PlanError(f"{reader.path}: all experts are {state} already; there is nothing to {action}")
-    count, nbytes = _check_written(reader, described, landings)
-    return Landed(wanted=wanted, origin=origin, landings=landings, count=count, nbytes=nbytes)
+    count, nbytes = _check_written(reader, described, landings, lora)
+    return Landed(wanted=wanted, origin=origin, landings=landings, lora=tuple(lora), told=told, count=count, nbytes=nbytes)
 
 
 def _experts(reader: Reader, described: Description, wanted: Layouts | None) -> Iterator[Landing]:
@@ -89,14 +98,16 @@ def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
             )
 
 
-def _check_written(reader: Reader, described: Description, landings: Sequence[Landing]) -> tuple[int, int]:
+def _check_written(
+    reader: Reader, described: Description, landings: Sequence[Landing], lora: Sequence[Target]
+) -> tuple[int, int]:
     """See that each name is given once, and that what is read and written have one size; the experts' tensors, and all bytes.
 
     Raises:
         PlanError: it is not so.
     """
     seen, count = set[str](), 0
-    nbytes = sum(reader.tensors[name].nbytes for name in described.verbatim)
+    nbytes = sum(reader.tensors[name].nbytes for name in described.verbatim) + sum(each.spec.nbytes for each in lora)
     for names, each in ((each.names(), each.nbytes) for each in landings):
         for name in names:
             if name in seen:
@@ -104,13 +115,20 @@ def _check_written(reader: Reader, described: Description, landings: Sequence[La
             seen.add(name)
         nbytes += (len(seen) - count) * each
         count = len(seen)
-    if (twice := next((name for name in described.verbatim if name in seen), None)) is not None:
-        raise _twice(reader, twice)
-    padded = any(side.pattern.padding for each in landings for side in (each.way.source, each.way.target))
+    for name in (*(each.spec.name for each in lora), *described.verbatim):
+        if name in seen:
+            raise _twice(reader, name)
+        seen.add(name)
+    ways = _ways(landings, lora)
+    padded = any(way.diagonal or way.source.pattern.padding or way.target.pattern.padding for way in ways)
     bytes_in = sum(spec.nbytes for spec in reader.tensors.values())
     if bytes_in != nbytes and not padded:
         raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {nbytes}; this is a bug, report it")
     return count, nbytes
+
+
+def _ways(landings: Sequence[Landing], lora: Sequence[Target]) -> list[Way]:
+    return [each.way for each in landings] + [each.way for each in lora]
 
 
 def _twice(reader: Reader, name: str) -> PlanError:

@@ -136,7 +136,7 @@ def plan_described(
     """
     layout, landed = choices.layout, land(reader, described, action, choices, idle=idle)
     experts = [(each.group.native, made) for each in landed.landings for made in each.targets()]
-    found = [made for _, made in experts]
+    found = [*(made for _, made in experts), *landed.lora]
     found += [verbatim(reader.tensors[name]) for name in described.verbatim]
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
@@ -149,12 +149,12 @@ def plan_described(
         layout="native" if action == "split" else layout,
         record=family_record(described.family, landed.origin)
         if action == "split"
-        else with_origin(make_record(layout, described.family, landed.wanted, experts), landed.origin),
+        else with_origin(make_record(layout, described.family, landed.wanted, experts, landed.lora), landed.origin),
         targets=_in_reading_order(reader, found),
         side_files=copied,
         left_out_files=left_out_files,
         never_copied=beside.never,
-        remarks=described.remarks,
+        remarks=(*described.remarks, *landed.told),
         keep_chunks=choices.keep_chunks,
     )
 

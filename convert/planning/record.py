@@ -25,12 +25,18 @@ _SCAN = re.compile(r"\b(?:l\d*|p)\b")
 """An axis of stacked layers, in a pattern: `l0`, `l1` within a format, `l` and `p` between formats."""
 
 
-def make_record(layout: str, family: Family, wanted: Layouts, made: _Made) -> dict[str, Any]:
-    """The record of a prefused checkpoint: for each role its layout and the ones before, and what these do not tell."""
+def make_record(layout: str, family: Family, wanted: Layouts, made: _Made, loras: Sequence[Target] = ()) -> dict[str, Any]:
+    """The record of a prefused checkpoint: for each role its layout and the ones before, and what these do not tell.
+
+    Where only A and B of gate and up are, `loras`, they tell how much of padded columns is real.
+    """
     record: dict[str, Any] = {"layout": layout, "version": VERSION, "family": family.name}
     for role, each in wanted.items():
-        record[role] = _words(each, family) | _natives([(native, t) for native, t in made if t.role == role], family)
-    if stored := _stored([target for _, target in made], wanted):
+        own = [(native, t) for native, t in made if t.role == role]
+        record[role] = _words(each, family) | _natives(own, family, family.native[0][role])
+    b = next((each for each in loras if each.part == "b" and each.target.pattern.padding), None) if not made else None
+    alone = {"wi.": _padded(b, wanted["wi"].pattern)} if b else {}
+    if stored := _stored([target for _, target in made], wanted) | alone:
         record["stored"] = stored
     return record
 
@@ -50,8 +56,8 @@ def _words(layout: Layout, family: Family) -> dict[str, Any]:
     return {"key": layout.key.replace("{experts}", family.experts), "pattern": layout.pattern}
 
 
-def _natives(made: _Made, family: Family) -> dict[str, Any]:
-    natives = list(dict.fromkeys(native for native, _ in made))
+def _natives(made: _Made, family: Family, native: Layout) -> dict[str, Any]:
+    natives = list(dict.fromkeys(native for native, _ in made)) or [native]  # of a role that is not there, as it would be
     numbers = {target.spec.name: natives.index(native) for native, target in made}
     later = {name: number for name, number in numbers.items() if number}
     return {"native": [_words(native, family) for native in natives], **({"native_of": later} if later else {})}
@@ -68,6 +74,11 @@ def _stored(targets: Iterable[Target], wanted: Layouts) -> dict[str, Any]:
         alike = all(entry == first for entry in entries.values())
         folded |= {kind: first} if alike else entries
     return {name: entry for name, entry in folded.items() if entry}
+
+
+def _padded(target: Target, pattern: str) -> Mapping[str, Any]:
+    unpadded = {axis: target.sizes[axis] for axis in target.target.pattern.padding}
+    return {"pattern": pattern, "dims": "out in", "unpadded": unpadded}
 
 
 def _entry(target: Target, wanted: Layouts) -> Mapping[str, Any] | None:

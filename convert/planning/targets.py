@@ -22,8 +22,10 @@ from layouts.language.sections import ROWS, TENSOR, Turns
 from layouts.language.template import Index
 from layouts.tensors import TensorSpec
 
-OTHER = "other"
-"""The role of a tensor that is no expert weight and is re-laid all the same, between formats."""
+OTHER, LORA = "other", "lora"
+"""The roles of what is no expert weight and is re-laid all the same: between formats, and A and B of gate and up."""
+HALF = "half"
+"""The axis of gate's and of up's half of the rank of a B that is block diagonal: it has zeros where this is not their `g`."""
 _CUT = CHUNKS[:2]
 
 
@@ -68,6 +70,11 @@ class Way:
     def moved(self) -> bool:
         """Whether anything but the name's place in a file changes."""
         return self.source != self.target
+
+    @cached_property
+    def diagonal(self) -> bool:
+        """Whether one side has gate and up apart, and the other as blocks of a matrix whose other blocks are zeros."""
+        return (HALF in self.source.pattern.axes) != (HALF in self.target.pattern.axes)
 
     @cached_property
     def whole(self) -> Box:
@@ -148,7 +155,7 @@ class Target:
         return self.way.moved
 
     def pieces(self, box: Box) -> Iterator[Piece]:
-        """The block copies that fill `box`, a range for each axis of the target's pattern; what they leave out is padding.
+        """The block copies that fill `box`, a range for each axis of the target's pattern; what they leave out is zeros.
 
         Axes that the source keeps in its names, or in another direction, are taken one by one.
         """
@@ -158,10 +165,15 @@ class Target:
         full = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)} | real
         ones = {axis: range(1) for axis, size in self.source.pattern.fixed.items() if size == 1}
         turned, slots = self.way.turned, self.source.key.slots
-        single = [axis for axis in full if axis in slots or axis in turned]
+        single = [axis for axis in full if axis in slots or axis in turned or axis == HALF]
         for point in itertools.product(*(full[axis] for axis in single)):
             here = full | {axis: range(i, i + 1) for axis, i in zip(single, point, strict=True)}
             there = {**ones, **here, **{axis: self._turn(axis, here[axis]) for axis in turned if axis in here}}
+            if self.way.diagonal:
+                gate_or_up = there["g"] if "g" in slots else here["g"]
+                if here.get(HALF, gate_or_up) != gate_or_up:
+                    continue
+                there[HALF] = gate_or_up
             for in_target, in_source in self._runs(here):
                 target_box, source_box = {**here, **in_target}, {**there, **in_source}
                 at = {axis: source_box[axis].start for axis in slots if axis in source_box}

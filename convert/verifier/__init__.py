@@ -19,6 +19,7 @@ from convert.errors import UsageError, readable
 from convert.options import Verification
 from convert.options.values import in_units
 from convert.progress import Progress, announce, begin, ignore
+from convert.verifier.adapters.trees import compare_trees
 from convert.verifier.bits import exact
 from convert.verifier.bits.counts import Counts, counts_of
 from convert.verifier.bits.logical import Scope, blocks
@@ -129,8 +130,13 @@ def _alike(
                 compare_others((one, other), (first, second), report, options.memory, options.jobs, processes),
             )
         )
-        yield from (experts, others)
-        yield from _probes(held, scope, how, experts, report, processes)
+        if first.loras or second.loras:
+            yield by_first(processes, lambda: compare_trees((one, other), (first, second), report))
+        if any(every):
+            yield from (experts, others)
+            yield from _probes(held, scope, how, experts, report, processes)
+        else:  # LoRA alone
+            yield replace(others, asked=False)
 
     return narrowed(scope, every[0]), counts_of(*sides, every, scope), levels()
 

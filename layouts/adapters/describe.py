@@ -22,8 +22,6 @@ _OURS = ".experts."
 _KNOWN: Mapping[str, str] = {
     ".lora_magnitude_vector": "the norms of DoRA, which no packed form has (merge it with PEFT),",
     ".lora_B.bias": "a bias of B, which no packed form has (merge it with PEFT),",
-    ".lora_gate_and_up_": "NeMo AutoModel's own name (save the adapter by its PEFT checkpointer, which gives PEFT's names),",
-    ".lora_down_": "NeMo AutoModel's own name (save the adapter by its PEFT checkpointer, which gives PEFT's names),",
 }
 """Parts of names that are in no form -> what they are."""
 
@@ -141,7 +139,7 @@ def _unit(
         raise InputError(f"{reader.path}: {path}.experts has no whole {unit} adapter for expert {lost[0]} of 0..{max(experts)}")
     names = tuple(tuple(sides[side][e].name for e in sorted(experts)) for side in SIDES)
     module = f"{path.removeprefix('base_model.model.')}.experts"
-    word = _word(form, unit)
+    word = form.word(unit)
     modules = tuple(f"{module}.{e}.{word}" for e in sorted(experts)) if form.per_expert else (f"{module}.{word}",)
     ranks = [settings.rank_of(each) for each in modules]
     found: dict[str, int] = {}
@@ -160,13 +158,6 @@ def _unit(
         dtypes={form.pattern(side)[0]: _dtype(reader, sides[side].values()) for side in SIDES},
         scales=tuple(scales if form.per_expert else scales * count),
     )
-
-
-def _word(form: Form, unit: str) -> str:
-    """What the module of a projection is called in patterns; PEFT's wrappers have none, but patterns name the parameter."""
-    if form.wrapped:
-        return f"{unit}_proj"
-    return form.template.bind("p", form.units.index(unit)).text.rpartition(".lora_")[0].rpartition(".")[2]
 
 
 def _add(reader: Reader, found: dict[str, int], spec: TensorSpec, pattern: Any, rank: int) -> None:

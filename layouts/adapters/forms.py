@@ -7,7 +7,8 @@ One neutral form stands between all others. For each block of experts and each p
 axes in the shape of what a file calls `lora_A` and `lora_B`; where a writer exchanged the roles, `lora_A` is B.
 
 Sources: PEFT 0.17 to 0.21.2 `tuners/lora/layer.py` (ParamWrapper), unsloth_zoo `moe_utils.py`, Megatron-Bridge
-`peft_bridge.py`, SGLang `lora/mem_pool.py`, vLLM `lora/model_manager.py`.
+`peft_bridge.py`, SGLang `lora/mem_pool.py`, vLLM `lora/model_manager.py`, NeMo AutoModel 36044ad `_peft/lora_experts.py` (x @ A
+@ B, gate first).
 """
 
 from __future__ import annotations
@@ -59,6 +60,17 @@ class Form:
     def wrapped(self) -> bool:
         """Whether names do not say which projection it is."""
         return self.units == _WRAPPED
+
+    @property
+    def of_parameters(self) -> bool:
+        """Whether no module of a name is the projection: then patterns of settings name the parameter, as `gate_up_proj`."""
+        return self.key.index(".lora") < self.key.index("{p:") or self.wrapped
+
+    def word(self, unit: str) -> str:
+        """What the module of a projection is called in patterns."""
+        if self.of_parameters:
+            return f"{unit}_proj"
+        return self.template.bind("p", self.units.index(unit)).text.rpartition(".lora_")[0].rpartition(".")[2]
 
     @property
     def fused(self) -> bool:
@@ -119,6 +131,13 @@ FORMS: Mapping[str, Form] = {
         _stacked("fused", "fused", _FUSED, "names of transformers 5, one tensor for all experts"),
         _stacked("stacked", "words", _APART, "SGLang, Tinker"),
         _stacked("stacked-w123", "w123", _APART, "the same with Mixtral's words"),
+        Form(
+            name="automodel",
+            key="{path}.experts.lora_{p:gate_and_up,down}_{s:A,B}",
+            units=_FUSED,
+            stored=(("A", "e i r"), ("B", "e r o")),
+            text="NeMo AutoModel's own names",
+        ),
     )
 }
 """Every form by its name, which `--layout` takes."""

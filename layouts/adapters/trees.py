@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from layouts.errors import InputError, PlanError
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
+from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED
 
-APART, FUSED = Template("{path}.wi_{g:0,1}_lora_{s:a,b}"), Template("{path}.wi_lora_{s:a,b}")
-_DOWN = Template("{path}.wo_lora_{s:a,b}")
 _FORMS: Mapping[int, tuple[str, str]] = {1: ("k r", "r e n"), -1: ("e k r", "r n"), 0: ("e k r", "e r n")}
 """Dimensions that B has more than A -> their axes, of one layer."""
 Shape = tuple[int, ...]
@@ -29,17 +28,21 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """Where A has the rank, always last, and where B has the rank and its outputs, always last; other axes come along."""
+    """Where A has the rank, always last, and where B has the rank and its outputs, always last; other axes come along.
+
+    `words` are the axes of A and of B as they are: `e`, `k`, `r`, `n`, and `l0`, ... of layers.
+    """
 
     a: Pattern
     b: Pattern
     rank: int
     n: int
+    words: tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def is_lora(name: str) -> bool:
     """Whether a leaf is A or B of a projection of experts."""
-    return any(key.parse(name) is not None for key in (APART, FUSED, _DOWN))
+    return any(key.parse(name) is not None for key in (LORA_APART, LORA_FUSED, LORA_DOWN))
 
 
 def found(names: Iterable[str], key: Template) -> dict[str, list[str]]:
@@ -91,7 +94,11 @@ def axes(names: tuple[str, str], a: Shape, b: Shape, weights: Mapping[str, int],
     (at,) = ranks
     along = [f"d{i}" for i in range(len(b) - 2)]
     pattern = Pattern(" ".join([*along[:at], "r", *along[at:], "n"]))
-    return Axes(a=Pattern(" ".join([*(f"d{i}" for i in range(len(a) - 1)), "r"])), b=pattern, rank=a[-1], n=b[-1])
+    first = min(
+        (each for each, (one, _) in readings.items() if _fits(one, a, sizes, given)), key=lambda each: each not in fitting
+    )
+    words = tuple(readings[first][0]), tuple(fitting.get(first) or next(iter(fitting.values())))
+    return Axes(a=Pattern(" ".join([*(f"d{i}" for i in range(len(a) - 1)), "r"])), b=pattern, rank=a[-1], n=b[-1], words=words)
 
 
 def _stored(text: str, extra: int, place: int) -> list[str]:

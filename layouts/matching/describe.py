@@ -22,7 +22,7 @@ from layouts.matching.kinds import check_kinds, filled
 from layouts.matching.lookup import expert_counts, find_family
 from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.packing import WEIGHTS, marked
-from layouts.matching.refusal import check_beside, hint, lookalikes
+from layouts.matching.refusal import check_beside, hint, lookalikes, without_loras
 from layouts.matching.sorting import Key, Sorted, sort_names
 from layouts.matching.witness import check_counts, check_layers, check_routers, check_said
 from layouts.reader import Reader
@@ -37,6 +37,8 @@ class Description:
     family: Family
     groups: tuple[Group, ...]
     verbatim: tuple[str, ...]
+    loras: tuple[str, ...] = ()
+    """A and B of gate and up in a tree of MaxText, which go where these go."""
     remarks: tuple[str, ...] = ()
     """What the plan should say of it."""
 
@@ -65,9 +67,11 @@ def describe(
     check_counts(reader)
     found = _family(reader, family, scan_axis)
     known = candidates(reader, found, source_layout, like)
-    matched, verbatim = sort_names(reader, found, known.known)
+    matched, rest = sort_names(reader, found, known.known)
+    verbatim = without_loras(found, rest)
+    loras = sorted({*rest} - {*verbatim})
     check_beside(reader, found, (block for _, _, block in matched), verbatim)
-    if not matched:
+    if not matched and not loras:
         raise PlanError(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
             f"{hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
@@ -80,7 +84,7 @@ def describe(
     if source_layout or told or (found.both_ways and not record_of(reader)):
         check_said(reader, groups)
     remarks = (*told, *counted, *check_layers(reader, groups), *lookalikes(verbatim))
-    return Description(family=found, groups=groups, verbatim=tuple(verbatim), remarks=remarks)
+    return Description(family=found, groups=groups, verbatim=tuple(verbatim), loras=tuple(loras), remarks=remarks)
 
 
 def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Family:

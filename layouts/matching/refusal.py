@@ -16,11 +16,11 @@ from layouts.matching.lookup import fitting, knows, rows_fitting, told_by_names
 from layouts.reader import Reader
 from layouts.tables.families import Family
 from layouts.tables.foreign import WORDS
+from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED
 from layouts.tables.targets import TARGETS, target
 
 _PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
 """What MaxText calls the projections of a MoE block."""
-_LORA = "It is LoRA: restore the tree with Orbax, and fuse it in memory (convert.prefuse_params takes A and B along)"
 _BOXES = ("array", "qrhs")
 """What stands below the name of a projection whose weights qwix or AQT has quantised."""
 
@@ -39,12 +39,18 @@ def check_beside(reader: Reader, family: Family, blocks: Iterable[Block], verbat
         parts = name.split(".")
         beside = any(".".join(parts[:depth]) in places and _of_projection(parts[depth]) for depth in range(1, len(parts)))
         boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
-        if (beside or boxed) and all(other.parse(name) is None for other in others):
+        if (beside or boxed) and all(other.parse(name) is None for other in (*others, LORA_DOWN)):
             known = f"Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
             raise PlanError(
                 f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is fused "
-                f"with them. {_LORA if name.endswith(('_lora_a', '_lora_b')) else known}"
+                f"with them. {known}"
             )
+
+
+def without_loras(family: Family, names: Sequence[str]) -> list[str]:
+    """The names but those of A and B of gate and up in a MaxText tree, which go where these go."""
+    keys = (LORA_APART, LORA_FUSED) if family.by_structure else ()
+    return [name for name in names if all(key.parse(name) is None for key in keys)]
 
 
 def _of_projection(part: str) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from layouts.language.sections import Sections
+from layouts.language.template import Template
 
 LAYERS = ("l", "p")
 """The axes of layers: a stack's steps, and the run of layers in each, if there are several."""
@@ -23,6 +24,14 @@ ROOT = "params.params."
 """Where a training checkpoint of MaxText has its weights."""
 MTP = "mtp_block"
 """And below it, its blocks that predict further tokens."""
+
+LORA_APART, LORA_FUSED = Template("{path}.wi_{g:0,1}_lora_{s:a,b}"), Template("{path}.wi_lora_{s:a,b}")
+LORA_DOWN = Template("{path}.wo_lora_{s:a,b}")
+"""What qwix calls A and B of a projection of experts, beside its weight or alone.
+
+Source: qwix 0.1.8 `_src/providers/lora.py`; MaxText 0.2.5 `common/checkpointing.py`, which saves them, their moments and no
+weights (`_filter_lora_trainable_state`).
+"""
 
 _EMBED = ("fsdp", "fsdp_transpose", "context", "context_usp_ulysses", "expert")
 _WIDE = ("tensor", "tensor_sequence", "autoregressive")

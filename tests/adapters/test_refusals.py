@@ -41,7 +41,7 @@ def named(infix):
             whole("per-expert") | {f"{PREFIX}.1.mlp.experts.lora_down_A": np.zeros((E, N, R), "f4")},
             {},
             4,
-            "AutoModel's own name",
+            "several forms (per-expert, automodel)",
         ),
         (whole("per-expert") | {ONE: np.zeros(0, "f4")}, {}, 4, "empty or flat as ZeRO-3 leaves it"),
         (whole("per-expert") | {ONE.replace("up_proj", "zip_proj"): np.zeros((N, R), "f4")}, {}, 4, "in no form that is known"),

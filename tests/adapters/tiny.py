@@ -34,6 +34,7 @@ STORED = {  # what is called lora_A and lora_B: from A as `e r i`, or from B as 
     "fused": ("e r i -> e r i", "e o r -> e o r"),
     "stacked": ("e r i -> e r i", "e o r -> e o r"),
     "stacked-w123": ("e r i -> e r i", "e o r -> e o r"),
+    "automodel": ("e r i -> e i r", "e o r -> e r o"),
 }
 APART = ("per-expert", "per-expert-w123", "stacked", "stacked-w123")
 FUSED = (*(form for form in STORED if form not in APART), "per-expert-fused")
@@ -67,6 +68,8 @@ def store(form, layer, pairs, moe="mlp"):
         for side, rule in zip("AB", STORED[form], strict=True):
             array = a if rule.startswith("e r i") else b
             name = f"{place}.{word}.lora_{side}.weight" if word else f"{place}.lora_{side}.weight"
+            if form == "automodel":
+                name = f"{place}.lora_{'down' if unit == 'down' else 'gate_and_up'}_{side}"
             found[name] = rearrange(array, rule)
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 

@@ -29,6 +29,7 @@ _TAKE: Mapping[str, _Take] = {
     "packed-reversed": lambda a, b, e, n: (b[:, e::n].T, a[_rows(a, e, n)].T),
     "packed-reversed-grouped": lambda a, b, e, n: (b[:, _rows(b.T, e, n)].T, a[_rows(a, e, n)].T),
     "packed-3d": lambda a, b, e, _: (a[e], b[:, :, e]),
+    "automodel": lambda a, b, e, _: (a[e].T, b[e].T),
     **dict.fromkeys(("fused", "stacked", "stacked-w123"), lambda a, b, e, _: (a[e % len(a)], b[e % len(b)])),
 }
 """Form -> A (r, in) and B (out, r) of one expert `e` of `n`, from the two stored tensors of all experts."""

@@ -58,6 +58,10 @@ def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], opti
 
 def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]) -> _Side:
     description, units, why = described(reader, options, beside), None, ""
+    if description.loras:
+        raise PlanError(
+            f"{reader.path}: {description.loras[0]} is LoRA, of which no content digest is made; do without --content"
+        )
     if description.family.by_structure:
         try:
             units = model_units(reader, options)

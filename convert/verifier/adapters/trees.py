@@ -1,0 +1,190 @@
+"""Prove that two trees of MaxText change gate and up of every expert by the same B @ A, fused or apart.
+
+In: two described trees. Out: level `delta`. It never writes, and takes A and B apart by plain slices:
+nothing of what converts is used. A tree does not hold alpha: with twice the rank, the scale is the same with twice the alpha.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.errors import InputError, PlanError
+from convert.progress import Progress, begin
+from convert.verifier.adapters.factors import Factors, difference, same
+from convert.verifier.verdict import Level
+from layouts.adapters.trees import Axes, axes, found
+from layouts.language.parts import CHUNKS
+from layouts.language.pattern import Pattern
+from layouts.matching.candidates import record_of
+from layouts.matching.describe import Description
+from layouts.reader import Reader
+from layouts.tables.maxtext import LORA_APART, LORA_FUSED
+from layouts.tensors import numpy_dtype
+
+_ROOM = 64 << 20
+"""Bytes for products, which are compared strip by strip."""
+_GATE_UP = ("gate (wi_0)", "up (wi_1)")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """A and B of gate and up at one place: their names, axes and, where they are fused, how columns lie, `n` of each real."""
+
+    reader: Reader
+    names: tuple[str, ...]
+    at: Axes
+    columns: Pattern | None
+    n: int
+
+    @property
+    def points(self) -> Mapping[str, int]:
+        """The axes of layers and experts, and their sizes."""
+        sizes: dict[str, int] = {}
+        for name, words in zip(self.names, self.at.words, strict=False):
+            sizes |= dict(zip(words, self.reader.tensors[name].shape, strict=True))
+        return {axis: size for axis, size in sorted(sizes.items(), reverse=True) if axis not in ("k", "r", "n")}
+
+    def kind(self) -> tuple[object, ...]:
+        """What has to be alike on both sides."""
+        specs = [self.reader.tensors[name] for name in self.names[:2]]
+        k = specs[0].shape[self.at.words[0].index("k")]
+        return *(spec.dtype for spec in specs), tuple(self.points.items()), ("k", k), ("n", self.n)
+
+    def factors(self, point: Mapping[str, int]) -> tuple[Factors, Factors]:
+        """A (r, k) and B (n, r) of gate and of up, of one expert of one layer.
+
+        Raises:
+            ValueError: there is something in the padding.
+        """
+        read = [self._read(name, self.at.words[number % 2], point) for number, name in enumerate(self.names)]
+        if self.columns is None:
+            one, other = (Factors(a=a.T, b=b.T) for a, b in (read[:2], read[2:]))
+            return one, other
+        a, b = read
+        gate, up = self._parted(b)
+        half = a.shape[1] // 2
+        if a.shape[1] % 2 or gate[half:].any() or up[:half].any():
+            return Factors(a=a.T, b=gate.T), Factors(a=a.T, b=up.T)
+        return Factors(a=a[:, :half].T, b=gate[:half].T), Factors(a=a[:, half:].T, b=up[half:].T)
+
+    def _read(self, name: str, words: tuple[str, ...], point: Mapping[str, int]) -> Floats:
+        """Along the two axes that are left."""
+        spec = self.reader.tensors[name]
+        slices = tuple(slice(point[axis], point[axis] + 1) if axis in point else slice(0, size)
+                       for axis, size in zip(words, spec.shape, strict=True))  # fmt: skip
+        bits = self.reader.read(name, slices).view(numpy_dtype(spec.dtype))
+        return bits.squeeze(tuple(at for at, axis in enumerate(words) if axis in point)).astype(np.float64)
+
+    def _parted(self, b: Floats) -> tuple[Floats, Floats]:
+        """The columns of gate and of up in their logical order: shards, then chunks, then what is in each."""
+        pattern = self.columns or Pattern("(g n)")
+        sizes = {"g": 2, **pattern.fixed}
+        free = next(axis for axis in ("c", "n") if axis in pattern.axes and axis not in sizes)
+        sizes[free] = self.n // math.prod(size for axis, size in sizes.items() if axis != "g")
+        split = b.reshape(len(b), *pattern.split(sizes))
+        order = [axis for axis in ("g", *CHUNKS) if axis in pattern.axes]
+        split = split.transpose(1 + pattern.axes.index("g"), 0, *(1 + pattern.axes.index(axis) for axis in order[1:]))
+        real = split[(slice(None), slice(None), *(slice(sizes[axis]) for axis in order[1:]))]
+        if np.count_nonzero(split) > np.count_nonzero(real):
+            raise ValueError(f"more than zeros behind the first {sizes} of '{pattern.text}'")
+        one, other = real.reshape(2, len(b), self.n)[:: -1 if "g" in pattern.reversed else 1]
+        return one, other
+
+
+def compare_trees(readers: tuple[Reader, Reader], described: tuple[Description, Description], progress: Progress) -> Level:
+    """Compare A and B of gate and up, expert by expert."""
+    mine, others = (_blocks(*side, readers) for side in zip(readers, described, strict=True))
+    differ = [f"{path}: only in the {'first' if path in mine else 'second'}" for path in sorted(mine.keys() ^ others.keys())]
+    differ += [
+        f"{path}: {mine[path].kind()} in one, {others[path].kind()} in the other"
+        for path in mine.keys() & others.keys()
+        if mine[path].kind() != others[path].kind()
+    ]
+    both = [path for path in mine if path in others and mine[path].kind() == others[path].kind()]
+    begin(progress, "B @ A of experts", sum(_nbytes(mine[path]) for path in both))
+    compared = moved = 0
+    for path in both:
+        for why in _compared(path, mine[path], others[path]):
+            compared, moved = compared + 1, moved + (why is not None)
+            differ += [why] if why else []
+        progress(_nbytes(mine[path]))
+    products = f", {moved} of them by their products in float64" if moved else ""
+    return Level(
+        name="delta",
+        covered=f"{compared} projections of experts with LoRA in {len(both)} blocks, A and B to the bit{products}; alpha "
+        "is not in a tree",
+        compared=compared,
+        differences=tuple(differ),
+    )
+
+
+def _compared(path: str, one: _Block, other: _Block) -> Iterator[str | None]:
+    """For each projection: None if the factors are the same numbers, nothing if their products are, else the difference."""
+    for at in itertools.product(*map(range, one.points.values())):
+        point = dict(zip(one.points, at, strict=True))
+        where = ", ".join([path, *(f"{'expert' if axis == 'e' else 'layer'} {i}" for axis, i in point.items())])
+        try:
+            pairs = tuple(zip(one.factors(point), other.factors(point), strict=True))
+        except ValueError as error:
+            yield f"{where}: {error}"
+            continue
+        for word, (left, right) in zip(_GATE_UP, pairs, strict=True):
+            if same(left, right):
+                yield None
+            else:
+                found = difference(_used(left), _used(right), _ROOM)
+                yield f"{where}, {word}: {found}" if found else ""
+
+
+def _used(factors: Factors) -> Factors:
+    """Without ranks that are zeros."""
+    used = factors.a.any(axis=1) & factors.b.any(axis=0)
+    return Factors(a=factors.a[used], b=factors.b[:, used])
+
+
+def _nbytes(block: _Block) -> int:
+    return sum(block.reader.tensors[name].nbytes for name in block.names)
+
+
+def _blocks(reader: Reader, described: Description, readers: tuple[Reader, Reader]) -> dict[str, _Block]:
+    """Path -> A and B there; how columns lie is told by the weight beside, by the record, or by that of the other side."""
+    made = {}
+    weights = {str(group.index.get("path")): group for group in described.groups if group.role == "wi" and not group.part}
+    records = [record for record in map(record_of, (reader, *readers)) if "wi" in record]
+    for key in (LORA_APART, LORA_FUSED):
+        for path, names in found(described.loras, key).items():
+            group, known, layers = weights.get(path), dict[str, int](), None
+            columns = None if key is LORA_APART else Pattern(records[0]["wi"]["pattern"]) if records and not group else None
+            if group:
+                known = {axis: group.total(axis) for axis in group.sizes if axis in "ek" or (axis == "n" and key is LORA_APART)}
+                layers = tuple(size for axis, size in sorted(group.sizes.items()) if axis.startswith("l"))
+                columns = None if key is LORA_APART else group.placed.pattern
+            if key is LORA_FUSED and columns is None:
+                raise PlanError(
+                    f"{reader.path}: {names[0]} is fused, and nothing says in which layout; name it with --source-layout"
+                )
+            shapes = [reader.tensors[name].shape for name in names]
+            if shapes[:2] != shapes[-2:]:
+                raise InputError(f"{reader.path}: {names[0]} and {names[-2]} are of other shapes: {shapes}")
+            at = axes((names[0], names[1]), shapes[0], shapes[1], known, layers)
+            last = None if columns is None else Pattern(columns.tokens[-1])
+            made[path] = _Block(reader=reader, names=tuple(names), at=at, columns=last, n=_real(at, last, group, records))
+    return made
+
+
+def _real(at: Axes, columns: Pattern | None, group: Any, records: list[Mapping[str, Any]]) -> int:
+    """The columns of one projection without padding."""
+    if columns is None:
+        return at.n
+    if group:
+        return int(group.total("n"))
+    entry = records[0].get("stored", {}).get("wi.") if columns.padding else None
+    return entry["unpadded"]["n"] * columns.fixed.get("s", 1) if entry else at.n // 2
