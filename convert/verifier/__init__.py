@@ -131,7 +131,8 @@ def _alike(
             )
         )
         if first.loras or second.loras:
-            yield by_first(processes, lambda: compare_trees((one, other), (first, second), report))
+            yield by_first(processes, lambda: compare_trees((one, other), (first, second), report, options.memory))
+            held_alike(sides, every, scope, options.memory)  # as A and B were read otherwise
         if any(every):
             yield from (experts, others)
             yield from _probes(held, scope, how, experts, report, processes)

@@ -24,9 +24,7 @@ def held_alike(
     """Of `every` MoE layer of both sides those that are compared, and both checkpoints ready to be read in their order."""
     check_scope(scope, (block for side in every for block in side.values()))
     one, other = ({key: block for key, block in side.items() if scope.holds(block)} for side in every)
-    hold_experts(
-        list(pair(one, other)), [(reader, described.verbatim + described.loras) for reader, described in sides], memory
-    )
+    hold_experts(list(pair(one, other)), [(reader, described.verbatim) for reader, described in sides], memory)
     return one, other
 
 

@@ -24,16 +24,32 @@ def model(kind="A for all", scan=1, *, alone=False, n=8):
     return {"params": loras if alone else params, "opt_state": {"mu": loras}, "step": np.ones(1, "i4")}
 
 
-def flat(params, **more):
+class Tree(MemoryReader):
+    """A tree in memory, which is asked for windows."""
+
+    def unit(self, name):
+        return None
+
+    def hold(self, limits, windows):
+        assert limits.streams
+
+
+def flat(params):
     named, _ = jax.tree_util.tree_flatten_with_path(params)
     arrays = {".".join(key.key for key in path): np.asarray(leaf).view("u4") for path, leaf in named}
-    return MemoryReader(arrays, format="orbax", **more)
+    return Tree(arrays, format="orbax")
+
+
+def converted(reader, action, **choices):
+    """By the plan of files."""
+    made = run(reader, action, **choices)
+    return Tree(made.arrays, format="orbax", record=made.record)
 
 
 def delta(one, other, **said):
     """The level `delta` of two trees in memory."""
     described = describe(one), describe(other, **said)
-    return compare_trees((one, other), described, lambda *_: None)
+    return compare_trees((one, other), described, lambda *_: None, 1 << 30)
 
 
 EVERY = list(itertools.product(PRODUCTS, [None, 0, 1], [False, True], LAYOUTS))
@@ -47,10 +63,13 @@ EVERY = list(itertools.product(PRODUCTS, [None, 0, 1], [False, True], LAYOUTS))
 def test_it_is_what_memory_makes_of_it_and_comes_back(kind, scan, alone, layout):
     params = model(kind, scan, alone=alone, n={"glu32": 64, "lane": 256}.get(layout[0], 8))
     source = flat(params)
-    fused = run(source, "prefuse", **asked(layout))
+    fused = converted(source, "prefuse", **asked(layout))
     wanted = flat(convert.prefuse_params(params, **asked(layout)))
     assert {name: a.tobytes() for name, a in fused.arrays.items()} == {n: a.tobytes() for n, a in wanted.arrays.items()}
-    back, other = run(fused, "split"), run(fused, "prefuse", layout="interleaved" if layout[0] == "concat" else "concat")
+    back, other = (
+        converted(fused, "split"),
+        converted(fused, "prefuse", layout="interleaved" if layout[0] == "concat" else "concat"),
+    )
     assert {name: a.tobytes() for name, a in back.arrays.items()} == {n: a.tobytes() for n, a in source.arrays.items()}
     for each in (fused, back, other):
         found = delta(source, each)
@@ -82,7 +101,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_verification_sees(name):
     source = flat(model())
-    fused = run(source, "prefuse")
+    fused = converted(source, "prefuse")
     MUTANTS[name](fused)
     found = delta(source, fused)
     assert found.state == "DIFFERENT"
@@ -90,12 +109,12 @@ def test_verification_sees(name):
     if name == "beside the diagonal":
         assert "params.moe, layer 2, expert 1, up (wi_1): 4 of 32 elements of delta W differ" in found.differences[0]
         with pytest.raises(InputError, match=r"wi_lora_b .* should hold zeros where the ranks of gate meet the columns of up"):
-            run(fused, "split")
+            converted(fused, "split")
 
 
 def test_what_was_trained_fused_is_compared_by_its_products():
     source = flat(model())
-    fused = run(source, "prefuse")
+    fused = converted(source, "prefuse")
     a, b = fused.arrays["params.moe.wi_lora_a"].view("f4"), b_of(fused)
     a[..., 0] += a[..., 2]  # gate's first rank with some of up's, and that taken away again
     b[2] -= b[0]
@@ -106,11 +125,11 @@ def test_what_was_trained_fused_is_compared_by_its_products():
 
 def test_padding_that_holds_something_is_seen():
     source = flat(model())
-    fused = run(source, "prefuse", layout="per-shard", shards=2, align=3)
+    fused = converted(source, "prefuse", layout="per-shard", shards=2, align=3)
     b_of(fused)[0, 0, 0, 4] = 1
     assert "params.moe, layer 0, expert 0: more than zeros behind" in delta(source, fused).differences[0]
     with pytest.raises(InputError, match="zeros behind"):
-        run(fused, "split")
+        converted(fused, "split")
 
 
 def without(params, *names):
@@ -118,12 +137,12 @@ def without(params, *names):
 
 
 REFUSED = {
-    "no partner": (lambda: run(flat(without(model(), "wi_1_lora_b")), "prefuse"), PlanError, "no partner"),
-    "no place": (lambda: run(flat(model(scan=None)), "prefuse", layout="fused-moe"), PlanError, "has no place for it"),
-    "nobody says": (lambda: run(flat(convert.prefuse_params(model(alone=True))), "split"), PlanError, "name it with"),
-    "fused already": (lambda: run(run(flat(model()), "prefuse"), "prefuse"), PlanError, "nothing to prefuse"),
+    "no partner": (lambda: converted(flat(without(model(), "wi_1_lora_b")), "prefuse"), PlanError, "no partner"),
+    "no place": (lambda: converted(flat(model(scan=None)), "prefuse", layout="fused-moe"), PlanError, "has no place for it"),
+    "nobody says": (lambda: converted(flat(convert.prefuse_params(model(alone=True))), "split"), PlanError, "name it with"),
+    "fused already": (lambda: converted(converted(flat(model()), "prefuse"), "prefuse"), PlanError, "nothing to prefuse"),
     "another E": (
-        lambda: run(flat({"params": {"moe": model()["params"]["moe"] | tree(scan=1, n=16)["moe"] | {
+        lambda: converted(flat({"params": {"moe": model()["params"]["moe"] | tree(scan=1, n=16)["moe"] | {
             name: leaf for name, leaf in model()["params"]["moe"].items() if name in ("wi_0", "wi_1", "wo")}}}), "prefuse"),
         InputError,
         "is no B of rank 2",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from convert.errors import InputError, PlanError
 from convert.progress import Progress, begin
 from convert.verifier.adapters.factors import Factors, difference, same
+from convert.verifier.bits.order import hold
 from convert.verifier.verdict import Level
 from layouts.adapters.trees import Axes, axes, found
 from layouts.language.parts import CHUNKS
@@ -28,8 +29,8 @@ from layouts.reader import Reader
 from layouts.tables.maxtext import LORA_APART, LORA_FUSED
 from layouts.tensors import numpy_dtype
 
-_ROOM = 64 << 20
-"""Bytes for products, which are compared strip by strip."""
+_ROOM, _BESIDE = 32 << 20, 4
+"""Bytes for products, which are compared strip by strip; tensors of a block that are read side by side."""
 _GATE_UP = ("gate (wi_0)", "up (wi_1)")
 Floats = NDArray[np.float64]
 
@@ -57,6 +58,14 @@ class _Block:
         specs = [self.reader.tensors[name] for name in self.names[:2]]
         k = specs[0].shape[self.at.words[0].index("k")]
         return *(spec.dtype for spec in specs), tuple(self.points.items()), ("k", k), ("n", self.n)
+
+    def units(self) -> dict[str, tuple[int, ...]]:
+        """How long along each dimension is what is read of each tensor at a time."""
+        shapes = [self.reader.tensors[name].shape for name in self.names]
+        words = [self.at.words[number % 2] for number in range(len(self.names))]
+        both = zip(words, shapes, strict=True)
+        each = [tuple(1 if axis in self.points else size for axis, size in zip(*one, strict=True)) for one in both]
+        return dict(zip(self.names, each, strict=True))
 
     def factors(self, point: Mapping[str, int]) -> tuple[Factors, Factors]:
         """A (r, k) and B (n, r) of gate and of up, of one expert of one layer.
@@ -99,8 +108,14 @@ class _Block:
         return one, other
 
 
-def compare_trees(readers: tuple[Reader, Reader], described: tuple[Description, Description], progress: Progress) -> Level:
-    """Compare A and B of gate and up, expert by expert."""
+def compare_trees(
+    readers: tuple[Reader, Reader], described: tuple[Description, Description], progress: Progress, memory: int
+) -> Level:
+    """Compare A and B of gate and up, expert by expert.
+
+    Raises:
+        UsageError: a chunk takes more than `memory`.
+    """
     mine, others = (_blocks(*side, readers) for side in zip(readers, described, strict=True))
     differ = [f"{path}: only in the {'first' if path in mine else 'second'}" for path in sorted(mine.keys() ^ others.keys())]
     differ += [
@@ -109,6 +124,8 @@ def compare_trees(readers: tuple[Reader, Reader], described: tuple[Description, 
         if mine[path].kind() != others[path].kind()
     ]
     both = [path for path in mine if path in others and mine[path].kind() == others[path].kind()]
+    for reader, blocks in zip(readers, (mine, others), strict=True):
+        hold(reader, {name: unit for path in both for name, unit in blocks[path].units().items()}, _BESIDE, memory)
     begin(progress, "B @ A of experts", sum(_nbytes(mine[path]) for path in both))
     compared = moved = 0
     for path in both:
