@@ -172,8 +172,8 @@ def prefuse_params(
 
     `params` is any container of arrays (see README), and so is what is returned. Leaves have MaxText's names, `wi_0`, `wi_1`
     and `wo`, unless `family` says otherwise, or `names` says what they are called: `{"wi_0": "gate_proj.kernel", ...}`.
-    `sizes` are those of axes that shapes do not tell: `e`, the experts of a family that stores them flat; `k` and `n`, where
-    the input is padded.
+    `sizes` are those of axes that shapes do not tell: `e`, the experts of a family that stores them flat, or numbers two
+    kinds through (of each kind); `k` and `n`, where the input is padded.
 
     It works under every transformation of JAX, and has the derivative of a concatenation. With `donate`, JAX's arrays are
     freed as soon as they are moved, so that no more than one layer is held twice; nobody can use them afterwards.

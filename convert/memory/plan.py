@@ -81,7 +81,7 @@ def planned(
     """Plan a change of layout.
 
     `record` is what `layout_of` gave. `sizes` are those of logical axes that shapes do not tell: of padded `n` and `k`, and the
-    number `e` of experts where they are stored flat.
+    number `e` of experts where they are stored flat, or of each kind where a layer has several, numbered through.
 
     Raises:
         PlanError, InputError: as for files; messages name leaves, and arguments instead of flags.
@@ -101,7 +101,13 @@ def _planned(
     record: Mapping[str, Any] | None,
     sizes: dict[str, int],
 ) -> Moves:
-    config = {"num_experts": sizes.pop("e")} if "e" in sizes else {}
+    config = {"moe_num_experts" if family.is_open else "num_experts": sizes.pop("e")} if "e" in sizes else {}
+    family = family.filled(config["moe_num_experts"]) if family.is_open and config else family
+    if family.is_open and record is None:
+        raise PlanError(
+            f"layers of {family.name} have experts of {family.kinds} kinds, numbered through; pass sizes={{'e': 64}} if "
+            "there are 64 of each"
+        )
     there = choices.source_layout or (record or {}).get("layout")
     if sizes:
         record, choices = _stated(choices.source_layout, family, sizes), replace(choices, source_layout=None)

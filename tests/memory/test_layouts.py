@@ -181,3 +181,21 @@ def test_many_results_are_made_one_by_one(dtype):
     same_trees(made, wanted)
     last = np.asarray(made["model.layers.3.mlp.experts.11.up_proj.weight"])
     assert last.tobytes() == np.ascontiguousarray(wi[11, :, 4:].T).tobytes()
+
+
+def test_experts_of_two_kinds_are_counted_by_who_knows():
+    """ERNIE 4.5 VL numbers experts for text and for images through; the two have sizes of their own."""
+    sizes = {"gate_proj": lambda n: (n, 3), "up_proj": lambda n: (n, 3), "down_proj": lambda n: (3, n)}
+    params = {
+        f"model.layers.1.mlp.experts.{e}.{word}.weight": np.full(shape(4 if e < 2 else 2), 10 * e + at, np.float32)
+        for e, (at, (word, shape)) in itertools.product(range(4), enumerate(sizes.items()))
+    }
+    with pytest.raises(convert.PlanError, match=r"experts of 2 kinds.*sizes=\{'e': 64\}"):
+        convert.prefuse_params(params, family="ernie4_5_vl_moe")
+    fused = convert.prefuse_params(params, family="ernie4_5_vl_moe", sizes={"e": 2})
+    shapes = {name.split(".", 4)[4]: array.shape for name, array in fused.items()}
+    assert shapes == {
+        "text_moe.experts.wi": (2, 3, 8), "text_moe.experts.wo": (2, 4, 3),
+        "vision_moe.experts.wi": (2, 3, 4), "vision_moe.experts.wo": (2, 2, 3),
+    }  # fmt: skip
+    same_trees(convert.split_params(fused, "concat", family="ernie4_5_vl_moe", sizes={"e": 2}), params)
