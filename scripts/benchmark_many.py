@@ -3,9 +3,9 @@
     python scripts/benchmark_many.py --layers 40 --experts 256 --directory /tmp/bench-many [--other OLD_TREE]
 
 Makes a checkpoint of `layers x experts x 3 projections x 4 tensors` (122,960 tensors, 34 MB) of random bits. Plans, prefuses,
-verifies and splits it, each in a process of its own, and compares the split files with the first ones. Prints CPU seconds
-(user and system, which other programs on the machine change less than they change the time), and CPU for a tensor. With
-`--other`, another checkout of this repository runs each row as well, in turn with this one.
+inspects, verifies and splits it, each in a process of its own, and compares the split files with the first ones. Prints CPU
+seconds (user and system, which other programs on the machine change less than they change the time), and CPU for a tensor.
+With `--other`, another checkout of this repository runs each row as well, in turn with this one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ K, N, FILES = 32, 16, 8
 ROWS = {
     "plan": ["--prefuse", "--dry-run", "{src}", "{out}"],
     "prefuse": ["--prefuse", "{src}", "{out}"],
+    "inspect": ["--inspect", "{src}"],
+    "of prefused": ["--inspect", "{out}"],
     "verify": ["--verify", "--no-gemm", "{src}", "{out}"],
     "plan of split": ["--split", "--dry-run", "{out}", "{back}"],
     "split": ["--split", "{out}", "{back}"],

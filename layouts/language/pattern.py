@@ -193,6 +193,9 @@ class Pattern:
 
 def strips(shape: Sequence[int], limit: int, rows: range | None = None) -> Iterator[tuple[slice, ...]]:
     """A tensor that is read as it is, in storage order, in parts of at most `limit` elements; of `rows` only, if given."""
+    if rows is None and 0 < math.prod(shape) <= limit:
+        yield tuple(slice(0, size) for size in shape)
+        return
     pattern = identity(len(shape))
     for box in pattern.strips(dict(zip(pattern.axes, shape, strict=True)), limit, rows):
         yield tuple(slice(span.start, span.stop) for span in box.values())

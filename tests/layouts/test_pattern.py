@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convert.planning.relay import landing
 from layouts.language.layout import layouts
-from layouts.language.pattern import Pattern
+from layouts.language.pattern import Pattern, strips
 from layouts.language.template import Template
 from layouts.matching.group import Group
 from layouts.tables.natives import PER_EXPERT, SOURCES
@@ -132,6 +132,15 @@ def test_names_of_a_grid_are_those_that_each_point_renders(text, fixed, spans):
 
 def test_names_of_a_literal_template_keep_its_braces():
     assert list(Template("a{e}{0}", literal=True).names({"e": 1}, {})) == ["a{e}{0}"]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 0), (4, 3), (2, 3, 4)])
+@pytest.mark.parametrize("limit", [1, 3, 12, 24, 100])
+def test_strips_cover_a_tensor_in_order_each_within_the_limit(shape, limit):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    found = [array[part] for part in strips(shape, limit)]
+    assert [each for part in found for each in part.ravel()] == array.ravel().tolist()
+    assert all(part.size <= limit for part in found)
 
 
 def test_rendering_needs_every_slot():

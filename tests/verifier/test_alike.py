@@ -113,3 +113,13 @@ def test_what_is_raised_ends_the_work():
     with pytest.raises(ValueError, match="two"):
         list(in_order(work, range(10_000), 2))
     assert len(begun) < 10_000
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 2_000])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_come_in_order_and_those_before_an_error_come(count, jobs):
+    assert list(in_order(lambda number: number, range(count), jobs)) == list(range(count))
+    found = in_order(lambda number: number + 0 * (1 // (count - number)), range(count + 5), jobs)
+    assert list(itertools.islice(found, count)) == list(range(count))
+    with pytest.raises(ZeroDivisionError):
+        next(found)

@@ -23,7 +23,7 @@ from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.language.pattern import strips
-from layouts.reader import Reader
+from layouts.reader import Reader, is_chunked
 from layouts.windows import lengths
 
 
@@ -40,6 +40,8 @@ class Stored:
 
 def hold_strips(reader: Reader, names: Iterable[str], memory: int) -> None:
     """Read these tensors strip by strip, within this memory."""
+    if not is_chunked(reader):
+        return
     specs = [spec for name in names if (spec := reader.tensors.get(name)) and spec.nbytes]
     hold(reader, {spec.name: lengths(next(strips(spec.shape, STRIP))) for spec in specs}, 1, memory)
 
