@@ -163,7 +163,11 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
             wrapped=("model.", "model.language_model."),
             encoders=QWEN3_5,
             heads=(*HEADS, *DELTA_NET),
-            only=(*_ALL_SPARSE, ("full_attention_interval", (4,), "full attention in every fourth layer")),
+            only=(
+                ("model_type", ("qwen3_5_moe", "qwen3_5_moe_text"), "the layers of Qwen3.5"),
+                ("full_attention_interval", (4,), "full attention in every fourth layer"),
+                *_ALL_SPARSE,
+            ),
             mtp=("mtp.",),
         ),
     ),

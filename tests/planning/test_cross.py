@@ -221,11 +221,12 @@ def test_sections_that_do_not_fit_are_refused(words, why):
         across(MemoryReader(source.arrays, config={**source.config, "text_config": text}), to_maxtext=True)
 
 
-def test_full_attention_in_other_layers_is_another_kind_of_model():
+@pytest.mark.parametrize(("word", "value"), [("full_attention_interval", 2), ("model_type", "qwen4_exp_text")])
+def test_other_layers_are_another_kind_of_model(word, value):
     source = reader("qwen3_5_moe")
     arrays = {key: array for key, array in source.arrays.items() if ".layers.1.linear_attn." not in key}
-    config = {**source.config, "text_config": {**source.config["text_config"], "full_attention_interval": 2}}
-    with pytest.raises(PlanError, match=r"full_attention_interval is 2 in config.json, and MaxText has no such model"):
+    config = {**source.config, "text_config": {**source.config["text_config"], word: value}}
+    with pytest.raises(PlanError, match=rf"{word} is {value} in config.json, and MaxText has no such model"):
         across(MemoryReader(arrays, config=config), to_maxtext=True)
 
 
