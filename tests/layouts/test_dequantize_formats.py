@@ -247,3 +247,39 @@ def test_kimi_k2_5_from_end_to_end(tmp_path):
     assert np.array_equal(found[f"{place}.wo"][0].astype("f4"), np.repeat(np.arange(-8, -2, dtype="f4")[:, None], K, 1))
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+ROWS, COLUMNS = 200, 2046
+_INTS = {"x.weight_packed": ("I32", (ROWS, COLUMNS // 8 + 1)), "x.weight_scale": ("BF16", (ROWS, 64)),
+         "x.weight_zero_point": ("I32", (ROWS // 8, 64)), "x.weight_shape": ("I64", (2,))}  # fmt: skip
+LARGE = {
+    "int4 with zeros": (_INTS, INT4),
+    "fp8 blocks": (
+        {"x.weight": ("F8_E4M3", (ROWS, COLUMNS)), "x.weight_scale_inv": ("F32", (-(-ROWS // 24), 64))},
+        {"quantization_config": {"weight_block_size": [24, 32]}},
+    ),
+    "fp8 tensor": ({"x.weight": ("F8_E4M3", (ROWS, COLUMNS)), "x.weight_scale": ("F32", ())}, {}),
+    "int8 of odd rows": ({"x.weight": ("I8", (ROWS, COLUMNS + 1)), "x.weight_scale": ("BF16", (ROWS, 1))}, {}),
+    "nvfp4": (
+        {"x.weight": ("U8", (ROWS, 1024)), "x.weight_scale": ("F8_E4M3", (ROWS, 128)), "x.weight_scale_2": ("F32", ())},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_matrix_that_is_computed_part_by_part_is_the_same_as_row_by_row(case):
+    """More elements than are computed at a time, in blocks that parts cut."""
+    wanted, config = LARGE[case]
+    rng, tensors = np.random.default_rng(7), {}
+    for name, (code, shape) in wanted.items():
+        wide = np.dtype(WORDS.get(code, "i4")).itemsize if code not in ("I8", "F8_E4M3", "U8") else 1
+        array = rng.integers(0, 200, (*shape, wide), dtype="u1").view(f"u{wide}")[..., 0]
+        tensors[name] = (code, np.array([ROWS, COLUMNS], "u8") if code == "I64" else array)
+    source = dequantized(reader(tensors, config))
+    rows, columns = source.tensors["x.weight"].shape
+    whole = source.read("x.weight", (slice(None), slice(None)))
+    assert whole.size > 1 << 18
+    for row in (*range(0, rows, 7), rows - 1):
+        equal(source.read("x.weight", (slice(row, row + 1), slice(None)))[0], whole[row])
+    equal(source.read("x.weight", (slice(5, rows - 3), slice(3, columns - 5))), whole[5 : rows - 3, 3 : columns - 5])
