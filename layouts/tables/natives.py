@@ -52,6 +52,14 @@ PER_EXPERT_HELD = layouts(
     wi=("{experts}.mlp_experts.{e}.{g:w1,v1}.{part}", "n k"),
     wo=("{experts}.mlp_experts.{e}.w2.{part}", "k n"),
 )
+PER_EXPERT_LISTS = layouts(
+    wi=("{experts}.mlp.{g:w1_linear,v1_linear}.{e}.{part}", "n k"),
+    wo=("{experts}.mlp.w2_linear.{e}.{part}", "k n"),
+)
+PER_EXPERT_LISTS_IN_OUT = layouts(
+    wi=("{experts}.mlp.{g:w1_linear,v1_linear}.{e}.{part}", "k n"),
+    wo=("{experts}.mlp.w2_linear.{e}.{part}", "n k"),
+)
 W1_FUSED = layouts(
     wi=("{experts}.{e}.w1.{part}", "(g n) k"),
     wo=("{experts}.{e}.w2.{part}", "k n"),
@@ -173,6 +181,8 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert-linear": PER_EXPERT_LINEAR,  # Grok-1
     "per-expert-w1v1": PER_EXPERT_W1V1,  # DBRX in MLX
     "per-expert-held": PER_EXPERT_HELD,  # DBRX, taken apart for fine-tuning and quantisers
+    "per-expert-lists": PER_EXPERT_LISTS,  # DBRX of ModelOpt: which of these two, the version that wrote it knows
+    "per-expert-lists-in-out": PER_EXPERT_LISTS_IN_OUT,
     "per-expert-w1": W1_FUSED,  # Yuan 2
     "per-expert-gate-up": GATE_UP,
     "per-expert-paddle": PADDLE,  # ERNIE 4.5: gate first, in spite of the name

@@ -130,3 +130,20 @@ def test_a_named_layout_is_checked_against_the_sizes_of_the_model(name):
     sizes = {"text_config": {"hidden_size": 6, "moe_intermediate_size": 4}}
     refused(other, {"model_type": "qwen3_moe", **sizes}, "stored the other way round", source_layout=name)
     make_plan(MemoryReader(other, config={"model_type": "qwen3_moe"}), OUT, "prefuse", Choices(source_layout=name))
+
+
+@pytest.mark.parametrize(("said", "rows"), [("per-expert-lists", True), ("per-expert-lists-in-out", False)])
+def test_what_modelopt_makes_of_dbrx_is_read_as_the_user_says(said, rows):
+    """w1_linear, v1_linear and w2_linear are [out, in] or [in, out], by the version of transformers that ModelOpt ran with."""
+    at, config = "transformer.blocks.2.ffn.experts", {"model_type": "dbrx", "d_model": 6}
+    words = zip(("w1_linear", "v1_linear", "w2_linear"), W, strict=True)
+    arrays = {f"{at}.mlp.{word}.{e}.weight": w[e].T if rows else w[e] for word, w in words for e in range(12)}
+    arrays |= {name.replace("weight", "weight_scale_2"): np.full((), e, "u4") for e, name in enumerate(arrays)}
+    refused(arrays, config, "does not know.*--source-layout: per-expert-lists, per-expert-lists-in-out")
+    other = {"per-expert-lists": "per-expert-lists-in-out", "per-expert-lists-in-out": "per-expert-lists"}[said]
+    refused(arrays, config, "stored the other way round", source_layout=other)
+    source = MemoryReader(plain(arrays), config=config)
+    fused = run(source, "prefuse", source_layout=said)
+    assert np.array_equal(fused.arrays[f"{at}.wi"], np.concatenate(W[:2], -1))
+    assert np.array_equal(fused.arrays[f"{at}.wi_scale_2"], np.arange(24).reshape(2, 12).T)
+    assert same(run(fused, "split").arrays, source.arrays)
