@@ -108,8 +108,13 @@ def _described(reader: Reader, described: Description, choices: Choices) -> dict
         "prefuse": _would(reader, described, "prefuse", choices),
         "split": _would(reader, described, "split", choices),
         "made_for": made_for(str(layout)) if relaid else None,
-        "remarks": (*described.remarks, *notes(reader, _scales(described))),
+        "remarks": (*described.remarks, *_loras(described), *notes(reader, _scales(described))),
     }
+
+
+def _loras(described: Description) -> Iterator[str]:
+    if described.loras:
+        yield f"LoRA of gate and up, {len(described.loras)} tensors, first {described.loras[0]}: it goes where they go"
 
 
 def _scales(described: Description) -> Iterator[Scales]:

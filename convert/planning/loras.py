@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from convert.errors import InputError, PlanError, UsageError
+from convert.errors import ConvertError, InputError, PlanError, UsageError
 from convert.planning.targets import HALF, LORA, Target, Way, cut
 from layouts.adapters.trees import Axes, axes, found
 from layouts.language.layout import Layouts, Placed
@@ -51,7 +51,10 @@ def adapted(
     """
     specs, record = {name: reader.tensors[name] for name in described.loras}, record_of(reader)
     before = (named(said, described.family),) if said and "layout" not in record else ()
-    made = list(loras(specs, columns_of(specs, record, before, wanted), sizes_of(experts), stated_in(record)))
+    try:
+        made = list(loras(specs, columns_of(specs, record, before, wanted), sizes_of(experts), stated_in(record)))
+    except ConvertError as error:
+        raise type(error)(f"{reader.path}: {error}") from None
     what, times = ("of wi is", "twice") if wanted else ("is again", "half")
     told = f"LoRA of gate and up: the rank {what} {times}; a tree does not hold alpha, which has to be {times}, too"
     return made, (told,) if any(each.way.diagonal for each in made) else ()

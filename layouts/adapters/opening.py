@@ -27,6 +27,8 @@ _OTHERS: Mapping[str, str] = {
     "of it with mlx_lm.fuse, and convert that",
     "adapter_model-*.safetensors": f"a part of an adapter, which PEFT has in one file; join the parts as {MODEL} (safetensors' "
     "load_file of each, one save_file)",
+    "*.distcp": "a torch.distributed.checkpoint, as NeMo AutoModel has of optimizers; load it there and save the adapter as "
+    "safetensors",
 }
 """Names of files of other adapters -> what they are, and what to do. Source: mlx-lm `tuner/trainer.py`, `fuse.py`."""
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -41,6 +43,7 @@ def open_adapter(path: Path) -> HFReader:
     if not (path / MODEL).is_file():
         if (path / OLD).exists():
             raise InputError(f"{path / OLD}: a pickle, which is not opened; load it with PEFT and save it as safetensors")
+        check_files(path, sorted(each.name for each in path.iterdir()))
         raise InputError(f"{path}: {CONFIG} is here, but no {MODEL}")
     shard = read_shard(path / MODEL)
     record = _record(shard.metadata.get(RECORD), path)

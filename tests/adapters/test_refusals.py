@@ -138,6 +138,7 @@ def test_files_of_a_pickle_without_settings_and_of_a_model_beside_it(tmp_path, c
         ("adapters.safetensors", "an adapter of mlx-lm"),
         ("0000100_adapters.safetensors", "an adapter of mlx-lm"),
         ("adapter_model-00001-of-00002.safetensors", "a part of an adapter"),
+        ("__0_0.distcp", "a torch.distributed.checkpoint"),
     ],
 )
 def test_files_of_other_adapters_are_called_what_they_are(name, words, tmp_path, capsys):

@@ -9,8 +9,11 @@ import pytest
 import convert
 from convert.cli import main
 from convert.errors import InputError, PlanError
+from convert.options import Verification
 from convert.verifier.adapters.trees import compare_trees
+from convert.verifier.content.sides import contents
 from layouts.matching.describe import describe
+from layouts.windows import Windows
 from tests.memory.test_adapters import LAYOUTS, PRODUCTS, asked, same, tree
 from tests.tiny import MemoryReader, restore, run, save
 
@@ -26,6 +29,8 @@ def model(kind="A for all", scan=1, *, alone=False, n=8):
 
 class Tree(MemoryReader):
     """A tree in memory, which is asked for windows."""
+
+    windows = Windows()
 
     def unit(self, name):
         return None
@@ -75,6 +80,17 @@ def test_it_is_what_memory_makes_of_it_and_comes_back(kind, scan, alone, layout)
         found = delta(source, each)
         assert found.state == "equal"
         assert "in 2 blocks, A and B to the bit; alpha" in found.covered
+
+
+@pytest.mark.parametrize(("kind", "alone"), [("A for all", False), ("B for all", True), ("batched", False)])
+def test_the_content_is_the_same_however_it_lies(kind, alone):
+    source = flat(model(kind, alone=alone))
+    made = [converted(source, "prefuse", **asked(layout)) for layout in [("concat",), ("per-shard", 2, 3)]]
+    for each in made:
+        one, other = contents(source, each, options=Verification())
+        assert (one.terms, one.model) == ("the tree's own names and axes", other.model)
+    b_of(made[0])[0, 2, 1] += 1
+    assert contents(made[0], options=Verification())[0].model != one.model
 
 
 def b_of(fused):
@@ -181,6 +197,3 @@ def test_on_the_disk(tmp_path, capsys, kind, scan, layout, alone):
     same(jax.tree.map(np.asarray, restore(tmp_path / "back")), params)
     assert main(["--verify", str(tmp_path / "in"), str(tmp_path / "out"), "--no-gemm", "--quiet"]) == 0
     assert "delta     equal" in capsys.readouterr().out
-    with pytest.raises(PlanError, match="no content digest is made"):
-        convert.prefuse(tmp_path / "in", tmp_path / "other", content=True)
-    assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False, content=True).outcome == "INCOMPLETE"

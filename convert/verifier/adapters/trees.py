@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,12 @@ from layouts.tensors import numpy_dtype
 
 _ROOM, _BESIDE = 32 << 20, 4
 """Bytes for products, which are compared strip by strip; tensors of a block that are read side by side."""
-_GATE_UP = ("gate (wi_0)", "up (wi_1)")
-Floats = NDArray[np.float64]
+GATE_UP, SIDES = ("gate (wi_0)", "up (wi_1)"), ("A", "B")
+Bits = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
+class LoraBlock:
     """A and B of gate and up at one place: their names, axes and, where they are fused, how columns lie, `n` of each real."""
 
     reader: Reader
@@ -68,31 +68,44 @@ class _Block:
         return dict(zip(self.names, each, strict=True))
 
     def factors(self, point: Mapping[str, int]) -> tuple[Factors, Factors]:
-        """A (r, k) and B (n, r) of gate and of up, of one expert of one layer.
+        """A (r, k) and B (n, r) of gate and of up, of one expert of one layer, as numbers.
 
         Raises:
             ValueError: there is something in the padding.
         """
-        read = [self._read(name, self.at.words[number % 2], point) for number, name in enumerate(self.names)]
+        types = [numpy_dtype(self.reader.tensors[name].dtype) for name in self.names[:2]]
+        one, other = ([bits.view(dtype).astype(np.float64).T for bits, dtype in zip(pair, types, strict=True)]
+                      for pair in self.halves(point))  # fmt: skip
+        return Factors(a=one[0], b=one[1]), Factors(a=other[0], b=other[1])
+
+    def halves(self, point: Mapping[str, int]) -> tuple[tuple[Bits, Bits], tuple[Bits, Bits]]:
+        """A (k, r) and B (r, n) of gate and of up, of one expert of one layer, as bits.
+
+        Raises:
+            ValueError: there is something in the padding.
+        """
+        read = [self._read(name, number % 2, point) for number, name in enumerate(self.names)]
         if self.columns is None:
-            one, other = (Factors(a=a.T, b=b.T) for a, b in (read[:2], read[2:]))
-            return one, other
+            return (read[0], read[1]), (read[2], read[3])
         a, b = read
         gate, up = self._parted(b)
         half = a.shape[1] // 2
-        if a.shape[1] % 2 or gate[half:].any() or up[:half].any():
-            return Factors(a=a.T, b=gate.T), Factors(a=a.T, b=up.T)
-        return Factors(a=a[:, :half].T, b=gate[:half].T), Factors(a=a[:, half:].T, b=up[half:].T)
+        apart = a.shape[1] % 2 == 0 and not gate[half:].any() and not up[:half].any()
+        pairs = ((a[:, :half], gate[:half]), (a[:, half:], up[half:])) if apart else ((a, gate), (a, up))
+        one, other = ((np.ascontiguousarray(left), np.ascontiguousarray(right)) for left, right in pairs)
+        return one, other
 
-    def _read(self, name: str, words: tuple[str, ...], point: Mapping[str, int]) -> Floats:
+    def slices(self, name: str, number: int, point: Mapping[str, int]) -> tuple[slice, ...]:
+        """Where an expert of a layer is in A (0) or B (1)."""
+        sizes = zip(self.at.words[number], self.reader.tensors[name].shape, strict=True)
+        return tuple(slice(point[axis], point[axis] + 1) if axis in point else slice(0, size) for axis, size in sizes)
+
+    def _read(self, name: str, number: int, point: Mapping[str, int]) -> Bits:
         """Along the two axes that are left."""
-        spec = self.reader.tensors[name]
-        slices = tuple(slice(point[axis], point[axis] + 1) if axis in point else slice(0, size)
-                       for axis, size in zip(words, spec.shape, strict=True))  # fmt: skip
-        bits = self.reader.read(name, slices).view(numpy_dtype(spec.dtype))
-        return bits.squeeze(tuple(at for at, axis in enumerate(words) if axis in point)).astype(np.float64)
+        along = tuple(at for at, axis in enumerate(self.at.words[number]) if axis in point)
+        return np.ascontiguousarray(self.reader.read(name, self.slices(name, number, point)).squeeze(along))
 
-    def _parted(self, b: Floats) -> tuple[Floats, Floats]:
+    def _parted(self, b: Bits) -> tuple[Bits, Bits]:
         """The columns of gate and of up in their logical order: shards, then chunks, then what is in each."""
         pattern = self.columns or Pattern("(g n)")
         sizes = {"g": 2, **pattern.fixed}
@@ -116,7 +129,8 @@ def compare_trees(
     Raises:
         UsageError: a chunk takes more than `memory`.
     """
-    mine, others = (_blocks(*side, readers) for side in zip(readers, described, strict=True))
+    records = [record_of(reader) for reader in readers]
+    mine, others = (lora_blocks(*side, records) for side in zip(readers, described, strict=True))
     differ = [f"{path}: only in the {'first' if path in mine else 'second'}" for path in sorted(mine.keys() ^ others.keys())]
     differ += [
         f"{path}: {mine[path].kind()} in one, {others[path].kind()} in the other"
@@ -143,7 +157,7 @@ def compare_trees(
     )
 
 
-def _compared(path: str, one: _Block, other: _Block) -> Iterator[str | None]:
+def _compared(path: str, one: LoraBlock, other: LoraBlock) -> Iterator[str | None]:
     """For each projection: None if the factors are the same numbers, nothing if their products are, else the difference."""
     for at in itertools.product(*map(range, one.points.values())):
         point = dict(zip(one.points, at, strict=True))
@@ -153,7 +167,7 @@ def _compared(path: str, one: _Block, other: _Block) -> Iterator[str | None]:
         except ValueError as error:
             yield f"{where}: {error}"
             continue
-        for word, (left, right) in zip(_GATE_UP, pairs, strict=True):
+        for word, (left, right) in zip(GATE_UP, pairs, strict=True):
             if same(left, right):
                 yield None
             else:
@@ -167,15 +181,15 @@ def _used(factors: Factors) -> Factors:
     return Factors(a=factors.a[used], b=factors.b[:, used])
 
 
-def _nbytes(block: _Block) -> int:
+def _nbytes(block: LoraBlock) -> int:
     return sum(block.reader.tensors[name].nbytes for name in block.names)
 
 
-def _blocks(reader: Reader, described: Description, readers: tuple[Reader, Reader]) -> dict[str, _Block]:
+def lora_blocks(reader: Reader, described: Description, beside: Sequence[Mapping[str, Any]]) -> dict[str, LoraBlock]:
     """Path -> A and B there; how columns lie is told by the weight beside, by the record, or by that of the other side."""
     made = {}
     weights = {str(group.index.get("path")): group for group in described.groups if group.role == "wi" and not group.part}
-    records = [record for record in map(record_of, (reader, *readers)) if "wi" in record]
+    records = [record for record in (record_of(reader), *beside) if "wi" in record]
     for key in (LORA_APART, LORA_FUSED):
         for path, names in found(described.loras, key).items():
             group, known, layers = weights.get(path), dict[str, int](), None
@@ -193,7 +207,7 @@ def _blocks(reader: Reader, described: Description, readers: tuple[Reader, Reade
                 raise InputError(f"{reader.path}: {names[0]} and {names[-2]} are of other shapes: {shapes}")
             at = axes((names[0], names[1]), shapes[0], shapes[1], known, layers)
             last = None if columns is None else Pattern(columns.tokens[-1])
-            made[path] = _Block(reader=reader, names=tuple(names), at=at, columns=last, n=_real(at, last, group, records))
+            made[path] = LoraBlock(reader=reader, names=tuple(names), at=at, columns=last, n=_real(at, last, group, records))
     return made
 
 

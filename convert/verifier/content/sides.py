@@ -18,6 +18,7 @@ from convert.options import Verification
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import blocks
 from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Digest, Unit, digest_of, hashed
+from convert.verifier.content.loras import lora_units
 from convert.verifier.content.tensors import expert_units, other_units, place_in
 from convert.verifier.content.tree import model_units
 from convert.verifier.sides import described, said_alone
@@ -59,15 +60,13 @@ def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], opti
 def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]) -> _Side:
     description, units, why = described(reader, options, beside), None, ""
     if description.loras:
-        raise PlanError(
-            f"{reader.path}: {description.loras[0]} is LoRA, of which no content digest is made; do without --content"
-        )
-    if description.family.by_structure:
+        why = f"{reader.path}: {description.loras[0]} is LoRA, for which Hugging Face has no names"
+    elif description.family.by_structure:
         try:
             units = model_units(reader, options)
         except (InputError, PlanError) as error:
             why = str(error)
-    return _Side(reader=reader, description=description, units=units, why=why)
+    return _Side(reader=reader, description=description, units=units, why=why, beside=beside)
 
 
 def _content(side: _Side, why: str, digest: Callable[[Reader, list[Unit]], Digest]) -> Content:
@@ -89,13 +88,16 @@ class _Side:
     description: Description
     units: list[Unit] | None
     why: str
+    beside: list[Mapping[str, Any]]
 
     def own(self, but: str) -> list[Unit]:
         """Tensors under the names that they have here, `but` those below a place."""
         every = blocks(self.reader, self.description).values()
         names = [name for name in self.description.verbatim if not (but and name.startswith(but))]
         chosen = [b for b in every if not (but and next(iter(b.groups.values())).names[0].startswith(but))]
-        return [unit for b in chosen for unit in expert_units(place_in(b), b)] + list(other_units(self.reader, names))
+        experts = [unit for b in chosen for unit in expert_units(place_in(b), b)]
+        loras = lora_units(self.reader, self.description, self.beside)
+        return [*experts, *loras, *other_units(self.reader, names)]
 
 
 def content_of(path: Path, options: Verification, progress: Progress = ignore) -> Content:
