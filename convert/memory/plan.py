@@ -117,11 +117,8 @@ def _planned(
     check_arrays(held, family, (*before, *family.native, wanted))
     tensors = {name: spec_of(name, each.leaf) for name, each in held.items() if each.leaf is not None}
     found = {name: tensors.pop(name) for name in list(tensors) if family.by_structure and is_lora(name)}
-    columns, said = (
-        columns_of(found, record, before if there else (), wanted if action == "prefuse" else None),
-        stated_in(record),
-    )
-    beside = partial(loras, found, columns, said={**said, **sizes})
+    columns = columns_of(found, record, before if there else (), wanted if action == "prefuse" else None)
+    beside = partial(loras, found, columns, said={**stated_in(record), **sizes})
     if not has_gates(tensors, family, before if action == "split" else ()):
         moves = (*_places(held, _empty_pairs(family, before, after)), *_moves(beside(weights={})))
         return Moves(moves=moves or absent(held, family, before, said=bool(choices.family)), record=None)

@@ -106,9 +106,7 @@ def stated_in(record: Mapping[str, Any] | None) -> dict[str, int]:
     return {"n": int(real) * Pattern(entry["pattern"]).fixed.get("s", 1)} if entry and real else {}
 
 
-def loras(
-    specs: Mapping[str, TensorSpec], columns: Columns, weights: Mapping[str, Sizes], said: Sizes
-) -> Iterator[Target]:  # fmt: skip
+def loras(specs: Mapping[str, TensorSpec], columns: Columns, weights: Mapping[str, Sizes], said: Sizes) -> Iterator[Target]:
     """What becomes of A and B of gate and up. `weights` are the sizes of what stands beside, `said` has a padded `n`.
 
     Raises:
@@ -143,8 +141,9 @@ def _axes(tensors: Sequence[TensorSpec], weights: Sizes, *, fused: bool) -> Axes
             "they must be alike"
         )
     if (a.dtype, b.dtype) != (other.dtype, last.dtype):
-        raise PlanError(f"{a.name} and {b.name} are {a.dtype}, {b.dtype}, those of up {other.dtype}, {last.dtype}; "
-                        "they must be alike")  # fmt: skip
+        raise PlanError(
+            f"{a.name} and {b.name} are {a.dtype}, {b.dtype}, those of up {other.dtype}, {last.dtype}; they must be alike"
+        )
     layers = tuple(size for axis, size in sorted(weights.items()) if axis.startswith("l")) if weights else None
     known = {axis: size for axis, size in weights.items() if axis in ("e", "k") or (axis == "n" and not fused)}
     return axes((a.name, b.name), a.shape, b.shape, known, layers)
@@ -177,7 +176,7 @@ def _block(path: str, tensors: Sequence[TensorSpec], at: Axes, n: int, columns: 
 
 def _side(
     text: str, number: int, columns: Columns, cols: str | None, n: int, kept: Sizes, rank: int
-) -> tuple[Placed, dict[str, int]]:  # fmt: skip
+) -> tuple[Placed, dict[str, int]]:
     """A, or B, apart or fused with such columns, and its sizes."""
     diagonal, half = None in columns, rank // 2 if columns.before else rank
     key = (LORA_FUSED if cols else LORA_APART).bind("s", number)

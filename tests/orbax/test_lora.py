@@ -152,10 +152,16 @@ def without(params, *names):
     return {**params, "params": {"moe": {n: leaf for n, leaf in params["params"]["moe"].items() if n not in names}}}
 
 
+def both_ways(params):
+    fused = convert.prefuse_params(params)["params"]["moe"]
+    return {**params, "params": {"moe": params["params"]["moe"] | {name: fused[name] for name in ("wi_lora_a", "wi_lora_b")}}}
+
+
 REFUSED = {
     "no partner": (lambda: converted(flat(without(model(), "wi_1_lora_b")), "prefuse"), PlanError, "no partner"),
     "no place": (lambda: converted(flat(model(scan=None)), "prefuse", layout="fused-moe"), PlanError, "has no place for it"),
     "nobody says": (lambda: converted(flat(convert.prefuse_params(model(alone=True))), "split"), PlanError, "name it with"),
+    "twice": (lambda: delta(flat(model()), flat(both_ways(model()))), PlanError, "twice, apart and fused"),
     "fused already": (lambda: converted(converted(flat(model()), "prefuse"), "prefuse"), PlanError, "nothing to prefuse"),
     "another E": (
         lambda: converted(flat({"params": {"moe": model()["params"]["moe"] | tree(scan=1, n=16)["moe"] | {

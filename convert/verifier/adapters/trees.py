@@ -74,9 +74,13 @@ class LoraBlock:
             ValueError: there is something in the padding.
         """
         types = [numpy_dtype(self.reader.tensors[name].dtype) for name in self.names[:2]]
-        one, other = ([bits.view(dtype).astype(np.float64).T for bits, dtype in zip(pair, types, strict=True)]
-                      for pair in self.halves(point))  # fmt: skip
-        return Factors(a=one[0], b=one[1]), Factors(a=other[0], b=other[1])
+        made = [
+            Factors(
+                **{side: bits.view(dtype).astype(np.float64).T for side, bits, dtype in zip("ab", pair, types, strict=True)}
+            )
+            for pair in self.halves(point)
+        ]
+        return made[0], made[1]
 
     def halves(self, point: Mapping[str, int]) -> tuple[tuple[Bits, Bits], tuple[Bits, Bits]]:
         """A (k, r) and B (r, n) of gate and of up, of one expert of one layer, as bits.
@@ -192,6 +196,8 @@ def lora_blocks(reader: Reader, described: Description, beside: Sequence[Mapping
     records = [record for record in (record_of(reader), *beside) if "wi" in record]
     for key in (LORA_APART, LORA_FUSED):
         for path, names in found(described.loras, key).items():
+            if path in made:
+                raise PlanError(f"{reader.path}: {path} has LoRA of gate and up twice, apart and fused; remove one")
             group, known, layers = weights.get(path), dict[str, int](), None
             columns = None if key is LORA_APART else Pattern(records[0]["wi"]["pattern"]) if records and not group else None
             if group:
