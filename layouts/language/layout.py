@@ -40,11 +40,12 @@ class Layout:
         """This layout, for so many experts of the first kind."""
         return Layout(self.key.replace(OPEN, f"*{first}+"), self.pattern)
 
+    @lru_cache(maxsize=1 << 10)  # noqa: B019 - rows of tables, which are there for ever, and a few of a record
     def place(self, experts: str) -> Placed:
         """This layout below a place, ready to parse and render."""
         return Placed(self.template(experts), Pattern(self.pattern))
 
-    @lru_cache(maxsize=1 << 10)  # noqa: B019 - rows of tables, which are there for ever, and a few of a record
+    @lru_cache(maxsize=1 << 10)  # noqa: B019
     def template(self, experts: str) -> Template:
         """The full key alone."""
         return Template(words(self.key).replace("{experts}", experts))
