@@ -26,6 +26,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(2, (os.cpu_count() or 1) * 3 // 2)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Processes of xdist take neighbours, then each other's last tests: what a module makes once is made once, not in each."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Runs code in processes of their own, at a tenth of the cost: none has to start Python."""
