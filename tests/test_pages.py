@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -69,22 +70,30 @@ def _has_paths(command: str) -> bool:
     return len(words) > 1 and bool(parser().parse_args(words).paths)
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
     """A folder with what the pages read, under the names that they have for it."""
-    monkeypatch.chdir(tmp_path)
-    for name in HF:
-        make_checkpoint(Path(name), family="qwen3_moe", experts=4, layers=1)
-    make_checkpoint(Path("mixtral_dir"), family="mixtral", experts=4, layers=1)
-    for name in FUSED:
-        assert main(["--prefuse", "hf_dir", name, "--quiet"]) == 0
-    for name in ("adapter_in", "adapter_a"):
-        adapter(Path(name), whole("per-expert"))
-    base(Path("base_dir"), weights("float32"))
-    for name in ("adapter_b", "adapter_fused"):
-        assert main(["--prefuse", "adapter_in", name, "--quiet"]) == 0
-    assert main(["--to", "orbax", "hf_dir", "maxtext_dir", "--quiet"]) == 0
-    return tmp_path
+    root = tmp_path_factory.mktemp("pages")
+    with chdir(root):
+        for name in HF:
+            make_checkpoint(Path(name), family="qwen3_moe", experts=4, layers=1)
+        make_checkpoint(Path("mixtral_dir"), family="mixtral", experts=4, layers=1)
+        for name in FUSED:
+            assert main(["--prefuse", "hf_dir", name, "--quiet"]) == 0
+        for name in ("adapter_in", "adapter_a"):
+            adapter(Path(name), whole("per-expert"))
+        base(Path("base_dir"), weights("float32"))
+        for name in ("adapter_b", "adapter_fused"):
+            assert main(["--prefuse", "adapter_in", name, "--quiet"]) == 0
+        assert main(["--to", "orbax", "hf_dir", "maxtext_dir", "--quiet"]) == 0
+    return root
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it for each page."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "page"))
+    return tmp_path / "page"
 
 
 @pytest.mark.parametrize("page", PAGES)

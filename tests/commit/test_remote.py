@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -129,9 +130,14 @@ sys.exit(main([*sys.argv[2:], "--quiet"]))
 
 
 def client():
+    return client_of(os.environ["AWS_ENDPOINT_URL"])
+
+
+@cache  # making one takes longer than most requests
+def client_of(address):
     import boto3
 
-    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    return boto3.client("s3", endpoint_url=address)
 
 
 def objects(prefix):
@@ -143,7 +149,7 @@ def downloaded(prefix, path) -> Path:
     for key in objects(prefix):
         file = path / key.removeprefix(prefix)
         file.parent.mkdir(parents=True, exist_ok=True)
-        client().download_file(BUCKET, key, str(file))
+        file.write_bytes(client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
     return path
 
 
@@ -289,7 +295,7 @@ def shards(server, fresh, tmp_path):
     """A checkpoint of Hugging Face, on a disk and in a store."""
     local = make_checkpoint(tmp_path / "hf", family="qwen3_moe")
     for file in filter(Path.is_file, local.rglob("*")):
-        client().upload_file(str(file), BUCKET, f"{fresh}/{file.relative_to(local).as_posix()}")
+        client().put_object(Bucket=BUCKET, Key=f"{fresh}/{file.relative_to(local).as_posix()}", Body=file.read_bytes())
     return local, f"s3://{BUCKET}/{fresh}"
 
 

@@ -14,7 +14,7 @@ from convert.hf import objects as hf_objects
 from layouts.disk import places, upload
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.tiny import adapter, whole
-from tests.commit.test_processes import run as together
+from tests.commit.test_processes import together
 from tests.commit.test_remote import BUCKET, client, downloaded, environment, objects, server  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -106,14 +106,9 @@ sys.exit(main([*sys.argv[2:], "--quiet", "--jobs", "1", "--max-shard-size", "6kB
 """
 
 
-def run(end, *words):
-    command = [sys.executable, "-c", CHILD, str(end), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-
-
 @pytest.mark.slow
-def test_a_killed_run_is_no_checkpoint_and_is_taken_up_again(local, out, parts, tmp_path, capsys):
-    assert run(12, "--prefuse", local, out).returncode == -signal.SIGKILL
+def test_a_killed_run_is_no_checkpoint_and_is_taken_up_again(forks, local, out, parts, tmp_path, capsys):
+    assert forks.run(CHILD, 12, "--prefuse", local, out).returncode == -signal.SIGKILL
     names = {name.rpartition("/")[2] for name in objects(f"{below(out)}/")}
     assert any(name.endswith(".safetensors") for name in names)
     assert names.isdisjoint({"config.json", "model.safetensors.index.json", "commit_success.txt"})
@@ -122,7 +117,7 @@ def test_a_killed_run_is_no_checkpoint_and_is_taken_up_again(local, out, parts, 
         assert main([*words, "--quiet"]) == 3
         assert f"{out}: a conversion into it has not finished" in capsys.readouterr().err
     assert main(["--prefuse", str(local), out, "--layout", "transformers", "--quiet"]) == 5, "another plan must not mix with it"
-    done = run(0, "--prefuse", local, out)
+    done = forks.run(CHILD, 0, "--prefuse", local, out)
     assert done.returncode == 0, done.stderr
     assert "finished by an earlier run" in done.stdout
     assert not unfinished(out)
@@ -206,7 +201,7 @@ def test_of_two_runs_the_later_one_goes_on(local, out, parts, monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_processes_write_objects(local, out, parts):
-    assert together(2, "--prefuse", local, out, "--max-shard-size", "2000")[0] == [0, 0]
+def test_several_processes_write_objects(forks, local, out, parts):
+    assert together(forks, 2, "--prefuse", local, out, "--max-shard-size", "2000")[0] == [0, 0]
     assert convert.verify(out).equal
     assert convert.verify(local, out, gemm=False).equal

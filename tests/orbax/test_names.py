@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -42,10 +43,17 @@ def inodes(path: Path) -> dict[str, tuple]:
     return found
 
 
-@pytest.fixture(params=[True, False], ids=["database", "directories"])
-def fused(request, tmp_path) -> Path:
-    save(tmp_path / "in", tree_of(), ocdbt=request.param)
-    convert.prefuse(tmp_path / "in", tmp_path / "fused")
+@pytest.fixture(scope="module", params=[True, False], ids=["database", "directories"])
+def made(request, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("names")
+    save(root / "in", tree_of(), ocdbt=request.param)
+    convert.prefuse(root / "in", root / "fused")
+    return root
+
+
+@pytest.fixture
+def fused(made, tmp_path) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "fused"
 
 
