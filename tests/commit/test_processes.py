@@ -26,9 +26,9 @@ execute.SYNC = write_orbax.SYNC = orbax_copy.SYNC = 30_000  # many batches
 chunks._CRUMB = 4096  # many portions
 if os.environ.get("ANEW"):
     write_orbax.keep = lambda plan, reader: None
-coordinator, count, index, end = sys.argv[1:5]
+coordinator, count, index, end, silent = sys.argv[1:6]
 if int(count) > 1:
-    jax.distributed.initialize(coordinator, int(count), int(index), heartbeat_timeout_seconds=4)
+    jax.distributed.initialize(coordinator, int(count), int(index), heartbeat_timeout_seconds=int(silent))
 if end:
     from convert.commit.stage import Stage
     record = Stage.record
@@ -40,7 +40,7 @@ if end:
         raise OSError(28, "No space left on device")
 
     Stage.record = last
-sys.exit(main([*sys.argv[5:], "--quiet", *(["--distributed"] if int(count) > 1 else [])]))
+sys.exit(main([*sys.argv[6:], "--quiet", *(["--distributed"] if int(count) > 1 else [])]))
 """
 SLOW = pytest.mark.slow
 
@@ -55,9 +55,10 @@ def together(forks, count, *arguments, ends=(), options=()):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    children = []
+    children, ends = [], dict(ends)
+    silent = 8 if "kill" in ends.values() else 100  # seconds after which JAX gives one up; a busy machine is silent for some
     for index in range(count):
-        own = [address, str(count), str(index), dict(ends).get(index, ""), *map(str, arguments), *dict(options).get(index, ())]
+        own = [address, count, index, ends.get(index, ""), silent, *arguments, *dict(options).get(index, ())]
         children.append(forks.start(CHILD, *own))
     ended = [forks.end(*child) for child in children]
     return [child.returncode for child in ended], [child.stderr for child in ended]

@@ -139,10 +139,10 @@ def test_adapters_are_for_one_process(tmp_path, monkeypatch):
     assert [str(each) for each in found] == ["one process compares two adapters; leave out what is said of several"] * 2
 
 
-def waiting(monkeypatch, work):
+def waiting(monkeypatch, work, silent=0.5):
     """What the first of two processes gets from the second one, which is at `work` first."""
     monkeypatch.setattr(processes, "_LOOK", 0.02)
-    monkeypatch.setattr(processes, "SILENT", 0.5)
+    monkeypatch.setattr(processes, "SILENT", silent)
     board, met = Board(), threading.Event()
     one, other = (Processes(index=index, count=2, client=board) for index in (0, 1))
 
@@ -167,12 +167,12 @@ def test_a_process_that_lives_and_gets_no_further_is_given_up(monkeypatch):
 
 def test_a_process_at_work_is_waited_for(monkeypatch):
     def work(progress):
-        for _ in range(30):
+        for _ in range(60):
             time.sleep(0.04)
             progress(1)
         return True
 
-    assert waiting(monkeypatch, work) == ["begun", "done"]
+    assert waiting(monkeypatch, work, silent=2.0) == ["begun", "done"]
 
 
 def test_each_process_reads_its_part_alone(root, monkeypatch):
