@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from convert.errors import InputError
-from convert.verifier.adapters.trees import GATE_UP, SIDES, LoraBlock, lora_blocks
 from convert.verifier.content.hashing import Logical, Unit, rows_of
+from convert.verifier.content.lora_blocks import GATE_UP, SIDES, LoraBlock, lora_blocks
 from layouts.matching.describe import Description
 from layouts.reader import Reader
 from layouts.tensors import itemsize
