@@ -72,7 +72,7 @@ def with_computed(plan: Plan, reader: Reader) -> tuple[Plan, Reader]:
             originals.close()
             raise
         if other is None:
-            said = f"values are not computed back: {ORIGINALS} holds what the rule makes, to the bit, all of these of the tree"
+            said = f"values are not computed back: of {ORIGINALS} the rule makes all that the tree has of them, so it is taken"
             back = replace(plan, computed=None, computed_kinds=(), factors={}, remarks=(*plan.remarks, said))
             return back, OriginalsReader(inner=reader, kept=originals)
         originals.close()

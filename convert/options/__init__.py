@@ -132,11 +132,11 @@ class Choices:
         Option(text="compute FP8, NVFP4, MXFP4, MXFP8 and INT4 weights as bfloat16 (not lossless)", choices=("bf16",)),
     ] = None
     compute: Annotated[
-        Literal["query-scale"] | None,
+        Literal["query-scale", "embedding-scale"] | None,
         Option(
-            text="between formats: divide Mixtral's queries by the root of the head width, as MaxText has them, or multiply "
-            "them (not lossless)",
-            choices=("query-scale",),
+            text="between formats: make what MaxText has of Mixtral's queries (over the root of the head width) or of Gemma "
+            "4's embedding (times the root of the embed width), or what these were (not lossless)",
+            choices=("query-scale", "embedding-scale"),
         ),
     ] = None
     from_writer: _FromWriter = None

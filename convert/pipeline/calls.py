@@ -86,6 +86,11 @@ def save(
     from layouts.disk.places import place
 
     choices, running = complete(Choices, options), complete(Running, options)
+    if choices.compute:
+        raise UsageError(
+            f"{like}: what --compute={choices.compute} has computed is not computed back from memory, where no originals are; "
+            f"make a tree of it first (convert.prefuse or convert.reformat to 'orbax'), load and save that, and convert it back"
+        )
     with closing(opened(like, choices)) as reader:
         asked = request(reader, layout, names, choices)
         return write(params, asked, reader, place(path), running, progress or ignore)

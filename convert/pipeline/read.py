@@ -12,6 +12,7 @@ from typing import Any
 
 from convert.commit.identity import state_of
 from convert.engine.reading import in_order
+from convert.engine.twins import with_computed
 from convert.errors import InputError
 from convert.options import Choices, Running
 from convert.pipeline.kinds import kinds_of
@@ -38,6 +39,8 @@ def read(
         reader = opened(path, choices)
         until.callback(reader.close)
         asked = request(reader, layout, names, choices)
+        _, reader = with_computed(asked.plan, reader)
+        until.callback(reader.close)
         loader = Loader.make(asked.plan, reader, running)
         kinds = kinds_of({asked.names[each.spec.name]: each for each in in_order(asked.plan.targets, reader)}, sharding, dtype)
         if lazy:

@@ -30,11 +30,13 @@ from layouts.reader import Reader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Move:
-    """The leaves that become others, by the names of the trees; by no relay if they stay as they are."""
+    """The leaves that become others, by the names of the trees; by no relay if they stay where they are."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     relay: Relay | None
+    factor: float | None = None
+    """By what values are multiplied, in float32, rounded once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -58,7 +60,7 @@ class Sync:
                 raise PlanError(f"{lost} is not in the tree, which should be as it was when this was planned")
             leaves = [Leaf(array=found[name].array) for name in move.sources]
             arrays = moved(move.relay, leaves, move.sources) if move.relay else [leaves[0].array]
-            made |= zip(move.targets, arrays, strict=True)
+            made |= zip(move.targets, _times(arrays, move.factor), strict=True)
         nodes, structure = jax.tree.flatten(self._like, is_leaf=_is_leaf)
         filled = [_held_as(node, made[name]) for node, name in zip(nodes, self._names, strict=True)]
         return jax.tree.unflatten(structure, filled)
@@ -138,7 +140,15 @@ def _moves(asked: Request) -> Iterator[_Move]:
             sources=_rendered(first.source, first.index, source),
             targets=tuple(asked.names[name] for name in _rendered(first.target, first.index, target)),
             relay=Relay(source=source, target=target),
+            factor=asked.plan.factors.get(first.first_source),
         )
+
+
+def _times(arrays: Sequence[Any], factor: float | None) -> Sequence[Any]:
+    """As a conversion computes them (`layouts.computing`)."""
+    if factor is None:
+        return arrays
+    return [(array.astype(np.float32) * np.float32(factor)).astype(array.dtype) for array in arrays]
 
 
 def _grid(target: Target) -> set[str]:

@@ -5,7 +5,6 @@ In: an open checkpoint, a tree, choices. Out: factors for the tensors that are r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +36,8 @@ def factor_of(pair: Pair, spec: TensorSpec, *, to_maxtext: bool) -> float:
         ValueError: the shape is not that of the pair.
     """
     sizes = {**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)}
-    root = math.sqrt(sizes[RULES[pair.computed].axis])
-    return 1 / root if to_maxtext else root
+    rule = RULES[pair.computed]
+    return rule.factor(sizes[rule.axis], to_maxtext=to_maxtext)
 
 
 def originals_of(plan: Plan) -> tuple[Target, ...]:

@@ -34,7 +34,8 @@ class Part:
     @property
     def heads(self) -> dict[str, int]:
         """Sizes of axes that no shape tells."""
-        return {axis: self.config[word] for axis, word in self.tree.heads if type(self.config.get(word)) is int}
+        stated = ((axis, _stated(self.config, word)) for axis, word in self.tree.heads)
+        return {axis: size for axis, size in stated if size is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,15 @@ def _copies(part: Part, stack: Stack, word: str) -> Iterator[Layers]:
         )
         hf = part.named(f"{stack.hf}.{(first or 0) + m - 1}.")
         yield Layers(stack=one, count=1, hf=hf, block=one.single)
+
+
+def _stated(config: Mapping[str, Any], word: str) -> int | None:
+    """The number under a word; with `*` in it, the one that all below say who say one."""
+    above, several, last = word.partition(".*.")
+    below = config.get(above) if several else None
+    each = below.values() if isinstance(below, Mapping) else ()
+    found = [one.get(last) for one in each if isinstance(one, Mapping) and last in one] if several else [config.get(word)]
+    return found[0] if found and type(found[0]) is int and found.count(found[0]) == len(found) else None
 
 
 def _numbered(text: str, m: int) -> str:

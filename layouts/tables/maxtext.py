@@ -6,12 +6,14 @@ A row is read in both directions. MaxText stacks the layers of a `Stack` into on
 `param_scan_axis`), or has one subtree per layer when they are not scanned; the patterns here are those of one layer. Experts
 are not in the rows: the tables of families and targets have them.
 
-Axes: `k` embed, `v` vocabulary, `h` query heads, `j` key/value heads, `x` heads of an indexer, `d` head width, `f` dense or
-shared mlp, `e` expert, others as the rows use them. An axis in a name, as `{q:query,key,value}`, is several tensors.
+Axes: `k` embed, `v` vocabulary, `h` query heads, `j` key/value heads (`u` in layers without a window), `x` heads of an
+indexer, `d` head width, `f` dense or shared mlp, `e` expert, others as the rows use them. An axis in a name, as
+`{q:query,key,value}`, is several tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,7 +40,7 @@ _WIDE = ("tensor", "tensor_sequence", "autoregressive")
 SHARDED: Mapping[str, tuple[str, ...]] = {
     "e": ("expert",),
     **dict.fromkeys(("n", "f"), ("fsdp_transpose", *_WIDE)),
-    **dict.fromkeys(("h", "j", "x", "v"), _WIDE),
+    **dict.fromkeys(("h", "j", "u", "x", "v"), _WIDE),
     **dict.fromkeys(("k", "r"), _EMBED),
 }
 """By which axes of its mesh MaxText cuts an axis of a weight: the first in this order has them. `r` is that of latent queries.
@@ -49,16 +51,25 @@ Source: MaxText `configs/base.yml` (`logical_axis_rules`), and the `kernel_axes`
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """MaxText has the values of a tensor over the root of the size of `axis`; `said` says so."""
+    """MaxText has the values of a tensor over the root of the size of `axis`, or `times` it; `said` says so."""
 
     axis: str
     said: str
+    times: bool = False
+
+    def factor(self, size: int, *, to_maxtext: bool) -> float:
+        """By what values are multiplied on the way there, or back, where the axis has this size."""
+        return math.sqrt(size) if self.times == to_maxtext else 1 / math.sqrt(size)
 
 
-RULES: Mapping[str, Rule] = {"query-scale": Rule("d", "the queries divided by the root of the head width")}
+RULES: Mapping[str, Rule] = {
+    "query-scale": Rule("d", "the queries divided by the root of the head width"),
+    "embedding-scale": Rule("k", "the embedding times the root of the embed width", times=True),
+}
 """What is computed on the way to MaxText, by the user's word for it (`--compute`).
 
-Source: MaxText `param_mapping.py`, `scale_query_layer`; its `layers/attentions.py` multiplies queries by nothing afterwards.
+Source: MaxText `param_mapping.py`, `scale_query_layer`, and of Gemma 4 `pad_hf_embedding_layer`. Its `layers/attentions.py`
+multiplies queries by nothing afterwards, nor its decoder the embedding of a token, which is also the head.
 """
 
 
@@ -117,7 +128,8 @@ class Tree:
 
     A multimodal model has the words for its text under `text_config`, where names that begin with the first text of `wrapped`
     begin with the second, and those of its `encoders` under the words given here, all of it in the part `within`, if that is
-    there. `heads` are the axes whose sizes `config.json` has to give, because a shape does not tell a head from its width.
+    there. `heads` are the axes whose sizes `config.json` has to give, because a shape does not tell a head from its width;
+    the last word that says one counts, and `a.*.b` is the word `b` of all that is under `a`.
     `mtp` are places of blocks that predict further tokens, which `--drop-mtp` leaves out besides those of stacks with `copies`.
     `only` are words of `config.json`, their values in models that MaxText has, and what these models have; where the word is
     absent, it is one of these.

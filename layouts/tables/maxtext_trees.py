@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from layouts.tables.maxtext import HEADS, MTP, Row, Stack, Tree, numbered
+from layouts.tables.maxtext_gemma import GEMMA4
 from layouts.tables.maxtext_rows import APART, DELTA_NET, JOINED, LATENT, QK_NORM, attention, gated, hybrid, norms
 from layouts.tables.maxtext_vision import LLAMA4_VISION, QWEN3_5, QWEN3_OMNI, QWEN3_VL
 
@@ -150,6 +151,7 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     "qwen3_vl_moe": (replace(_QWEN3, wrapped=("model.", "model.language_model."), encoders=QWEN3_VL),),
     "qwen3_omni_moe": (replace(_QWEN3, wrapped=("", "thinker."), within="thinker_config", encoders=QWEN3_OMNI),),
     "mixtral": (_MIXTRAL,),
+    "gemma4": (GEMMA4,),
     "deepseek_v2": (_DEEPSEEK,),
     "deepseek_v3": (_DEEPSEEK,),
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),

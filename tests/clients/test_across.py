@@ -14,11 +14,10 @@ pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
 PARTLY = {"qwen3_omni_moe": "252 tensors have no place on the other side, first code2wav"}
 """Models of which MaxText has a part alone, and what is said of the rest."""
-SPECIAL = ("qwen3_moe-sparse", "qwen3_next-cycles", "qwen3_5_moe-cycles")
-"""MaxText's Qwen3 has experts in every layer, and its Qwen3-Next and Qwen3.5 whole cycles of four."""
+SPECIAL = ("qwen3_moe-sparse", "qwen3_next-cycles", "qwen3_5_moe-cycles", "gemma4-cycles", "gemma4_text-cycles")
+"""MaxText's Qwen3 has experts in every layer, its Qwen3-Next and Qwen3.5 whole cycles of four, its Gemma 4 of six."""
 CASES = [*SPECIAL, *sorted(TREES.keys() - {case.partition("-")[0] for case in SPECIAL} - PARTLY.keys()), "llama4_text"]
-COMPUTED = {"mixtral": "query-scale"}
-"""Their heads are 16 wide here: over 4 and times 4 is exact, and all bits come back."""
+COMPUTED = {"mixtral": "query-scale", "gemma4-cycles": "embedding-scale", "gemma4_text-cycles": "embedding-scale"}
 
 
 def test_every_tree_is_here():
@@ -38,9 +37,6 @@ def test_there_and_back(case, scan, tmp_path):
     tiny_models.build(case).save_pretrained(tmp_path / "in")
     convert.prefuse(tmp_path / "in", tmp_path / "tree", to="orbax", scan=scan, compute=COMPUTED.get(case))
     convert.split(tmp_path / "tree", tmp_path / "again", to="hf", compute=COMPUTED.get(case))
-    if case in COMPUTED:  # nothing of the original files is kept, as their values are not
-        assert convert.verify(tmp_path / "in", tmp_path / "again").equal
-        return
     files = {file.name: file.read_bytes() for file in (tmp_path / "in").iterdir()}
     assert any(name.endswith(".safetensors") for name in files)
     assert all((tmp_path / "again" / name).read_bytes() == content for name, content in files.items())

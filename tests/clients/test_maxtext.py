@@ -5,7 +5,8 @@ tree is right. It needs Python 3.12 and is not among our dependencies: `pip inst
 tests/clients/test_maxtext.py`.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "base_num_decoder_layers": ("num_hidden_layers",),
     "vocab_size": ("vocab_size",),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok",),
+    "num_experts_per_tok": ("num_experts_per_tok", "top_k_experts"),
     "base_moe_mlp_dim": ("moe_intermediate_size", "intermediate_size"),
     "base_mlp_dim": ("intermediate_size_mlp", "intermediate_size"),
     "normalization_layer_epsilon": ("rms_norm_eps",),
@@ -86,29 +87,43 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt_oss": ("gpt-oss-20b", {"sliding_window_size": 16}),
     "qwen3_next-cycles": ("qwen3-next-80b-a3b", {"gdn_chunk_size": 4}),
     "qwen3_5_moe_text-cycles": ("qwen3.5-35b-a3b", {"gdn_chunk_size": 4, "use_mrope": False}),
+    "gemma4_text-cycles": (
+        "gemma4-26b",
+        {"sliding_window_size": 16, "global_head_dim": 32, "global_num_kv_heads": 1, "partial_rotary_factor": 1.0},
+    ),
     "llama4_text-top1": ("llama4-17b-16e", {"rope_use_scale": False}),
 }
 """The tiny model of transformers, MaxText's name of its kind, and what that has otherwise than the tiny one."""
 
-COMPUTED = {"mixtral-heads": "query-scale"}
+COMPUTED = {"mixtral-heads": "query-scale", "gemma4_text-cycles": "embedding-scale"}
 """Saved in float32: of bfloat16, queries would be rounded, as MaxText's own converter does it, and logits be 0.003 apart."""
 
-READ = {"qwen3_omni_moe", "qwen3_vl_moe"}
-"""Taken from the sources of MaxText and not run here: its Qwen3-VL does not stack layers, and Omni has parts that it lacks."""
+TEXT: Mapping[str, Any] = {"use_multimodal": False, "use_mrope": False, "n_routing_groups": -1, "topk_routing_group": -1}
+ALONE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen3_vl_moe-text": ("qwen3-vl-30b-a3b", TEXT),
+    "qwen3_omni_moe": ("qwen3-omni-30b-a3b", {**TEXT, "use_audio": False}),
+    "deepseek_v3-kimi": ("kimi-k2-1t", {**YARN, **TEXT}),
+    "deepseek_v3-mtp": ("deepseek3-671b", {**YARN, **TEXT, "mtp_num_layers": 1}),
+}
+"""The same of models that are tried in one form: fused, and stacked where MaxText does that.
+
+It is the text of Qwen3-VL and Qwen3-Omni; MaxText has encoders only where it is given pictures.
+"""
 
 
 def test_every_tree_is_here():
-    types = {case.partition("-")[0] for case in CASES}
-    assert {family.name for family in FAMILIES if types & {*family.model_types}} | READ == set(TREES)
+    types = {case.partition("-")[0] for case in (*CASES, *ALONE)}
+    assert {family.name for family in FAMILIES if types & {*family.model_types}} == set(TREES)
 
 
 def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None, *, fused: bool) -> np.ndarray:
     """What MaxText's model computes with the parameters of a tree whose layers are stacked along an axis, or are not."""
-    kind, special = CASES[case]
+    kind, special = {**CASES, **ALONE}[case]
     own = {
         word: next((getattr(stated, name) for name in names if hasattr(stated, name)), None) for word, names in WORDS.items()
     }
     rope = stated.rope_parameters
+    rope = rope.get("full_attention", rope)
     words: dict[str, Any] = {
         **RUN,
         **{word: value for word, value in own.items() if value is not None},
@@ -133,6 +148,8 @@ def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None
             decoder_positions=jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape),
             decoder_segment_ids=jnp.ones_like(tokens),
             enable_dropout=False,
+            decoder_target_tokens=tokens,
+            decoder_target_mask=jnp.ones_like(tokens),
         )
     return np.asarray(found[0] if isinstance(found, tuple) else found, np.float32)
 
@@ -147,7 +164,9 @@ def make(case: str, where: Path) -> tuple[Any, np.ndarray, np.ndarray]:
     built = built.float() if case in COMPUTED else built
     built.save_pretrained(where / "in")
     ids = torch.randint(3, 160, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    return built.config.get_text_config(), ids.numpy(), tiny_models.forward(built.float(), ids).numpy()
+    stated = built.config.get_text_config()
+    stated.allow_global_per_layer_attribute_access = True  # of Gemma 4, whose layers differ
+    return stated, ids.numpy(), tiny_models.forward(built.float(), ids).numpy()
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -167,6 +186,60 @@ def test_maxtext_computes_what_transformers_does(model, axis, fused):
     found = logits(case, stated, tree, ids, axis, fused=fused)
     assert np.abs(wanted).max() > 1
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_maxtext_computes_the_text(case, tmp_path):
+    stated, ids, wanted = make(case, tmp_path)
+    if case in EDITED:
+        EDITED[case](tmp_path / "in")
+    axis = None if case.startswith("qwen") else 1  # it has no stacks where pictures go into deeper layers
+    convert.prefuse(tmp_path / "in", tmp_path / "tree", to="orbax", scan=axis is not None)
+    found = logits(case, stated, tmp_path / "tree", ids, axis, fused=True)
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def _thinker(where: Path) -> None:
+    """MaxText has no talker."""
+    from safetensors.torch import load_file, save_file
+
+    file = where / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name.startswith("thinker.")}, file)
+
+
+def _as_kimi(where: Path) -> None:
+    """As K2.5 is published: its text within a model that sees."""
+    from safetensors.torch import load_file, save_file
+
+    file, config = where / "model.safetensors", json.loads((where / "config.json").read_text())
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    (where / "config.json").write_text(
+        json.dumps({"model_type": "kimi_k25", "text_config": {**config, "model_type": "kimi_k2"}})
+    )
+
+
+def _with_mtp(where: Path) -> None:
+    """With a block that predicts one token further, as DeepSeek publishes it; transformers leaves it out."""
+    from safetensors.torch import load_file, save_file
+
+    file, config = where / "model.safetensors", json.loads((where / "config.json").read_text())
+    tensors, layers = load_file(file), config["num_hidden_layers"]
+    last, k = f"model.layers.{layers - 1}.", config["hidden_size"]
+    block = {name.removeprefix(last): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
+    block |= {f"{name}.weight": torch.ones(k, dtype=torch.bfloat16) for name in ("enorm", "hnorm", "shared_head.norm")}
+    block["eh_proj.weight"] = torch.ones(k, 2 * k, dtype=torch.bfloat16)
+    block["embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    block["shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors | {f"model.layers.{layers}.{name}": tensor for name, tensor in block.items()}, file)
+    (where / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+
+
+EDITED: Mapping[str, Callable[[Path], None]] = {
+    "qwen3_omni_moe": _thinker,
+    "deepseek_v3-kimi": _as_kimi,
+    "deepseek_v3-mtp": _with_mtp,
+}
 
 
 def test_gate_and_up_exchanged_are_noticed(tmp_path):

@@ -43,6 +43,10 @@ QWEN4 = {
 }  # fmt: skip
 HYBRID = {"num_hidden_layers": 8, "shared_expert_intermediate_size": 40, "linear_value_head_dim": 8}
 GEMMA = {"enable_moe_block": True, "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 0}
+CYCLES = {
+    **GEMMA, "num_hidden_layers": 12, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 32,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": [1]},
@@ -94,6 +98,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "llama4_text-top1": {"num_experts_per_tok": 1, "num_hidden_layers": 8},
     "gemma4": {TEXT: GEMMA},
     "gemma4_text": GEMMA,
+    "gemma4-cycles": {TEXT: CYCLES},
+    "gemma4_text-cycles": CYCLES,
     "qwen3_moe-sparse": {"mlp_only_layers": [], "norm_topk_prob": True},
     "qwen3_next-cycles": {"num_hidden_layers": 8, "shared_expert_intermediate_size": 40},
     "qwen3_5_moe-cycles": {TEXT: HYBRID},

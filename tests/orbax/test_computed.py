@@ -1,4 +1,7 @@
-"""Mixtral, whose queries MaxText has over the root of the head width: by the user's word, named, and by MaxText's rule."""
+"""Mixtral, whose queries MaxText has over the root of the head width, and Gemma 4, whose embedding it has times another root.
+
+By the user's word, named, by MaxText's rule, and back to the original bytes.
+"""
 
 import json
 import math
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -24,17 +28,17 @@ LAYERS = 3
 TYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
 
-def save(where: Path, code: str = "BF16") -> Path:
+def save(where: Path, code: str = "BF16", model: str = "mixtral", odd_in: str = Q) -> Path:
     """Every value of a byte's worth of mantissas among the queries, and what does not scale: zeros, infinities, subnormals."""
-    dtype, arrays = np.dtype(TYPES[code]), reader("mixtral").arrays
+    dtype, arrays = np.dtype(TYPES[code]), reader(model).arrays
     rng = np.random.default_rng(1)
     odd = np.array([0, -0.0, np.inf, -np.inf, 1, -3, np.finfo(np.float32).tiny], np.float32)
     where.mkdir()
     found = {name: rng.standard_normal(array.shape, np.float32).astype(dtype) for name, array in arrays.items()}
     with np.errstate(all="ignore"):
-        found[Q].reshape(-1)[: odd.size] = odd.astype(dtype)
+        found[odd_in].reshape(-1)[: odd.size] = odd.astype(dtype)
     save_file(found, where / "model.safetensors")
-    (where / "config.json").write_text(json.dumps(reader("mixtral").config))
+    (where / "config.json").write_text(json.dumps(reader(model).config))
     return where
 
 
@@ -70,6 +74,25 @@ def test_queries_are_those_of_maxtext_there_and_back(code, tmp_path):
     assert verdict.equal
     assert "(query-scale) were compared by that rule, and with the originals that the tree keeps" in str(verdict)
     assert convert.verify(tmp_path / "tree").equal
+
+
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("axis", [None, pytest.param(0, marks=pytest.mark.slow)])
+def test_gemma_goes_there_and_back(scan, axis, tmp_path):
+    name = "model.language_model.embed_tokens.weight"
+    source = save(tmp_path / "in", "BF16", "gemma4", name)
+    with pytest.raises(PlanError, match="the embedding times the root of the embed width in this model"):
+        convert.prefuse(source, tmp_path / "tree", to="orbax")
+    convert.prefuse(source, tmp_path / "tree", to="orbax", scan=scan, scan_axis=axis, compute="embedding-scale")
+    with closing(open_checkpoint(tmp_path / "tree")) as tree:
+        found = tree.read("params.params.token_embedder.embedding", (slice(None), slice(None)))
+    embedding = load_file(source / "model.safetensors")[name]
+    with np.errstate(all="ignore"):  # `pad_hf_embedding_layer` of MaxText 0.2.5 `param_mapping.py`
+        wanted = (embedding * np.dtype("float32").type(K**0.5)).astype(embedding.dtype)
+    assert np.array_equal(found, wanted.view(found.dtype))
+    assert convert.verify(source, tmp_path / "tree", gemm=False).equal
+    convert.split(tmp_path / "tree", tmp_path / "again", to="hf", compute="embedding-scale")
+    assert files(tmp_path / "again") == files(source)
 
 
 @pytest.mark.parametrize("code", TYPES)
@@ -224,3 +247,13 @@ def test_a_type_that_is_not_computed_is_refused(tmp_path):
     save_file(arrays, source / "model.safetensors")
     with pytest.raises(PlanError, match="is F64; query-scale is computed of BF16, F16, F32"):
         convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
+
+
+def test_orbax_restores_the_tree_as_if_nothing_lay_beside_it(tmp_path):
+    tree = tmp_path / "tree"
+    convert.prefuse(save(tmp_path / "in", "F32"), tree, to="orbax", compute="query-scale")
+    with ocp.CheckpointManager(tree, item_names=("items",), item_handlers={"items": ocp.PyTreeCheckpointHandler()}) as manager:
+        assert manager.all_steps() == [0]
+        found = manager.restore(0)["items"]
+    kernel = np.asarray(found["params"]["params"]["decoder"]["layers"]["self_attention"]["query"]["kernel"])
+    assert kernel.tobytes() == queries(tree).tobytes()

@@ -117,7 +117,7 @@ def test_layers_are_stacked_along_the_axis_that_maxtext_is_given(name):
     one, other = (across(source, to_maxtext=True, fused="concat", axis=axis).arrays for axis in (1, 0))
     assert one.keys() == other.keys()
     for key, array in one.items():
-        stacked = key.startswith(P + "decoder.") and "layers" in key
+        stacked = key.startswith(P + "decoder.") and ("layers" in key or "scanned_blocks" in key)
         layers = 0 if not stacked else 2 if "local_layers" in key else 1
         assert np.array_equal(np.moveaxis(array, 0, layers), other[key]), key
 

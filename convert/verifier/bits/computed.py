@@ -23,8 +23,8 @@ _STRIP = 1 << 20
 """Elements that are compared at a time: they are computed in float64."""
 
 
-def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, size: int) -> bool:
-    """Whether the tree's values are those of Hugging Face over the root of `size`, or the latter the former times it.
+def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, pair: Pair, size: int) -> bool:
+    """Whether the tree's values are those of Hugging Face by the pair's rule, for an axis of `size`, or the other way.
 
     Both are rounded once to float32 and once to the type `code`, as they are stored. Either may have been made of the other.
     """
@@ -35,7 +35,8 @@ def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, size: int) -> bool:
             exact = np.ascontiguousarray(bits).view(dtype).astype(np.float64) * float(np.float32(factor))
             return exact.astype(np.float32).astype(dtype).view(bits.dtype)
 
-    return np.array_equal(times(hf, 1 / root), tree) or np.array_equal(hf, times(tree, root))
+    there, back = (root, 1 / root) if RULES[pair.computed].times else (1 / root, root)
+    return np.array_equal(times(hf, there), tree) or np.array_equal(hf, times(tree, back))
 
 
 def fitting(tree: Reader, kept: Reader, pairs: Iterable[Pair]) -> frozenset[str]:
@@ -46,7 +47,7 @@ def fitting(tree: Reader, kept: Reader, pairs: Iterable[Pair]) -> frozenset[str]
             spec = kept.tensors[name]
             size = {**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)}[RULES[pair.computed].axis]
             cuts = strips(spec.shape, _STRIP)
-            if all(agree(kept.read(name, cut), tree.read(name, cut), spec.dtype, size) for cut in cuts):
+            if all(agree(kept.read(name, cut), tree.read(name, cut), spec.dtype, pair, size) for cut in cuts):
                 found.add(name)
     return frozenset(found)
 

@@ -190,7 +190,7 @@ def _alike(pair: Pair, axes: list[str], code: str, hf: NDArray[Any], tree: NDArr
         return np.array_equal(hf, tree)
     if original is not None:
         return np.array_equal(hf, original)
-    return computed.agree(hf, tree, code, hf.shape[axes.index(RULES[pair.computed].axis)])
+    return computed.agree(hf, tree, code, pair, hf.shape[axes.index(RULES[pair.computed].axis)])
 
 
 class _Part(NamedTuple):
