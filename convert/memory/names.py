@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from convert.errors import PlanError, UsageError
 from convert.memory.tree import Held
-from layouts.language.layout import Layouts
+from layouts.language.layout import OPEN, Layouts
 from layouts.language.template import Template
 from layouts.matching.lookup import fitting
 from layouts.tables.families import FAMILIES, Family, maxtext
@@ -115,9 +115,17 @@ def absent(held: Mapping[str, Held], family: Family, tables: Sequence[Layouts], 
         kind = type(odd[1].node).__name__
         raise PlanError(f"there are no arrays: {odd[0]} is a {kind}, neither an array nor a container that JAX knows as a tree")
     near = [] if said else [other.name for other in fitting(names, "hf")][:6]
-    wanted = " or ".join(dict.fromkeys(_example(table["wi"].template(family.experts)) for table in tables)) or "*.wi"
+    keys = [table["wi"].template(family.experts) for table in tables if OPEN not in table["wi"].key]  # open: config.json tells
+    wanted = " or ".join(dict.fromkeys(map(_example, keys))) or "*.wi"
+    through = (
+        ""
+        if not family.is_open
+        else "; for experts of two kinds, numbered through, pass sizes={'e': 64} if there are 64 of each"
+    )
     hint = f"; there are names as in {', '.join(near)}: if it is one of these, say so with --family" if near else ""
-    raise PlanError(f"no leaves are called as {wanted} is{hint}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}")
+    raise PlanError(
+        f"no leaves are called as {wanted} is{hint or through}. First leaves: {', '.join(sorted(names)[:3]) or 'none'}"
+    )
 
 
 def _example(key: Template) -> str:

@@ -103,11 +103,6 @@ def _planned(
 ) -> Moves:
     config = {"moe_num_experts" if family.is_open else "num_experts": sizes.pop("e")} if "e" in sizes else {}
     family = family.filled(config["moe_num_experts"]) if family.is_open and config else family
-    if family.is_open and record is None:
-        raise PlanError(
-            f"layers of {family.name} have experts of {family.kinds} kinds, numbered through; pass sizes={{'e': 64}} if "
-            "there are 64 of each"
-        )
     there = choices.source_layout or (record or {}).get("layout")
     if sizes:
         record, choices = _stated(choices.source_layout, family, sizes), replace(choices, source_layout=None)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from convert.planning.targets import Target, Way, cut
 from layouts.errors import PlanError
-from layouts.language.layout import Layout, Placed
+from layouts.language.layout import OPEN, Layout, Placed
 from layouts.language.parts import AXES, CHUNKS, EXTRA, PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern
 from layouts.matching.group import Group
@@ -65,6 +65,11 @@ def landing(
         PlanError: the layout cannot hold them without loss.
     """
     placed = layout.place(experts)
+    if OPEN in layout.key:
+        raise PlanError(
+            f"{reader.path}: experts of {group.names[0]} are numbered through there, and nothing says how many of each kind there "
+            "are: moe_num_experts in config.json, or sizes={'e': 64} in memory"
+        )
     if not takes(layout.key, group.part):
         raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
     if any(slot in "eg" and slot not in group.sizes for slot in placed.key.slots):

@@ -218,6 +218,9 @@ class Target:
                 start = end
 
 
+_PADS = "--layout=per-shard pads each shard, and --layout=interleaved has columns in turn"
+
+
 def cut(sizes: Mapping[str, int], pattern: Pattern) -> dict[str, int]:
     """Logical sizes with their `n`, all shards and chunks of it, cut as a pattern wants it.
 
@@ -232,7 +235,8 @@ def cut(sizes: Mapping[str, int], pattern: Pattern) -> dict[str, int]:
     for axis in CHUNKS:
         if axis in fixed:
             if rest % fixed[axis]:
-                raise ValueError(f"n = {rest} does not divide into {axis} = {fixed[axis]}")
+                turns = f"; what takes turns is never padded, {_PADS}" if "c" in pattern.axes and axis == "n" else ""
+                raise ValueError(f"n = {rest} does not divide into {axis} = {fixed[axis]}{turns}")
             rest //= fixed[axis]
             found[axis] = fixed[axis]
     if "c" in pattern.axes and "c" not in fixed:

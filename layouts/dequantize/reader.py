@@ -24,7 +24,7 @@ from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits
 from layouts.through import Through
 
-_PART = 1 << 20
+_PART = 1 << 19
 """Elements that are read and computed at a time."""
 
 

@@ -20,17 +20,18 @@ from layouts.tables.families import Family
 
 
 def filled(reader: Reader, family: Family) -> Family:
-    """The family with the number of experts of the first kind; as it is if it has one kind, or if a record tells the layout.
+    """The family with the number of experts of the first kind; as it is if no name or a record makes that a question.
 
     Raises:
-        PlanError: it has several, and `config.json` does not say how many of each.
+        PlanError: experts are numbered through, and `config.json` does not say how many of each kind there are.
     """
     if not family.is_open:
         return family
     counts = experts_of_kinds(reader.config, family.kinds)
     if counts:
         return family.filled(counts[0])
-    if "layout" in record_of(reader):
+    numbered = [table["wi"].template(family.experts) for table in family.filled(2).native if table not in family.native]
+    if "layout" in record_of(reader) or not any(key.parse(name) for key in numbered for name in reader.tensors):
         return family
     raise PlanError(
         f"{reader.path}: layers of {family.name} have experts of {family.kinds} kinds, and config.json does not say how many "

@@ -125,6 +125,14 @@ def test_files_there_and_back(tmp_path):
     assert {block.label for block in found[0].values()} == {f"layer {layer} kind {kind}" for layer in (1, 2) for kind in (0, 1)}
 
 
+def test_in_memory_names_of_transformers_tell_the_kinds():
+    """Arrays have no `config.json`: for names that are numbered through see `tests/memory/test_layouts.py`."""
+    source = MemoryReader(published(), config=config())
+    held, concat = run(source, "prefuse", layout="transformers").arrays, run(source, "prefuse").arrays
+    fused = convert.prefuse_params(held, family="ernie4_5_vl_moe")
+    assert same({name: np.asarray(array) for name, array in fused.items()}, concat)
+
+
 @pytest.mark.slow
 def test_the_verifier_looks_at_both_kinds(tmp_path):
     """One bit of either is seen."""

@@ -190,7 +190,7 @@ def test_experts_of_two_kinds_are_counted_by_who_knows():
         f"model.layers.1.mlp.experts.{e}.{word}.weight": np.full(shape(4 if e < 2 else 2), 10 * e + at, np.float32)
         for e, (at, (word, shape)) in itertools.product(range(4), enumerate(sizes.items()))
     }
-    with pytest.raises(convert.PlanError, match=r"experts of 2 kinds.*sizes=\{'e': 64\}"):
+    with pytest.raises(convert.PlanError, match=r"experts of two kinds.*sizes=\{'e': 64\}"):
         convert.prefuse_params(params, family="ernie4_5_vl_moe")
     fused = convert.prefuse_params(params, family="ernie4_5_vl_moe", sizes={"e": 2})
     shapes = {name.split(".", 4)[4]: array.shape for name, array in fused.items()}
@@ -199,3 +199,5 @@ def test_experts_of_two_kinds_are_counted_by_who_knows():
         "vision_moe.experts.wi": (2, 3, 4), "vision_moe.experts.wo": (2, 2, 3),
     }  # fmt: skip
     same_trees(convert.split_params(fused, "concat", family="ernie4_5_vl_moe", sizes={"e": 2}), params)
+    with pytest.raises(convert.PlanError, match="nothing says how many of each kind"):
+        convert.split_params(fused, "concat", family="ernie4_5_vl_moe")
