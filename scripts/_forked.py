@@ -38,7 +38,7 @@ class Ended:
 
 
 class Forks:
-    """The process that forks. Leave its context in the end."""
+    """The process that forks; close it in the end."""
 
     def __init__(self, **environment: str) -> None:
         """Start it, with these variables beside those of this process."""
@@ -53,6 +53,10 @@ class Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let it end."""
         self._process.communicate()
         self._folder.cleanup()
 

@@ -1,35 +1,25 @@
 """Run the command with one system call failing, some ten times a second: see `faults.c`.
 
-A process that has imported all that the command needs, with the library preloaded, forks for each run; so none has to start
-Python. Nothing has started a thread in it, which a fork would lose.
+Each run is forked off a process that has preloaded the library and imported all that the command needs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import gc
-import importlib
-import json
 import os
-import pkgutil
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts._forked import Forks
+
 SHORT = -1
-LIMIT = 60
-"""Seconds after which a run hangs, and is ended by SIGALRM."""
 _READ, _WRITE = ("EIO", "EINTR", "SHORT"), ("EIO", "ENOSPC", "EINTR", "SHORT")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "open": ("EIO", "EACCES", "EINTR"),
@@ -125,75 +115,35 @@ def build(folder: Path) -> Path | None:
     return library
 
 
+CHILD = """
+import ctypes, os, runpy, sys
+library, root, log, call, n, kind = sys.argv[1:7]
+del sys.argv[1:7]
+arm = ctypes.CDLL(library).faults_arm
+arm.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int)
+log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+arm(os.fsencode(root), call.encode(), int(n), int(kind), log)
+runpy.run_module("convert", run_name="__main__")
+"""
+
+
 class Command:
     """The `convert` command, on files below `root`; close it in the end."""
 
     def __init__(self, library: Path, root: Path) -> None:
-        self.root, self._home = root.resolve(), library.parent
-        threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment = os.environ | threads | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-W", "ignore", __file__, library]
-        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._ask: IO[str] = self._process.stdin  # type: ignore[assignment]
-        self._answer: IO[str] = self._process.stdout  # type: ignore[assignment]
+        self.root, self._library = root.resolve(), library
+        self._forks = Forks(LD_PRELOAD=str(library), JAX_PLATFORMS="cpu", PYTHONWARNINGS="ignore")
 
     def run(self, *arguments: object, fault: Fault = NONE) -> Outcome:
         """Run it once."""
-        text, log = self._home / "text", self._home / "log"
+        log = self._library.with_name("log")
         kind = SHORT if fault.kind == "SHORT" else getattr(errno, fault.kind or "EIO")
-        request = {"arguments": list(map(str, arguments)), "root": str(self.root), "text": str(text), "log": str(log)}
-        print(json.dumps(request | {"call": fault.call, "n": fault.n, "kind": kind}), file=self._ask, flush=True)
-        code = int(self._answer.readline())
+        ended = self._forks.run(CHILD, self._library, self.root, log, fault.call, fault.n, kind, *arguments)
         lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
         struck = next((number for number, (call, _) in enumerate(lines) if call.startswith("!")), None)
         calls = [(call.lstrip("!"), path.removeprefix(f"{self.root}/")) for call, path in lines]
-        return Outcome(code=code, text=text.read_text(), calls=calls, struck=struck)
+        return Outcome(code=ended.returncode, text=ended.stdout + ended.stderr, calls=calls, struck=struck)
 
     def close(self) -> None:
-        """Let the process end."""
-        self._ask.close()
-        self._answer.close()
-        self._process.wait()
-
-
-def serve(library: str) -> None:
-    """Fork for each request on stdin, and answer with the exit code."""
-    arm = ctypes.CDLL(library).faults_arm
-    arm.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int)
-    for package in map(importlib.import_module, ("convert", "layouts")):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):  # that would run it
-                importlib.import_module(module.name)
-    gc.freeze()  # else the first collection in each fork copies all memory
-    for line in sys.stdin:
-        assert len(os.listdir("/proc/self/task")) == 1, "a thread that the forked process would not have"
-        child = os.fork()
-        if not child:
-            _run(arm, **json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def _run(arm: Any, *, arguments: Sequence[str], root: str, text: str, log: str, call: str, n: int, kind: int) -> NoReturn:
-    """Be the command; its threads end with it."""
-    code = 99
-    try:
-        new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        printed = os.open(text, new)
-        for stream in (1, 2):
-            os.dup2(printed, stream)
-        signal.alarm(LIMIT)
-        arm(os.fsencode(root), call.encode(), n, kind, os.open(log, new))
-        sys.argv = ["convert", *arguments]
-        runpy.run_module("convert", run_name="__main__")
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])
+        """Let the process end that they are forked off."""
+        self._forks.close()

@@ -92,8 +92,9 @@ def test_a_tree_becomes_objects(local, out, parts, tmp_path):
 
 CHILD = """
 import os, signal, sys
+from convert.hf import objects
 from layouts.disk import upload
-upload.PART = 1024
+objects.PART = upload.PART = 1024
 count, send = [int(sys.argv[1])], upload._Parts.send
 def sent(self, data):
     send(self, data)
