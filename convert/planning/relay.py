@@ -67,8 +67,8 @@ def landing(
     placed = layout.place(experts)
     if OPEN in layout.key:
         raise PlanError(
-            f"{reader.path}: experts of {group.names[0]} are to be numbered through, and how many of each kind there are is not "
-            "stated: moe_num_experts in config.json, or sizes={'e': 64} in memory"
+            f"{reader.path}: experts of {group.names[0]} are to be numbered through, and how many of each kind there are is "
+            "not stated: moe_num_experts in config.json, or sizes={'e': 64} in memory"
         )
     if not takes(layout.key, group.part):
         raise PlanError(f"{reader.path}: {group.names[0]} has no place in the wanted layout, which has no such companions")
