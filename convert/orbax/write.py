@@ -217,10 +217,10 @@ class OrbaxWriter:
             return
         limits = self.memory, self.wanted
         yield from written_again(self.plan, targets, wanted, self.reader, limits, progress)
-        kept = {name: entry.digest for name, entry in found.originals.items()}
-        computed = {target.spec.name for target in originals_of(self.plan)}
-        own = [target for target in targets if target.spec.name in computed]
-        yield from written_again(self.plan, own, kept, uncomputed(self.reader), limits, progress)
+        names = {target.spec.name for target in originals_of(self.plan)}
+        if own := [target for target in targets if target.spec.name in names]:
+            kept = {name: entry.digest for name, entry in found.originals.items()}
+            yield from written_again(self.plan, own, kept, uncomputed(self.reader), limits, progress)
 
 
 def _begin(stage: AnyStage, way: str, processes: Processes) -> bool:
