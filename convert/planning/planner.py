@@ -52,7 +52,8 @@ class Merging:
 class Plan:
     """What a conversion will do; print it with `convert.report.describe_plan`.
 
-    `targets` are in the order of their first source tensor, so that reading goes through the input once.
+    `targets` are in the order of their first source tensor, so that reading goes through the input once. It has no slots, so
+    that it keeps what it has counted.
     """
 
     source: Path

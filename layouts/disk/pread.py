@@ -122,12 +122,12 @@ def read_block(extent: Extent, shape: Sequence[int], slices: Sequence[slice], ou
     Raises:
         InputError, OSError: see `InputFile.read`.
     """
+    if not out.size:
+        return
     if out.shape == tuple(shape):  # all of it, as most small tensors are read
         extent.file.read(_bytes(out), extent.start)
         return
     spans = [range(*part.indices(size)) for part, size in zip(slices, shape, strict=True)]
-    if not out.size:
-        return
     strides = [out.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     run = _inner(shape, spans)
     near = _near(spans, strides, run, out.itemsize, extent.file.gap)
