@@ -104,6 +104,9 @@ class _Parser(argparse.ArgumentParser):
             message = OTHER_PROGRAM
         elif word:
             message += f" ({MEANT[word]})" if word in MEANT else did_you_mean(word, self._option_string_actions)
+        about, chosen, others = message.partition(" (choose from ")
+        if chosen:  # "argument --to: invalid choice: 'maxtext' (choose from 'hf', 'orbax')"
+            message += did_you_mean(about.rpartition(": ")[2].strip("'"), others.strip(")").replace("'", "").split(", "))
         message = message.replace("ignored explicit argument", "it takes no value; put a space in the place of = before")
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
 

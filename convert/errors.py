@@ -12,7 +12,7 @@ Codes 0 (done, equal) and 1 (`--verify` found a difference) are results, not err
 
 import difflib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,10 +30,32 @@ __all__ = [
     "one_line",
     "printable",
     "readable",
+    "too_little",
 ]
 
 _LEFT_OVER = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
 """What code raises that reads something it was not written for."""
+
+
+_CALLED: Mapping[str, tuple[str, ...]] = {
+    "maxtext": ("orbax", "concat"),
+    "tensorstore": ("orbax",),
+    "zarr": ("orbax",),
+    "orbax": ("concat",),
+    "hf": ("transformers",),
+    "huggingface": ("hf", "transformers"),
+    "hugging-face": ("hf", "transformers"),
+    "transformers": ("hf",),
+    "safetensors": ("hf", "transformers"),
+    "bfloat16": ("bf16",),
+    "megablocks": ("megablox",),
+    "gmm": ("megablox", "per-shard"),
+    "gmm-tp": ("per-shard",),
+    "gpt-oss": ("interleaved",),
+    "gpt_oss": ("interleaved",),
+    "default": ("concat",),
+}
+"""What others call formats, layouts, types and backends -> what this tool calls them; those that there are."""
 
 
 class UsageError(ConvertError):
@@ -60,6 +82,11 @@ def no_memory(error: MemoryError) -> str:
     return f"there is not enough memory here ({what}): lower --memory, which makes parts smaller, or use a larger machine"
 
 
+def too_little(memory: int, why: str) -> UsageError:
+    """The error that `memory` bytes are less than a run can do with."""
+    return UsageError(f"--memory={f'{memory >> 20}MiB' if memory >> 20 else memory} is too little: {why}")
+
+
 @contextmanager
 def readable(source: str | Path) -> Iterator[None]:
     """The last resort around opening, describing and planning: whatever an input makes them raise is the input's fault.
@@ -82,7 +109,9 @@ def readable(source: str | Path) -> Iterator[None]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The word of these that is nearest to one that is none of them, as a question; nothing if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    small = {each.lower(): each for each in known}
+    others = [small[each] for each in _CALLED.get(word.lower(), ()) if each in small]
+    near = others or [small[each] for each in difflib.get_close_matches(word.lower(), small, n=1, cutoff=0.7)]
     return f" (did you mean {near[0]}?)" if near else ""
 
 

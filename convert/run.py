@@ -25,7 +25,7 @@ from convert.engine.writer import Writer
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
 from convert.options.option import workers
-from convert.planning.choices import check
+from convert.planning.choices import check, check_formats
 from convert.planning.computed import kept_bytes
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
@@ -34,7 +34,7 @@ from layouts.checkpoint import FORMATS, growing, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.matching.scales import Scales, notes
-from layouts.reader import Reader, ReadLimits, is_chunked
+from layouts.reader import Reader, ReadLimits, is_chunked, remarks_of
 from layouts.windows import Windows
 
 
@@ -74,8 +74,10 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
             plan = make_plan(reader, place(out), action, choices)
+        check_formats(choices, reader.format, plan.format)
         plan = _cut_for(plan, choices)
-        plan, reader = with_computed(replace(plan, remarks=(*plan.remarks, *_scales(plan, reader))), reader)
+        told = (*plan.remarks, *remarks_of(reader), *_scales(plan, reader))
+        plan, reader = with_computed(replace(plan, remarks=told), reader)
         if choices.dequantize:
             rule = f"{RULE}; {plan.computed}" if plan.computed else RULE
             plan = replace(plan, computed=rule, computed_kinds=(*kinds, *plan.computed_kinds))

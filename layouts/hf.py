@@ -122,6 +122,7 @@ class HFReader:
     records: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
     format: str = "hf"
+    remarks: tuple[str, ...] = ()
     _home: dict[str, Shard] = field(default_factory=dict)
     _files: dict[str, Ranged] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -134,9 +135,9 @@ class HFReader:
         Raises:
             InputError: a file is missing or corrupt, a tensor stands in two shards, or index and shards disagree.
         """
-        said = manifest_record(path)
-        weight_map = read_index(path)
-        names = model_files(path, weight_map)
+        recorded = manifest_record(path)
+        index = read_index(path)
+        names = model_files(path, index.weight_map if index else None)
         shards = tuple(read_shard(path / name) for name in names)
         home: dict[str, Shard] = {}
         for shard in shards:
@@ -144,12 +145,13 @@ class HFReader:
                 cut = ": it is cut for tensor parallelism; join the parts first" if "-TP-" in shard.name else ""
                 raise InputError(f"{path}: {twice} stands in both {home[twice].name} and {shard.name}{cut}")
             home |= dict.fromkeys(shard.tensors, shard)
-        if weight_map is not None:
-            compare_index(path, weight_map, {name: shard.name for name, shard in home.items()})
+        if index is not None:
+            compare_index(path, index.weight_map, {name: shard.name for name, shard in home.items()})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
-        records = said | _records(shards, expected=bool(config.get(RECORD)))
-        return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, _home=home)
+        records = recorded | _records(shards, expected=bool(config.get(RECORD)))
+        said = index.remarks(sum(spec.nbytes for spec in tensors.values())) if index else ()
+        return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, remarks=said, _home=home)
 
     @property
     def record(self) -> Mapping[str, Any] | None:

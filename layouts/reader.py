@@ -120,3 +120,8 @@ class Reader(Protocol):
 def is_chunked(reader: Reader) -> bool:
     """Whether tensors are stored in chunks that are decoded as a whole; all of a checkpoint are, or none."""
     return any(reader.unit(name) is not None for name in itertools.islice(reader.tensors, 1))
+
+
+def remarks_of(reader: Reader) -> tuple[str, ...]:
+    """What is to be told of the files that a checkpoint was read from, for those who read some."""
+    return tuple(getattr(reader, "remarks", ()))

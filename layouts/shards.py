@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from layouts.disk.files import INDEX, read_object
 from layouts.disk.names import part
@@ -71,18 +72,32 @@ def unindexed(names: Iterable[str]) -> list[str]:
     return called or [name for name in names if not is_any(name, OTHER_MODELS)] or names
 
 
-def read_index(path: Path) -> dict[str, str] | None:
-    """In which file the index of a directory says each tensor is: name -> file; None where there is no index.
+class Index(NamedTuple):
+    """What an index says: in which file each tensor is, and how many bytes all have together, if it says so."""
+
+    weight_map: Mapping[str, str]
+    total_size: Any
+
+    def remarks(self, held: int) -> tuple[str, ...]:
+        """That it states another size than the `held` bytes that the tensors have, if it does."""
+        if self.total_size in (None, held):
+            return ()
+        return (f"{INDEX} states total_size {str(self.total_size)[:40]}, and its tensors have {held} bytes",)
+
+
+def read_index(path: Path) -> Index | None:
+    """The index of a directory; None where there is none.
 
     Raises:
         InputError: it says something else.
     """
     if not (path / INDEX).exists():
         return None
-    weight_map = read_object(path / INDEX).get("weight_map")
+    found = read_object(path / INDEX)
+    weight_map, beside = found.get("weight_map"), found.get("metadata")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{path / INDEX}: expected an object 'weight_map' that says for each tensor in which file it is")
-    return weight_map
+    return Index(weight_map, beside.get("total_size") if isinstance(beside, dict) else None)
 
 
 def compare_index(path: Path, weight_map: Mapping[str, str], home: Mapping[str, str]) -> None:

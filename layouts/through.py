@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts.disk.pread import Extent
-from layouts.reader import Reader, ReadLimits, ReadUnit
+from layouts.reader import Reader, ReadLimits, ReadUnit, remarks_of
 from layouts.side_files import SideFiles
 from layouts.windows import Windows
 
@@ -61,6 +61,11 @@ class Through:
     def custom_metadata(self) -> Any:
         """Of a tree, as it is."""
         return getattr(self.inner, "custom_metadata", None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """As they are."""
+        return remarks_of(self.inner)
 
     @property
     def windows(self) -> Windows:

@@ -139,7 +139,7 @@ def test_verify_says_equal_or_what_differs(source, tmp_path, capsys):
         (["--prefuse", "{in}", "{link}/out"], 5, "must not contain one another"),
         (["--prefuse", "{in}", "{there}"], 5, "{there} exists already"),
         (["--prefuse", "{in}", "{dangling}"], 5, "{dangling} exists already"),
-        (["--prefuse", "{in}", "{in}.txt/out"], 6, "File exists"),
+        (["--prefuse", "{in}", "{in}.txt/out"], 2, "is no directory, so nothing can be made in it"),
     ],
 )
 def test_errors_have_their_code_and_one_message(source, tmp_path, capsys, arguments, code, words):

@@ -74,8 +74,8 @@ def there(tmp_path_factory):
         (
             lambda: convert.digest("in", memory=1),
             ["--digest", "in", "--memory", "1"],
-            "memory='0MiB' is too little",
-            "--memory=0MiB is too little",
+            "memory=1 is too little",
+            "--memory=1 is too little",
         ),
         (
             lambda: convert.merge("in", "new", base="in"),

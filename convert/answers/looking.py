@@ -29,7 +29,7 @@ from layouts.matching.describe import Description, describe
 from layouts.matching.group import Group
 from layouts.matching.packing import WEIGHTS
 from layouts.matching.scales import Scales, notes
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader, is_chunked, remarks_of
 from layouts.tables.natives import SOURCES
 
 _AXES = frozenset({"e", "k", "g", "n", "d", *CHUNKS})
@@ -108,7 +108,7 @@ def _described(reader: Reader, described: Description, choices: Choices) -> dict
         "prefuse": _would(reader, described, "prefuse", choices),
         "split": _would(reader, described, "split", choices),
         "made_for": made_for(str(layout)) if relaid else None,
-        "remarks": (*described.remarks, *_loras(described), *notes(reader, _scales(described))),
+        "remarks": (*described.remarks, *remarks_of(reader), *_loras(described), *notes(reader, _scales(described))),
     }
 
 

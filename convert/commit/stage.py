@@ -114,12 +114,25 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 f"{out}: in a store nothing can be replaced at once; give the place of a new checkpoint in a bucket"
             )
-    elif out.name in ("", ".."):
+        return
+    check_above(out)
+    if out.name in ("", ".."):
         raise UsageError(f"{out}: give the output by its own name, so that it can be made beside what it replaces")
-    elif os.path.lexists(out):
+    if os.path.lexists(out):
         if not overwrite:
             raise OutputError(f"{out} exists already; remove it, choose another output, or pass --overwrite")
         check_replaceable(out)
+
+
+def check_above(out: Path) -> None:
+    """Refuse a path that leads through a file.
+
+    Raises:
+        UsageError: it does; names the file.
+    """
+    above = () if isinstance(out, RemotePath) else Path(os.path.abspath(out)).parents
+    if file := next((each for each in above if os.path.lexists(each) and not each.is_dir()), None):
+        raise UsageError(f"{out}: {file} is no directory, so nothing can be made in it; choose another output")
 
 
 def _resolved(path: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from convert.engine.blocks import SLAB
-from convert.errors import UsageError
+from convert.errors import too_little
 from convert.options.option import workers
 
 STRIP = 8 << 20
@@ -51,5 +51,5 @@ def make_budget(memory: int, jobs: int | None, tensors: int = USUAL, *, base: in
     fit = (memory - base) // (SLAB + STRIP + each)
     if fit < 1:
         least = (base + SLAB + STRIP + each >> 20) + 1
-        raise UsageError(f"--memory={memory >> 20}MiB is too little: one worker and the plan need {least} MiB")
+        raise too_little(memory, f"one worker and the plan need {least} MiB")
     return Budget(jobs=min(workers(jobs), fit), strip=STRIP, base=base, each=each)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from convert.errors import UsageError
+from convert.errors import UsageError, did_you_mean
 from convert.options import values
 
 _Options = TypeVar("_Options")
@@ -79,7 +79,9 @@ class Named:
         if given is None and self.default is None:
             return None
         if self.option.choices and given not in self.option.choices:
-            raise ValueError(f"{given!r} is none of {', '.join(self.option.choices)}")
+            raise ValueError(
+                f"{given!r} is none of {', '.join(self.option.choices)}{did_you_mean(str(given), self.option.choices)}"
+            )
         return self.option.read(given)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from convert.engine.blocks import SLAB
 from convert.engine.budget import Budget
 from convert.engine.reading import one_for_each_source, plan_windows
-from convert.errors import UsageError
+from convert.errors import too_little
 from convert.options.option import workers
 from convert.orbax.chunks import Chunking, plan_chunks, touched
 from convert.orbax.keeping.keep import Kept
@@ -122,7 +122,7 @@ def orbax_budget(
             return replace(budget, peak=peak, streams=max((cost.streams for cost in costs.values()), default=0))
         if least is None or peak < least:
             least, largest = peak, _why(worst, cache, budget, reader)
-    raise UsageError(f"--memory={memory >> 20}MiB is too little: {((least or 0) >> 20) + 1} MiB are needed{largest}")
+    raise too_little(memory, f"{((least or 0) >> 20) + 1} MiB are needed{largest}")
 
 
 def reading_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> Budget:
@@ -149,7 +149,7 @@ def _keeping(richest: OrbaxBudget, memory: int, base: int) -> OrbaxBudget:
     each = HASHING + richest.box
     jobs = min(richest.jobs, (memory - base) // each)
     if jobs < 1:
-        raise UsageError(f"--memory={memory >> 20}MiB is too little: {(base + each >> 20) + 1} MiB are needed")
+        raise too_little(memory, f"{(base + each >> 20) + 1} MiB are needed")
     return replace(richest, jobs=jobs, peak=base + jobs * each)
 
 

@@ -1,9 +1,11 @@
-"""Whether the choices of one conversion go together.
+"""Whether the choices of one conversion go together, and with the formats of its input and output.
 
-In: choices (`convert.options`). Out: nothing, or a `UsageError` that lists what there is. It never looks at a checkpoint.
+In: choices (`convert.options`), formats. Out: nothing, or a `UsageError`, which lists what there is. It looks at no checkpoint.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from convert.errors import UsageError, did_you_mean
 from convert.options import Choices
@@ -34,3 +36,26 @@ def check(choices: Choices) -> None:
         raise UsageError(f"layout {choices.layout!r} has no blocks whose size can be chosen; did you mean --layout=glu?")
     if choices.shards > 1 and "{shards}" not in TARGETS[choices.layout]["wi"].pattern:
         raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout=per-shard?")
+
+
+_FOR: tuple[tuple[str, Callable[[str, str], bool], str], ...] = (
+    ("scan_axis", lambda source, out: "orbax" in (source, out), "MaxText trees"),
+    ("scan", lambda source, out: source != out == "orbax", "the way to Orbax (--to=orbax)"),
+    ("params_only", lambda source, out: source != out == "hf", "the way to Hugging Face (--to=hf)"),
+    ("drop_optimizer", lambda source, _: source == "orbax", "an Orbax input"),
+    ("keep_chunks", lambda source, out: source == out == "orbax", "Orbax to Orbax"),
+)
+"""Options -> the formats of input and output that they have a say in, and what these are."""
+
+
+def check_formats(choices: Choices, source: str, out: str) -> None:
+    """See that each option that was given has something to say where these are the formats of input and output.
+
+    Raises:
+        UsageError: one has not, so that it would be dropped in silence.
+    """
+    usual = Choices()
+    for name, applies, what in _FOR:
+        if getattr(choices, name) != getattr(usual, name) and not applies(source, out):
+            flag = f"--{'no-' if name == 'scan' else ''}{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for {what}; this is {source} to {out}")

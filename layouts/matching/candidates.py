@@ -58,6 +58,8 @@ class Candidates:
     known: tuple[Known, ...]
     stored: Mapping[str, Stored] = field(default_factory=dict)
     """By the name of a tensor, or by role and part for all of a kind: `wi.scale_inv`."""
+    said: Layout | None = None
+    """That in which the user says some gate and up are."""
 
 
 def record_of(reader: Reader) -> Mapping[str, Any]:
@@ -88,7 +90,8 @@ def candidates(reader: Reader, family: Family, source_layout: str | None, like: 
     record = record_of(reader)
     separate = "layout" not in record and set(record) <= {"version", "family", ORIGIN}
     if source_layout and separate and not _is_origin(source_layout, record):
-        return Candidates(known=_apart(_stated(source_layout, family), family.stored))
+        said = _stated(source_layout, family)
+        return Candidates(known=_apart(said, family.stored), said=named(source_layout, family)["wi"])
     if separate:
         if like and "layout" in like:
             return Candidates(known=_apart(_natives_of(reader, like, family), family.stored))

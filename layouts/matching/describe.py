@@ -76,6 +76,12 @@ def describe(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
             f"{hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
         )
+    found_in = {each.layout for (role, *_), (each, *_) in matched.items() if role == "wi"}
+    if known.said and found_in and known.said not in found_in:
+        raise PlanError(
+            f"{reader.path}: none of its experts is in layout {source_layout!r}; they are as family {found.name} keeps them. "
+            f"Do without --source-layout"
+        )
     groups = _groups(reader, matched, known)
     check_blocks(reader, groups, whole=whole)
     check_kinds(reader, found, groups)

@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 from convert.commit.processes import ALONE, Processes
-from convert.errors import PlanError, UsageError, readable
+from convert.errors import PlanError, UsageError, readable, too_little
 from convert.options import Verification
 from convert.options.evidence import known_of
 from convert.progress import Progress, begin, ignore
@@ -88,7 +88,7 @@ def _room(left: Side, right: Side, memory: int) -> int:
     most = sum(max((held(side, block) for block in side.described.blocks), default=0) for side in (left, right))
     if (room := memory - BASE - most) < _LEAST:
         least = BASE + most + _LEAST >> 20
-        raise UsageError(f"--memory={memory >> 20}MiB is too little: to compare these adapters takes {least + 1} MiB")
+        raise too_little(memory, f"to compare these adapters takes {least + 1} MiB")
     return room
 
 

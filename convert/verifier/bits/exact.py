@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from convert.commit.processes import ALONE, Processes
+from convert.errors import too_little
 from convert.progress import Progress, begin, say
 from convert.verifier.bits.alike import Difference, differing
 from convert.verifier.bits.counts import nbytes_of
@@ -64,10 +65,17 @@ def compare_experts(
     """Compare every expert of every MoE layer; differences name layer, expert and projection.
 
     Several processes compare a part of the experts each, and all of them get the level of all.
+
+    Raises:
+        UsageError: `memory` does not hold the smallest part that an expert can be cut into.
     """
     pairs, lines, own = list(pair(a, b)), list[str](), 0
     chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].stored))]
     work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
+    for both, kind in ((sides, kind) for sides in pairs for kind in sides[0].groups):
+        if (least := _least(both, kind)) > work.each:
+            name = both[0].groups[kind].names[0]
+            raise too_little(memory, f"to compare the smallest part of an expert of {name} takes {2 * least:,} bytes")
     cuts = {id(one): {kind: list(_cuts((one, other), kind, work.each)) for kind in one.groups} for one, other in pairs}
     call = partial(_compare_expert, cuts=cuts, scratch=Scratch())
     mine = by_place(chosen, _places)[processes.stretch([1] * len(chosen))]
@@ -108,9 +116,20 @@ def _nbytes(block: Block, kind: Kind) -> int:
     return whole // max(1, math.prod([group.sizes.get("e", 1), *(group.sizes[axis] for axis in block.scan)]))
 
 
+def _least(sides: Sides, kind: Kind) -> int:
+    """Bytes in memory while the smallest part that an expert can be cut into is compared."""
+    sizes = _cuttable(sides, kind)
+    return -(-_held(sides, kind) // max([1, *sizes.values()]))
+
+
+def _cuttable(sides: Sides, kind: Kind) -> dict[str, int]:
+    """The axes along which both sides can be cut, with their lengths."""
+    return {axis: sides[0].groups[kind].total(axis) for axis in sorted(cuttable(sides[0], kind) & cuttable(sides[1], kind))}
+
+
 def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
     """The parts in which an expert is compared: the whole if it is within so many bytes, or can be cut nowhere."""
-    sizes = {axis: sides[0].groups[kind].total(axis) for axis in sorted(cuttable(sides[0], kind) & cuttable(sides[1], kind))}
+    sizes = _cuttable(sides, kind)
     count = -(-_held(sides, kind) // most)
     if count <= 1 or not sizes:
         yield None

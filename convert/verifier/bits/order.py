@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from convert.errors import UsageError
+from convert.errors import too_little
 from convert.verifier.bits.logical import Block, Sides, Slab, located
 from layouts.language.pattern import strips
 from layouts.reader import Reader, ReadLimits, is_chunked
@@ -48,9 +48,8 @@ def hold(reader: Reader, units: Mapping[str, Sequence[int]], beside: int, memory
     for name, unit in units.items():
         spec, cost = reader.tensors[name], reader.unit(name)
         if cost and cost.nbytes > memory and not cost.streams(STREAM):
-            raise UsageError(
-                f"--memory={memory >> 20}MiB is too little: {name} is stored in chunks of {cost.nbytes:,} bytes, which "
-                f"have to be decoded as a whole"
+            raise too_little(
+                memory, f"{name} is stored in chunks of {cost.nbytes:,} bytes, which have to be decoded as a whole"
             )
         room = limit // beside // itemsize(spec.dtype)
         if cost and (found := window_shape(spec.shape, cost.shape, unit, unit, room)):

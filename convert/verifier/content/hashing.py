@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.commit.processes import ALONE, Processes
-from convert.errors import InputError, UsageError, one_line
+from convert.errors import InputError, one_line, too_little
 from convert.options.option import workers
 from convert.progress import Progress
 from convert.verifier.bits.order import by_place, hold, place_of
@@ -148,7 +148,7 @@ def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:
     each = (1 + is_chunked(reader)) * max((unit.nbytes for unit in units), default=0) + 2 * ROWS
     if (fit := (memory - BASE) // each) < 1:
         least = BASE + each >> 20
-        raise UsageError(f"--memory={memory >> 20}MiB is too little: to hash the largest slice takes {least} MiB")
+        raise too_little(memory, f"to hash the largest slice takes {least} MiB")
     return fit
 
 

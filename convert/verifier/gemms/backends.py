@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from convert.errors import UsageError
+from convert.errors import UsageError, did_you_mean
 
 Gmm = Callable[..., jax.Array]
 """`gmm(x, w, sizes, rows_first, most)`: rows (M, K) sorted by group, a matrix (K, C) of `w` for each group; (M, C), float32.
@@ -135,7 +135,7 @@ def choose(name: str) -> tuple[tuple[Backend, ...], tuple[str, ...]]:
         missing = {each: why for each in BACKENDS if (why := _missing(each))}
         return tuple(b for b in BACKENDS.values() if b.name not in missing), tuple(missing.values())
     if name not in BACKENDS:
-        raise UsageError(f"no backend is called {name!r}; known: {', '.join(BACKENDS)}, {ALL}")
+        raise UsageError(f"no backend is called {name!r}{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}, {ALL}")
     if why := _missing(name):
         raise UsageError(why)
     return (BACKENDS[name],), ()
