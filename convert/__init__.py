@@ -146,7 +146,8 @@ def verify(
 def digest(path: str | Path, *, progress: Progress | None = None, **options: Unpack[Digesting]) -> Content:
     """A sha256 of what a checkpoint holds, tensor by tensor: the same in every layout, fused or not, Hugging Face or MaxText.
 
-    `Content.model.sha256` is it; `Content.state` is that of a tree's training state. README has the rule.
+    `Content.model.sha256` is it, and `.xxh3` the one that manifests have; `Content.state` is that of a tree's training state.
+    README has the rule.
 
     Raises:
         InputError, PlanError: it cannot be read or described, or its padding is damaged.

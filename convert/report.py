@@ -60,7 +60,8 @@ class Report:
             f"wrote  {plan.out}: {size(plan.nbytes)} in {self.seconds:.1f} s ({size(rate)}/s){by}",
         ]
         if plan.content:
-            lines.append(f"content  sha256:{plan.content['model']['sha256']}")
+            model = plan.content["model"]
+            lines += [f"content  {word}:{model[word]}" for word in ("sha256", "xxh3") if word in model]
         if plan.left_out_files:
             lines.append(f"{_left_out(plan)}: {', '.join(plan.left_out_files)}")
         if self.resumed:

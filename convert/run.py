@@ -21,7 +21,7 @@ from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
 from convert.engine.twins import compare_twins, with_computed
-from convert.engine.writer import Writer
+from convert.engine.writer import Writer, Written
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
 from convert.options.option import workers
@@ -139,7 +139,8 @@ def convert_checkpoint(
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
             check_output(plan.source, target, overwrite=running.overwrite)
-            resumed, said = _write(plan, reader, running, processes, told)
+            resumed, (said, content) = _write(plan, reader, running, processes, told)
+            plan = replace(plan, content=content)
     seconds, process = time.monotonic() - started, (processes.index, processes.count)
     return Report(plan=plan, seconds=seconds, resumed=resumed, notes=said, process=process)
 
@@ -162,10 +163,8 @@ def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running
     return replace(plan, content=replace(found, state=None if plan.left_out else found.state).to_dict())
 
 
-def _write(
-    plan: Plan, reader: Reader, running: Running, processes: Processes, progress: Progress
-) -> tuple[int, tuple[str, ...]]:
-    """Execute a plan into a staging directory and publish it; how many tensors were there, and what the user should know."""
+def _write(plan: Plan, reader: Reader, running: Running, processes: Processes, progress: Progress) -> tuple[int, Written]:
+    """Execute a plan into a staging directory and publish it; how many tensors were there, and what came of it."""
     with readable(plan.source):
         compare_twins(plan.twins, reader)
     writer = writer_of(plan, reader, running, processes)
@@ -173,10 +172,10 @@ def _write(
     mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)
     with staging(plan.out, mark, resume=running.resume, overwrite=running.overwrite, processes=processes) as stage:
         resumed = len(stage.done)
-        notes = writer.write(stage, progress, processes)
+        written = writer.write(stage, progress, processes)
         if _state(plan).content != state.content:  # a new hard link changes ctime, and nothing that was read
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
-    return resumed, notes
+    return resumed, written
 
 
 def _state(plan: Plan) -> State:

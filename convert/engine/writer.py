@@ -6,8 +6,8 @@ In: a plan, an open input, a memory budget. Out: a filled staging directory. `co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest
@@ -29,6 +29,13 @@ class Bounds(Protocol):
         """How many workers there are."""
 
 
+class Written(NamedTuple):
+    """What the user should know, and the content digest as the manifest has it, where one was made."""
+
+    notes: tuple[str, ...] = ()
+    content: Mapping[str, Any] | None = None
+
+
 class Writer(Protocol):
     """Writes one plan within a memory budget."""
 
@@ -39,8 +46,8 @@ class Writer(Protocol):
     def pieces(self) -> list[tuple[str, int]]:
         """What processes share, each piece written by one of them: files or batches of arrays, with their bytes."""
 
-    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
-        """Fill the staging directory; everything in it is durable on return. Gives what the user should know of it.
+    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> Written:
+        """Fill the staging directory; everything in it is durable on return.
 
         Raises:
             OSError: the disk is full or failing.

@@ -13,6 +13,7 @@ from typing import Any
 
 from convert.card import write_card
 from convert.commit import manifest
+from convert.commit.content import content_of
 from convert.commit.identity import input_digest
 from convert.commit.inventory import FileEntry, check_copied, inventory
 from convert.commit.processes import Processes
@@ -22,6 +23,7 @@ from convert.commit.store import StoreStage
 from convert.engine.again import Remade, remade
 from convert.engine.budget import Budget
 from convert.engine.reading import in_order
+from convert.engine.writer import Written
 from convert.errors import PlanError, readable
 from convert.hf.execute import write_tensors
 from convert.hf.look import begins, look, look_at_objects
@@ -126,7 +128,7 @@ class HFWriter:
         """The files."""
         return [(file.name, file.size) for file in self.files]
 
-    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
+    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> Written:
         """Shards by all processes; the first one adds what stands beside them."""
         plan, files, original = self.plan, self.files, self.original
         own = [files[number] for number in processes.mine([file.size for file in files])]
@@ -144,20 +146,24 @@ class HFWriter:
             )
         processes.agree("written")
         if not processes.first:
-            return ()
+            return Written()
         if isinstance(stage, StoreStage):  # what stands beside objects makes a checkpoint of them
             look_at_objects(stage.out, files)
+        digests = stage.done | stage.by_helpers() | digests
         with growing():
-            notes += self._write_beside(stage, files, stage.done | stage.by_helpers() | digests)
+            content = plan.content or content_of(plan, digests)
+            notes += self._write_beside(stage, files, replace(plan, content=content), digests)
         if not isinstance(stage, StoreStage):
             look(stage.folder, files)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
             made = f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones"
-            return (made, *notes)
-        return notes
+            notes = made, *notes
+        return Written(notes, content)
 
-    def _write_beside(self, stage: AnyStage, files: Sequence[File], digests: Mapping[str, manifest.Digest]) -> tuple[str, ...]:
-        plan, reader, folder = self.plan, self.reader, stage.folder
+    def _write_beside(
+        self, stage: AnyStage, files: Sequence[File], plan: Plan, digests: Mapping[str, manifest.Digest]
+    ) -> tuple[str, ...]:
+        reader, folder = self.reader, stage.folder
         notes = write_card(plan, reader, folder)
         marks = (COMMITTED,) if is_remote(plan.source) or is_remote(plan.out) else ()  # of stores alone
         copied = [name for name in plan.side_files if name not in (*REWRITTEN, CARD, *marks)]

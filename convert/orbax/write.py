@@ -28,6 +28,7 @@ from convert.commit.stage import AnyStage, Stage
 from convert.commit.store import StoreFolder
 from convert.engine.again import Remade
 from convert.engine.budget import SYNC
+from convert.engine.writer import Written
 from convert.errors import readable
 from convert.orbax.again import check_chunks, files_of_item, stored_again, written_again
 from convert.orbax.budget import OrbaxBudget, orbax_budget
@@ -110,7 +111,7 @@ class OrbaxWriter:
         """What is made durable and journalled at once, and what processes share."""
         return list(batches(cut(self.plan.targets, lambda target: self.budget.chunking(target, self.reader), SYNC), SYNC))
 
-    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> tuple[str, ...]:
+    def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> Written:
         """Arrays by all processes; the first one adds what stands beside them."""
         keep_below(self.budget.mapped)
         whole = self._batches()
@@ -125,10 +126,10 @@ class OrbaxWriter:
                 item = Item(folder=folder, origin=self.origin, budget=self.budget)
                 digests, chunks = self._fill(item, whole, stage, progress, processes)
             if not processes.first:
-                return ()
+                return Written()
             look(stage.path / self.origin.place, self.plan, self.origin)
             found = by_array(portions, stage.done | stage.by_helpers() | digests)
-            return self._write_beside(stage, folder, found, chunks, kept)
+            return Written(self._write_beside(stage, folder, found, chunks, kept), self.plan.content)
 
     def _keep(
         self,

@@ -35,7 +35,7 @@ def write(params: Any, asked: Request, like: Reader, out: Path, running: Running
     state = state_of(like.path, plan.never_copied)
     # Another tree may have been saved there before, and nothing tells the two apart: nothing is resumed.
     with staging(out, fingerprint(plan, {}, state), resume=False, overwrite=running.overwrite) as stage:
-        notes = writer.write(stage, progress, ALONE)
+        notes = writer.write(stage, progress, ALONE).notes
         if state_of(like.path, plan.never_copied).content != state.content:
             raise InputError(f"{like.path}: it has changed while it was read; run again once it is at rest")
     return Report(plan=plan, seconds=time.monotonic() - started, resumed=0, notes=notes)

@@ -33,7 +33,8 @@ def report_document(report: Any) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "resumed": report.resumed,
         "notes": list(getattr(report, "notes", ())),
-        "content": content["model"]["sha256"] if content else None,
+        "content": content["model"].get("sha256") if content else None,
+        "content_xxh3": content["model"].get("xxh3") if content else None,
     }
 
 

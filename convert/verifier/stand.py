@@ -79,10 +79,12 @@ def _content(one: Mapping[str, Any], other: Mapping[str, Any]) -> Level:
     """Whether two contents, as JSON has them, are the same; of the state only where both have one."""
     alike = one["terms"] == other["terms"]
     keys = [key for key in ("model", "state") if one[key] and other[key]]
-    pairs = {key: [each[key]["sha256"] for each in (one, other)] for key in keys}
+    both = [(key, word) for key in keys for word in ("sha256", "xxh3") if word in one[key] and word in other[key]]
     compared = sum(one[key]["tensors"] for key in keys)
     different = (
-        f"the digest of the {key} is sha256:{a} in one, sha256:{b} in the other" for key, (a, b) in pairs.items() if a != b
+        f"the digest of the {key} is {word}:{one[key][word]} in one, {word}:{other[key][word]} in the other"
+        for key, word in both
+        if one[key][word] != other[key][word]
     )
     return Level(
         name="content",

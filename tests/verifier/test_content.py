@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
+from convert.commit.content import content_of
 from convert.commit.manifest import seal_of
 from convert.errors import InputError, PlanError
 from convert.options import Choices, Verification
@@ -51,29 +53,34 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def by_hand(path: Path) -> str:
+def by_hand(path: Path) -> tuple[str, str]:
     """The rule of README once more, without any code of the tool."""
-    lines = []
+    lines, fast = [], []
     for file in path.glob("*.safetensors"):
         for name, array in load_file(file).items():
             parts = name.split(".")
             if "experts" in parts:
                 word = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}[parts[-2]]
                 name = [["model.layers", int(parts[2])], int(parts[5]), word, ""]
-            digest = hashlib.sha256(array.tobytes()).hexdigest()
-            lines.append(json.dumps([name, CODES[array.dtype.name], list(array.shape), digest], separators=(",", ":")))
-    return hashlib.sha256("".join(f"{line}\n" for line in ["moe-content-1", *sorted(lines)]).encode()).hexdigest()
+            for found, digest in ((lines, hashlib.sha256), (fast, xxhash.xxh3_128)):
+                what = [name, CODES[array.dtype.name], list(array.shape), digest(array.tobytes()).hexdigest()]
+                found.append(json.dumps(what, separators=(",", ":")))
+    texts = [
+        "".join(f"{line}\n" for line in [form, *sorted(found)]).encode()
+        for form, found in (("moe-content-1", lines), ("moe-content-xxh3-1", fast))
+    ]
+    return hashlib.sha256(texts[0]).hexdigest(), xxhash.xxh3_128_hexdigest(texts[1])
 
 
 def test_it_is_what_readme_says(root, capsys):
-    wanted = by_hand(root / "in")
+    wanted, fast = by_hand(root / "in")
     assert of(root / "in") == wanted
     assert main(["--digest", str(root / "in"), "--quiet"]) == 0
-    assert capsys.readouterr().out == f"sha256:{wanted}  {root / 'in'}\n"
+    assert capsys.readouterr().out == f"sha256:{wanted}  {root / 'in'}\nxxh3:{fast}  {root / 'in'}\n"
     assert main(["--digest", str(root / "in"), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)["result"]["digests"][str(root / "in")]
     tensors = {name: array for file in (root / "in").glob("*.safetensors") for name, array in load_file(file).items()}
-    model = {"sha256": wanted, "tensors": len(tensors), "bytes": sum(array.nbytes for array in tensors.values())}
+    model = {"sha256": wanted, "xxh3": fast, "tensors": len(tensors), "bytes": sum(array.nbytes for array in tensors.values())}
     assert found == {"model": model, "state": None, "terms": "the names and axes of Hugging Face"}
 
 
@@ -118,6 +125,28 @@ def test_both_kinds_of_experts_belong_to_it():
     assert in_memory(fused) != in_memory(source)
 
 
+def made_anyway(reader, other, plan) -> str | None:
+    """The digest that a conversion has of those that it makes anyway, which are of what it reads and of what it writes."""
+    sources = {f"source:{name}": xxhash.xxh3_128_hexdigest(array.tobytes()) for name, array in reader.arrays.items()}
+    written = {name: xxhash.xxh3_128_hexdigest(array.tobytes()) for name, array in other.arrays.items()}
+    found = content_of(plan, sources | written)
+    return found and found["model"]["xxh3"]
+
+
+@pytest.mark.parametrize("family", [f for f in HF if f.name != "hunyuan"], ids=lambda family: family.name)
+def test_conversions_have_it_of_digests_that_they_make_anyway(family):
+    """Both ways, or not at all: of experts that nobody stores one by one, there is none."""
+    reader = memory(family, e=3, n=128, layers=(1,))
+    reader.config |= {"transformers_version": f"{family.changed_in - 1}.0"} if family.changed_in else {}
+    plan = make_plan(reader, Path("out"), "prefuse", Choices(layout="per-shard", shards=2))
+    fused = run(reader, "prefuse", layout="per-shard", shards=2)
+    back = made_anyway(fused, reader, make_plan(fused, Path("out"), "split"))
+    stored = family.native[0]
+    apart = ("{e}" in stored["wi"].key, stored["wi"].pattern, stored["wo"].pattern) == (True, "n k", "k n")
+    wanted = contents(Reader(reader), options=Verification())[0].model.xxh3 if apart else None
+    assert (made_anyway(reader, fused, plan), back) == (wanted, wanted)
+
+
 @pytest.mark.parametrize("layout", ["concat", "transformers", "per-shard", "vllm", "lane"])
 def test_scales_belong_to_it(layout):
     reader = checkpoint(FP8_PARTS, FP8, config=BLOCKS)
@@ -125,6 +154,8 @@ def test_scales_belong_to_it(layout):
     fused = run(reader, "prefuse", **choices)
     fused.tensors = {t.spec.name: t.spec for t in make_plan(reader, Path("out"), "prefuse", Choices(**choices)).targets}
     assert in_memory(fused) == in_memory(reader)
+    plan = make_plan(reader, Path("out"), "prefuse", Choices(**choices))
+    assert made_anyway(reader, fused, plan) in (contents(Reader(reader), options=Verification())[0].model.xxh3, None)
     scale = next(name for name in reader.arrays if name.endswith("scale_inv"))
     reader.arrays[scale] = reader.arrays[scale] ^ 1
     assert in_memory(fused) != in_memory(reader)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128
 
+from convert.commit import content
 from convert.commit.processes import ALONE, Processes
 from convert.errors import InputError, one_line, too_little
 from convert.options.option import workers
@@ -32,7 +33,7 @@ ROWS, TILE = 1 << 20, 64
 bfloat16, where NumPy turns the whole with 0.7 GB/s."""
 BASE = 96 << 20
 """Bytes that the process needs besides what it hashes."""
-HUGGING_FACE, OWN = "the names and axes of Hugging Face", "the tree's own names and axes"
+HUGGING_FACE, OWN = content.TERMS, "the tree's own names and axes"
 Slices = tuple[slice, ...]
 
 
@@ -58,9 +59,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digest:
-    """Of `tensors` logical tensors with `nbytes` of data: the sha256 in hex."""
+    """Of `tensors` logical tensors with `nbytes` of data, in hex: the sha256, and the xxh3-128 that conversions make anyway."""
 
     sha256: str
+    xxh3: str
     tensors: int
     nbytes: int
 
@@ -69,7 +71,7 @@ class Digest:
 
     def to_dict(self) -> dict[str, str | int]:
         """For programs."""
-        return {"sha256": self.sha256, "tensors": self.tensors, "bytes": self.nbytes}
+        return {"sha256": self.sha256, "xxh3": self.xxh3, "tensors": self.tensors, "bytes": self.nbytes}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ class Content:
 
     def told(self, path: object) -> str:
         """As `sha256sum` has it: digest and path; then what else there is to know."""
-        lines = [f"{self.model}  {path}"]
+        lines = [f"{self.model}  {path}", f"xxh3:{self.model.xxh3}  {path}"]
         if self.state:
             lines.append(f"{self.state}  {path}, its training state ({self.state.tensors} tensors)")
         if self.terms != HUGGING_FACE:
@@ -124,10 +126,11 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
     ordered = by_place(units, lambda unit: [place_of(reader, unit.array, unit.slices)])
     own = ordered[processes.stretch([unit.nbytes for unit in ordered])]
     jobs = 1 if reader.windows.shapes else min(fit, workers(None))
-    lines, total, wrong = list[str](), 0, list[str]()
+    lines, fast, total, wrong = list[str](), list[str](), 0, list[str]()
     try:
-        for found, nbytes in in_order(hashed, own, jobs):
+        for found, others, nbytes in in_order(hashed, own, jobs):
             lines += found
+            fast += others
             total += nbytes
             progress(nbytes)
     except InputError as error:
@@ -136,11 +139,11 @@ def digest_of(reader: Reader, units: Sequence[Unit], memory: int, progress: Prog
         wrong = [str(error)]  # the others wait for this one, and say the same
     if wrong := joined(processes, wrong)[0]:
         raise InputError(wrong[0])
-    lines, (total,) = joined(processes, lines, total)
+    (lines, (total,)), (fast, _) = joined(processes, lines, total), joined(processes, fast)
     whole = hashlib.sha256(f"{FORM}\n".encode())
     for line in sorted(lines):
         whole.update(f"{line}\n".encode())
-    return Digest(sha256=whole.hexdigest(), tensors=len(lines), nbytes=total)
+    return Digest(sha256=whole.hexdigest(), xxh3=content.digest_of(fast), tensors=len(lines), nbytes=total)
 
 
 def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:
@@ -152,13 +155,15 @@ def _fit(reader: Reader, units: Sequence[Unit], memory: int) -> int:
     return fit
 
 
-def hashed(unit: Unit) -> tuple[list[str], int]:
-    """A line for each logical tensor, and their bytes."""
-    lines, total = [], 0
+def hashed(unit: Unit) -> tuple[list[str], list[str], int]:
+    """A line for each logical tensor by sha256, one by xxh3-128, and their bytes."""
+    lines, fast, total = list[str](), list[str](), 0
     for each in unit.read():
-        digest = hashlib.sha256()
+        digest, other = hashlib.sha256(), xxh3_128()
         for piece in each.pieces:
             digest.update(piece.data if piece.size else b"")
+            other.update(piece.data if piece.size else b"")
             total += piece.nbytes
-        lines.append(json.dumps([each.name, each.dtype, each.shape, digest.hexdigest()], separators=(",", ":")))
-    return lines, total
+        for found, of in ((lines, digest), (fast, other)):
+            found.append(content.line_of(each.name, each.dtype, each.shape, of.hexdigest()))
+    return lines, fast, total
