@@ -18,7 +18,7 @@ from xxhash import xxh3_128
 
 from convert.commit.manifest import SOURCE, Digest
 from convert.planning.planner import Plan
-from convert.planning.targets import Target
+from convert.planning.targets import OTHER, Target
 from layouts.language.layout import ROLES
 from layouts.tensors import itemsize
 
@@ -44,8 +44,11 @@ def digest_of(lines: Iterable[str]) -> str:
 
 
 def content_of(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Any] | None:
-    """What a Hugging Face output holds; None where a slice has no digest of its own, or its values are computed."""
-    if plan.computed or plan.merging or plan.format != "hf":
+    """What a Hugging Face output holds that was made of Hugging Face.
+
+    None where a slice has no digest of its own, or values are computed.
+    """
+    if plan.computed or plan.merging or plan.format != "hf" or any(target.role == OTHER for target in plan.targets):
         return None
     lines, nbytes = [], 0
     for target in plan.targets:
@@ -76,7 +79,8 @@ def _logical(target: Target, digests: Mapping[str, Digest]) -> Iterator[tuple[st
     for point in itertools.product(*(range(sizes[slot]) for slot in free)):
         at: dict[str, Any] = {**target.index, **dict(zip(free, point, strict=True))}
         found = digests.get(spec.name if written else SOURCE + side.key.render(at))
-        name = [[at.get("path", ""), at.get("l")], at["e"], _WORDS[role][at["g"] if role == "wi" else 0], target.part]
+        place = [at.get("path", ""), at.get("l"), *([at["kind"]] if "kind" in at else [])]
+        name = [place, at["e"], _WORDS[role][at["g"] if role == "wi" else 0], target.part]
         yield (line_of(name, spec.dtype, shape, found), nbytes) if isinstance(found, str) else None
 
 
