@@ -19,14 +19,13 @@ from layouts.errors import InputError
 from layouts.orbax import tree
 from scripts.make_checkpoint import make_checkpoint
 
-moto = pytest.importorskip("moto.server")
-
 BUCKET = "checkpoints"
 
 
 @pytest.fixture(scope="module")
 def server():
     """The address of a server with one empty bucket."""
+    moto = pytest.importorskip("moto.server")  # a second of imports for those who run other tests
     import boto3
 
     running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from moto.s3 import models as moto_s3
 
 import convert
 from convert.cli import main
@@ -36,7 +35,7 @@ def out(request):
 def parts(monkeypatch):
     """Parts of 1 kB, which S3 would refuse."""
     monkeypatch.setattr(upload, "PART", 1024)
-    monkeypatch.setattr(moto_s3, "S3_UPLOAD_PART_MIN_SIZE", 1)
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
 
 
 def below(place):
