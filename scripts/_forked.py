@@ -7,6 +7,7 @@ code of its own. Nothing has started a thread in the process that forks, which a
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
@@ -84,11 +85,18 @@ class Forks:
 
 
 def load() -> None:
-    """Import every module of the tool, and keep what is there from the collector, which would copy all memory in each fork."""
+    """Import every module of the tool, and work out what each fork would again: options, patterns of the tables.
+
+    What is there is kept from the collector, which would copy all memory in each fork.
+    """
     for package in map(importlib.import_module, ("convert", "layouts")):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):  # that would run it
                 importlib.import_module(module.name)
+    importlib.import_module("convert.arguments").parser()
+    for family in importlib.import_module("layouts.tables.families").FAMILIES:
+        for layout in (layout for table in family.native for layout in table.values()):
+            layout.place(family.experts).key.match("")
     gc.collect()
     gc.freeze()
 
@@ -116,6 +124,7 @@ def _become(*, code: str, arguments: list[str], printed: str, environment: dict[
     signal.alarm(LIMIT)
     for stream in (0, 1, 2):
         os.dup2(os.open(f"{printed}.{stream}", os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
+    faulthandler.enable()  # a signal says where it came from
     os.environ.update(environment)
     sys.argv = arguments
     try:

@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,6 +115,8 @@ class Bench:
     root: Path
     command: Command
     made: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    codes: Counter[int] = field(default_factory=Counter)
+    """The exit codes of runs that met a fault."""
 
     def get(self, name: str) -> Path:
         path = self.root / name.replace(",", "").replace(" ", "-")
@@ -140,17 +143,36 @@ class Bench:
         shutil.rmtree(self.root / "out")
         return clean
 
-    def conversion(self, name: str, fault: Fault) -> list[str]:
-        """What is wrong with a conversion that meets a fault, and with the same one after it."""
+    def interrupted(self, name: str) -> tuple[Fault, list[Fault]]:
+        """A fault in the midst of a conversion that ends it, and all that the run that takes it up can meet."""
+        faults = [fault for fault in self.undisturbed(name).faults(every=True) if fault.kind == "EIO"]
+        late = faults[len(faults) // 2 :]
+        for first in late:
+            if self.convert(name, self.root / "out", first).code == 6 and (stages := list(self.root.glob("out.partial-*"))):
+                taken_up = self.convert(name, self.root / "out")
+                assert not stages[0].exists()
+                shutil.rmtree(self.root / "out")
+                return first, taken_up.faults(every=True)
+        raise AssertionError(f"{name}: no fault leaves anything to take up")
+
+    def conversion(self, name: str, *faults: Fault) -> list[str]:
+        """What is wrong with a conversion that meets a fault (and when it goes on the next), and with the same one after it.
+
+        What is noted of exit codes are those of the last fault.
+        """
         source, others, out = self.get(CONVERSIONS[name].source), set(self.root.iterdir()), self.root / "out"
         before = files(source)
-        runs = [self.convert(name, out, fault)]
-        found = told(runs[0])
-        if out.exists() or not runs[0].code:
-            found += self.differences(name, out)
-        if runs[0].code:
+        runs, found = list[Outcome](), list[str]()
+        for fault in faults:
+            runs.append(self.convert(name, out, fault))
+            found += told(runs[-1])
+            if out.exists() or not runs[-1].code:
+                found += self.differences(name, out)
+        self.codes[runs[-1].code] += 1
+        met = runs[-1].place
+        if runs[-1].code:
             runs.append(self.convert(name, out))
-            found += [f"then {problem}" for problem in told(runs[1], ()) or self.differences(name, out)]
+            found += [f"then {problem}" for problem in told(runs[-1], ()) or self.differences(name, out)]
         # What a thread was about to make as its process ended is noted, too; what is not there cannot be lost.
         if lost := [path for path in not_durable(runs, out.name) if out.joinpath(*Path(path).parts[2:]).exists()]:
             found.append(f"shown before it was durable: {', '.join(sorted(lost))}")
@@ -158,12 +180,13 @@ class Bench:
             found.append("the input has changed")
         for left in set(self.root.iterdir()) - others:
             shutil.rmtree(left)
-        return [f"{name}: {fault} at {runs[0].place}: {problem}" for problem in found]
+        return [f"{name}: {', '.join(map(str, faults))} at {met}: {problem}" for problem in found]
 
     def verification(self, name: str, fault: Fault, *options: str) -> list[str]:
         """What is wrong with a verification that meets a fault."""
         before = {one: files(self.get(one)) for one in VERIFICATIONS[name]}
         run = self.verify(name, *options, fault=fault)
+        self.codes[run.code] += 1
         changed = before != {one: files(self.get(one)) for one in before}
         found = [*told(run), *(["an input has changed"] if changed else [])]
         return [f"verify {name}: {fault} at {run.place}: {problem}" for problem in found]
@@ -197,35 +220,45 @@ def sample(faults: Sequence[Fault], seed: str) -> list[Fault]:
     return [*halves, *(fault for fault in kinds.values() if fault not in halves)][:MANY]
 
 
-def check(faults: Sequence[Fault], problems: Callable[[Fault], list[str]]) -> None:
+def check(faults: Sequence[Fault], problems: Callable[[Fault], list[str]], bench: Bench) -> None:
+    """Try them all, and print how runs ended (`-rP` shows it)."""
     assert faults
+    bench.codes.clear()
     found = list(itertools.chain.from_iterable(map(problems, faults)))
+    print(f"{len(faults)} faults, exit codes: {', '.join(f'{n} x {code}' for code, n in sorted(bench.codes.items()))}")
     assert not found, "\n".join([f"{len(found)} problems with {len(faults)} faults:", *found])
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_a_conversion_meets_some_faults(bench: Bench, name: str) -> None:
-    check(sample(bench.undisturbed(name).faults(every=False), name), partial(bench.conversion, name))
+    check(sample(bench.undisturbed(name).faults(every=False), name), partial(bench.conversion, name), bench)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_a_conversion_meets_every_fault(bench: Bench, name: str) -> None:
-    check(bench.undisturbed(name).faults(every=True), partial(bench.conversion, name))
+    check(bench.undisturbed(name).faults(every=True), partial(bench.conversion, name), bench)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_conversion_that_is_taken_up_meets_every_fault(bench: Bench, name: str) -> None:
+    first, faults = bench.interrupted(name)
+    check(faults, partial(bench.conversion, name, first), bench)
 
 
 @pytest.mark.parametrize("name", VERIFICATIONS)
 def test_a_verification_meets_some_faults(bench: Bench, name: str) -> None:
     clean = bench.verify(name, "--no-gemm")
     assert not told(clean, ())
-    check(sample(clean.faults(every=False), name), lambda fault: bench.verification(name, fault, "--no-gemm"))
+    check(sample(clean.faults(every=False), name), lambda fault: bench.verification(name, fault, "--no-gemm"), bench)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VERIFICATIONS)
 def test_a_verification_meets_every_fault(bench: Bench, name: str) -> None:
     clean = bench.verify(name, "--no-gemm")
-    check(clean.faults(every=True), lambda fault: bench.verification(name, fault, "--no-gemm"))
+    check(clean.faults(every=True), lambda fault: bench.verification(name, fault, "--no-gemm"), bench)
 
 
 @pytest.mark.slow
@@ -233,4 +266,4 @@ def test_a_verification_meets_every_fault(bench: Bench, name: str) -> None:
 def test_a_verification_with_gemms_meets_some_faults(bench: Bench, name: str) -> None:
     clean = bench.verify(name)
     assert not told(clean, ())
-    check(sample(clean.faults(every=True), name), partial(bench.verification, name))
+    check(sample(clean.faults(every=True), name), partial(bench.verification, name), bench)
