@@ -75,6 +75,6 @@ BESIDE = (".input_scale", ".input_global_scale", ".qscale_act", ".weight_g_idx",
 LEFT = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_packed", "weight_zero_point",
     "weight_g_idx", "weight_shape", "qweight", "qzeros", "qscale_weight", "pre_quant_scale", "absmax", "trellis", "q_weight",
-    ".scales",
+    ".scales", "weight_offset", "deq_scale", "quant_bias", "weight_scale_second", "weight_offset_second",
 )  # fmt: skip
 """How the names of what is still quantised end: such a tensor is refused, for the output says that nothing is."""

@@ -7,7 +7,8 @@ contracted axis, a block scale has one element for a block of the weight. So the
 
 Sources: DeepSeek-V3 `weight_scale_inv`; compressed-tensors `weight_packed`, `weight_shape`, ...; ModelOpt `weight_scale_2`;
 Inkling2-Loop `weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`;
-ModelOpt `unified_export_hf` (block scales of four dimensions, one number for a stacked tensor); MLX `QuantizedSwitchLinear`.
+ModelOpt `unified_export_hf` (block scales of four dimensions, one number for a stacked tensor); MLX `QuantizedSwitchLinear`;
+vllm-ascend `quantization/methods/`.
 """
 
 from __future__ import annotations
@@ -76,6 +77,12 @@ PARTS: Sequence[Part] = (
     Part(name="blocks", word="blocks", dims=("out in rest",), turned=True, packed=True),
     Part(name="group_scales", word="group_scales"),
     Part(name="group_biases", word="group_biases"),
+    Part(name="offset", word="weight_offset", dims=_SCALE),  # Ascend, as these behind it
+    Part(name="scale_second", word="weight_scale_second"),
+    Part(name="offset_second", word="weight_offset_second"),
+    Part(name="input_offset", word="input_offset", dims=_SCALAR),
+    Part(name="deq_scale", word="deq_scale", dims=("out",)),
+    Part(name="quant_bias", word="quant_bias", dims=("out",)),
 )
 VOCABULARIES: Mapping[str, Mapping[str, str]] = {
     "scale": {"scale": "weight_scale"},

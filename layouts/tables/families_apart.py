@@ -76,7 +76,7 @@ APART: tuple[Family, ...] = (
     per_expert("unlimited_ocr", "unlimited_ocr_text"),
     per_expert("sarvam_moe", "sarvam_mla"),
     per_expert("time_moe", experts="{path}.{l}.ffn_layer.experts"),  # TimeMoeTemporalBlock
-    Family(  # its vLLM plug-in maps the words `gate`, `up` and `down`
+    Family(  # modeling_smallthinker.py, SmallThinkerExpert: `down(up(x) * relu(gate(x)))`
         name="smallthinker",
         model_types=("smallthinker",),
         experts=SPARSE,

@@ -45,7 +45,7 @@ TOGETHER: tuple[Family, ...] = (
         experts=MLP,
         native=(UP_FIRST, PER_EXPERT),
     ),
-    Family(
+    Family(  # modeling_step3.py, Step3vMoEMLP: `down_proj(silu(gate_proj(x)) * up_proj(x))`, MoELinear is [E, out, in]
         name="step3p5",
         model_types=("step3p5", "step3p7", "step3_text", "step3_vl"),
         experts="{path}.{l}.moe",

@@ -101,6 +101,16 @@ CASES = {
         PER_EXPERT, apart(weight_packed=("I32", lambda o, i: (o, i // 8)), weight_scale=("F16", lambda o, i: (o, i // 32)),
                           weight_zero_point=("I32", lambda o, i: (o // 8, i // 32)), weight_shape=("I64", lambda *_: (2,))),
         {"wi_packed": (E, 2 * N, K // 8), "wi_zero_point": (E, 2 * N // 8, K // 32)}),
+    "ascend w8a8": (
+        PER_EXPERT, apart(weight=("I8", WHOLE), weight_scale=("F32", lambda o, _: (o, 1)),
+                          weight_offset=("F32", lambda o, _: (o, 1)), input_scale=ONE, input_offset=ONE, deq_scale=("F32", lambda o, _: (o,)),
+                          quant_bias=("I32", lambda o, _: (o,))),
+        {"wi": W, "wi_offset": (E, 1, 2 * N), "wi_input_offset": (E, 2), "wi_deq_scale": (E, 2 * N), "wo_quant_bias": (E, K)}),
+    "ascend w4a8": (
+        PER_EXPERT, apart(weight=("I8", WHOLE), weight_scale=("F32", lambda o, _: (o, 1)),
+                          weight_scale_second=("F32", lambda o, i: (o, i // 32)),
+                          weight_offset_second=("F32", lambda o, i: (o, i // 32))),
+        {"wi": W, "wi_scale_second": (E, K // 32, 2 * N), "wo_offset_second": (E, N // 32, K)}),
     "fp8 beside .scale is not packed": (
         PER_EXPERT | BLOCKS, apart(weight=FP8, scale=("F8_E8M0", lambda o, i: (o // 128, i // 128))),
         {"wi": W, "wi_block_scale": (E, 2, 2)}),

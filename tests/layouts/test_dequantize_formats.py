@@ -283,3 +283,10 @@ def test_a_matrix_that_is_computed_part_by_part_is_the_same_as_row_by_row(case):
     for row in (*range(0, rows, 7), rows - 1):
         equal(source.read("x.weight", (slice(row, row + 1), slice(None)))[0], whole[row])
     equal(source.read("x.weight", (slice(5, rows - 3), slice(3, columns - 5))), whole[5 : rows - 3, 3 : columns - 5])
+
+
+@pytest.mark.parametrize("word", ["weight_offset", "deq_scale", "quant_bias", "weight_scale_second", "weight_offset_second"])
+def test_what_ascend_puts_beside_int8_is_not_passed_over(word):
+    tensors, config, _ = made("int8")
+    with pytest.raises(PlanError, match=f"{word} .*belongs to no format that is computed"):
+        dequantized(reader(tensors | {f"x.{word}": ("F32", np.zeros((N, 1), "u4"))}, config))
