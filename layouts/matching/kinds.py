@@ -49,9 +49,9 @@ def check_kinds(reader: Reader, family: Family, groups: Sequence[Group]) -> None
         return
     counts = experts_of_kinds(reader.config, family.kinds)
     layers: dict[tuple[Any, Any], dict[int, Group]] = {}
-    for group in groups:
+    for group in groups:  # in a layout that a user has named, no name may say the kind
         if "e" in group.sizes:
-            layers.setdefault((group.index.get("path"), group.index.get("l")), {})[int(group.index["kind"])] = group
+            layers.setdefault((group.index.get("path"), group.index.get("l")), {})[int(group.index.get("kind", 0))] = group
     for found in layers.values():
         some = next(iter(found.values()))
         if lost := set(range(family.kinds)) - found.keys():

@@ -103,7 +103,8 @@ CASES = {
         {"wi_packed": (E, 2 * N, K // 8), "wi_zero_point": (E, 2 * N // 8, K // 32)}),
     "ascend w8a8": (
         PER_EXPERT, apart(weight=("I8", WHOLE), weight_scale=("F32", lambda o, _: (o, 1)),
-                          weight_offset=("F32", lambda o, _: (o, 1)), input_scale=ONE, input_offset=ONE, deq_scale=("F32", lambda o, _: (o,)),
+                          weight_offset=("F32", lambda o, _: (o, 1)), input_scale=ONE, input_offset=ONE,
+                          deq_scale=("F32", lambda o, _: (o,)),
                           quant_bias=("I32", lambda o, _: (o,))),
         {"wi": W, "wi_offset": (E, 1, 2 * N), "wi_input_offset": (E, 2), "wi_deq_scale": (E, 2 * N), "wo_quant_bias": (E, K)}),
     "ascend w4a8": (

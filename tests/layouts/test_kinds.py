@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.errors import ConvertError
+from convert.options import Choices
 from convert.planning.planner import make_plan
 from convert.verifier.bits.logical import blocks
 from layouts.checkpoint import open_checkpoint
@@ -123,6 +124,13 @@ def test_files_there_and_back(tmp_path):
     found = [blocks(reader, describe(reader)) for reader in map(open_checkpoint, (source, out))]
     assert found[0].keys() == found[1].keys()
     assert {block.label for block in found[0].values()} == {f"layer {layer} kind {kind}" for layer in (1, 2) for kind in (0, 1)}
+
+
+def test_a_layout_whose_names_say_no_kind_is_refused():
+    arrays = {f"model.layers.1.moe.experts.{word}": np.zeros((5, 4, 6), "u4") for word in ("w1", "w3")}
+    arrays["model.layers.1.moe.experts.w2"] = np.zeros((5, 6, 4), "u4")
+    with pytest.raises(ConvertError, match="its layer has none of kind 1"):
+        make_plan(MemoryReader(arrays, config=config()), Path("out"), "prefuse", Choices(source_layout="torchtitan"))
 
 
 def test_in_memory_names_of_transformers_tell_the_kinds():
