@@ -18,7 +18,7 @@ from convert.commit.inventory import read_card
 from convert.commit.manifest import TOOL
 from convert.options import Choices, Running
 from convert.options.option import named
-from convert.planning.computed import originals_of
+from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
 from layouts.card import CARD, MOST, add, strip, takes_section
 from layouts.reader import Reader

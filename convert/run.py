@@ -25,8 +25,8 @@ from convert.engine.writer import Writer, Written
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
 from convert.options.option import workers
+from convert.planning.across.computed import kept_bytes
 from convert.planning.choices import check, check_formats
-from convert.planning.computed import kept_bytes
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
 from convert.report import Report
@@ -65,7 +65,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
 
             reader = with_optimizer(reader, drop=choices.drop_optimizer)
         if choices.to is not None and choices.to != reader.format:
-            from convert.planning.cross_plan import make_cross_plan
+            from convert.planning.across.plan import make_cross_plan
 
             plan = make_cross_plan(reader, place(out), action, choices)
         elif between := "--drop-mtp" if choices.drop_mtp else "--compute" if choices.compute else "":

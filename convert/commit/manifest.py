@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from convert.commit.inventory import FileEntry
-from convert.planning.computed import originals_of
+from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
 from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.disk.written import indented

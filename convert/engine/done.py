@@ -17,7 +17,7 @@ from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest, load
 from convert.engine.writer import Writer
 from convert.errors import InputError, OutputError
-from convert.planning.computed import originals_of
+from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
 from convert.progress import Progress
 from layouts.card import CARD, alike

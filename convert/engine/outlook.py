@@ -17,7 +17,7 @@ from typing import Protocol
 from convert.errors import StorageError
 from convert.options.values import in_time
 from convert.options.values import in_units as size
-from convert.planning.computed import kept_bytes
+from convert.planning.across.computed import kept_bytes
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.checkpoint import FORMATS

@@ -17,7 +17,7 @@ import xxhash
 from convert.commit.recorded import load
 from convert.errors import InputError, PlanError
 from convert.options.values import in_units
-from convert.planning.computed import kept_bytes, originals_of
+from convert.planning.across.computed import kept_bytes, originals_of
 from convert.planning.planner import Plan
 from layouts.checkpoint import FORMATS
 from layouts.computing import OriginalsReader, computing, open_originals

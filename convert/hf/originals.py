@@ -22,7 +22,7 @@ from convert.engine.copying import Worker, write_tensor
 from convert.engine.direct import Output
 from convert.hf.objects import ObjectOutput
 from convert.hf.shards import File, file_of
-from convert.planning.computed import kept_bytes, originals_of
+from convert.planning.across.computed import kept_bytes, originals_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress

@@ -13,13 +13,13 @@ from typing import Any
 
 from convert.card import write_card
 from convert.commit import manifest
-from convert.commit.content import content_of
 from convert.commit.identity import input_digest
 from convert.commit.inventory import FileEntry, check_copied, inventory
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest
 from convert.commit.stage import AnyStage
 from convert.commit.store import StoreStage
+from convert.content import content_of
 from convert.engine.again import Remade, remade
 from convert.engine.budget import Budget
 from convert.engine.reading import in_order

@@ -19,7 +19,7 @@ from convert.orbax.budget import OrbaxBudget, reading_budget
 from convert.orbax.keeping.keep import Kept, kept_chunks
 from convert.orbax.metadata import stored_name
 from convert.orbax.origin import Origin
-from convert.planning.computed import originals_of
+from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress

@@ -41,7 +41,7 @@ from convert.orbax.look import look, look_at_files
 from convert.orbax.metadata import check_names, render, render_step
 from convert.orbax.origin import Origin, origin_of
 from convert.orbax.portions import Portion, batches, by_array, cut, total
-from convert.planning.computed import originals_of
+from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from convert.progress import Progress

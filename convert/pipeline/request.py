@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from convert.errors import UsageError, did_you_mean, readable
 from convert.options import Choices
+from convert.planning.across.plan import make_cross_plan
 from convert.planning.choices import check
-from convert.planning.cross_plan import make_cross_plan
 from convert.planning.planner import Action, Plan, make_plan, plan_as_stored
 from layouts.checkpoint import FORMATS, is_adapter, open_checkpoint
 from layouts.dequantize import dequantized

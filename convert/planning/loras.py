@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from convert.errors import ConvertError, InputError, PlanError, UsageError
-from convert.planning.targets import HALF, LORA, Target, Way, cut
+from convert.planning.targets import HALF, LORA, Target, Way
 from layouts.adapters.trees import Axes, axes, found
+from layouts.language.cuts import cut
 from layouts.language.layout import Layouts, Placed
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern, identity

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from convert.planning.targets import Target, Way, cut
+from convert.planning.targets import Target, Way
 from layouts.errors import PlanError
+from layouts.language.cuts import cut
 from layouts.language.layout import OPEN, Layout, Placed
 from layouts.language.parts import AXES, CHUNKS, EXTRA, PARTS, companion, is_in_first, takes
 from layouts.language.pattern import Pattern

@@ -9,24 +9,21 @@ is copied into the other. A `Way` therefore only holds both layouts and their si
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
+from layouts.language.cuts import CUT, chunks, place
 from layouts.language.layout import Placed
-from layouts.language.parts import CHUNKS
-from layouts.language.pattern import Box, Pattern
+from layouts.language.pattern import Box
 from layouts.language.sections import ROWS, TENSOR, Turns
-from layouts.language.template import Index
+from layouts.language.slots import Index
 from layouts.tensors import TensorSpec
 
 OTHER, LORA = "other", "lora"
 """The roles of what is no expert weight and is re-laid all the same: between formats, and A and B of gate and up."""
 HALF = "half"
 """The axis of gate's and of up's half of the rank of a B that is block diagonal: it has zeros where this is not their `g`."""
-_CUT = CHUNKS[:2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +33,6 @@ class Piece:
     source: str
     source_box: Box
     target_box: Box
-
-
-class _Run(NamedTuple):
-    """A run of the logical `n` that lies in one chunk: the chunk, where it begins in `n`, and the range inside it."""
-
-    chunk: dict[str, range]
-    base: int
-    inside: range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +78,7 @@ class Way:
     @cached_property
     def is_cut(self) -> bool:
         """Whether `n` is cut into shards or chunks on either side, or rows into sections."""
-        return self.turns is not None or any(axis in side.pattern.axes for axis in _CUT for side in (self.source, self.target))
+        return self.turns is not None or any(axis in side.pattern.axes for axis in CUT for side in (self.source, self.target))
 
     @cached_property
     def consumes(self) -> bool:
@@ -206,60 +195,13 @@ class Target:
             yield {}, {}
             return
         cut = self.source.pattern.axes, self.target.pattern.axes
-        for run in _chunks(self.target.pattern, self.sizes, box):
+        for run in chunks(self.target.pattern, self.sizes, box):
             start, stop = run.base + run.inside.start, run.base + run.inside.stop
-            size = self.source_sizes["n"] if any(axis in cut[0] for axis in _CUT) else stop
+            size = self.source_sizes["n"] if any(axis in cut[0] for axis in CUT) else stop
             while start < stop:
                 number, at = divmod(start, size)
                 end = min(stop, (number + 1) * size)
                 target_n = range(start - run.base, end - run.base)
-                source = _place(self.source.pattern, self.source_sizes, number)
+                source = place(self.source.pattern, self.source_sizes, number)
                 yield run.chunk | {"n": target_n}, source | {"n": range(at, at + end - start)}
                 start = end
-
-
-_PADS = "--layout=per-shard pads each shard, and --layout=interleaved has columns in turn"
-
-
-def cut(sizes: Mapping[str, int], pattern: Pattern) -> dict[str, int]:
-    """Logical sizes with their `n`, all shards and chunks of it, cut as a pattern wants it.
-
-    Raises:
-        ValueError: it does not divide.
-    """
-    found = {axis: size for axis, size in {**sizes, **pattern.fixed}.items() if axis not in CHUNKS}
-    if "n" not in sizes:
-        return found
-    rest = math.prod(sizes.get(axis, 1) for axis in CHUNKS)
-    fixed: Mapping[str, int] = pattern.fixed
-    for axis in CHUNKS:
-        if axis in fixed:
-            if rest % fixed[axis]:
-                turns = f"; what takes turns is never padded, {_PADS}" if "c" in pattern.axes and axis == "n" else ""
-                raise ValueError(f"n = {rest} does not divide into {axis} = {fixed[axis]}{turns}")
-            rest //= fixed[axis]
-            found[axis] = fixed[axis]
-    if "c" in pattern.axes and "c" not in fixed:
-        found["c"] = rest
-    else:
-        found["n"] = rest
-    return found
-
-
-def _chunks(pattern: Pattern, sizes: Mapping[str, int], box: Box) -> Iterator[_Run]:
-    """The chunks of `n` that a box touches, in their logical order."""
-    axes = [axis for axis in _CUT if axis in pattern.axes]
-    for point in itertools.product(*(box[axis] for axis in axes)):
-        number = 0
-        for axis, at in zip(axes, point, strict=True):
-            number = number * sizes[axis] + at
-        yield _Run({axis: range(at, at + 1) for axis, at in zip(axes, point, strict=True)}, number * sizes["n"], box["n"])
-
-
-def _place(pattern: Pattern, sizes: Mapping[str, int], number: int) -> dict[str, range]:
-    """Where chunk `number` is."""
-    found = {}
-    for axis in reversed([axis for axis in _CUT if axis in pattern.axes]):
-        number, at = divmod(number, sizes[axis])
-        found[axis] = range(at, at + 1)
-    return found

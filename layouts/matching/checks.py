@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
 from layouts.language.parts import AXES
-from layouts.language.template import Index, Template
+from layouts.language.slots import Index
+from layouts.language.template import Template
 from layouts.matching.lookup import expert_counts, idle_experts
 from layouts.matching.packing import WEIGHTS
 from layouts.reader import Reader

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from layouts.language.layout import Layout, Placed
 from layouts.language.parts import CHUNKS
-from layouts.language.template import Index
+from layouts.language.slots import Index
 
 Block = frozenset[tuple[str, int | str]]
 """Where a MoE block is: what the slots of its names say, but for the axes of the weights."""

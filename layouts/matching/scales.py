@@ -20,7 +20,7 @@ from layouts.disk.gather import Part, gather
 from layouts.disk.places import is_remote
 from layouts.language.layout import Placed
 from layouts.language.parts import PARTS
-from layouts.language.template import Index
+from layouts.language.slots import Index
 from layouts.reader import Reader
 from layouts.tensors import numpy_dtype
 

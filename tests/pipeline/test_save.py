@@ -12,7 +12,7 @@ import convert
 import scripts.make_checkpoint as made
 from convert.options import Choices
 from convert.pipeline.back import reversed_plan
-from convert.planning.cross_plan import make_cross_plan
+from convert.planning.across.plan import make_cross_plan
 from tests import tiny
 from tests.memory.test_foreign import Foreign
 from tests.pipeline.test_load import LAYOUTS, OLMOE, PLAIN, WI, cut

@@ -9,9 +9,9 @@ import pytest
 
 from convert.errors import InputError, PlanError
 from convert.options import Choices
-from convert.planning.cross import cross_targets
-from convert.planning.cross_pairs import Sides, trees_of
-from convert.planning.cross_plan import make_cross_plan, tree_in
+from convert.planning.across.pairs import Sides, trees_of
+from convert.planning.across.plan import make_cross_plan, tree_in
+from convert.planning.across.tensors import cross_targets
 from layouts.tables.families import FAMILIES, maxtext
 from layouts.tables.targets import IN_MAXTEXT, target
 from tests.planning.models import MODELS, TWINS, D, E, F, H, J, K, N, X, gated, llama4, random, reader

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
-from convert.commit.content import content_of
 from convert.commit.manifest import seal_of
+from convert.content import content_of
 from convert.errors import InputError, PlanError
 from convert.options import Choices, Verification
 from convert.planning.planner import make_plan

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.planning.cross_pairs import Pair, names_of
+from convert.planning.across.pairs import Pair, names_of
 from layouts.language.pattern import strips
 from layouts.reader import Reader
 from layouts.tables.maxtext import RULES

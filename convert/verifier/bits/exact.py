@@ -21,7 +21,6 @@ from convert.verifier.bits.counts import nbytes_of
 from convert.verifier.bits.logical import (
     PROJECTIONS,
     Block,
-    Cut,
     Kind,
     Scope,
     Sides,
@@ -32,6 +31,7 @@ from convert.verifier.bits.logical import (
     unlike,
 )
 from convert.verifier.bits.order import by_place, places_of
+from convert.verifier.bits.stored import Cut
 from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level

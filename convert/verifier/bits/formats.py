@@ -20,7 +20,7 @@ from einops import EinopsError, rearrange
 from numpy.typing import NDArray
 
 from convert.commit.processes import ALONE, Processes
-from convert.planning.cross_pairs import Pair, names_of
+from convert.planning.across.pairs import Pair, names_of
 from convert.progress import Progress, begin
 from convert.verifier.bits import computed
 from convert.verifier.bits.across import Formats

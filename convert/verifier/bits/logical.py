@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.bits.stored import Axis, dimensions, logical
+from convert.verifier.bits.stored import Axis, Cut, dimensions, logical
 from layouts.disk.pread import Empty
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
@@ -153,14 +153,6 @@ def expert(block: Block, kind: Kind, e: int) -> NDArray[Any]:
     """
     found = projections(block, kind, e)
     return np.stack(found) if kind[0] == "wi" else found[0]
-
-
-class Cut(NamedTuple):
-    """A part of an expert along one logical axis: from `start` to `stop`, or to the end with its padding if that is None."""
-
-    axis: str
-    start: int
-    stop: int | None
 
 
 def projections(block: Block, kind: Kind, e: int, empty: Empty = np.empty, cut: Cut | None = None) -> Sequence[NDArray[Any]]:

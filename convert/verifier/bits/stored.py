@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -29,6 +29,14 @@ class Axis:
     size: int
     stored: int
     reverse: bool
+
+
+class Cut(NamedTuple):
+    """A part of an expert along one logical axis: from `start` to `stop`, or to the end with its padding if that is None."""
+
+    axis: str
+    start: int
+    stop: int | None
 
 
 def dimensions(text: str, sizes: Mapping[str, int]) -> list[list[Axis]]:

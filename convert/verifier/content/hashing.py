@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128
 
-from convert.commit import content
+from convert import content
 from convert.commit.processes import ALONE, Processes
 from convert.errors import InputError, one_line, too_little
 from convert.options.option import workers

@@ -18,8 +18,8 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from convert.options import Verification
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there, trees_of
-from convert.planning.cross_plan import config_of, fused_in, stacked_along, tree_in
+from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there, trees_of
+from convert.planning.across.plan import config_of, fused_in, stacked_along, tree_in
 from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
 from convert.verifier.bits.order import STRIP

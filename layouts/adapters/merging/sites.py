@@ -17,7 +17,7 @@ from layouts.adapters.forms import Form
 from layouts.adapters.units import Unit
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
-from layouts.language.template import Index
+from layouts.language.slots import Index
 
 _Numbers = NDArray[np.intp]
 

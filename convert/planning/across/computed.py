@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert.errors import UsageError
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there
+from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.computing import TYPES

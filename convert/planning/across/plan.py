@@ -1,4 +1,4 @@
-"""The plan of a conversion from one format to the other: family, scan and record around `convert.planning.cross`. Pure.
+"""The plan of a conversion from one format to the other: family, scan and record around its tensors. Pure.
 
 In: an open checkpoint and choices. Out: a plan. It never reads data.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from convert.options import Choices
-from convert.planning.computed import computed_in
-from convert.planning.cross import cross_targets, twins_of
-from convert.planning.cross_pairs import Sides, trees_of
+from convert.planning.across.computed import computed_in
+from convert.planning.across.pairs import Sides, trees_of
+from convert.planning.across.stacks import mtp_places
+from convert.planning.across.tensors import cross_targets, twins_of
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
-from convert.planning.stacks import mtp_places
 from convert.planning.targets import Target
 from layouts.disk.files import CONFIG, RECORD
 from layouts.errors import InputError, PlanError

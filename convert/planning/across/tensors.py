@@ -11,10 +11,11 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from convert.planning.cross_pairs import Pair, Sides, names_of, pairs_of, there
-from convert.planning.stacks import mtp_places, parts_of
-from convert.planning.targets import OTHER, Target, Way, cut
+from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there
+from convert.planning.across.stacks import mtp_places, parts_of
+from convert.planning.targets import OTHER, Target, Way
 from layouts.errors import InputError, PlanError
+from layouts.language.cuts import cut
 from layouts.language.parts import PARTS
 from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from convert.planning.stacks import Part, expert_count, layers_of, parts_of
+from convert.planning.across.stacks import Part, expert_count, layers_of, parts_of
 from convert.planning.targets import OTHER
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import Layout, Layouts, Placed

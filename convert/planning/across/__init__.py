@@ -1,0 +1,1 @@
+"""Plan a conversion from one format to the other: Hugging Face to MaxText, and back. Pure."""
