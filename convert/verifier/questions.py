@@ -45,7 +45,8 @@ QUESTIONS: Mapping[str, Question] = {
     "gemm": Question(
         asks="Do the experts compute the same, fused and unfused?",
         method="random tokens, each side in its own form; in the experts that gradients are of also in skewed, empty and "
-        "one-token groups",
+        "one-token groups. On a CPU ragged_dot is one product for each expert, as on devices, and jax.lax.ragged_dot itself in "
+        "the skewed groups",
         bound=_ROUNDING.format(terms="K"),
     ),
     "gradients": Question(
