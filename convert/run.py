@@ -205,6 +205,8 @@ def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running, like: 
         from convert.hf.originals import keep_originals
         from convert.orbax.write import OrbaxWriter
 
+        if running.max_shard_size != Running().max_shard_size:
+            raise UsageError(f"--max-shard-size is for safetensors, and {plan.out} will be Orbax")
         return OrbaxWriter.make(plan, reader, memory, jobs, partial(keep_originals, plan, reader), like)
     from convert.hf.write import HFWriter
 

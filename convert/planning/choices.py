@@ -10,6 +10,15 @@ from collections.abc import Callable
 from convert.errors import UsageError, did_you_mean
 from convert.options import Choices
 
+_FOR: tuple[tuple[str, Callable[[str, str], bool], str], ...] = (
+    ("scan_axis", lambda source, out: "orbax" in (source, out), "MaxText trees"),
+    ("scan", lambda source, out: source != out == "orbax", "the way to Orbax (--to=orbax)"),
+    ("params_only", lambda source, out: source != out == "hf", "the way to Hugging Face (--to=hf)"),
+    ("drop_optimizer", lambda source, _: source == "orbax", "an Orbax input"),
+    ("keep_chunks", lambda source, out: source == out == "orbax", "Orbax to Orbax"),
+)
+"""Options -> the formats of input and output that they have a say in, and what these are."""
+
 
 def check(choices: Choices) -> None:
     """See that the layouts exist and take these options.
@@ -38,16 +47,6 @@ def check(choices: Choices) -> None:
         raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout=per-shard?")
 
 
-_FOR: tuple[tuple[str, Callable[[str, str], bool], str], ...] = (
-    ("scan_axis", lambda source, out: "orbax" in (source, out), "MaxText trees"),
-    ("scan", lambda source, out: source != out == "orbax", "the way to Orbax (--to=orbax)"),
-    ("params_only", lambda source, out: source != out == "hf", "the way to Hugging Face (--to=hf)"),
-    ("drop_optimizer", lambda source, _: source == "orbax", "an Orbax input"),
-    ("keep_chunks", lambda source, out: source == out == "orbax", "Orbax to Orbax"),
-)
-"""Options -> the formats of input and output that they have a say in, and what these are."""
-
-
 def check_formats(choices: Choices, source: str, out: str) -> None:
     """See that each option that was given has something to say where these are the formats of input and output.
 
@@ -59,3 +58,7 @@ def check_formats(choices: Choices, source: str, out: str) -> None:
         if getattr(choices, name) != getattr(usual, name) and not applies(source, out):
             flag = f"--{'no-' if name == 'scan' else ''}{name.replace('_', '-')}"
             raise UsageError(f"{flag} is for {what}; this is {source} to {out}")
+    from layouts.tables.targets import TARGETS
+
+    if choices.align != usual.align and "{align}" not in TARGETS[choices.layout]["wi"].pattern:
+        raise UsageError(f"layout {choices.layout!r} pads no shards; --align is for --layout=per-shard")
