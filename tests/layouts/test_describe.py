@@ -291,12 +291,12 @@ def test_a_plan_that_would_lose_or_overwrite_something_is_refused():
     assert (landed.count, landed.nbytes) == (sum(t.role != "verbatim" for t in made.targets), made.nbytes)
     name = next(landed.landings[0].names())
     with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
-        _check_written(reader, described, [*landed.landings, landed.landings[0]])
+        _check_written(reader, described, [*landed.landings, landed.landings[0]], ())
     more = MemoryReader({**tensors(QWEN), name: np.zeros(1)}, config=reader.config, format="hf")
     with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
-        _check_written(more, replace(described, verbatim=(*described.verbatim, name)), landed.landings)
+        _check_written(more, replace(described, verbatim=(*described.verbatim, name)), landed.landings, ())
     with pytest.raises(PlanError, match="this is a bug"):
-        _check_written(reader, described, landed.landings[1:])
+        _check_written(reader, described, landed.landings[1:], ())
 
 
 def test_a_hint_for_many_odd_names_looks_at_few(monkeypatch):

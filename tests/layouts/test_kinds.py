@@ -123,6 +123,8 @@ def test_files_there_and_back(tmp_path):
     assert tree(source).items() <= tree(tmp_path / "back").items()
     found = [blocks(reader, describe(reader)) for reader in map(open_checkpoint, (source, out))]
     assert found[0].keys() == found[1].keys()
+    convert.save(convert.load(source, layout="concat"), tmp_path / "saved", like=source, layout="concat")
+    assert tree(source).items() <= tree(tmp_path / "saved").items()
     assert {block.label for block in found[0].values()} == {f"layer {layer} kind {kind}" for layer in (1, 2) for kind in (0, 1)}
 
 

@@ -109,7 +109,7 @@ def test_prefuse_and_split_restore_bit_for_bit(make, ocdbt, zarr3, tmp_path):
 
 def test_an_output_of_more_chunks_than_are_read_again_is_not_begun(tmp_path, monkeypatch, capsys):
     save(tmp_path / "in", scanned())
-    monkeypatch.setattr("convert.orbax.write.CHUNKS", 0)
+    monkeypatch.setattr("convert.orbax.again.CHUNKS", 0)
     assert cli.main(["--prefuse", "--layout", "interleaved", str(tmp_path / "in"), str(tmp_path / "out")]) == 4
     assert "0 are the most that are read again" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

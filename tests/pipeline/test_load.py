@@ -34,7 +34,7 @@ LAYOUTS = {
     "flashinfer": {},
 }
 
-PLAIN = [f for f in tiny.HF if not f.changed_in and all("-g" not in native["wi"].pattern for native in f.native)]
+PLAIN = [f for f in tiny.HF if not f.changed_in and f.kinds == 1 and all("-g" not in n["wi"].pattern for n in f.native)]
 """Families that `tiny` can write without more words."""
 
 

@@ -77,13 +77,13 @@ def test_capped_logits():
 @pytest.mark.parametrize("on_inputs", [False, True])
 def test_weights_on_outputs_or_inputs(on_inputs):
     """One expert that squares what it is given shows which of the two a weight multiplies."""
-    weights = SimpleNamespace(run=lambda x, sizes, backend, activation, rows: x**2)
+    weights = SimpleNamespace(run=lambda x, sizes, backend, activation, rows, most: x**2)
     x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     to = Routed(
         x=x, token=np.array([1, 0, 1]), weight=np.array([0.5, 3, 2]), sizes=np.array([3]), router="", on_inputs=on_inputs
     )
     out = np.zeros_like(x)
-    add_experts(out, pieces(to, range(1), 2), weights, Setting(backend=None), 2)
+    add_experts(out, pieces(to, range(1), 2), weights, Setting(backend=None), (2, 2))
     square = 2 if on_inputs else 1
     np.testing.assert_allclose(out, [x[0] ** 2 * 3**square, x[1] ** 2 * (0.5**square + 2**square)])
 
