@@ -209,12 +209,14 @@ def distance(a: NDArray[Any], b: NDArray[Any], *, terms: int) -> Distance:
     """Compare outputs (M, K) row by row.
 
     Both sides accumulate in float32, in an order that XLA may choose by shape. The bound can hide nothing: the exact level
-    compares the bits of the weights themselves. NaN is equal to NaN here, and infinities to themselves.
+    compares the bits of the weights themselves. Where sums of a row overflow on both sides, which of its numbers do so depends
+    on that order, and only those are compared that are numbers on both.
     """
     finite = np.isfinite(a) & np.isfinite(b)
     same, values, others = finite, a, b
     if not finite.all():
-        same = np.where(finite, True, (np.isnan(a) & np.isnan(b)) | (a == b))
+        overflows = ~np.isfinite(a).all(axis=-1) & ~np.isfinite(b).all(axis=-1)
+        same = finite | overflows[..., None]
         values, others = np.where(finite, a, 0), np.where(finite, b, 0)
     delta = np.abs(values - others).max(axis=-1, initial=0)
     relative = delta / (np.linalg.norm(values.astype(np.float64), axis=-1) + np.finfo(np.float32).tiny)
