@@ -30,6 +30,7 @@ from layouts.matching.group import Group
 from layouts.matching.packing import WEIGHTS
 from layouts.matching.scales import Scales, notes
 from layouts.reader import Reader, is_chunked, remarks_of
+from layouts.tables.family import Family
 from layouts.tables.natives import SOURCES
 
 _AXES = frozenset({"e", "k", "g", "n", "d", *CHUNKS})
@@ -159,7 +160,7 @@ def _blocks(described: Description) -> Iterator[Blocks]:
         if group.role == "wi" and group.part in WEIGHTS:
             stacked = math.prod(at for axis, at in group.sizes.items() if axis not in _AXES)
             beside = tuple(sorted(companions[frozenset(group.index.items())]))
-            counts[(*_kind(group), group.dtype, beside, group.packed)] += stacked
+            counts[(*_kind(group, described.family), group.dtype, beside, group.packed)] += stacked
     for (layout, names, axes, e, k, n, dtype, beside, packed), layers in counts.items():
         yield Blocks(
             layout=layout, names=names, axes=axes, layers=layers, experts=e, embed=k, mlp=n, dtype=dtype,
@@ -167,8 +168,8 @@ def _blocks(described: Description) -> Iterator[Blocks]:
         )  # fmt: skip
 
 
-def _kind(group: Group) -> tuple[str, str, str, int, int, int]:
-    name = next((name for name, table in SOURCES.items() if table["wi"] == group.layout), "re-laid")
+def _kind(group: Group, family: Family) -> tuple[str, str, str, int, int, int]:
+    name = next((name for name, table in SOURCES.items() if family.own(table)["wi"] == group.layout), "re-laid")
     return name, group.placed.key.text, group.layout.pattern, group.total("e"), group.sizes.get("k", 0), group.total("n")
 
 

@@ -32,6 +32,10 @@ PER_EXPERT_KINDS = layouts(
     wi=("{path}.{l}.mlp.experts.{kind*first+e:2}.{g:gate_proj,up_proj}.{part}", "n k"),
     wo=("{path}.{l}.mlp.experts.{kind*first+e:2}.down_proj.{part}", "k n"),
 )
+PADDLE_KINDS = layouts(
+    wi=("{path}.{l}.mlp.experts.{kind*first+e:2}.up_gate_proj.{part}", "k (g n)"),
+    wo=("{path}.{l}.mlp.experts.{kind*first+e:2}.down_proj.{part}", "n k"),
+)
 PER_EXPERT_FC = layouts(
     wi=("{experts}.{e}.{g:fc1,fc3}.{part}", "n k"),
     wo=("{experts}.{e}.fc2.{part}", "k n"),
@@ -185,6 +189,7 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert-lists-in-out": PER_EXPERT_LISTS_IN_OUT,
     "per-expert-w1": W1_FUSED,  # Yuan 2
     "per-expert-gate-up": GATE_UP,
+    "per-expert-paddle-kinds": PADDLE_KINDS,  # ERNIE 4.5 VL of Paddle
     "per-expert-paddle": PADDLE,  # ERNIE 4.5: gate first, in spite of the name
     "per-expert-below": PER_EXPERT_BELOW,  # Granite, JetMoE and Step-3.5, quantised
     "per-expert-up-first": UP_FIRST,

@@ -174,3 +174,37 @@ def test_the_word_of_the_language(text, kinds):
 def test_kinds_without_numbers_are_no_template(text):
     with pytest.raises(ValueError, match=r"needs a factor|a choice needs two words"):
         Template(text)
+
+
+def paddle(arrays):
+    """As Paddle saves them: (in, out), gate and up in one."""
+    found = {}
+    for name, array in arrays.items():
+        if ".experts." not in name:
+            found[name] = array
+        elif "gate_proj" in name:
+            up = arrays[name.replace("gate_proj", "up_proj")]
+            found[name.replace("gate_proj", "up_gate_proj")] = np.concatenate([array.T, up.T], 1)
+        elif "down_proj" in name:
+            found[name] = np.ascontiguousarray(array.T)
+    return found
+
+
+def test_paddle_numbers_them_through_too():
+    source, wanted = MemoryReader(paddle(published()), config=config()), MemoryReader(published(), config=config())
+    assert same(run(source, "prefuse").arrays, run(wanted, "prefuse").arrays)
+    assert same(run(run(source, "prefuse"), "split").arrays, source.arrays)
+
+
+@pytest.mark.parametrize("widths", [(4, 2), (4, 4)])
+def test_names_of_one_way_and_shapes_of_the_other_are_refused(widths):
+    """Paddle saves gate and up apart and (in, out), too, under the names that others give (out, in)."""
+    arrays = {n: np.ascontiguousarray(a.T) if ".experts." in n else a for n, a in published(widths=widths).items()}
+    with pytest.raises(ConvertError, match="the other way round"):
+        make_plan(MemoryReader(arrays, config=config(hidden_size=6)), Path("out"), "prefuse")
+    make_plan(MemoryReader(published(widths=widths), config=config(hidden_size=6)), Path("out"), "prefuse")
+
+
+def test_what_is_published_is_called_so(tmp_path):
+    found = convert.inspect(checkpoint(tmp_path / "in", published(), config())).to_dict()
+    assert {block["layout"] for block in found["blocks"]} == {"per-expert-kinds"}
