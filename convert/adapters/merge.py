@@ -24,7 +24,7 @@ from layouts.adapters.merging.reader import MergingReader, held
 from layouts.adapters.merging.sites import Site
 from layouts.adapters.opening import MODEL, config_of, open_adapter
 from layouts.adapters.settings import CONFIG, Settings
-from layouts.adapters.writers import interleaved, unknown_turns
+from layouts.adapters.writers import check_kinds, interleaved, unknown_turns
 from layouts.checkpoint import FORMATS, is_adapter, open_checkpoint
 from layouts.disk.places import place
 from layouts.hf import HFReader
@@ -64,6 +64,7 @@ def open_and_merge(source: str | Path, out: Path, choices: Choices) -> tuple[Mer
         with readable(source):
             adapter = open_adapter(place(source))
             try:
+                check_kinds(adapter.path, model.family.name)
                 return _planned(base, model, adapter, out, choices)
             except BaseException:
                 adapter.close()

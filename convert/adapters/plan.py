@@ -26,7 +26,7 @@ from layouts.adapters.forms import DEFAULTS, FORMS, GATE_UP, Form
 from layouts.adapters.opening import config_of
 from layouts.adapters.settings import CONFIG, Settings
 from layouts.adapters.units import Block
-from layouts.adapters.writers import interleaved, unknown_turns
+from layouts.adapters.writers import check_kinds, interleaved, unknown_turns
 from layouts.reader import Reader
 from layouts.tables.families import FAMILIES
 from layouts.tables.natives import PER_EXPERT_W123
@@ -124,7 +124,9 @@ def make_plan(reader: Reader, out: Path, action: str, choices: Choices) -> Adapt
 
 def _described(reader: Reader, record: Mapping[str, Any], choices: Choices) -> Description:
     config = config_of(reader.path)
-    return describe(reader, Settings.of(config, CONFIG), known_of(reader, config, record, choices))
+    found = describe(reader, Settings.of(config, CONFIG), known_of(reader, config, record, choices))
+    check_kinds(reader.path, found.known.family)
+    return found
 
 
 def _target(reader: Reader, described: Description, action: str, choices: Choices, record: Mapping[str, Any]) -> Form:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from layouts.errors import PlanError
+from layouts.tables.families import FAMILIES
 
 OUT_IN, FLAGGED, IN_OUT = "(E, out, in)", "(E, in, out) with is_transposed", "(E, in, out)"
 _IN_OUT_FAMILIES: Mapping[str, str | None] = {
@@ -101,6 +103,18 @@ def unknown_turns(family: str | None) -> str:
         "nothing in an adapter tells whether gate and up take turns in its rows (gpt_oss), or gate is first"
         f"{f', and for {family} sources disagree' if family else ''}; name the model: --family, or --base"
     )
+
+
+def check_kinds(path: Path, name: str | None) -> None:
+    """See that this is no adapter on experts of several kinds: which number is of which kind, it does not say.
+
+    Raises:
+        PlanError: it is one.
+    """
+    if any(each.kinds > 1 for each in FAMILIES if each.name == name):
+        raise PlanError(
+            f"{path}: layers of {name} have experts of two kinds, numbered through; adapters on them are not converted"
+        )
 
 
 def said(word: str, family: str | None) -> Evidence:

@@ -215,3 +215,10 @@ def test_sides_shared_by_all_experts_are_read(tmp_path):
         assert np.array_equal(wanted[name], found[f"{PREFIX}.0.mlp.experts.gate_proj.lora_A.weight"][0])
     assert run("--verify", given, tmp_path / "out") == 0
     assert main(["--prefuse", str(given), str(tmp_path / "dry"), "--dry-run"]) == 0
+
+
+def test_experts_of_two_kinds_are_not_packed_as_one(tmp_path, capsys):
+    """ERNIE 4.5 VL numbers those for text and those for images through, and an adapter does not say where the second begins."""
+    given = adapter(tmp_path / "in", whole("per-expert"))
+    assert run("--prefuse", given, tmp_path / "out", "--family", "ernie4_5_vl_moe") == 4
+    assert "experts of two kinds, numbered through; adapters on them are not converted" in capsys.readouterr().err
