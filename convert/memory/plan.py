@@ -15,13 +15,13 @@ from typing import Any, cast
 from convert.errors import ConvertError, PlanError, UsageError
 from convert.memory.leaves import Leaf
 from convert.memory.names import absent, check_arrays, family_of, has_gates
-from convert.memory.relay import Planned, Relay, Side
+from convert.memory.relay import Planned, Relay, Side, halves_joined
 from convert.memory.tree import Held
 from convert.options import Choices
 from convert.options.wording import as_arguments
 from convert.planning.loras import columns_of, loras, sizes_of, stated_in
 from convert.planning.planner import Action, Plan, make_plan
-from convert.planning.targets import HALF, LORA, Target
+from convert.planning.targets import LORA, Target
 from layouts.adapters.trees import is_lora
 from layouts.language.layout import ROLES, Layout, Layouts, Placed
 from layouts.language.pattern import Pattern
@@ -113,7 +113,7 @@ def _planned(
     tensors = {name: spec_of(name, each.leaf) for name, each in held.items() if each.leaf is not None}
     found = {name: tensors.pop(name) for name in list(tensors) if family.by_structure and is_lora(name)}
     columns = columns_of(found, record, before if there else (), wanted if action == "prefuse" else None)
-    beside = partial(loras, found, columns, said={**stated_in(record), **sizes})
+    beside = partial(loras, found, columns, said={**(stated_in(record) if found else {}), **sizes})
     if not has_gates(tensors, family, before if action == "split" else ()):
         moves = (*_places(held, _empty_pairs(family, before, after)), *_moves(beside(weights={})))
         return Moves(moves=moves or absent(held, family, before, said=bool(choices.family)), record=None)
@@ -153,9 +153,8 @@ def _moves(found: Iterable[Target]) -> Iterator[Planned]:
 
 
 def _side(placed: Placed, sizes: Mapping[str, int]) -> Side:
-    axes, pattern = [slot for slot in placed.key.slots if slot in "ekgn"], placed.pattern
-    if HALF in pattern.axes:  # a relay has both halves of the rank as one axis
-        pattern, sizes = Pattern(pattern.text.replace(f"({HALF} r)", "r")), {**sizes, "r": 2 * sizes["r"]}
+    axes = [slot for slot in placed.key.slots if slot in "ekgn"]
+    pattern, sizes = halves_joined(placed.pattern, sizes)
     held = {axis: sizes[axis] for axis in (*axes, *pattern.axes)}
     return Side(named=tuple(axes), pattern=pattern, sizes=tuple(held.items()))
 

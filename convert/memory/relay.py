@@ -14,10 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from convert.planning.loras import NOT_DIAGONAL
+from convert.planning.targets import HALF
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
 
 Sizes = tuple[tuple[str, int], ...]
+
+
+def halves_joined(pattern: Pattern, sizes: Mapping[str, int]) -> tuple[Pattern, Mapping[str, int]]:
+    """A pattern with both halves of a rank as one axis, as a relay has them, and its sizes."""
+    if HALF not in pattern.axes:
+        return pattern, sizes
+    return Pattern(pattern.text.replace(f"({HALF} r)", "r")), {**sizes, "r": 2 * sizes["r"]}
 
 
 class Operations(Protocol):

@@ -60,7 +60,7 @@ def axes_of(target: Target, plan: Plan, origin: Origin) -> Sequence[Sequence[str
 def _said(target: Target, plan: Plan, origin: Origin) -> str | None:
     """What the sharding file says of an array; `wi` lies as `wi_0` does, where the devices have not fused them."""
     name = stored_name(target, origin)
-    return plan.shardings.get(name) or plan.shardings.get(re.sub(r"\bwi\b", "wi_0", name))
+    return plan.shardings.get(name) or plan.shardings.get(re.sub(r"\bwi(?=\b|_lora_)", "wi_0", name))
 
 
 def _recorded(text: str, rank: int) -> list[list[str]] | None:

@@ -20,7 +20,7 @@ from convert.memory import tree
 from convert.memory.leaves import Leaf, leaf_of
 from convert.memory.move import moved
 from convert.memory.plan import Tree, spec_of
-from convert.memory.relay import Relay, Side
+from convert.memory.relay import Relay, Side, halves_joined
 from convert.options import Choices
 from convert.pipeline.request import Names, Request, request
 from convert.planning.targets import Target
@@ -139,7 +139,7 @@ def _moves(asked: Request) -> Iterator[_Move]:
         yield _Move(
             sources=_rendered(first.source, first.index, source),
             targets=tuple(asked.names[name] for name in _rendered(first.target, first.index, target)),
-            relay=Relay(source=source, target=target),
+            relay=Relay(source=source, target=target, diagonal=first.way.diagonal),
             factor=asked.plan.factors.get(first.first_source),
         )
 
@@ -158,8 +158,9 @@ def _grid(target: Target) -> set[str]:
 
 def _side(placed: Placed, sizes: Mapping[str, int], grid: set[str]) -> Side:
     named = [slot for slot in placed.key.slots if slot in grid]
-    held = {axis: sizes[axis] for axis in (*named, *placed.pattern.axes)}
-    return Side(named=tuple(named), pattern=placed.pattern, sizes=tuple(held.items()))
+    pattern, sizes = halves_joined(placed.pattern, sizes)
+    held = {axis: sizes[axis] for axis in (*named, *pattern.axes)}
+    return Side(named=tuple(named), pattern=pattern, sizes=tuple(held.items()))
 
 
 def _rendered(placed: Placed, index: Mapping[str, Any], side: Side) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from convert.errors import ConvertError, InputError, PlanError, UsageError
+from convert.errors import ConvertError, InputError, PlanError
 from convert.planning.targets import HALF, LORA, Target, Way
 from layouts.adapters.trees import Axes, axes, found
 from layouts.language.cuts import cut
@@ -50,6 +50,8 @@ def adapted(
 
     Columns are as the record has them, or a layout that is `said`.
     """
+    if not described.loras:
+        return [], ()
     specs, record = {name: reader.tensors[name] for name in described.loras}, record_of(reader)
     before = (named(said, described.family),) if said and "layout" not in record else ()
     try:
@@ -101,10 +103,17 @@ def sizes_of(targets: Iterable[Target]) -> dict[str, dict[str, int]]:
 
 
 def stated_in(record: Mapping[str, Any] | None) -> dict[str, int]:
-    """All of `n` that is no padding, as a record has it that was made where only A and B are."""
-    entry = (record or {}).get("stored", {}).get("wi.")
-    real = entry["unpadded"].get("n") if entry else None
-    return {"n": int(real) * Pattern(entry["pattern"]).fixed.get("s", 1)} if entry and real else {}
+    """All of `n` that is no padding, as a record has it that was made where only A and B are.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    try:
+        entry = (record or {}).get("stored", {}).get("wi.", {})
+        real = entry.get("unpadded", {}).get("n", 0)
+        return {"n": int(real) * Pattern(entry["pattern"]).fixed.get("s", 1)} if real else {}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"the record of the layout is damaged: its entry of wi is {str(record)[:80]}") from None
 
 
 def loras(specs: Mapping[str, TensorSpec], columns: Columns, weights: Mapping[str, Sizes], said: Sizes) -> Iterator[Target]:
@@ -188,8 +197,8 @@ def _side(
         return Placed(key, Pattern(f"{text.removesuffix('r')}(g r)")), sizes
     try:
         sizes = {**sizes, **cut({"n": n}, Pattern(cols))}
-    except ValueError:
-        raise UsageError(f"{n} columns cannot be cut as '{cols}' says") from None
+    except ValueError as error:
+        raise PlanError(f"gate and up have LoRA, whose columns do not fit into '{cols}': {error}") from None
     words = [f"({HALF} r)" if word == "r" and diagonal else word for word in text.split()]
     return Placed(key, Pattern(" ".join([*words[:-1], cols]))), {**sizes, **({HALF: 2} if diagonal else {})}
 

@@ -86,7 +86,8 @@ def axes(names: tuple[str, str], a: Shape, b: Shape, weights: Mapping[str, int],
     if (given is not None and len(given) != extra) or not any(_fits(one, a, sizes, given) for one, _ in readings.values()):
         raise InputError(f"{names[0]} of shape {a} is no A for {dict(weights)} in layers {layers}; are they of another model?")
     fitting = {place: other for place, (_, other) in readings.items() if _fits(other, b, sizes, given)}
-    ranks = {other.index("r"): other for other in fitting.values()}
+    both = {place: other for place, other in fitting.items() if _fits(readings[place][0], a, sizes, given)}
+    ranks = {other.index("r"): other for other in (both or fitting).values()}  # one scan axis holds for all parameters
     if not ranks:
         raise InputError(f"{names[1]} of shape {b} is no B of rank {a[-1]} for {dict(weights)} in layers {layers}")
     if len(ranks) > 1:

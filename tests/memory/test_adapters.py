@@ -10,6 +10,7 @@ from einops import rearrange
 
 import convert
 from convert.errors import InputError, PlanError
+from layouts.adapters import trees
 
 E, K, N, R, L, T = 3, 4, 8, 2, 5, 7
 # The einsum of the weight in MaxText, those of A and B as qwix derives them, and the axes of both.
@@ -188,12 +189,6 @@ REFUSED = {
         InputError,
         "no A and B of experts",
     ),
-    "layers or ranks": (
-        {**SCANNED, "moe": SCANNED["moe"] | {f"wi_{g}_lora_a": np.ones((K, L, L), "f4") for g in "01"}
-         | {f"wi_{g}_lora_b": np.ones((L, L, E, N), "f4") for g in "01"}},
-        PlanError,
-        "nothing tells its rank 5 from its layers",
-    ),
     "both forms": (changed(WHOLE, "wi_lora_a", np.ones((K, R), "f4")), PlanError, "has no partner"),
 }  # fmt: skip
 
@@ -226,3 +221,28 @@ def test_what_is_not_block_diagonal_is_not_split(layout):
     odd = changed(changed(fused, "wi_lora_b", np.zeros((3, E, 2 * N), "f4")), "wi_lora_a", np.zeros((K, 3), "f4"))
     with pytest.raises(InputError, match="which is odd"):
         convert.split_params(odd, layout)
+
+
+def test_as_many_ranks_as_layers():
+    """A tells where the layers are, unless it is as wide as they are many: all parameters have one scan axis."""
+    rng = np.random.default_rng(1)
+    a = [rng.standard_normal((K, L, L), "f4") for _ in "01"]
+    b = [rng.standard_normal((L, L, E, N), "f4") for _ in "01"]  # rank, layers
+    lora = {f"wi_{g}_lora_{side}": each[g] for side, each in (("a", a), ("b", b)) for g in (0, 1)}
+    moe = {name: array for name, array in SCANNED["moe"].items() if "lora" not in name} | lora
+    fused = convert.prefuse_params({**SCANNED, "moe": moe}, layout="concat")["moe"]
+    np.testing.assert_array_equal(fused["wi_lora_a"], np.concatenate(a, 2))
+    zeros = np.zeros_like(b[0])
+    np.testing.assert_array_equal(
+        fused["wi_lora_b"], np.concatenate([np.concatenate([b[0], zeros], 3), np.concatenate([zeros, b[1]], 3)], 0)
+    )
+    with pytest.raises(PlanError, match="nothing tells its rank 5 from its layers"):
+        trees.axes(("a", "b"), (5, 5, 5), (5, 5, 2, 6), {"e": 2, "k": 5, "n": 6}, (5,))
+
+
+@pytest.mark.parametrize("record", [{"stored": []}, {"stored": {"wi.": []}}, {"stored": {"wi.": {"unpadded": {"n": "x"}}}}])
+def test_a_damaged_record_is_the_inputs_fault(record):
+    """With LoRA beside the experts, and without."""
+    for given in (WHOLE, {"moe": {name: array for name, array in WHOLE["moe"].items() if "lora" not in name}}):
+        with pytest.raises((InputError, PlanError)):
+            convert.split_params(given, record)

@@ -11,6 +11,7 @@ from flax.core import FrozenDict
 
 import convert
 import scripts.make_checkpoint as made
+from tests.memory.test_adapters import tree as lora_tree
 from tests.pipeline.test_load import bits, cut, dotted
 from tests.planning.models import reader
 
@@ -147,3 +148,12 @@ def test_a_tree_that_is_not_as_planned():
         sync({"layer": {"moe": TREE["layer"]["moe"]}})
     with pytest.raises(convert.UsageError, match="source_names: 'torch' is neither"):
         convert.sync_plan(TREE, TREE, source_names="torch")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_lora_of_gate_and_up_goes_along(alone):
+    kept = {name: array for name, array in lora_tree()["moe"].items() if not alone or "lora" in name}
+    trainer = {"decoder": {"moe": kept}}
+    wanted = convert.prefuse_params(trainer)
+    made = convert.sync_plan(trainer, specs(wanted), layout="concat")(trainer)
+    assert equal(made, wanted)
