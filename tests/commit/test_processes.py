@@ -187,7 +187,7 @@ ENDS = [(0, ORBAX), (1, HF), pytest.param(0, HF, marks=SLOW), pytest.param(1, OR
 
 @pytest.mark.parametrize(("failing", "to"), [ENDS[0], pytest.param(1, HF, marks=SLOW), *ENDS[2:]])
 def test_one_fails_and_all_stop_and_the_next_run_goes_on(run, source, tmp_path, to, failing):
-    arguments = ("--prefuse", source, tmp_path / "out", "--max-shard-size", "60kB", *to)
+    arguments = ("--prefuse", source, tmp_path / "out", *(to or ("--max-shard-size", "60kB")))
     codes, texts = run(2, *arguments, ends={failing: "fail"})
     assert codes == [6, 6]
     assert "No space left on device" in texts[failing]
@@ -203,7 +203,7 @@ def test_one_fails_and_all_stop_and_the_next_run_goes_on(run, source, tmp_path, 
 @pytest.mark.parametrize(("killed", "to"), [pytest.param(0, ORBAX, marks=SLOW), *ENDS[1:]])
 def test_one_is_killed_and_the_next_run_goes_on(run, source, tmp_path, to, killed):
     """JAX notices that it is gone and ends the other one."""
-    arguments = ("--prefuse", source, tmp_path / "out", "--max-shard-size", "60kB", *to)
+    arguments = ("--prefuse", source, tmp_path / "out", *(to or ("--max-shard-size", "60kB")))
     codes, _ = run(2, *arguments, ends={killed: "kill"})
     assert codes[killed] == -signal.SIGKILL
     assert codes[1 - killed] != 0
