@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from layouts.disk.pread import Empty, Extent
 from layouts.errors import InputError
-from layouts.hf import HFReader
+from layouts.hf import HFReader, read_shard
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
 from layouts.tensors import TensorSpec, bits, numpy_dtype
@@ -78,6 +78,8 @@ class OriginalsReader(Through):
     """A tree with the originals of computed tensors in their place: same names, shapes and types, the values as they were."""
 
     kept: Reader
+    names: frozenset[str]
+    """The computed tensors: no others are replaced."""
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -86,7 +88,7 @@ class OriginalsReader(Through):
 
     def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
         """A block as bits."""
-        return (self.kept if name in self.kept.tensors else self.inner).read(name, slices, empty)
+        return (self.kept if name in self.names else self.inner).read(name, slices, empty)
 
     def close(self) -> None:
         """Close both."""
@@ -95,18 +97,19 @@ class OriginalsReader(Through):
 
 
 def open_originals(reader: Reader) -> Reader | None:
-    """The originals of computed tensors that a tree keeps, if it does; the caller closes them.
+    """The originals of computed tensors that a tree keeps, if it does; the caller closes them. It opens no other file.
 
     Raises:
         InputError: they are damaged, or hold something else than tensors of the tree.
     """
     if ORIGINALS not in reader.side_files.plain:
         return None
-    kept = HFReader.open((reader.path / ORIGINALS).parent)
+    place = reader.path / ORIGINALS
+    kept = HFReader.of(place.parent, read_shard(place))
     for name, spec in kept.tensors.items():
         if reader.tensors.get(name) != spec:
             raise InputError(
-                f"{reader.path / ORIGINALS}: it holds {name} as {spec.dtype} {spec.shape}, and the tree has no such tensor; "
+                f"{place}: it holds {name} as {spec.dtype} {spec.shape}, and the tree has no such tensor; "
                 f"restore the file, or remove it to have values computed"
             )
     return kept

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,16 +148,21 @@ class HFReader:
         if index is not None:
             compare_index(path, index.weight_map, {name: shard.name for name, shard in home.items()})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
-        tensors = {name: shard.tensors[name] for shard in shards for name in shard.tensors}
+        tensors = {name: shard.tensors[name] for name, shard in home.items()}
         records = recorded | _records(shards, expected=bool(config.get(RECORD)))
         said = index.remarks(sum(spec.nbytes for spec in tensors.values())) if index else ()
         return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, remarks=said, _home=home)
 
+    @classmethod
+    def of(cls, path: Path, shard: Shard) -> HFReader:
+        """One file of a directory, and nothing else that is in it."""
+        own = shard.tensors
+        return cls(path=path, shards=(shard,), config={}, records={}, tensors=own, _home=dict.fromkeys(own, shard))
+
     @property
     def record(self) -> Mapping[str, Any] | None:
         """What this tool wrote into `config.json` about the layout."""
-        record: Mapping[str, Any] | None = self.config.get(RECORD)
-        return record
+        return cast("Mapping[str, Any] | None", self.config.get(RECORD))
 
     @property
     def side_files(self) -> SideFiles:
@@ -203,9 +208,8 @@ class HFReader:
         try:
             out = empty(shape, bits(spec.dtype))
         except MemoryError:
-            raise MemoryError(
-                f"{shape} of {name} {spec.shape}, {spec.nbytes:,} bytes as a whole, in {self.where(name)}"
-            ) from None
+            what = f"{shape} of {name} {spec.shape}, {spec.nbytes:,} bytes as a whole"
+            raise MemoryError(f"{what}, in {self.where(name)}") from None
         read_block(self.extent(name), spec.shape, slices, out)
         return out
 

@@ -67,36 +67,40 @@ def with_computed(plan: Plan, reader: Reader) -> tuple[Plan, Reader]:
     originals, why = open_originals(reader), f"no originals are kept ({ORIGINALS})"
     if originals is not None:
         try:
-            other = _unlike(reader, originals, plan.factors)
+            why = _unlike(reader, originals, plan.factors)
         except BaseException:
             originals.close()
             raise
-        if other is None:
+        if not why:
             said = f"values are not computed back: of {ORIGINALS} the rule makes all that the tree has of them, so it is taken"
             back = replace(plan, computed=None, computed_kinds=(), factors={}, remarks=(*plan.remarks, said))
-            return back, OriginalsReader(inner=reader, kept=originals)
+            return back, OriginalsReader(inner=reader, kept=originals, names=frozenset(plan.factors))
         originals.close()
-        why = f"{other} is not what the rule makes of its original in {ORIGINALS}; it was changed since"
     said = f"values are computed back, and bits may not come back: {why}"
     return replace(plan, remarks=(*plan.remarks, said)), computing(reader, plan.factors)
 
 
-def _unlike(tree: Reader, kept: Reader, factors: Mapping[str, float]) -> str | None:
-    """The first tensor of the tree that is not, to the bit, what the rule makes of its original; None if there is none.
+def _unlike(tree: Reader, kept: Reader, factors: Mapping[str, float]) -> str:
+    """Why some tensor of the tree is not, to the bit, what the rule makes of its original; nothing if all are.
 
     `factors` are those by which the tree's values are multiplied on the way back. What is kept is compared with the manifest's
     digests, too: the rule makes one of some neighbours.
 
     Raises:
-        InputError: what is kept is not what was written.
+        InputError: what is kept is not what was written, or is more than that.
     """
+    if odd := kept.tensors.keys() - factors.keys():
+        raise InputError(
+            f"{tree.path / ORIGINALS}: it holds {min(odd)}, which is not computed; restore the file, or remove it to have "
+            f"values computed"
+        )
     found = load(tree.path)
     digests = {name: entry.digest for name, entry in found.originals.items()} if found else {}
     again = computing(kept, {name: 1 / factor for name, factor in factors.items()})
     tree.hold(_READ, Windows())
     for name in factors:
         if name not in kept.tensors:
-            return name
+            return f"{ORIGINALS} has no original of {name}"
         digest, same = xxhash.xxh3_128(), True
         for part in strips(kept.tensors[name].shape, _STRIP):
             digest.update(np.ascontiguousarray(kept.read(name, part)).data)
@@ -105,5 +109,5 @@ def _unlike(tree: Reader, kept: Reader, factors: Mapping[str, float]) -> str | N
             where = f"{tree.path / ORIGINALS}: {name}"
             raise InputError(f"{where} is not what was written; restore the file, or remove it to have values computed")
         if not same:
-            return name
-    return None
+            return f"{name} is not what the rule makes of its original in {ORIGINALS}; it was changed since"
+    return ""

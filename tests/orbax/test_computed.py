@@ -6,17 +6,21 @@ By the user's word, named, by MaxText's rule, and back to the original bytes.
 import json
 import math
 import re
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xxhash
 from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
+from convert.commit.manifest import NAME, SEAL, seal_of
 from convert.errors import InputError, OutputError, PlanError
 from layouts.checkpoint import open_checkpoint
 from layouts.side_files import ORIGINALS
@@ -24,6 +28,7 @@ from tests.planning.models import D, H, K, reader
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 KERNEL = "params.params.decoder.layers.self_attention.query.kernel"
+FOLDER = ORIGINALS.partition("/")[0]
 LAYERS = 3
 TYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
@@ -47,6 +52,13 @@ def by_maxtext(array: np.ndarray, *, back: bool = False) -> np.ndarray:
     factor = np.dtype("float32").type(np.sqrt(D) if back else 1 / np.sqrt(D))
     with np.errstate(all="ignore"):
         return (array * factor).astype(array.dtype)
+
+
+def reseal(where: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest, and its digest of itself with it."""
+    found = json.loads((where / NAME).read_text())
+    change(found)
+    (where / NAME).write_text(json.dumps(found | {SEAL: seal_of(found)}))
 
 
 def files(where: Path) -> dict[str, bytes]:
@@ -185,12 +197,60 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert convert.verify(tmp_path / "tree").equal
 
 
-def test_originals_of_another_tree_have_no_place(tmp_path):
+@pytest.mark.parametrize("name", [ORIGINALS, f"{FOLDER}/model.safetensors", f"{FOLDER}/config.json", FOLDER])
+def test_nothing_else_has_a_place_where_originals_are_kept(name, tmp_path):
     source = save(tmp_path / "in")
-    (source / ORIGINALS).parent.mkdir()
-    (source / ORIGINALS).write_bytes(b"")
-    with pytest.raises(PlanError, match="because a tree keeps its own originals there"):
-        convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_bytes(b"")
+    with pytest.raises(PlanError, match=f"{name}: no place for it, because a tree keeps its own originals in {FOLDER}/"):
+        convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale", copy_all=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_lies_beside_originals_is_not_opened(tmp_path):
+    source, tree = save(tmp_path / "in"), tmp_path / "tree"
+    convert.prefuse(source, tree, to="orbax", compute="query-scale")
+    for name in ("config.json", "model.safetensors.index.json", "convert_manifest.json", "model.safetensors"):
+        (tree / FOLDER / name).write_bytes(b"[]")
+    convert.split(tree, tmp_path / "again", to="hf", compute="query-scale")
+    assert files(tmp_path / "again") == files(source)
+    assert convert.verify(source, tree, gemm=False).equal
+
+
+@pytest.mark.parametrize("resealed", [False, True])
+def test_originals_that_hold_another_tensor_are_refused(resealed, tmp_path):
+    """It would be taken in the place of the tree's, and nothing would say so."""
+    source, tree, other = save(tmp_path / "in"), tmp_path / "tree", KERNEL.replace("query", "key")
+    convert.prefuse(source, tree, to="orbax", compute="query-scale")
+    with closing(open_checkpoint(tree)) as reader:
+        spec = reader.tensors[other]
+    zeros = np.zeros(spec.shape, TYPES[spec.dtype])
+    save_file(load_file(tree / ORIGINALS) | {other: zeros}, tree / ORIGINALS)
+    if resealed:
+        digest = xxhash.xxh3_128_hexdigest(zeros.tobytes())
+        entry = {"dtype": spec.dtype, "shape": list(spec.shape), "xxh3_128": digest}
+        size = {"size": (tree / ORIGINALS).stat().st_size}
+        reseal(tree, lambda found: (found["originals"].update({other: entry}), found["files"].update({ORIGINALS: size})))
+    words = rf"{ORIGINALS}: it holds {re.escape(other)}, which is not computed"
+    for back in (convert.split, lambda *args, to, compute: convert.load(tree, names=to, layout="native", compute=compute)):
+        with pytest.raises(InputError, match=words):
+            back(tree, tmp_path / "again", to="hf", compute="query-scale")
+    assert not (tmp_path / "again").exists()
+
+
+def test_originals_that_are_gone_are_not_said_to_be_equal(tmp_path):
+    tree = tmp_path / "tree"
+    convert.prefuse(save(tmp_path / "in"), tree, to="orbax", compute="query-scale")
+    assert "and 1 original of computed ones, xxh3-128" in str(convert.verify(tree))
+    (tree / ORIGINALS).unlink()
+    reseal(tree, lambda found: found["files"].pop(ORIGINALS))
+    digests = {level.name: level for level in convert.verify(tree).levels}["digests"]
+    assert digests.differences == (f"{ORIGINALS} is missing, and the manifest has digests of it",)
+    assert "computed" not in digests.covered
+    assert digests.compared == len(json.loads((tree / NAME).read_text())["tensors"])
+    save_file({}, tree / ORIGINALS)
+    report = convert.split(tree, tmp_path / "again", to="hf", compute="query-scale")
+    assert f"may not come back: {ORIGINALS} has no original of {KERNEL}" in report.plan.remarks[-1]
 
 
 def test_it_needs_the_word_and_is_named(tmp_path, capsys):

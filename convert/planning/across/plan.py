@@ -52,8 +52,10 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     side_files = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
-    if side_files.pop(ORIGINALS, None) is not None and to_maxtext:
-        raise PlanError(f"{reader.path / ORIGINALS}: no place for it, because a tree keeps its own originals there; remove it")
+    side_files = {name: nbytes for name, nbytes in side_files.items() if to_maxtext or name != ORIGINALS}
+    own = ORIGINALS.partition("/")[0]
+    if to_maxtext and (taken := next((name for name in side_files if name.partition("/")[0] == own), None)):
+        raise PlanError(f"{reader.path / taken}: no place for it, because a tree keeps its own originals in {own}/; remove it")
     left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")

@@ -63,9 +63,10 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         itself = by_first(processes, lambda: compare_manifest(reader, found))
         stored = Stored()
         differ = changed(reader, found, stored, progress, options, processes)
-        differ += _originals(reader, found, options, processes)
-        both = len(found.tensors.keys() & reader.tensors.keys()) + len(found.originals)
-        digests = Level(name="digests", covered=_covered(found, stored, options), compared=both, differences=differ)
+        kept, unlike = _originals(reader, found, options, processes)
+        both = len(found.tensors.keys() & reader.tensors.keys()) + kept
+        covered = _covered(found, stored, options, kept)
+        digests = Level(name="digests", covered=covered, compared=both, differences=differ + unlike)
         levels = [files, digests, itself]
         levels += [decoded(reader, stored, progress, processes)] if options.decode else []
         levels += [_HELD] if found.content and "sha256" in found.content["model"] and not options.content else []
@@ -73,14 +74,17 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         return _attested(verdict, reader, found, options, progress, processes)
 
 
-def _originals(reader: Reader, found: Manifest, options: Verification, processes: Processes) -> tuple[str, ...]:
-    """What is not so of the originals of computed tensors; level `files` says it if they are not there."""
-    kept = open_originals(reader) if found.originals else None
+def _originals(reader: Reader, found: Manifest, options: Verification, processes: Processes) -> tuple[int, tuple[str, ...]]:
+    """How many originals of computed tensors were looked at, and what is not so of them."""
+    if not found.originals:
+        return 0, ()
+    kept = open_originals(reader)
     if kept is None:
-        return ()
+        return 0, (f"{ORIGINALS} is missing, and the manifest has digests of it",)
     with closing(kept):
         entries = replace(found, tensors=found.originals, hashed=None)
-        return tuple(f"{ORIGINALS}: {line}" for line in changed(kept, entries, Stored(), ignore, options, processes))
+        lines = changed(kept, entries, Stored(), ignore, options, processes)
+        return len(found.originals.keys() & kept.tensors.keys()), tuple(f"{ORIGINALS}: {line}" for line in lines)
 
 
 def _files(path: Path, found: Manifest) -> Level:
@@ -106,9 +110,9 @@ def _attested(
     return stood(verdict, (reader,), options, progress, found.content, processes)
 
 
-def _covered(found: Manifest, stored: Stored, options: Verification) -> str:
-    kept = f" and {len(found.originals)} originals of computed ones" if found.originals else ""
-    covered = f"{len(found.tensors)} tensors{kept}, xxh3-128"
+def _covered(found: Manifest, stored: Stored, options: Verification, kept: int) -> str:
+    originals = f" and {kept} original{'s' * (kept > 1)} of computed ones" if kept else ""
+    covered = f"{len(found.tensors)} tensors{originals}, xxh3-128"
     if stored.chunks and not options.decode:
         covered += f"; {stored} were not decoded; --decode reads them"
     return covered
