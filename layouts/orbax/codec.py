@@ -31,6 +31,7 @@ __all__ = [
     "key_form",
     "key_of",
     "pieces_of",
+    "says_its_length",
     "streamable",
     "zstd",
 ]
@@ -105,6 +106,17 @@ def streamable(metadata: Mapping[str, Any]) -> bool:
     """Whether chunks of an array with this zarr metadata can be read piece by piece."""
     codec = codec_of(metadata)
     return codec is not None and (zstd is not None or not codec.compressed)
+
+
+def says_its_length(metadata: Mapping[str, Any]) -> bool:
+    """Whether stored chunks are blosc's of plain values: TensorStore takes as much memory as such a chunk says.
+
+    What is within a shard, or below another codec, is not looked at: blosc itself makes no more than 2 GiB of one.
+    """
+    if "compressor" in metadata:
+        return bool((metadata["compressor"] or {}).get("id") == "blosc")
+    names = [codec["name"] for codec in metadata.get("codecs") or () if codec["name"] != "transpose"]
+    return names in (["bytes", "blosc"], ["bytes", "blosc", "crc32c"])
 
 
 def fetch(kvstore: Any, key: str, part: slice) -> bytes:

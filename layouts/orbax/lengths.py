@@ -22,7 +22,7 @@ from layouts.disk.faults import answer, told
 from layouts.disk.files import LIMITS, check_size
 from layouts.disk.places import is_remote, kvstore_of, names_of
 from layouts.errors import InputError
-from layouts.orbax.codec import METADATA, PIECE, Pieces, fetch, grid_shape, key_form, key_of, pieces_of, zstd
+from layouts.orbax.codec import METADATA, PIECE, Pieces, fetch, grid_shape, key_form, key_of, pieces_of, says_its_length, zstd
 from layouts.orbax.tree import DATABASE, PROCESS, Leaf
 from layouts.tensors import TensorSpec, itemsize
 
@@ -180,11 +180,6 @@ def check_stored(
         head, decoded = fetch(found, key, slice(0, _BLOSC)), width * math.prod(grid_shape(metadata))
         if head and (said := int.from_bytes(head[4:8], "little")) != decoded:
             raise InputError(f"{where}: {spec.name}: {key} says that it decodes to {said:,} bytes; a chunk has {decoded:,}")
-
-
-def says_its_length(metadata: Mapping[str, Any]) -> bool:
-    """Whether an array is stored with blosc, for which TensorStore takes as much memory as a chunk says (2 GiB at most)."""
-    return "'blosc'" in str(metadata)
 
 
 def chunks_under(metadata: Mapping[str, Any], slices: Sequence[slice]) -> Iterator[tuple[int, ...]]:

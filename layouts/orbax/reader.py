@@ -26,8 +26,8 @@ from layouts.disk.places import is_remote
 from layouts.disk.pread import Empty
 from layouts.orbax.arrays import chunk_of, decoded_size, describe, make_context, open_all, read_by_chunks, spec_of
 from layouts.orbax.beside import files_beside
-from layouts.orbax.codec import streamable
-from layouts.orbax.lengths import check_chunks, check_metadata, check_stored, check_total, chunks_under, says_its_length
+from layouts.orbax.codec import says_its_length, streamable
+from layouts.orbax.lengths import check_chunks, check_metadata, check_stored, check_total, chunks_under
 from layouts.orbax.stream import ChunkStreams
 from layouts.orbax.tree import ARRAYS, COMPLETE, METADATA, Leaf, check_finished, find_item, read_leaves, read_strings
 from layouts.reader import ReadLimits, ReadUnit

@@ -18,6 +18,7 @@ from layouts.disk import faults
 from layouts.disk.faults import answer, told, writing
 from layouts.errors import InputError
 from layouts.orbax import lengths
+from layouts.orbax.codec import says_its_length
 from layouts.tensors import TensorSpec
 from tests.orbax.test_keep import PATH, save
 
@@ -243,6 +244,42 @@ def test_a_chunk_that_says_it_decodes_to_something_else_is_refused(size, tmp_pat
     words = f"x: 1 says that it decodes to {size:,} bytes; a chunk has 8"
     with closing(open_checkpoint(source)) as reader, pytest.raises(InputError, match=words):
         reader.read("x", (slice(None),))
+
+
+PLAIN, BLOSC = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "blosc", "configuration": {"cname": "lz4"}}
+SHARD = {"name": "sharding_indexed", "configuration": {"chunk_shape": [2], "codecs": [PLAIN, BLOSC]}}
+
+
+@pytest.mark.parametrize(
+    ("codecs", "attributes", "seen"),
+    [
+        ([PLAIN, BLOSC], {}, True),
+        ([PLAIN, BLOSC, {"name": "crc32c"}], {}, True),
+        ([{"name": "transpose", "configuration": {"order": [0]}}, PLAIN, BLOSC], {}, True),
+        ([SHARD], {}, False),
+        ([PLAIN, {"name": "crc32c"}, BLOSC], {}, False),
+        ([PLAIN, BLOSC, {"name": "zstd"}], {}, False),
+        ([PLAIN, {"name": "zstd"}, BLOSC], {}, False),
+        ([PLAIN, {"name": "zstd"}], {"codec": "blosc"}, False),
+    ],
+)
+def test_of_what_a_chunk_in_blosc_says_its_length(codecs, attributes, seen, tmp_path):
+    source = item(tmp_path / "in")
+    shutil.rmtree(source / "x")
+    grid = {"name": "regular", "configuration": {"chunk_shape": [4]}}
+    metadata = {"codecs": codecs, "attributes": attributes, "shape": [4], "chunk_grid": grid, "data_type": "float32"}
+    array = ts.open({"driver": "zarr3", "kvstore": f"file://{source}/x/", "metadata": metadata}, create=True).result()
+    array.write([1.0, 2, 3, 4]).result()
+    with closing(open_checkpoint(source)) as reader:
+        assert reader.read("x", (slice(None),)).view("f4").tolist() == [1, 2, 3, 4]
+    chunk = bytearray((source / "x" / "c" / "0").read_bytes())
+    chunk[4:8] = (1 << 30).to_bytes(4, "little")
+    (source / "x" / "c" / "0").write_bytes(chunk)
+    with closing(open_checkpoint(source)) as reader, pytest.raises(InputError) if seen else nullcontext() as raised:
+        assert says_its_length(reader.grids["x"]) == seen
+        if seen:
+            reader.read("x", (slice(None),))
+    assert not seen or "says that it decodes to 1,073,741,824 bytes; a chunk has 16" in str(raised.value)
 
 
 def test_a_database_that_keeps_its_versions_elsewhere_is_none_of_orbax(tmp_path):
