@@ -178,6 +178,23 @@ def test_a_changed_original_is_noticed(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize(("written", "said"), [(True, "is not what was written"), (False, "1 of 3 with the originals")])
+def test_bit_for_bit_is_said_of_originals_that_were_looked_at(written, said, tmp_path):
+    """One array's original is another number, which the rule does not make into what the tree has: it proves nothing."""
+    source, tree = save(tmp_path / "in"), tmp_path / "tree"
+    convert.prefuse(source, tree, to="orbax", scan=False, compute="query-scale")
+    originals = load_file(tree / ORIGINALS)
+    for name in sorted(originals)[1:]:
+        originals[name].view(np.uint16)[-1, -1, -1] ^= 1 << 14
+    save_file(originals, tree / ORIGINALS)
+    if not written:
+        (tree / "convert_manifest.json").unlink()
+    verdict = convert.verify(source, tree, gemm=False)
+    assert verdict.equal is not written
+    assert said in str(verdict)
+    assert "keeps, bit for bit" not in str(verdict)
+
+
 def test_an_interrupted_run_goes_on(tmp_path):
     source = save(tmp_path / "in")
     convert.prefuse(source, tmp_path / "whole", to="orbax", compute="query-scale")

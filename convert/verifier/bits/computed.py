@@ -6,7 +6,7 @@ In: bits of both, in one shape, and the size whose root it is. Out: whether they
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,20 @@ def fitting(tree: Reader, kept: Reader, pairs: Iterable[Pair]) -> frozenset[str]
     return frozenset(found)
 
 
-def words(pairs: Iterable[Pair], *, kept: bool) -> str:
-    """What a level says of such tensors, whose originals may be `kept` with the tree; nothing if there are none."""
-    rules = sorted({pair.computed for pair in pairs if pair.computed})
-    how = ", and with the originals that the tree keeps, bit for bit" if kept else _LOSS
-    return "".join(f"; {RULES[name].said} ({name}) were compared by that rule{how}" for name in rules)
+def words(pairs: Iterable[Pair], fitting: Collection[str]) -> str:
+    """What a level says of such tensors, of which the originals of `fitting` were compared; nothing if there are none."""
+    arrays: dict[str, set[str]] = {}
+    for pair in pairs:
+        if pair.computed:
+            arrays.setdefault(pair.computed, set()).update(names_of(pair))
+    return "".join(
+        f"; {RULES[name].said} ({name}) were compared by that rule{_how(len(every.intersection(fitting)), len(every))}"
+        for name, every in sorted(arrays.items())
+    )
+
+
+def _how(kept: int, total: int) -> str:
+    if kept == total:
+        return ", and with the originals that the tree keeps, bit for bit"
+    some = f", {kept} of {total} with the originals that the tree keeps, the rest by that rule alone"
+    return f"{some if kept else ''}{_LOSS}"

@@ -52,13 +52,15 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     found: list[str] = []
     looked = 0
     kept = open_originals(tree) if any(pair.computed for pair in others) else None
-    fitting = computed.fitting(tree, kept, others) if kept else frozenset()
+    fitting = frozenset[str]()
     # Experts that either side has alone are a difference of level `exact`.
     seen = {name for group in both.described.groups for name in group.names} | {name for *_, name in every}
     placed = {name for pair in both.pairs for name in names_of(pair)}
     own = processes.stretch(sizes)
     begin(progress, "bits of other tensors", sum(sizes[own]))
     with closing(kept) if kept else nullcontext():
+        if kept:
+            fitting = computed.fitting(tree, kept, others)
         for pair, items in itertools.groupby(every[own], lambda item: item[0]):
             for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
                 originals = kept if pair.source.key.render(index) in fitting else None
@@ -75,7 +77,7 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     return Level(
         name="others",
         covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart{words}"
-        f"{computed.words(others, kept=bool(fitting))}",
+        f"{computed.words(others, fitting)}",
         compared=nbytes,
         differences=tuple(differences),
     )

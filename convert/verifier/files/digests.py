@@ -6,14 +6,15 @@ In: a checkpoint and its manifest. Out: what is not as it was, in words. It neve
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import xxhash
 
 from convert.commit import manifest
-from convert.commit.processes import Processes
+from convert.commit.processes import ALONE, Processes
 from convert.commit.recorded import Manifest, spans_of
 from convert.errors import InputError
 from convert.options import Verification
@@ -22,8 +23,10 @@ from convert.verifier.bits.order import STRIP, hold
 from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
+from layouts.computing import open_originals
 from layouts.language.pattern import strips
 from layouts.reader import Reader, is_chunked
+from layouts.side_files import ORIGINALS
 from layouts.windows import lengths
 
 
@@ -58,6 +61,19 @@ def changed(
     lines = list(_changed(reader, found, own, stored, progress, work))
     lines, (stored.chunks, stored.nbytes) = joined(processes, lines, stored.chunks, stored.nbytes)
     return (*(f"{name} is only in {where[name in found.tensors]}" for name in lonely), *lines)
+
+
+def damaged_originals(reader: Reader, found: Manifest) -> Iterator[str]:
+    """The originals of computed tensors that are kept with a tree and are not what was written.
+
+    Those of a tree that was trained since are: what they are no longer is what its values were made of.
+    """
+    kept = open_originals(reader) if found.originals else None
+    if kept is not None:
+        with closing(kept):
+            entries = replace(found, tensors=found.originals, hashed=None)
+            for line in changed(kept, entries, Stored(), ignore, Verification(), ALONE):
+                yield f"{ORIGINALS}: {line}"
 
 
 def _to_hash(reader: Reader, found: Manifest, own: Iterable[str], processes: Processes) -> int | None:

@@ -1,6 +1,6 @@
 """The manifest itself, and what it says of headers and of our record: level `manifest`, and of two a part of `files`.
 
-In: an open checkpoint and its manifest. Out: a level. It never looks at data.
+In: an open checkpoint and its manifest. Out: a level. It never looks at data, but at what is kept beside that of a tree.
 
 The manifest holds the digest of the rest of itself. It cannot stand in the record: that is in the headers of shards and in
 `config.json`, whose digests are in the manifest.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from convert.commit.manifest import NAME, hashed_text
 from convert.commit.recorded import Manifest, load
 from convert.errors import InputError
+from convert.verifier.files.digests import damaged_originals
 from convert.verifier.verdict import Level
 from layouts.checkpoint import FORMATS
 from layouts.reader import Reader
@@ -40,7 +41,8 @@ def beside_manifest(reader: Reader) -> Iterator[str]:
         yield str(error)
         return
     if found and (found.intact is not None or found.tool not in _WITHOUT):
-        yield from (f"{reader.path}: {line}" for line in compare_manifest(reader, found).differences)
+        lines = (*compare_manifest(reader, found).differences, *damaged_originals(reader, found))
+        yield from (f"{reader.path}: {line}" for line in lines)
 
 
 def _itself(found: Manifest) -> Iterator[str]:
