@@ -74,7 +74,7 @@ _DO: Mapping[str, str] = {
     "--split": "write CKPT_IN to CKPT_OUT with separate gate and up",
     "--merge": "write --base CKPT with the adapter CKPT_IN in it to CKPT_OUT",
     "--verify": "compare two checkpoints, or re-check one's digests",
-    "--digest": "print a sha256 of what checkpoints hold, the same in every layout",
+    "--digest": "print two digests of what checkpoints hold (sha256, xxh3), the same in every layout",
     "--inspect": "say what a checkpoint is, from its headers, and what could be done with it",
     "--families": "print the model families in the table, or what is known of one: --families NAME",
     "--layouts": "print the layouts, with what they are for",

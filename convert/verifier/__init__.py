@@ -84,7 +84,7 @@ def _compare(one: Reader, other: Reader, options: Verification, report: Progress
     beside = by_first(processes, lambda: compare_files(one, other, counts.stacked))
     noted = () if unread or found == _NO_RECORD else (found,)
     levels = *((found,) if unread else ()), *bits_and_probes, beside, *noted
-    looked = sum(level.compared for level in levels if level.name in ("exact", "others"))
+    looked = sum(level.compared for level in levels if level.name in ("exact", "others", "delta"))
     return Verdict(
         subject=f"{one.path} against {other.path}",
         levels=levels,

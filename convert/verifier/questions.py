@@ -66,7 +66,8 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "content": Question(
         asks="Does it hold the tensors of the other side, or of its input, by a digest that anybody can make of each alone?",
-        method="sha256 over a sorted list of the sha256 of every logical tensor",
+        method="a digest (sha256, or xxh3-128 where a manifest has no other) over the sorted list of those of every "
+        "logical tensor",
         bound="the digests are the same, or they are not",
     ),
     "files": Question(
@@ -85,8 +86,9 @@ QUESTIONS: Mapping[str, Question] = {
         bound="nothing may differ",
     ),
     "delta": Question(
-        asks="Does every expert get the same delta W from both adapters?",
-        method="scale * B @ A of each projection, in float64, where the factors are not the same numbers",
+        asks="Does every expert get the same delta W from both sides?",
+        method="B @ A (times its scale, where a file has one) of each projection, in float64, where the factors are not "
+        "the same numbers",
         bound="what rounding in float64 makes of products of these factors",
     ),
     "settings": Question(

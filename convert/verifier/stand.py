@@ -76,22 +76,24 @@ def stood(
 
 
 def _content(one: Mapping[str, Any], other: Mapping[str, Any]) -> Level:
-    """Whether two contents, as JSON has them, are the same; of the state only where both have one."""
+    """Whether two contents, as JSON has them, are the same, by the digests that both have; of the state where both have one."""
     alike = one["terms"] == other["terms"]
     keys = [key for key in ("model", "state") if one[key] and other[key]]
     both = [(key, word) for key in keys for word in ("sha256", "xxh3") if word in one[key] and word in other[key]]
-    compared = sum(one[key]["tensors"] for key in keys)
+    compared = sum(one[key]["tensors"] for key in dict.fromkeys(key for key, _ in both))
     different = (
         f"the digest of the {key} is {word}:{one[key][word]} in one, {word}:{other[key][word]} in the other"
         for key, word in both
         if one[key][word] != other[key][word]
     )
+    digests = ", ".join(f"{word}:{one[key][word]}" for key, word in both if key == "model")
+    why = "" if both else "the two have no digest of one kind"
     return Level(
         name="content",
-        covered=f"{compared} logical tensors, by {one['terms']}: sha256:{one['model']['sha256']}",
+        covered=f"{compared} logical tensors, by {one['terms']}: {digests}",
         compared=compared if alike else 0,
         differences=tuple(different) if alike else (),
-        not_run="" if alike else f"one goes by {one['terms']}, the other by {other['terms']}",
+        not_run=why if alike else f"one goes by {one['terms']}, the other by {other['terms']}",
         asked=alike,
     )
 

@@ -1,6 +1,7 @@
 """LoRA beside experts in a tree on the disk, or alone: what memory makes of it, back bit for bit, and all of it compared."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -148,6 +149,21 @@ def test_padding_that_holds_something_is_seen():
         converted(fused, "split")
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_self_test_flips_a_bit_of_it(tmp_path, alone):
+    """Of B where B @ A is not zero: A of a training that has not begun stands beside zeros."""
+    params = model(alone=alone)
+    moe = params["params"]["moe"]
+    moe["wi_0_lora_b"] = moe["wi_0_lora_b"] * np.float32(0)
+    save(tmp_path / "in", params)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    verdict = convert.verify(tmp_path / "in", tmp_path / "out", gemm=False, self_test=True, content=True)
+    assert verdict.equal
+    experts = [] if alone else [("exact", "content")]
+    assert [trial.seen for trial in verdict.self_test] == [*experts, ("delta", "content"), ("others",)]
+    assert not any(trial.untried for trial in verdict.self_test)
+
+
 def without(params, *names):
     return {**params, "params": {"moe": {n: leaf for n, leaf in params["params"]["moe"].items() if n not in names}}}
 
@@ -202,4 +218,7 @@ def test_on_the_disk(tmp_path, capsys, kind, scan, layout, alone):
     convert.split(tmp_path / "out", tmp_path / "back")
     same(jax.tree.map(np.asarray, restore(tmp_path / "back")), params)
     assert main(["--verify", str(tmp_path / "in"), str(tmp_path / "out"), "--no-gemm", "--quiet"]) == 0
-    assert "delta     equal" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "delta     equal" in out
+    one, other = re.search(r"([\d.]+ k?B) of ([\d.]+ k?B), 0 skipped", out).groups()
+    assert one == other

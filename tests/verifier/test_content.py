@@ -25,6 +25,7 @@ from convert.errors import InputError, PlanError
 from convert.options import Choices, Verification
 from convert.planning.planner import make_plan
 from convert.verifier.content.sides import contents
+from convert.verifier.stand import _content
 from layouts.checkpoint import open_checkpoint
 from layouts.windows import Windows
 from scripts.make_checkpoint import make_checkpoint
@@ -359,6 +360,17 @@ def test_a_manifest_that_has_it_proves_the_output_alone(root, tmp_path, way, cap
     assert "content   not run    (--content compares" in capsys.readouterr().out
     assert main(["--verify", str(out), "--quiet", "--content"]) == 0
     assert re.search("content   equal", capsys.readouterr().out)
+
+
+def test_only_digests_that_both_have_are_named(root, tmp_path):
+    """A conversion makes xxh3 anyway: then nothing is said of sha256, which was compared with nothing."""
+    convert.prefuse(root / "in", tmp_path / "out", layout="vllm")
+    level = next(level for level in convert.verify(tmp_path / "out", content=True).levels if level.name == "content")
+    assert level.state == "equal"
+    assert f"xxh3:{convert.digest(root / 'in').model.xxh3}" in level.covered
+    assert "sha256" not in level.covered
+    held = {"model": {"xxh3": "0", "tensors": 3}, "state": None, "terms": "t"}
+    assert _content(held, {**held, "model": {"sha256": "0"}}).state == "not run"
 
 
 def test_a_manifest_with_another_content_is_a_difference(root, tmp_path, capsys):

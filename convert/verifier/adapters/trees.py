@@ -57,7 +57,7 @@ def compare_trees(
         name="delta",
         covered=f"{compared} projections of experts with LoRA in {len(both)} blocks, A and B to the bit{products}; alpha "
         "is not in a tree",
-        compared=compared,
+        compared=sum(_nbytes(mine[path]) for path in both),
         differences=tuple(differ),
     )
 

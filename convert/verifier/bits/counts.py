@@ -51,7 +51,8 @@ def counts_of(
     return Counts(
         layers=layer_words(_numbers(chosen), len(chosen), config),
         experts=expert_words([len(scope.of(range(block.experts))) for block in chosen], config),
-        nbytes=sum(map(nbytes_of, every[0].values())) + sum(reader.tensors[name].nbytes for name in first.verbatim),
+        nbytes=sum(map(nbytes_of, every[0].values()))
+        + sum(reader.tensors[name].nbytes for name in (*first.verbatim, *first.loras)),
         skipped=skipped_words(left, lonely),
     )
 

@@ -64,7 +64,7 @@ class LoraBlock:
         Raises:
             ValueError: there is something in the padding.
         """
-        read = [self._read(name, number % 2, point) for number, name in enumerate(self.names)]
+        read = [self.read(number, point) for number in range(len(self.names))]
         if self.columns is None:
             return (read[0], read[1]), (read[2], read[3])
         a, b = read
@@ -80,10 +80,11 @@ class LoraBlock:
         sizes = zip(self.at.words[number], self.reader.tensors[name].shape, strict=True)
         return tuple(slice(point[axis], point[axis] + 1) if axis in point else slice(0, size) for axis, size in sizes)
 
-    def _read(self, name: str, number: int, point: Mapping[str, int]) -> Bits:
-        """Along the two axes that are left."""
-        along = tuple(at for at, axis in enumerate(self.at.words[number]) if axis in point)
-        return np.ascontiguousarray(self.reader.read(name, self.slices(name, number, point)).squeeze(along))
+    def read(self, number: int, point: Mapping[str, int]) -> Bits:
+        """The part of a tensor, by its number among the names, that is of an expert: A (k, r) or B (r, columns), as stored."""
+        name, side = self.names[number], number % 2
+        along = tuple(at for at, axis in enumerate(self.at.words[side]) if axis in point)
+        return np.ascontiguousarray(self.reader.read(name, self.slices(name, side, point)).squeeze(along))
 
     def _parted(self, b: Bits) -> tuple[Bits, Bits]:
         """The columns of gate and of up in their logical order: shards, then chunks, then what is in each."""

@@ -9,12 +9,15 @@ weight most while the sums stay finite.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convert.verifier.bits.logical import Block, Kind, expert, located, part
+from convert.verifier.content.lora_blocks import LoraBlock
 from convert.verifier.control.altered import Flip
 from layouts.reader import Reader
 from layouts.tensors import itemsize, numpy_dtype
@@ -78,6 +81,27 @@ def _stored_at(block: Block, e: int, logical: dict[str, int]) -> tuple[int, ...]
             offset = offset * axis.stored + (axis.size - 1 - here if axis.reverse else here)
         at.append(span.start + offset)
     return tuple(at)
+
+
+def of_lora(loras: Iterable[LoraBlock]) -> Flip | None:
+    """A bit of the value of B that weighs most in B @ A of the first expert for which that is not zero."""
+    for block in loras:
+        for at in itertools.product(*map(range, block.points.values())):
+            point = dict(zip(block.points, at, strict=True))
+            a, b = (_numbers(block, number, point) for number in (0, 1))
+            weighs = np.abs(a).max(axis=0, initial=0)[:, None] * np.abs(b)
+            if weighs.any():
+                r, n = np.unravel_index(np.argmax(weighs), weighs.shape)
+                index, width = {**point, "r": int(r), "n": int(n)}, itemsize(block.reader.tensors[block.names[1]].dtype)
+                place = tuple(index[axis] for axis in block.at.words[1])
+                return Flip(name=block.names[1], at=place, bit=32 if width > 4 else 0)  # of float64 the last is rounding
+    return None
+
+
+def _numbers(block: LoraBlock, number: int, point: dict[str, int]) -> NDArray[Any]:
+    """A (k, r) or B (r, columns) in float64, what is no number as zero."""
+    values = block.read(number, point).view(numpy_dtype(block.reader.tensors[block.names[number]].dtype)).astype(np.float64)
+    return np.where(np.isfinite(values), values, 0)
 
 
 def of_other(reader: Reader, names: list[str]) -> Flip | None:

@@ -1,4 +1,4 @@
-"""Run a verification again with two bits flipped in memory, one of an expert and one of another tensor, and say who saw it.
+"""Run a verification again with bits flipped in memory: of an expert, of LoRA, of another tensor; and say who saw them.
 
 In: what was compared, and how. Out: `Trial`s. It never writes.
 
@@ -8,7 +8,7 @@ It is the very same verification, narrowed down to one layer and one expert; onl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from convert.options import Verification
 from convert.verifier.bits.logical import Block, blocks
+from convert.verifier.content.lora_blocks import lora_blocks
 from convert.verifier.content.sides import lines_of
 from convert.verifier.control.altered import AlteredReader, Flip
-from convert.verifier.control.choice import of_expert, of_other, told
+from convert.verifier.control.choice import of_expert, of_lora, of_other, told
 from convert.verifier.sides import described, said_alone
 from convert.verifier.verdict import DIFFERENT, EQUAL, NOT_RUN, Trial, Verdict
 from layouts.matching.candidates import record_of
@@ -29,40 +30,67 @@ COMPUTED = ("identity", "gemm", "gradients", "layer", "mesh")
 """The levels that run experts."""
 Compare = Callable[[Reader, Reader, Verification], Verdict]
 Sides = tuple[Reader, Reader]
-_NEEDLESS = Trial(flipped="nothing", seen=(), untried={"exact": "it is not equal, and nothing can be told beside a difference"})
+_Asked = tuple[Flip, list[str], dict[str, str]]
+"""A bit, the levels that must see it, and those that need not, each with the reason."""
+
+
+def _needless(level: str) -> Trial:
+    return Trial(flipped="nothing", seen=(), untried={level: "it is not equal, and nothing can be told beside a difference"})
 
 
 def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compare) -> Verdict:
-    """Flip a bit of an expert and one of another tensor of one side, `compare` again, and look who sees it.
+    """Flip a bit of an expert, one of LoRA and one of another tensor of one side, `compare` again, and look who sees it.
 
     Asked are the levels that found the two equal, since others are able to find a difference as it is. It is the
     side that is not decoded in chunks, if there is one, else the second.
     """
-    equal = [level.name for level in verdict.levels if level.state == EQUAL]
-    if "exact" not in equal:
-        return replace(verdict, self_test=(_NEEDLESS,))
+    states = {level.name: level.state for level in verdict.levels}
+    equal = [name for name, state in states.items() if state == EQUAL]
+    if states.get("exact", EQUAL) != EQUAL:
+        return replace(verdict, self_test=(_needless("exact"),))
     which = 0 if is_chunked(sides[1]) and not is_chunked(sides[0]) else 1
     reader = sides[which]
-    said = said_alone(options, which)
-    description = described(reader, said, [record_of(sides[1 - which])])
-    chosen = _chosen(reader, description, options)
-    block, e = chosen.block, chosen.e
-    flip, matters = of_expert(block, e, chosen.rows)
-    names = list(description.verbatim)
-    apart = {name: _shared(name, flip.name) for name in names}  # not the layer's own router, which is closest
-    other = of_other(reader, [name for name in names if apart[name] == min(apart.values())])
-    altered = AlteredReader(inner=reader, flips=(flip, *([other] if other else [])))
-    scope = {"layers": frozenset({block.number}), "experts": frozenset({e})}
-    narrow = replace(options, **scope, content=False)  # type: ignore[arg-type]
+    said, beside = said_alone(options, which), [record_of(sides[1 - which])]
+    description = described(reader, said, beside)
+    asked, scope = _asked(reader, description, beside, equal, options)
+    if not asked:
+        return replace(verdict, self_test=(_needless("delta"),))
+    altered, narrow = AlteredReader(inner=reader, flips=tuple(flip for flip, *_ in asked)), replace(scope, content=False)
     again = compare(altered, sides[1], narrow) if which == 0 else compare(sides[0], altered, narrow)
+    trials = [_trial(told(reader, flip), must, again, idle) for flip, must, idle in asked]
+    if "content" in equal:
+        trials = [
+            trial if must == ["others"] else _with_content(trial, sides, which, flip, said)
+            for trial, (flip, must, _) in zip(trials, asked, strict=True)
+        ]
+    return replace(verdict, self_test=tuple(trials))
+
+
+def _asked(
+    reader: Reader, description: Description, beside: list[Mapping[str, Any]], equal: list[str], options: Verification
+) -> tuple[list[_Asked], Verification]:
+    """The bits to flip, and the options narrowed down to the layer and the expert that one of them is of."""
+    asked, near = list[_Asked](), ""
+    if "exact" in equal:
+        chosen = _chosen(reader, description, options)
+        asked.append(_of_expert(chosen, equal))
+        near = asked[0][0].name
+        options = replace(options, layers=frozenset({chosen.block.number}), experts=frozenset({chosen.e}))
+    if "delta" in equal and (flip := of_lora(lora_blocks(reader, description, beside).values())):
+        asked.append((flip, ["delta"], {}))
+    names = list(description.verbatim)
+    apart = {name: _shared(name, near) for name in names}  # not the layer's own router, which is closest
+    other = of_other(reader, [name for name in names if apart[name] == min(apart.values())])
+    if other and "others" in equal:
+        asked.append((other, ["others"], {}))
+    return asked, options
+
+
+def _of_expert(chosen: _Chosen, equal: list[str]) -> _Asked:
+    flip, matters = of_expert(chosen.block, chosen.e, chosen.rows)
     must = [name for name in equal if name == "exact" or (matters and name.partition("/")[0] in COMPUTED)]
     idle = {} if matters else {name: "no output depends on it" for name in equal if name.partition("/")[0] in COMPUTED}
-    trials = [_trial(told(reader, flip), must, again, idle)]
-    if "content" in equal:
-        trials[0] = _with_content(trials[0], sides, which, flip, said)
-    if other and "others" in equal:
-        trials.append(_trial(told(reader, other), ["others"], again, {}))
-    return replace(verdict, self_test=tuple(trials))
+    return flip, must, idle
 
 
 def _shared(name: str, other: str) -> int:
