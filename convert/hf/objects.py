@@ -43,8 +43,13 @@ class ObjectOutput:
 
 
 def begin(stage: StoreStage, files: Sequence[File]) -> tuple[str, ...]:
-    """Say that the place is no checkpoint yet, and remove parts that killed runs have left; what the user should know."""
+    """Say that the place is no checkpoint yet, and `remove_parts`."""
     stage.folder.write_text(MANIFEST, json.dumps({UNFINISHED: str(stage.home)}))
+    return remove_parts(stage, files)
+
+
+def remove_parts(stage: StoreStage, files: Sequence[File]) -> tuple[str, ...]:
+    """Remove parts that killed runs have left, where these files go there in parts; what the user should know."""
     if not any(file.size > PART for file in files) or stage.out.root.spec["driver"] != "s3":
         return ()
     try:

@@ -20,7 +20,7 @@ from convert.commit.store import StoreStage
 from convert.engine.budget import STRIP
 from convert.engine.copying import Worker, write_tensor
 from convert.engine.direct import Output
-from convert.hf.objects import ObjectOutput
+from convert.hf.objects import ObjectOutput, remove_parts
 from convert.hf.shards import File, file_of
 from convert.planning.across.computed import kept_bytes, originals_of
 from convert.planning.planner import Plan
@@ -35,8 +35,8 @@ _NOTE = "original:"
 """What stands before the name of a tensor in the journal, where its computed form stands, too."""
 
 
-def keep_originals(plan: Plan, reader: Reader, stage: AnyStage, progress: Progress) -> dict[str, Any]:
-    """Write the file, if the stage does not hold it yet; what the manifest says of the tensors in it.
+def keep_originals(plan: Plan, reader: Reader, stage: AnyStage, progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Write the file, if the stage does not hold it yet; what the manifest says of the tensors in it, and the user should know.
 
     Of a tree that comes with such a file, which is copied like any other beside it, it says what it said before.
 
@@ -46,16 +46,19 @@ def keep_originals(plan: Plan, reader: Reader, stage: AnyStage, progress: Progre
     """
     if ORIGINALS in plan.side_files:
         before = load(plan.source)
-        return {name: entry.json() for name, entry in before.originals.items()} if before else {}
+        return ({name: entry.json() for name, entry in before.originals.items()} if before else {}), ()
     targets = {target.spec.name: target for target in originals_of(plan)}
     if not targets:
-        return {}
-    digests = _written(plan, targets, reader, stage, progress)
-    return entries((target.spec for target in targets.values()), digests)
-
-
-def _written(plan: Plan, targets: Mapping[str, Target], reader: Reader, stage: AnyStage, progress: Progress) -> dict[str, str]:
+        return {}, ()
     file = file_of(ORIGINALS, (target.spec for target in targets.values()), {})
+    notes = remove_parts(stage, (file,)) if isinstance(stage, StoreStage) else ()
+    digests = _written(plan, targets, file, reader, stage, progress)
+    return entries((target.spec for target in targets.values()), digests), notes
+
+
+def _written(
+    plan: Plan, targets: Mapping[str, Target], file: File, reader: Reader, stage: AnyStage, progress: Progress
+) -> dict[str, str]:
     done = {name: stage.done.get(_NOTE + name) for name in targets}
     if _is_there(stage, file) and all(done.values()):
         progress(kept_bytes(plan))

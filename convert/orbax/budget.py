@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from convert.engine.blocks import SLAB
-from convert.engine.budget import Budget
+from convert.engine.budget import STRIP, Budget
 from convert.engine.reading import one_for_each_source, plan_windows
 from convert.errors import too_little
 from convert.options.option import workers
@@ -24,12 +24,16 @@ from convert.orbax.chunks import Chunking, plan_chunks, touched
 from convert.orbax.keeping.keep import Kept
 from convert.orbax.mesh import cuts_of
 from convert.orbax.origin import Origin, origin_of
+from convert.planning.across.computed import kept_bytes
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
+from layouts.disk.places import RemotePath
+from layouts.disk.upload import held
 from layouts.orbax.arrays import NODES
 from layouts.orbax.malloc import KEPT, keep_below
 from layouts.orbax.stream import WINDOW
 from layouts.reader import Reader, ReadLimits, ReadUnit, is_chunked
+from layouts.side_files import ORIGINALS
 from layouts.tensors import itemsize
 from layouts.windows import Windows
 
@@ -103,7 +107,7 @@ def orbax_budget(
         UsageError: none does; the message says how much the leanest need, and for which tensor.
     """
     wanted = workers(jobs)
-    base = BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
+    base = _base(plan, reader)
     largest = ""
     least = None
     cuts = cuts_of(plan, origin)
@@ -123,6 +127,24 @@ def orbax_budget(
         if least is None or peak < least:
             least, largest = peak, _why(worst, cache, budget, reader)
     raise too_little(memory, f"{((least or 0) >> 20) + 1} MiB are needed{largest}")
+
+
+def _base(plan: Plan, reader: Reader) -> int:
+    return BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
+
+
+def with_originals(budget: OrbaxBudget, memory: int, plan: Plan, reader: Reader) -> OrbaxBudget:
+    """With what it takes to upload the originals of computed tensors, which is done before arrays are written.
+
+    Raises:
+        UsageError: that is more than `memory` bytes: `gs://` takes an object as a whole.
+    """
+    if not isinstance(plan.out, RemotePath) or not (size := kept_bytes(plan)):
+        return budget
+    peak = _base(plan, reader) + SLAB + STRIP + held(plan.out, size)
+    if peak > memory:
+        raise too_little(memory, f"{(peak >> 20) + 1} MiB are needed to upload {ORIGINALS}")
+    return replace(budget, peak=max(budget.peak, peak))
 
 
 def reading_budget(memory: int, jobs: int | None, plan: Plan, reader: Reader) -> Budget:

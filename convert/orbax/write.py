@@ -31,7 +31,7 @@ from convert.engine.budget import SYNC
 from convert.engine.writer import Written
 from convert.errors import readable
 from convert.orbax.again import check_chunks, files_of_item, stored_again, written_again
-from convert.orbax.budget import OrbaxBudget, orbax_budget
+from convert.orbax.budget import OrbaxBudget, orbax_budget, with_originals
 from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
 from convert.orbax.item import Item
@@ -54,8 +54,8 @@ from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.reader import Reader
 from layouts.windows import Windows
 
-_Originals = Callable[[AnyStage, Progress], Mapping[str, Any]]
-"""Keeps the originals of computed tensors, and gives what the manifest says of them (`convert.hf.originals`)."""
+_Originals = Callable[[AnyStage, Progress], tuple[Mapping[str, Any], tuple[str, ...]]]
+"""Keeps the originals of computed tensors, and gives what the manifest says of them, and notes (`convert.hf.originals`)."""
 _Chunks = Mapping[str, tuple[int, ...]]
 """The shapes of stored chunks, by array."""
 _KEPT, _COPIED, _WRITTEN = "chunks are kept", "chunks are kept and copied", "chunks are written"
@@ -89,7 +89,7 @@ class OrbaxWriter:
             origin, kept = origin_of(like or reader), keep(plan, reader)
             check_names(plan, origin)
             render(plan, origin, {target.spec.name: target.spec.shape for target in plan.targets})  # or it fails at the end
-        budget = orbax_budget(memory, jobs, plan, reader, origin, kept)
+        budget = with_originals(orbax_budget(memory, jobs, plan, reader, origin, kept), memory, plan, reader)
         if not kept:
             check_chunks(plan, reader, budget)
         return cls(
@@ -117,7 +117,7 @@ class OrbaxWriter:
         whole = self._batches()
         portions = list(itertools.chain.from_iterable(whole))
         copied = _begin(stage, _KEPT if self.kept else _written(portions), processes)
-        kept = self.originals(stage, progress) if processes.first else {}
+        kept, notes = self.originals(stage, progress) if processes.first else ({}, ())
         with stage.folder.below(_name(self.origin.place), make=True) as folder:
             self.reader.hold(self.budget.limits, Windows())
             if self.kept and isinstance(stage, Stage) and isinstance(folder, Folder):
@@ -129,7 +129,7 @@ class OrbaxWriter:
                 return Written()
             look(stage.path / self.origin.place, self.plan, self.origin)
             found = by_array(portions, stage.done | stage.by_helpers() | digests)
-            return Written(self._write_beside(stage, folder, found, chunks, kept), self.plan.content)
+            return Written(notes + self._write_beside(stage, folder, found, chunks, kept), self.plan.content)
 
     def _keep(
         self,

@@ -3,18 +3,24 @@
 import signal
 import subprocess
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
 
 import convert
 from convert.cli import main
+from convert.commit.processes import ALONE
 from convert.hf import objects as hf_objects
+from convert.options import Choices, Running
+from convert.run import open_and_plan, writer_of
 from layouts.disk import places, upload
+from layouts.side_files import ORIGINALS
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.tiny import adapter, whole
 from tests.commit.test_processes import together
 from tests.commit.test_remote import BUCKET, client, downloaded, environment, objects, server  # noqa: F401
+from tests.orbax.test_computed import save as mixtral
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"family": "qwen3_moe", "experts": 2, "embed": 16, "mlp": 16, "layers": 1}
@@ -176,6 +182,31 @@ def test_parts_hold_little_and_follow_one_another(out, parts, monkeypatch, drive
         with pytest.raises(ValueError, match=why):
             _broken(there / "y", data, then)
     assert not [name for name in objects(f"{below(out)}/") if name.endswith("/y")]
+
+
+@pytest.mark.slow
+def test_parts_of_originals_that_a_killed_run_has_left_are_removed(out, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_objects, "PART", 1024)
+    source = mixtral(tmp_path / "in", "F32")
+    left = upload._Parts(places.place(out) / ORIGINALS)
+    left.send(b"x" * 1024)
+    assert len(unfinished(out)) == 1
+    convert.prefuse(source, out, to="orbax", compute="query-scale")
+    assert not unfinished(out)
+    assert convert.verify(source, out, gemm=False).equal
+
+
+@pytest.mark.parametrize("driver", ["s3", "gcs"])
+def test_originals_are_uploaded_within_the_memory(out, monkeypatch, driver, tmp_path):
+    monkeypatch.setattr("convert.orbax.budget.kept_bytes", lambda _: 3 << 30)
+    given = mixtral(tmp_path / "in"), places.place(out), "prefuse", Choices(to="orbax", compute="query-scale")
+    reader, plan = open_and_plan(*given)
+    monkeypatch.setitem(plan.out.root.spec, "driver", driver)
+    with closing(reader), pytest.raises(convert.UsageError, match=ORIGINALS) if driver == "gcs" else nullcontext():
+        writer_of(plan, reader, Running(memory=6 << 30), ALONE)
+    with closing(reader):
+        peak = writer_of(plan, reader, Running(memory=7 << 30), ALONE).budget.peak
+    assert (6 << 30 < peak <= 7 << 30) if driver == "gcs" else peak < 6 << 30
 
 
 def _broken(path, data, then):
