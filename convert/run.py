@@ -171,8 +171,8 @@ def _write(plan: Plan, reader: Reader, running: Running, processes: Processes, p
     state = _state(plan)
     mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)
     with staging(plan.out, mark, resume=running.resume, overwrite=running.overwrite, processes=processes) as stage:
-        resumed = len(stage.done)
         written = writer.write(stage, progress, processes)
+        resumed = writer.finished(stage.done) if stage.done else 0  # a writer that begins anew has thrown them away
         if _state(plan).content != state.content:  # a new hard link changes ctime, and nothing that was read
             raise InputError(f"{plan.source}: the input has changed while it was read; run again once it is at rest")
     return resumed, written

@@ -6,7 +6,7 @@ In: a plan, an open input, a memory budget. Out: a filled staging directory. `co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from convert.commit.processes import Processes
@@ -53,6 +53,9 @@ class Writer(Protocol):
             OSError: the disk is full or failing.
             InputError: data of the input cannot be read.
         """
+
+    def finished(self, done: Collection[str]) -> int:
+        """How many tensors are whole in a journal that has these keys; it has those of parts, and of sources, too."""
 
     def unlike(self, found: Manifest) -> str | None:
         """Why an output with this manifest is not written as this writer would write it, as far as the plan does not say."""

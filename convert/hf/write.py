@@ -6,7 +6,7 @@ In: a plan and an open input. Out: a filled staging directory. It never writes e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -182,6 +182,10 @@ class HFWriter:
         )
         folder.write_text(manifest.NAME, manifest.render(plan, digests, manifest.original_of(plan, reader), beside))
         return notes
+
+    def finished(self, done: Collection[str]) -> int:
+        """Each has its own key."""
+        return sum(target.spec.name in done for target in self.plan.targets)
 
     def unlike(self, found: Manifest) -> str | None:
         """Other files, or other headers, which stand in the output itself."""

@@ -10,7 +10,7 @@ run continues behind it, and removes what an interrupted run left of a batch, so
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,12 @@ class OrbaxWriter:
         stage.folder.write_text(manifest.NAME, text)
         folder.write_text(METADATA, texts[METADATA])  # last, because it makes a checkpoint of what lies in a store
         return notes
+
+    def finished(self, done: Collection[str]) -> int:
+        """Those all of whose portions are."""
+        return len(self.plan.targets) - len(
+            {p.target.spec.name for p in itertools.chain(*self._batches()) if p.key not in done}
+        )
 
     def unlike(self, found: Manifest) -> str | None:
         """Chunks that were kept and would be cut now, or the other way round."""

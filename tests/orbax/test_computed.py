@@ -5,6 +5,7 @@ By the user's word, named, by MaxText's rule, and back to the original bytes.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from contextlib import closing
@@ -209,7 +210,10 @@ def test_an_interrupted_run_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale", progress=stop)
     assert not (tmp_path / "tree").exists()
-    assert convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale").resumed
+    (kept,) = tmp_path.glob(f"tree.partial-*/new/{ORIGINALS}")
+    os.utime(kept, (1, 1))
+    assert convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale").resumed == 0, "none of the tree's"
+    assert (tmp_path / "tree" / ORIGINALS).stat().st_mtime == 1
     assert (tmp_path / "tree" / ORIGINALS).read_bytes() == (tmp_path / "whole" / ORIGINALS).read_bytes()
     assert convert.verify(tmp_path / "tree").equal
 
