@@ -93,14 +93,7 @@ class OrbaxWriter:
         if not kept:
             check_chunks(plan, reader, budget)
         return cls(
-            plan=plan,
-            reader=reader,
-            budget=budget,
-            origin=origin,
-            kept=kept,
-            memory=memory,
-            wanted=jobs,
-            originals=originals,
+            plan=plan, reader=reader, budget=budget, origin=origin, kept=kept, memory=memory, wanted=jobs, originals=originals
         )
 
     def pieces(self) -> list[tuple[str, int]]:
@@ -206,9 +199,8 @@ class OrbaxWriter:
 
     def finished(self, done: Collection[str]) -> int:
         """Those all of whose portions are."""
-        return len(self.plan.targets) - len(
-            {p.target.spec.name for p in itertools.chain(*self._batches()) if p.key not in done}
-        )
+        left = {portion.target.spec.name for batch in self._batches() for portion in batch if portion.key not in done}
+        return len(self.plan.targets) - len(left)
 
     def unlike(self, found: Manifest) -> str | None:
         """Chunks that were kept and would be cut now, or the other way round."""
