@@ -98,8 +98,11 @@ def _lines(plan: Plan, before: str, choices: Choices, running: Running) -> Itera
         yield f"- sha256 of what it holds, the same in every layout: `{plan.content['model']['sha256']}` (`convert --digest`)."
     yield f"- To load it: {_loading(plan)}."
     back = "" if before == plan.format else f" --to {before}"
+    back += f" --compute {choices.compute}" if choices.compute else ""
     yield f"- To have gate and up apart again, as they were before: `convert --split{back} OUT BACK`; this section goes, too."
-    pair = "" if plan.computed or plan.left_out else "; `convert --verify IN OUT` compares all bits"
+    bits = "all bits, computed ones with the originals or by their rule" if plan.computed else "all bits"
+    differ = plan.left_out or (plan.computed and (not choices.compute or choices.dequantize))
+    pair = "" if differ else f"; `convert --verify IN OUT` compares {bits}"
     yield f"- To check it: `convert --verify OUT` compares the digests in its manifest{pair}."
 
 

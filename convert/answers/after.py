@@ -38,7 +38,8 @@ def next_steps(report: Any, given: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _verify(plan: Any, given: Mapping[str, Any]) -> str:
-    if getattr(plan, "computed", None) or any(given.get(name) for name in _OTHER_CONTENT):
+    by_rule = given.get("compute") and not given.get("dequantize")
+    if (getattr(plan, "computed", None) and not by_rule) or any(given.get(name) for name in _OTHER_CONTENT):
         return shlex.join(["convert", "--verify", _word(plan.out)])
     words = ["convert", "--verify", _word(plan.source), _word(plan.out)]
     for each in options_of(Verifying):

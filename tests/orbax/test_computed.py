@@ -218,6 +218,19 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert convert.verify(tmp_path / "tree").equal
 
 
+def test_what_is_said_of_the_way_back_and_of_the_proof_is_so(tmp_path, monkeypatch, capsys):
+    """The card's commands and the run's last words, as they are printed."""
+    monkeypatch.chdir(save(tmp_path / "IN").parent)
+    assert main(["--prefuse", "IN", "OUT", "--to", "orbax", "--compute", "query-scale", "--quiet"]) == 0
+    assert "verify convert --verify IN OUT" in capsys.readouterr().out
+    card = Path("OUT/README.md").read_text()
+    assert "`convert --verify IN OUT` compares all bits, computed ones with the originals or by their rule" in card
+    (back,) = re.findall("`convert (--split [^`]*)`", card)
+    for words in ("--verify IN OUT --no-gemm", back):
+        assert main([*words.split(), "--quiet"]) == 0, words
+    assert files(Path("BACK")) == files(Path("IN"))
+
+
 @pytest.mark.parametrize("name", [ORIGINALS, f"{FOLDER}/model.safetensors", FOLDER])
 def test_nothing_else_has_a_place_where_originals_are_kept(name, tmp_path):
     source = save(tmp_path / "in")

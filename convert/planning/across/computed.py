@@ -64,7 +64,7 @@ def computed_in(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, A
         if word != name:
             raise PlanError(
                 f"{reader.path}: MaxText has {RULES[name].said} in this model, which would change values; "
-                f"with --compute={name} a conversion does so, and bits may not come back"
+                f"with --compute={name} a conversion does so; trees keep the originals for the way back"
             )
     if word and not rules:
         raise UsageError(f"{reader.path}: --compute={word}, and nothing of this model is computed on the way; do without it")
