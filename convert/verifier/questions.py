@@ -72,7 +72,7 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "files": Question(
         asks="Is what stands beside the tensors the same, or as it was written?",
-        method="config.json key by key; side files by xxh3-128; metadata of shards and steps",
+        method="config.json key by key; side files by xxh3-128; metadata of shards, steps and leaves",
         bound="nothing may differ but what a conversion changes by rule",
     ),
     "digests": Question(

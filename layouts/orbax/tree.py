@@ -138,7 +138,9 @@ def read_leaves(item: Path, tree: Any) -> dict[str, Leaf]:
 
 
 def _leaf(entry: Any) -> Leaf:
-    keys = ((key["key"], key["key_type"]) for key in entry["key_metadata"])
+    keys = [(key["key"], key["key_type"]) for key in entry["key_metadata"]]
+    if odd := [kind for _, kind in keys if isinstance(kind, list | dict)]:
+        raise TypeError(f"key_type is {odd[0]!r}, which is no kind of a key")
     path = tuple(int(key) if kind == 1 else str(key) for key, kind in keys)
     return Leaf(path=path, kind=str(entry["value_metadata"]["value_type"]), entry=entry)
 

@@ -4,16 +4,22 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import convert
+from convert.errors import InputError
+from convert.verifier.files.beside import compare_files
 from convert.verifier.files.leaves import compare_leaves
 from convert.verifier.verdict import Level
+from layouts.checkpoint import open_checkpoint
 from scripts.make_checkpoint import make_checkpoint
+from tests.tiny import save
 
 CONFIG = "config.json"
 
@@ -90,6 +96,25 @@ def test_what_orbax_says_of_a_leaf_is_looked_at(root, tmp_path, edit, against):
     edited(next(tree.rglob("_METADATA")), first)
     found = files(root / against, tree).differences
     assert sum(line in each for each in found) == 1, found
+
+
+@pytest.mark.parametrize("kind", [[], {}, [2]], ids=str)
+def test_a_kind_that_is_no_value_is_refused(root, tmp_path, kind):
+    tree = shutil.copytree(root / "tree", tmp_path / "tree")
+    edited(
+        next(tree.rglob("_METADATA")),
+        lambda found: next(iter(found["tree_metadata"].values()))["key_metadata"][0].update(key_type=kind),
+    )
+    with pytest.raises(InputError, match=r"_METADATA: .*key_type is"):
+        open_checkpoint(tree)
+
+
+def test_leaves_are_counted_where_nothing_else_is_beside_them(root, tmp_path):
+    save(tmp_path / "bare", {"params": {"norm": np.ones(3, "f4"), "head": np.ones(2, "f4")}})
+    with closing(open_checkpoint(tmp_path / "bare")) as one, closing(open_checkpoint(root / "tree")) as tree:
+        alone, count = compare_files(one, one), 2 * len(tree.leaves)
+    assert (alone.state, alone.compared) == ("equal", 4)
+    assert f"shards, kinds of {count} leaves, records" in files(root / "tree", root / "tree").covered
 
 
 def test_a_list_is_no_dictionary_with_the_same_names():

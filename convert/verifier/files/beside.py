@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert.commit.inventory import entry_of, read_card, read_in_pieces
-from convert.verifier.files.leaves import compare_leaves
+from convert.verifier.files.leaves import compare_leaves, leaves_of
 from convert.verifier.files.sealed import beside_manifest
 from convert.verifier.verdict import Level
 from layouts.card import CARD, strip
@@ -64,14 +64,16 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
     differences += [line for reader in (one, other) for line in beside_manifest(reader)]
     keys = len(_plain(one.config).keys() | _plain(other.config).keys())
     shards = len(one.headers) + len(other.headers)
+    leaves = leaves_of(one) + leaves_of(other)
     beside = "" if alike or not lonely else f"; not compared: {', '.join(lonely)}"
     count = len(files) + all(CARD in reader.side_files.plain for reader in (one, other))
     covered = f"{keys} keys of config.json, {count} side files by their digests, __metadata__ of {shards} shards"
-    none = not (left or right or keys or shards)
+    covered += f", kinds of {leaves} leaves" if leaves else ""
+    none = not (left or right or keys or shards or leaves)
     return Level(
         name="files",
         covered=f"{covered}, records{beside}",
-        compared=count + keys + shards,
+        compared=count + keys + shards + leaves,
         differences=tuple(differences),
         not_run="there are none" if none else "",
         asked=not none,

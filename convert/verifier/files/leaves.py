@@ -31,6 +31,11 @@ def compare_leaves(one: Reader, other: Reader) -> Iterator[str]:
             yield f"{METADATA}: below {_named(node)} is {_word(found[0][node])} in one, {_word(found[1][node])} in the other"
 
 
+def leaves_of(reader: Reader) -> int:
+    """How many leaves are looked at; files without a tree have none."""
+    return len(getattr(reader, "leaves", {}))
+
+
 def _kinds(reader: Reader) -> dict[Path, Counter[Any]]:
     """The kinds of the keys right below each node, by how many leaves say so."""
     found: dict[Path, Counter[Any]] = defaultdict(Counter)
