@@ -11,11 +11,11 @@ import pytest
 import convert
 from convert.cli import main
 from convert.verifier.bits.logical import blocks
-from convert.verifier.gemms.backends import BACKENDS
+from convert.verifier.gemms.backends import BACKENDS, keeps_apart
 from convert.verifier.gemms.layer import Arrays, Form, jitted_read
 from convert.verifier.gemms.operands import Weights, load
 from convert.verifier.gemms.probes import Setting, answered, gradients, identity, outputs, skewed, stored
-from convert.verifier.gemms.rows import ask, rows_of
+from convert.verifier.gemms.rows import ask, most_of, rows_of
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from scripts.make_checkpoint import make_checkpoint
@@ -125,6 +125,20 @@ def test_no_expert_is_left_out(folder):
     for at, e in enumerate(EXPERTS):
         idle = changed(weights, "wi", lambda wi, at=at: wi.at[at].set(0))
         assert {re.search(r"expert (\d+)", line)[1] for line in read_back(one, other, idle)} == {str(e)}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")
+@pytest.mark.parametrize("apart", [True, False])
+def test_infinities_hide_no_other_expert_where_experts_run_apart(folder, apart):
+    one, other = block(folder / "in"), block(folder / "concat")
+    both = changed(load(other, EXPERTS), "wi", lambda wi: wi.at[3, 0, 0].set(np.inf).at[5, 0, 0].add(1))
+    rows, most = ask(other, EXPERTS, 1), most_of(other, len(EXPERTS)) if apart else 0
+    answers = answered(both.read(rows.x, rows.hot, rows.sizes, SETTING.backend, SETTING.activation, most), rows)
+    unread: set[int] = set()
+    wanted = stored(load(one, EXPERTS), rows_of(one, 1))
+    found = list(identity(wanted, answers, both, other, EXPERTS, unread, apart=keeps_apart(SETTING.backend.gmm, most)))
+    said = ["layer 1, expert 9, gate (wi_0): one-hot tokens do not read the stored weights back"]
+    assert (found, unread) == ((said, {7}) if apart else ([], set(EXPERTS)))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")

@@ -47,10 +47,15 @@ class Backend:
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool, most: int = 0) -> jax.Array:
     """`jax.lax.ragged_dot`, accumulated in float32; on a CPU `by_group`, where `most` is known."""
-    if most and jax.default_backend() == "cpu":
+    if keeps_apart(ragged_dot, most):
         return by_group(x, w, sizes, rows_first, most)
     matrix = jnp.swapaxes(w, 1, 2) if rows_first else w
     return jax.lax.ragged_dot(x, matrix, sizes, preferred_element_type=jnp.float32)
+
+
+def keeps_apart(gmm: Gmm, most: int) -> bool:
+    """Whether that runs `by_group`, where nothing of an expert, were it infinite, reaches the rows of another."""
+    return gmm is ragged_dot and most > 0 and jax.default_backend() == "cpu"
 
 
 def by_group(x: jax.Array, w: jax.Array, sizes: jax.Array, rows_first: bool, most: int) -> jax.Array:

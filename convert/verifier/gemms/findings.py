@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from convert.commit.processes import Processes
 from convert.verifier.bits.logical import Block, Sides
 from convert.verifier.gemms import probes
+from convert.verifier.gemms.backends import keeps_apart
 from convert.verifier.gemms.calls import Call
 from convert.verifier.gemms.operands import Weights
 from convert.verifier.gemms.probes import Distance, Setting, distance, stored
@@ -87,7 +88,9 @@ class Findings:
         running = weights.read(rows.x, rows.hot, rows.sizes, setting.backend, setting.activation, most)
         call.wanted = call.wanted or stored(weights, rows_of(block, tokens))  # while that runs
         answers = probes.answered(running, rows)
-        self._add("identity", probes.identity(call.wanted, answers, weights, block, call.experts, call.unread))
+        apart = keeps_apart(setting.backend.gmm, most if max(rows.sizes) <= most else 0)
+        back = probes.identity(call.wanted, answers, weights, block, call.experts, call.unread, apart=apart)
+        self._add("identity", back)
         first.add(out, answers.routed)
         add_experts(out, rest, weights, setting, (len(rows.x), most))
         call.answers.append(answers)

@@ -96,24 +96,34 @@ def identity(
     block: Block,
     experts: range,
     unread: set[int] | None = None,
+    *,
+    apart: bool = False,
 ) -> Iterator[str]:
     """Rows of the weights that do not come back through the GEMM as they are `stored` in the first checkpoint.
 
-    Experts of which that cannot be told, as infinities among the weights spoil the sums, are added to `unread`.
+    Experts of which that cannot be told, as infinities among the weights spoil the sums, are added to `unread`: those that
+    hold some, where the backend keeps experts `apart`; else all of the call.
     """
     for role, each in (("wi", answers.wi), ("wo", answers.wo)):
         values = wanted[role]
         unequal = (each[:, :, : values.shape[2]] != values).any(axis=(2, 3))
-        if unequal.any() and not _finite(weights):
-            (set() if unread is None else unread).update(experts)
-            continue  # zero times infinity is no zero, and the masked product of a CPU lets it reach other experts
+        spoilt = {int(at) for at in np.flatnonzero(unequal.any(axis=1)) if apart and not _finite(weights, int(at))}
+        if unequal.any() and not apart and not all(_finite(weights, at) for at in range(weights.experts)):
+            spoilt = set(
+                range(len(experts))
+            )  # zero times infinity is no zero, and a masked product lets it reach other experts
+        (set() if unread is None else unread).update(experts[at] for at in spoilt)
         for at, g in np.argwhere(unequal):
-            where = f"{block.label}, expert {experts[at]}, {PROJECTIONS[role][g]}"
-            yield f"{where}: one-hot tokens do not read the stored weights back"
+            if at not in spoilt:
+                where = f"{block.label}, expert {experts[at]}, {PROJECTIONS[role][g]}"
+                yield f"{where}: one-hot tokens do not read the stored weights back"
 
 
-def _finite(weights: Weights) -> bool:
-    return all(bool(jnp.isfinite(array).all()) for array in jax.tree.leaves((weights.wi.array, weights.wo.array)))
+def _finite(weights: Weights, at: int) -> bool:
+    """Whether all weights of an expert are numbers."""
+    both = (("wi", weights.wi), ("wo", weights.wo))
+    parts = (part for role, operand in both for part in operand.projections(operand.host, role, at))
+    return all(bool(np.isfinite(np.asarray(part, np.float32)).all()) for part in parts)
 
 
 def outputs(both: tuple[Answers, Answers], block: Block, experts: range) -> tuple[Distance, list[str]]:
