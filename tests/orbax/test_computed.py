@@ -20,6 +20,7 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 import convert
+from convert.answers.after import next_steps
 from convert.cli import main
 from convert.commit.manifest import NAME, SEAL, seal_of
 from convert.errors import InputError, OutputError, PlanError
@@ -75,7 +76,12 @@ def queries(where: Path) -> np.ndarray:
 @pytest.mark.parametrize("code", ["BF16", "F32", pytest.param("F16", marks=pytest.mark.slow)])
 def test_queries_are_those_of_maxtext_there_and_back(code, tmp_path):
     source = save(tmp_path / "in", code)
-    convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
+    report = convert.prefuse(source, tmp_path / "tree", to="orbax", compute="query-scale")
+    words = f"convert --verify {source} {tmp_path / 'tree'}"  # run below, as the card's commands are
+    assert next_steps(report, {"compute": "query-scale"})["verify"] in (words, f"{words} --no-gemm")
+    card = (tmp_path / "tree" / "README.md").read_text()
+    assert "`convert --split --to hf --compute query-scale OUT BACK`" in card
+    assert "`convert --verify IN OUT` compares all bits, computed ones with the originals or by their rule" in card
     hf, found = load_file(source / "model.safetensors"), queries(tmp_path / "tree")
     for layer in range(LAYERS):
         wanted = by_maxtext(hf[f"model.layers.{layer}.self_attn.q_proj.weight"]).T.reshape(K, H, D)
@@ -216,19 +222,6 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert (tmp_path / "tree" / ORIGINALS).stat().st_mtime == 1
     assert (tmp_path / "tree" / ORIGINALS).read_bytes() == (tmp_path / "whole" / ORIGINALS).read_bytes()
     assert convert.verify(tmp_path / "tree").equal
-
-
-def test_what_is_said_of_the_way_back_and_of_the_proof_is_so(tmp_path, monkeypatch, capsys):
-    """The card's commands and the run's last words, as they are printed."""
-    monkeypatch.chdir(save(tmp_path / "IN").parent)
-    assert main(["--prefuse", "IN", "OUT", "--to", "orbax", "--compute", "query-scale", "--quiet"]) == 0
-    assert "verify convert --verify IN OUT" in capsys.readouterr().out
-    card = Path("OUT/README.md").read_text()
-    assert "`convert --verify IN OUT` compares all bits, computed ones with the originals or by their rule" in card
-    (back,) = re.findall("`convert (--split [^`]*)`", card)
-    for words in ("--verify IN OUT --no-gemm", back):
-        assert main([*words.split(), "--quiet"]) == 0, words
-    assert files(Path("BACK")) == files(Path("IN"))
 
 
 @pytest.mark.parametrize("name", [ORIGINALS, f"{FOLDER}/model.safetensors", FOLDER])

@@ -149,7 +149,7 @@ def test_padding_that_holds_something_is_seen():
         converted(fused, "split")
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_self_test_flips_a_bit_of_it(tmp_path, alone):
     """Of B where B @ A is not zero: A of a training that has not begun stands beside zeros."""
     params = model(alone=alone)
@@ -162,6 +162,14 @@ def test_the_self_test_flips_a_bit_of_it(tmp_path, alone):
     experts = [] if alone else [("exact", "content")]
     assert [trial.seen for trial in verdict.self_test] == [*experts, ("delta", "content"), ("others",)]
     assert not any(trial.untried for trial in verdict.self_test)
+
+
+def test_the_self_test_says_that_there_is_nothing_to_flip(tmp_path):
+    params = {"params": {"moe": {name: np.zeros_like(leaf) for name, leaf in model(alone=True)["params"]["moe"].items()}}}
+    save(tmp_path / "in", params)
+    verdict = convert.verify(tmp_path / "in", tmp_path / "in", gemm=False, self_test=True)
+    assert [trial.seen for trial in verdict.self_test] == [("others",), ()]
+    assert verdict.self_test[1].untried == {"delta": "B @ A is zero everywhere"}
 
 
 def without(params, *names):

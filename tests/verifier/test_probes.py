@@ -128,7 +128,7 @@ def test_no_expert_is_left_out(folder):
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("apart", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_infinities_hide_no_other_expert_where_experts_run_apart(folder, apart):
     one, other = block(folder / "in"), block(folder / "concat")
     both = changed(load(other, EXPERTS), "wi", lambda wi: wi.at[3, 0, 0].set(np.inf).at[5, 0, 0].add(1))

@@ -34,8 +34,11 @@ _Asked = tuple[Flip, list[str], dict[str, str]]
 """A bit, the levels that must see it, and those that need not, each with the reason."""
 
 
-def _needless(level: str) -> Trial:
-    return Trial(flipped="nothing", seen=(), untried={level: "it is not equal, and nothing can be told beside a difference"})
+_UNEQUAL = "it is not equal, and nothing can be told beside a difference"
+
+
+def _untried(level: str, why: str) -> Trial:
+    return Trial(flipped="nothing", seen=(), untried={level: why})
 
 
 def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compare) -> Verdict:
@@ -47,14 +50,17 @@ def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compar
     states = {level.name: level.state for level in verdict.levels}
     equal = [name for name, state in states.items() if state == EQUAL]
     if states.get("exact", EQUAL) != EQUAL:
-        return replace(verdict, self_test=(_needless("exact"),))
+        return replace(verdict, self_test=(_untried("exact", _UNEQUAL),))
     which = 0 if is_chunked(sides[1]) and not is_chunked(sides[0]) else 1
     reader = sides[which]
     said, beside = said_alone(options, which), [record_of(sides[1 - which])]
     description = described(reader, said, beside)
     asked, scope = _asked(reader, description, beside, equal, options)
+    lacking = []
+    if "delta" in states and not any("delta" in must for _, must, _ in asked):
+        lacking = [_untried("delta", "B @ A is zero everywhere" if "delta" in equal else _UNEQUAL)]
     if not asked:
-        return replace(verdict, self_test=(_needless("delta"),))
+        return replace(verdict, self_test=tuple(lacking))
     altered, narrow = AlteredReader(inner=reader, flips=tuple(flip for flip, *_ in asked)), replace(scope, content=False)
     again = compare(altered, sides[1], narrow) if which == 0 else compare(sides[0], altered, narrow)
     trials = [_trial(told(reader, flip), must, again, idle) for flip, must, idle in asked]
@@ -63,7 +69,7 @@ def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compar
             trial if must == ["others"] else _with_content(trial, sides, which, flip, said)
             for trial, (flip, must, _) in zip(trials, asked, strict=True)
         ]
-    return replace(verdict, self_test=tuple(trials))
+    return replace(verdict, self_test=(*trials, *lacking))
 
 
 def _asked(

@@ -109,9 +109,8 @@ def identity(
         unequal = (each[:, :, : values.shape[2]] != values).any(axis=(2, 3))
         spoilt = {int(at) for at in np.flatnonzero(unequal.any(axis=1)) if apart and not _finite(weights, int(at))}
         if unequal.any() and not apart and not all(_finite(weights, at) for at in range(weights.experts)):
-            spoilt = set(
-                range(len(experts))
-            )  # zero times infinity is no zero, and a masked product lets it reach other experts
+            # Zero times infinity is no zero, and a masked product lets it reach other experts.
+            spoilt = set(range(len(experts)))
         (set() if unread is None else unread).update(experts[at] for at in spoilt)
         for at, g in np.argwhere(unequal):
             if at not in spoilt:
