@@ -137,7 +137,8 @@ def convert_checkpoint(
             plan = explained(plan, reader.format, choices, running)
             if finished and not running.overwrite:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
-                return Report(plan=plan, seconds=time.monotonic() - started, resumed=len(plan.targets), proof=proof)
+                plan, seconds = replace(plan, content=proof.content), time.monotonic() - started
+                return Report(plan=plan, seconds=seconds, resumed=len(plan.targets), proof=proof.said)
             check_output(plan.source, target, overwrite=running.overwrite)
             resumed, (said, content) = _write(plan, reader, running, processes, told)
             plan = replace(plan, content=content)

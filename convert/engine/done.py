@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from convert.commit import manifest
 from convert.commit.identity import input_digest
 from convert.commit.inventory import differences, entry_of, read_card, read_in_pieces
 from convert.commit.processes import Processes
 from convert.commit.recorded import Manifest, load
+from convert.content import content_of
 from convert.engine.writer import Writer
 from convert.errors import InputError, OutputError
 from convert.planning.across.computed import originals_of
@@ -29,7 +30,14 @@ _REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that may be made anew; the digest of the input has what they are made from."""
 
 
-def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, progress: Progress) -> str:
+class Proof(NamedTuple):
+    """What was looked at, in a sentence, and the content digest, where one is made anyway."""
+
+    said: str
+    content: Mapping[str, Any] | None
+
+
+def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, progress: Progress) -> Proof:
     """Say what was looked at; several processes read a share of the tensors each.
 
     Raises:
@@ -47,11 +55,22 @@ def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, prog
     if not found.intact:  # last, as the least: what a split needs may be gone, where digests and files are as they were
         raise _refused(plan, f"is not what was written: {manifest.NAME} has been changed since, or an earlier version wrote it")
     processes.agree("compared")
+    content = plan.content or _content(plan, found)
+    have, noted = (each["model"].get("xxh3") if each else None for each in (content, found.content))
+    if have and noted and have != noted:
+        raise _refused(plan, "its manifest has another content digest (xxh3) than the digests of its tensors make")
     files = sum(entry.count or 1 for entry in found.files.values())
-    return (
+    said = (
         f"{plan.out} has been made by this plan from this input: {len(plan.targets)} tensors were read again and compared with "
         f"{manifest.NAME}, {files} files are there with their sizes, whose tensors a verification reads; nothing to do"
     )
+    return Proof(said, content)
+
+
+def _content(plan: Plan, found: Manifest) -> dict[str, Any] | None:
+    """What a conversion would have noted: of the digests of tensors that were made again, and of sources as they are noted."""
+    written = {name: entry.digest for name, entry in found.tensors.items()}
+    return content_of(plan, written | {manifest.SOURCE + name: digest for name, digest in found.sources.items()})
 
 
 def _refused(plan: Plan, why: str) -> OutputError:

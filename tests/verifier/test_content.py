@@ -387,6 +387,22 @@ def test_a_manifest_with_another_content_is_a_difference(root, tmp_path, capsys)
         convert.prefuse(root / "in", tmp_path / "out", content=True)
 
 
+@pytest.mark.parametrize("action", [convert.prefuse, pytest.param(convert.split, marks=pytest.mark.slow)])
+def test_a_digest_that_was_made_anyway_is_not_believed(root, tmp_path, action, capsys):
+    source, out = root / "in", tmp_path / "out"
+    if action is convert.split:
+        convert.prefuse(root / "in", source := tmp_path / "fused")
+    action(source, out)
+    text = json.loads((out / "convert_manifest.json").read_text())
+    assert action(source, out).to_dict()["content_xxh3"] == text["content"]["model"]["xxh3"]
+    text["content"]["model"]["xxh3"] = "0" * 32
+    (out / "convert_manifest.json").write_text(json.dumps({**text, "xxh3_128": seal_of(text)}))
+    assert main(["--verify", str(out), "--quiet", "--content"]) == 1
+    assert "the digest of the model is xxh3:" in capsys.readouterr().out
+    with pytest.raises(convert.OutputError, match="its manifest has another content digest"):
+        action(source, out)
+
+
 @pytest.mark.parametrize("content", [[], {}, {"model": {"sha256": 3}, "state": None, "terms": "t"}, "sha256"])
 def test_a_manifest_whose_content_is_none_is_refused(root, tmp_path, content):
     convert.prefuse(root / "in", tmp_path / "out")
