@@ -156,7 +156,8 @@ class HFWriter:
         if not isinstance(stage, StoreStage):
             look(stage.folder, files)
         if plan.record is None and (original is None or {file.name for file in files} != set(original.headers)):
-            made = f"{plan.source} does not say from which files it was made, so the tensors are in {len(files)} new ones"
+            why = "values are computed" if plan.computed else f"{plan.source} does not say from which files it was made"
+            made = f"{why}, so the tensors are in {len(files)} new ones"
             notes = made, *notes
         return Written(notes, content)
 

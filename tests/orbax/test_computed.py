@@ -122,6 +122,7 @@ def test_without_originals_queries_are_computed_back(code, tmp_path):
     (tree / ORIGINALS).unlink()
     report = convert.split(tree, tmp_path / "again", to="hf", compute="query-scale")
     assert f"values are computed back, and bits may not come back: no originals are kept ({ORIGINALS})" in report.plan.remarks
+    assert report.notes[0] == "values are computed, so the tensors are in 1 new ones"
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == hf.keys()
     for name, array in hf.items():
