@@ -105,8 +105,15 @@ def check(tmp_path, moe):
     assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
 
 
-@pytest.mark.parametrize("ocdbt", [True, False], ids=["database", "directories"])
-@pytest.mark.parametrize("zarr3", [True, False])
+STORES = [
+    pytest.param(zarr3, ocdbt, marks=() if zarr3 == ocdbt else pytest.mark.slow, id=f"{'zarr3' if zarr3 else 'zarr2'}-{place}")
+    for zarr3 in (True, False)
+    for ocdbt, place in ((True, "database"), (False, "directories"))
+]
+"""Formats of chunks, in a database or in directories."""
+
+
+@pytest.mark.parametrize(("zarr3", "ocdbt"), STORES)
 @pytest.mark.parametrize("name", KEPT)
 def test_chunks_move_as_they_are_stored(name, zarr3, ocdbt, tmp_path):
     moe = save(tmp_path / "in", KEPT[name], zarr3=zarr3, ocdbt=ocdbt)
@@ -119,8 +126,7 @@ def test_chunks_move_as_they_are_stored(name, zarr3, ocdbt, tmp_path):
         assert not values(tmp_path / "out", half)
 
 
-@pytest.mark.parametrize("ocdbt", [True, False], ids=["database", "directories"])
-@pytest.mark.parametrize("zarr3", [True, False])
+@pytest.mark.parametrize(("zarr3", "ocdbt"), STORES)
 @pytest.mark.parametrize("name", CUT)
 def test_chunks_that_would_be_cut_are_written_anew(name, zarr3, ocdbt, tmp_path):
     moe = save(tmp_path / "in", CUT[name], zarr3=zarr3, ocdbt=ocdbt)
@@ -128,7 +134,7 @@ def test_chunks_that_would_be_cut_are_written_anew(name, zarr3, ocdbt, tmp_path)
     check(tmp_path, moe)
 
 
-@pytest.mark.parametrize("zarr3", [True, False])
+@pytest.mark.parametrize("zarr3", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", {**KEPT, **CUT})
 def test_all_written_anew_is_the_same(name, zarr3, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.orbax.keeping.keep.ONE", -1)

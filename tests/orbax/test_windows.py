@@ -120,8 +120,10 @@ def often(loaded):
     return max(Counter(entry for entry in loaded if entry[-1] == "window").values())
 
 
-@pytest.mark.parametrize("streams", [False, True])
-@pytest.mark.parametrize("scan_axis", [0, 1])
+@pytest.mark.parametrize(
+    ("scan_axis", "streams"),
+    [(0, True), (1, False), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, False), (1, True)))],
+)
 @pytest.mark.parametrize("name", CHUNKS)
 def test_a_stack_saved_on_many_devices_becomes_hugging_face_with_each_window_loaded_once(
     name, scan_axis, streams, tmp_path, monkeypatch, loaded

@@ -126,7 +126,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")
-@pytest.mark.parametrize("sizes", [{"expert": 4, "model": 2}, {"expert": 8}, {"model": 4}, {"expert": 2, "model": 4}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert": 4, "model": 2},
+        {"expert": 8},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"model": 4}, {"expert": 2, "model": 4})),
+    ],
+)
 @pytest.mark.parametrize("layout", ["qwen3_moe", *LAYOUTS, "gpt_oss"])
 def test_many_devices_give_what_one_gives(folder, layout, sizes):
     reader = open_checkpoint(folder / layout)
