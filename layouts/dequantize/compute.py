@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.dequantize.formats import Format
-from layouts.dequantize.values import PER_BYTE, floats, pairs, products, table
+from layouts.dequantize.values import PER_BYTE, floats, products, rounded, table
 from layouts.reader import Reader
-from layouts.tensors import itemsize, numpy_dtype
+from layouts.tensors import itemsize
 
 GROUP = 16
 """Bytes of the last dimension of what is folded."""
-BF16 = numpy_dtype("BF16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,77 +51,31 @@ class Recipe:
         return (*self.lead, *((self.columns, self.rows) if self.format.folded else (self.rows, self.columns)))
 
 
-def matrix(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range, out: NDArray[Any]) -> None:
-    """Fill `out` with a block of one of its matrices in bfloat16. All is read at once and computed part by part."""
+def matrix(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range) -> NDArray[Any]:
+    """A block of one of its matrices as bits of bfloat16."""
     per = PER_BYTE[recipe.format.values]
     held = per * itemsize(reader.tensors[recipe.data].dtype)
     unit = math.lcm(held, recipe.block[1]) if recipe.block[1] < recipe.columns else held
     first = columns.start // unit * unit
     stop = min(-(-columns.stop // unit) * unit, -(-recipe.columns // held) * held)
     raw = _bytes(reader, recipe, point, rows, range(first // per, stop // per))
+    code = reader.tensors[recipe.scale].dtype
     down, along = (range(s.start // b, -(-s.stop // b)) for s, b in zip((rows, range(first, stop)), recipe.block, strict=True))
     along = range(along.start, min(along.stop, -(-recipe.columns // recipe.block[1])))
     stored = _grid(reader, recipe, recipe.scale, point, down, along)
-    code = reader.tensors[recipe.scale].dtype
-    part: _Looked | _Multiplied
+    second = _second(reader, recipe, point)
     if itemsize(code) == 1 and recipe.block[0] == 1:
-        words = products(recipe.format.values, code, _second(reader, recipe, point), divides=recipe.format.divides)
-        part = _Looked(words, stored)
+        words = products(recipe.format.values, code, second, divides=recipe.format.divides)
+        index = raw.reshape(*stored.shape, -1) | (stored.astype(np.uint16) << 8)[..., None]
+        found: NDArray[Any] = np.take(words, index).view(np.uint16).reshape(len(rows), -1)
     else:
-        zeros = _zeros(reader, recipe, point, down, along) if recipe.zero else None
-        part = _Multiplied(recipe.format.values, floats(stored, code), zeros, recipe.block, rows.start % recipe.block[0])
-    step = max(1, part.size // (stop - first))
-    for start in range(0, len(rows), step):
-        found = part.of(raw[start : start + step], start)
-        out[start : start + step] = found[:, columns.start - first : columns.stop - first]
-
-
-@dataclass(frozen=True, slots=True)
-class _Looked:
-    """Products that are looked up: those of all bytes with all scales, `stored` as (rows, groups)."""
-
-    words: NDArray[Any]
-    stored: NDArray[Any]
-    size: int = 1 << 17
-    """Elements to be asked for at a time: what they pass through stays in the cache."""
-
-    def of(self, raw: NDArray[Any], start: int) -> NDArray[Any]:
-        """(rows, columns) of bfloat16 from bytes (rows, bytes), the first of which are of this row."""
-        scales = self.stored[start : start + len(raw)]
-        index = raw.reshape(*scales.shape, -1) | (scales.astype(np.uint16) << 8)[..., None]
-        found: NDArray[Any] = np.take(self.words, index).view(BF16).reshape(len(raw), -1)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Multiplied:
-    """Values that are looked up, less their zero points, times their scales; `above` rows of the first block are not ours."""
-
-    values: str
-    scales: NDArray[np.float32]
-    zeros: NDArray[np.float32] | None
-    block: tuple[int, int]
-    above: int
-    size: int = 1 << 16
-
-    def of(self, raw: NDArray[Any], start: int) -> NDArray[Any]:
-        """See `_Looked`."""
-        wide = raw.shape[1] % 2 == 0
-        index = (raw.view(np.uint16) if wide else raw).astype(np.intp)
-        found = _taken(pairs(self.values) if wide else table(self.values), index).view(np.float32)
-        high, first = self.block[0], start + self.above
-        lines, rows = slice(first // high, -(-(first + len(raw)) // high)), range(first, first + len(raw))
-        if self.zeros is not None:
-            _each(np.subtract, found, self.zeros[lines], rows, self.block)
+        values = np.take(table(recipe.format.values), raw).view(np.float32)
+        if recipe.zero:
+            _each(np.subtract, values, _zeros(reader, recipe, point, down, along), rows, recipe.block)
         with np.errstate(all="ignore"):
-            _each(np.multiply, found, self.scales[lines], rows, self.block)
-            return found.astype(BF16)
-
-
-def _taken(words: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
-    """Words by their numbers, each of which there is: NumPy need not look, and writes where it is told to."""
-    out = np.empty(index.shape, words.dtype)
-    return np.take(words, index, out=out, mode="clip")
+            _each(np.multiply, values, floats(stored, code), rows, recipe.block)
+        found = rounded(values)
+    return found[:, columns.start - first : columns.stop - first]
 
 
 def _each(do: np.ufunc, values: NDArray[Any], grid: NDArray[Any], rows: range, block: tuple[int, int]) -> None:

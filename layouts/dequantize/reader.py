@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.dequantize.compute import BF16, Recipe, matrix
+from layouts.dequantize.compute import Recipe, matrix
 from layouts.dequantize.find import hidden, recipes
 from layouts.disk.pread import Empty
 from layouts.errors import PlanError
@@ -24,8 +24,8 @@ from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits
 from layouts.through import Through
 
-_PART = 1 << 19
-"""Elements that are read and computed at a time."""
+_PART = 1 << 17
+"""Elements computed at a time: they stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +91,14 @@ class DequantizingReader(Through):
         out = empty([len(span) for span in spans], bits("BF16"))
         if not out.size:
             return out
-        into = (out.swapaxes(-1, -2) if recipe.format.folded else out).view(BF16)
+        into = out.swapaxes(-1, -2) if recipe.format.folded else out
         *lead, rows, columns = [*spans[:-2], spans[-1], spans[-2]] if recipe.format.folded else spans
         step = max(1, _PART // len(columns))
         for point in itertools.product(*lead):
             place = into[tuple(at - span.start for at, span in zip(point, lead, strict=True))]
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
-                matrix(self.inner, recipe, point, part, columns, place[start : start + len(part)])
+                place[start : start + len(part)] = matrix(self.inner, recipe, point, part, columns)
         return out
 
 

@@ -23,24 +23,6 @@ PER_BYTE: Mapping[str, int] = {"e4m3": 1, "int8": 1, "int8+128": 1, "e2m1": 2, "
 @cache
 def table(values: str) -> NDArray[Any]:
     """(256,) words of all values of a byte in float32: NumPy looks up words several times as fast as rows."""
-    return _words(_values(values))
-
-
-@cache
-def pairs(values: str) -> NDArray[Any]:
-    """(65536,) words of all values of two bytes, the lower first: half the look-ups."""
-    each = _values(values)
-    return _words(np.concatenate((np.tile(each, (256, 1)), np.repeat(each, 256, 0)), 1))
-
-
-def _words(rows: NDArray[Any]) -> NDArray[Any]:
-    """Each row as one element, as wide as it is."""
-    kind = {1: "u4", 2: "u8", 4: "c16"}[rows.shape[1]]
-    return np.ascontiguousarray(rows).view(kind)[:, 0]
-
-
-def _values(values: str) -> NDArray[np.float32]:
-    """(256, values of a byte) in float32."""
     every = np.arange(256)
     halves = np.stack((every & 15, every >> 4), 1)
     tables = {
@@ -50,7 +32,7 @@ def _values(values: str) -> NDArray[np.float32]:
         "e2m1": np.array(FP4)[halves],
         "int4": halves - 8,
     }
-    return tables[values].astype(np.float32)
+    return tables[values].astype(np.float32).view(f"u{4 * PER_BYTE[values]}")[:, 0]
 
 
 def floats(stored: NDArray[Any], code: str) -> NDArray[np.float32]:
