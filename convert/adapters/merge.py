@@ -15,7 +15,8 @@ from convert.commit.inventory import read_in_pieces
 from convert.errors import PlanError, UsageError, readable
 from convert.options import Choices
 from convert.options.evidence import known_of
-from convert.planning.planner import Merging, Plan, verbatim
+from convert.planning.planner import Merging, Plan
+from convert.planning.targets import verbatim
 from layouts.adapters.describe import Description, describe
 from layouts.adapters.merging.pairing import pair
 from layouts.adapters.merging.plain import check_types, plain_ones

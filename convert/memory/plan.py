@@ -5,7 +5,6 @@ In: the leaves of a tree by name, a layout. Out: moves, and the record of the la
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any, cast
 from convert.errors import ConvertError, PlanError, UsageError
 from convert.memory.leaves import Leaf
 from convert.memory.names import absent, check_arrays, family_of, has_gates
-from convert.memory.relay import Planned, Relay, Side, halves_joined
+from convert.memory.relay import Planned, Relay, rendered, side_of
 from convert.memory.tree import Held
 from convert.options import Choices
 from convert.options.wording import as_arguments
@@ -23,7 +22,7 @@ from convert.planning.loras import columns_of, loras, sizes_of, stated_in
 from convert.planning.planner import Action, Plan, make_plan
 from convert.planning.targets import LORA, Target
 from layouts.adapters.trees import is_lora
-from layouts.language.layout import ROLES, Layout, Layouts, Placed
+from layouts.language.layout import ROLES, Layout, Layouts
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
 from layouts.matching.candidates import named
@@ -144,26 +143,12 @@ def _moves(found: Iterable[Target]) -> Iterator[Planned]:
             made.setdefault((each.role, each.part, block), []).append(each)
     for targets in made.values():
         first = targets[0]
-        source, target = _side(first.source, first.source_sizes), _side(first.target, first.sizes)
+        source, target = side_of(first.source, first.source_sizes, "ekgn"), side_of(first.target, first.sizes, "ekgn")
         yield Planned(
-            sources=_rendered(first.source.key, first.index, dict(source.sizes)),
-            targets=_rendered(first.target.key, first.index, dict(target.sizes)),
+            sources=rendered(first.source.key, first.index, dict(source.sizes)),
+            targets=rendered(first.target.key, first.index, dict(target.sizes)),
             relay=Relay(source=source, target=target, diagonal=first.way.diagonal),
         )
-
-
-def _side(placed: Placed, sizes: Mapping[str, int]) -> Side:
-    axes = [slot for slot in placed.key.slots if slot in "ekgn"]
-    pattern, sizes = halves_joined(placed.pattern, sizes)
-    held = {axis: sizes[axis] for axis in (*axes, *pattern.axes)}
-    return Side(named=tuple(axes), pattern=pattern, sizes=tuple(held.items()))
-
-
-def _rendered(key: Template, index: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """All names of a key that differ in the axes of the weight alone, in the order of their grid."""
-    axes = [axis for axis in key.slots if axis in sizes]
-    points = itertools.product(*(range(sizes[axis]) for axis in axes))
-    return tuple(key.render({**index, **dict(zip(axes, point, strict=True))}) for point in points)
 
 
 def _places(held: Mapping[str, Held], pairs: Iterable[_Pair]) -> Iterator[Planned]:
@@ -176,10 +161,10 @@ def _places(held: Mapping[str, Held], pairs: Iterable[_Pair]) -> Iterator[Planne
                 found.setdefault(frozenset(i for i in index.items() if i[0] not in sizes), {})[name] = index
         for names in found.values():
             first, index = next(iter(names.items()))
-            sources = _rendered(source, index, sizes)
+            sources = rendered(source, index, sizes)
             if lost := [name for name in sources if name not in names]:
                 raise PlanError(f"{first} is empty and {lost[0]} is not there, or is not empty; both or neither")
-            yield Planned(sources=sources, targets=_rendered(target, index, sizes), relay=None)
+            yield Planned(sources=sources, targets=rendered(target, index, sizes), relay=None)
 
 
 def _pairs(plan: Plan) -> Iterator[_Pair]:

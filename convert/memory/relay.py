@@ -8,24 +8,20 @@ hold is stacked, the axes are put in the order of the other pattern, padded, and
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from convert.planning.loras import NOT_DIAGONAL
 from convert.planning.targets import HALF
+from layouts.language.layout import Placed
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
+from layouts.language.template import Template
 
 Sizes = tuple[tuple[str, int], ...]
-
-
-def halves_joined(pattern: Pattern, sizes: Mapping[str, int]) -> tuple[Pattern, Mapping[str, int]]:
-    """A pattern with both halves of a rank as one axis, as a relay has them, and its sizes."""
-    if HALF not in pattern.axes:
-        return pattern, sizes
-    return Pattern(pattern.text.replace(f"({HALF} r)", "r")), {**sizes, "r": 2 * sizes["r"]}
 
 
 class Operations(Protocol):
@@ -72,6 +68,25 @@ class Side:
     def count(self) -> int:
         """How many arrays there are."""
         return math.prod(self.grid)
+
+
+def side_of(placed: Placed, sizes: Mapping[str, int], grid: Collection[str]) -> Side:
+    """A layout of arrays of which there is one for each point of those axes of `grid` that are in the names.
+
+    Both halves of a rank become one axis, as a relay has them.
+    """
+    named, pattern = [slot for slot in placed.key.slots if slot in grid], placed.pattern
+    if HALF in pattern.axes:
+        pattern, sizes = Pattern(pattern.text.replace(f"({HALF} r)", "r")), {**sizes, "r": 2 * sizes["r"]}
+    held = {axis: sizes[axis] for axis in (*named, *pattern.axes)}
+    return Side(named=tuple(named), pattern=pattern, sizes=tuple(held.items()))
+
+
+def rendered(key: Template, index: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """All names of a key that differ in the axes of the weight alone, in the order of their grid."""
+    axes = [axis for axis in key.slots if axis in sizes]
+    points = itertools.product(*(range(sizes[axis]) for axis in axes))
+    return tuple(key.render({**index, **dict(zip(axes, point, strict=True))}) for point in points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

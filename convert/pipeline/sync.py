@@ -6,7 +6,6 @@ value to the host, and never guesses which leaf becomes which.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from convert.memory import tree
 from convert.memory.leaves import Leaf, leaf_of
 from convert.memory.move import moved
 from convert.memory.plan import Tree, spec_of
-from convert.memory.relay import Relay, Side, halves_joined
+from convert.memory.relay import Relay, rendered, side_of
 from convert.options import Choices
 from convert.pipeline.request import Names, Request, request
 from convert.planning.targets import Target
-from layouts.language.layout import Placed
 from layouts.reader import Reader
 
 
@@ -135,10 +133,10 @@ def _moves(asked: Request) -> Iterator[_Move]:
             yield _Move(sources=(first.spec.name,), targets=(asked.names[first.spec.name],), relay=None)
             continue
         grid = _grid(first)
-        source, target = _side(first.source, first.source_sizes, grid), _side(first.target, first.sizes, grid)
+        source, target = side_of(first.source, first.source_sizes, grid), side_of(first.target, first.sizes, grid)
         yield _Move(
-            sources=_rendered(first.source, first.index, source),
-            targets=tuple(asked.names[name] for name in _rendered(first.target, first.index, target)),
+            sources=rendered(first.source.key, first.index, dict(source.sizes)),
+            targets=tuple(asked.names[name] for name in rendered(first.target.key, first.index, dict(target.sizes))),
             relay=Relay(source=source, target=target, diagonal=first.way.diagonal),
             factor=asked.plan.factors.get(first.first_source),
         )
@@ -154,18 +152,6 @@ def _times(arrays: Sequence[Any], factor: float | None) -> Sequence[Any]:
 def _grid(target: Target) -> set[str]:
     """The axes that one of the two layouts has in its shape, and the other one may have in its names."""
     return {*target.source.pattern.axes, *target.target.pattern.axes}
-
-
-def _side(placed: Placed, sizes: Mapping[str, int], grid: set[str]) -> Side:
-    named = [slot for slot in placed.key.slots if slot in grid]
-    pattern, sizes = halves_joined(placed.pattern, sizes)
-    held = {axis: sizes[axis] for axis in (*named, *pattern.axes)}
-    return Side(named=tuple(named), pattern=pattern, sizes=tuple(held.items()))
-
-
-def _rendered(placed: Placed, index: Mapping[str, Any], side: Side) -> tuple[str, ...]:
-    points = itertools.product(*map(range, side.grid))
-    return tuple(placed.key.render({**index, **dict(zip(side.named, point, strict=True))}) for point in points)
 
 
 def _check(

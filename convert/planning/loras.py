@@ -14,13 +14,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from convert.errors import ConvertError, InputError, PlanError
-from convert.planning.targets import HALF, LORA, Target, Way
+from convert.planning.targets import HALF, LORA, Target, Way, verbatim
 from layouts.adapters.trees import Axes, axes, found
 from layouts.language.cuts import cut
 from layouts.language.layout import Layouts, Placed
 from layouts.language.parts import CHUNKS
-from layouts.language.pattern import Pattern, identity
-from layouts.language.template import Template
+from layouts.language.pattern import Pattern
 from layouts.matching.candidates import named, record_of
 from layouts.matching.describe import Description
 from layouts.reader import Reader
@@ -128,18 +127,12 @@ def loras(specs: Mapping[str, TensorSpec], columns: Columns, weights: Mapping[st
             if key is LORA_FUSED and before is None:
                 raise PlanError(f"{names[0]} is fused, and nothing says in which layout; name it with --source-layout")
             if before == columns.after:
-                yield from (_kept(specs[name]) for name in names)
+                yield from (verbatim(specs[name]) for name in names)
                 continue
             tensors = [specs[name] for name in names]
             at = _axes(tensors, weights.get(path, {}), fused=key is LORA_FUSED)
             n = _real(names[1], before, {**said, **weights.get(path, {})}, at.n) if before else at.n
             yield from _block(path, tensors, at, n, columns._replace(before=before))
-
-
-def _kept(spec: TensorSpec) -> Target:
-    same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
-    sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
-    return Target(spec=spec, index={}, way=Way(role="verbatim", sizes=sizes, source_sizes=sizes, source=same, target=same))
 
 
 def _axes(tensors: Sequence[TensorSpec], weights: Sizes, *, fused: bool) -> Axes:
@@ -163,7 +156,7 @@ def _block(path: str, tensors: Sequence[TensorSpec], at: Axes, n: int, columns: 
     """A and B of one block, from one side to the other."""
     a, b = tensors[:2]
     if columns.before and columns.after:
-        yield _kept(a)
+        yield verbatim(a)
     if not columns.after and at.rank % 2:
         raise InputError(f"{a.name} has rank {at.rank}, which is odd: it is not that of gate and up together; keep it fused")
     for number, spec in enumerate((a, b)):

@@ -15,13 +15,9 @@ from convert.options import Choices
 from convert.planning.documents import plan_document
 from convert.planning.landings import land
 from convert.planning.record import family_record, make_record, with_origin
-from convert.planning.targets import Piece, Target, Way
-from layouts.language.layout import Placed
-from layouts.language.pattern import identity
-from layouts.language.template import Template
+from convert.planning.targets import Piece, Target, verbatim
 from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
-from layouts.tensors import TensorSpec
 
 __all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "plan_as_stored", "plan_described", "verbatim"]
 
@@ -194,10 +190,3 @@ def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target
         return first, target.spec.name
 
     return tuple(sorted(targets, key=place))
-
-
-def verbatim(spec: TensorSpec) -> Target:
-    """A tensor of the output that is named and stored as in the input."""
-    same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
-    sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
-    return Target(spec=spec, index={}, way=Way(role="verbatim", sizes=sizes, source_sizes=sizes, source=same, target=same))

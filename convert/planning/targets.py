@@ -15,9 +15,10 @@ from functools import cached_property
 
 from layouts.language.cuts import CUT, chunks, place
 from layouts.language.layout import Placed
-from layouts.language.pattern import Box
+from layouts.language.pattern import Box, identity
 from layouts.language.sections import ROWS, TENSOR, Turns
 from layouts.language.slots import Index
+from layouts.language.template import Template
 from layouts.tensors import TensorSpec
 
 OTHER, LORA = "other", "lora"
@@ -205,3 +206,10 @@ class Target:
                 source = place(self.source.pattern, self.source_sizes, number)
                 yield run.chunk | {"n": target_n}, source | {"n": range(at, at + end - start)}
                 start = end
+
+
+def verbatim(spec: TensorSpec) -> Target:
+    """A tensor of the output that is named and stored as in the input."""
+    same = Placed(Template(spec.name, literal=True), identity(len(spec.shape)))
+    sizes = dict(zip(same.pattern.axes, spec.shape, strict=True))
+    return Target(spec=spec, index={}, way=Way(role="verbatim", sizes=sizes, source_sizes=sizes, source=same, target=same))

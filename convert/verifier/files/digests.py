@@ -63,17 +63,20 @@ def changed(
     return (*(f"{name} is only in {where[name in found.tensors]}" for name in lonely), *lines)
 
 
-def damaged_originals(reader: Reader, found: Manifest) -> Iterator[str]:
-    """The originals of computed tensors that are kept with a tree and are not what was written.
+def originals(
+    reader: Reader, found: Manifest, options: Verification, processes: Processes = ALONE
+) -> tuple[int, tuple[str, ...]] | None:
+    """How many originals of computed tensors a tree keeps, and which are not what was written; None if it keeps none.
 
     Those of a tree that was trained since are: what they are no longer is what its values were made of.
     """
     kept = open_originals(reader) if found.originals else None
-    if kept is not None:
-        with closing(kept):
-            entries = replace(found, tensors=found.originals, hashed=None)
-            for line in changed(kept, entries, Stored(), ignore, Verification(), ALONE):
-                yield f"{ORIGINALS}: {line}"
+    if kept is None:
+        return None
+    with closing(kept):
+        entries = replace(found, tensors=found.originals, hashed=None)
+        lines = changed(kept, entries, Stored(), ignore, options, processes)
+        return len(found.originals.keys() & kept.tensors.keys()), tuple(f"{ORIGINALS}: {line}" for line in lines)
 
 
 def _to_hash(reader: Reader, found: Manifest, own: Iterable[str], processes: Processes) -> int | None:

@@ -20,13 +20,12 @@ from convert.progress import Progress, begin, ignore
 from convert.verifier.bits.work import Scratch
 from convert.verifier.control.altered import AlteredReader
 from convert.verifier.control.choice import of_other, told
-from convert.verifier.files.digests import Stored, changed, decoded, digest_of, hold_strips
+from convert.verifier.files.digests import Stored, changed, decoded, digest_of, hold_strips, originals
 from convert.verifier.files.sealed import compare_manifest
 from convert.verifier.share import agree, by_first
 from convert.verifier.stand import stood
 from convert.verifier.verdict import EQUAL, Level, Trial, Verdict
 from layouts.checkpoint import open_checkpoint
-from layouts.computing import open_originals
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
 
@@ -63,7 +62,8 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         itself = by_first(processes, lambda: compare_manifest(reader, found))
         stored = Stored()
         differ = changed(reader, found, stored, progress, options, processes)
-        kept, unlike = _originals(reader, found, options, processes)
+        missing = (f"{ORIGINALS} is missing, and the manifest has digests of it",) if found.originals else ()
+        kept, unlike = originals(reader, found, options, processes) or (0, missing)
         both = len(found.tensors.keys() & reader.tensors.keys()) + kept
         covered = _covered(found, stored, options, kept)
         digests = Level(name="digests", covered=covered, compared=both, differences=differ + unlike)
@@ -72,19 +72,6 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         levels += [_HELD] if found.content and "sha256" in found.content["model"] and not options.content else []
         verdict = Verdict(subject=str(path), levels=tuple(levels))
         return _attested(verdict, reader, found, options, progress, processes)
-
-
-def _originals(reader: Reader, found: Manifest, options: Verification, processes: Processes) -> tuple[int, tuple[str, ...]]:
-    """How many originals of computed tensors were looked at, and what is not so of them."""
-    if not found.originals:
-        return 0, ()
-    kept = open_originals(reader)
-    if kept is None:
-        return 0, (f"{ORIGINALS} is missing, and the manifest has digests of it",)
-    with closing(kept):
-        entries = replace(found, tensors=found.originals, hashed=None)
-        lines = changed(kept, entries, Stored(), ignore, options, processes)
-        return len(found.originals.keys() & kept.tensors.keys()), tuple(f"{ORIGINALS}: {line}" for line in lines)
 
 
 def _files(path: Path, found: Manifest) -> Level:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from convert.commit.manifest import NAME, hashed_text
 from convert.commit.recorded import Manifest, load
 from convert.errors import InputError
-from convert.verifier.files.digests import damaged_originals
+from convert.options import Verification
+from convert.verifier.files.digests import originals
 from convert.verifier.verdict import Level
 from layouts.checkpoint import FORMATS
 from layouts.reader import Reader
@@ -41,7 +42,8 @@ def beside_manifest(reader: Reader) -> Iterator[str]:
         yield str(error)
         return
     if found and (found.intact is not None or found.tool not in _WITHOUT):
-        lines = (*compare_manifest(reader, found).differences, *damaged_originals(reader, found))
+        _, damaged = originals(reader, found, Verification()) or (0, ())
+        lines = (*compare_manifest(reader, found).differences, *damaged)
         yield from (f"{reader.path}: {line}" for line in lines)
 
 
