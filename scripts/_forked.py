@@ -26,14 +26,18 @@ from typing import IO, Any, Self
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 180
 """Seconds after which a run hangs, and is ended by SIGALRM."""
+_TEXT = 1 << 20
+"""Bytes of a text that are looked at."""
 ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """The exit code of a process (negative: the signal that killed it), and what it wrote."""
+    """The exit code of a process (negative: the signal that killed it), seconds of CPU, bytes of memory, what it wrote."""
 
     returncode: int
+    cpu: float
+    peak: int
     stdout: str
     stderr: str
 
@@ -66,22 +70,32 @@ class Forks:
         self._number += 1
         printed = f"{self._folder.name}/{self._number}"
         request = {"code": code, "arguments": ["-c", *map(str, arguments)], "printed": printed}
-        return self._ask(request | {"environment": dict(os.environ)}), printed
+        (pid,) = self._ask(request | {"environment": dict(os.environ)})
+        return pid, printed
 
     def end(self, pid: int, printed: str) -> Ended:
         """Wait until it has ended."""
-        code = self._ask({"pid": pid})
-        return Ended(returncode=code, stdout=Path(f"{printed}.1").read_text(), stderr=Path(f"{printed}.2").read_text())
+        code, cpu, peak = self._ask({"pid": pid})
+        _, stdout, stderr = (_text(Path(f"{printed}.{stream}")) for stream in range(3))
+        return Ended(returncode=code, cpu=cpu, peak=peak, stdout=stdout, stderr=stderr)
 
     def run(self, code: str, *arguments: object) -> Ended:
         """Run `code` to its end."""
         return self.end(*self.start(code, *arguments))
 
-    def _ask(self, request: Mapping[str, Any]) -> int:
+    def _ask(self, request: Mapping[str, Any]) -> Any:
         ask: IO[str] = self._process.stdin  # type: ignore[assignment]
         answer: IO[str] = self._process.stdout  # type: ignore[assignment]
         print(json.dumps(request), file=ask, flush=True)
-        return int(answer.readline())
+        return json.loads(answer.readline())
+
+
+def _text(path: Path) -> str:
+    """The beginning of what was written to a file, which is no longer needed."""
+    with path.open("rb") as file:
+        found = file.read(_TEXT).decode(errors="surrogateescape")
+    path.unlink()
+    return found
 
 
 def load() -> None:
@@ -102,21 +116,27 @@ def load() -> None:
 
 
 def serve() -> None:
-    """Answer each request on stdin: to fork, with the number of the process, and to wait for one, with its exit code."""
+    """Answer each request on stdin: to fork, with the number of the process, and to wait for one, with how it ended."""
     code: list[int] = []
     atexit.register(lambda: code and _leave(*code))  # the first, so it is called last: only Python would end after that
     load()
     for line in sys.stdin:
         request = json.loads(line)
         if "pid" in request:
-            print(os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1]), flush=True)
+            print(json.dumps(_ended(request["pid"])), flush=True)
             continue
         assert len(os.listdir("/proc/self/task")) == 1, "a thread that the forked process would not have"
         child = os.fork()
         if not child:
             code.append(_become(**request))
             return
-        print(child, flush=True)
+        print([child], flush=True)
+
+
+def _ended(child: int) -> tuple[int, float, int]:
+    """Wait for a process: its exit code, its seconds of CPU, its peak of resident bytes."""
+    _, status, used = os.wait4(child, 0)
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss << 10
 
 
 def _become(*, code: str, arguments: list[str], printed: str, environment: dict[str, str]) -> int:

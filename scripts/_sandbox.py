@@ -14,12 +14,13 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scripts._confined import Ran, run
+from scripts._forked import Forks
 from scripts._inodes import Inode, changes, clear, inodes
 from scripts._sandbox_bases import WORK, Sandbox, lay
-from scripts._sandbox_server import Ran, Request, Server
 
 DOCUMENTED = frozenset(range(7))
 """The exit codes of the README but for bugs and signals."""
@@ -29,18 +30,6 @@ FORGED = "FORGED"
 """Stands behind line breaks in hostile names: a line that begins with it is one that an input has put into our text."""
 _ROOM = 2 << 30
 """Bytes that a disk in memory must have free: far more than sandboxes take."""
-_TEXT = 1 << 20
-"""Characters of a text that are looked at."""
-WARM = (
-    ("hf", "--prefuse {in} {out}"),
-    ("hf-fused", "--split {in} {out}"),
-    ("ocdbt", "--prefuse {in} {out}"),
-    ("dirs-fused", "--split {in} {out}"),
-    ("hf", "--to orbax {in} {out}"),
-    ("maxtext-fused", "--split --to hf {in} {out}"),
-    ("maxtext", "--verify {in} {other} --no-gemm"),
-)
-"""Commands on sound checkpoints which together import all that a conversion imports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,31 +38,20 @@ class Outcome:
 
     ran: Ran
     problems: tuple[str, ...]
-    stdout: str = field(repr=False)
-    stderr: str = field(repr=False)
 
 
-def attempt(server: Server, box: Sandbox, command: str, codes: frozenset[int] = DOCUMENTED) -> Outcome:
+def attempt(forks: Forks, box: Sandbox, command: str, codes: frozenset[int] = DOCUMENTED) -> Outcome:
     """Run a command in a sandbox and judge what it did."""
     argv = [word for word in box.argv(command) if word != "--noisy"]
-    texts = [box.root.with_name(f"{box.root.name}.{name}") for name in ("stdout", "stderr")]
     before = inodes(box.root)
-    ran = server.run(Request(argv=argv, cwd=str(box.root / "cwd"), stdout=str(texts[0]), stderr=str(texts[1])))
+    ran = run(forks, argv, box.root / "cwd")
     after = inodes(box.root)
-    stdout, stderr = (_text(path) for path in texts)
     problems = [
         *_ending(ran, codes),
-        *_said(stdout, stderr, quiet="--quiet" in argv, code=ran.code),
+        *_said(ran.stdout, ran.stderr, quiet="--quiet" in argv, code=ran.code),
         *_touched(box, before, after, ran.code, writes=not _only_reads(argv)),
     ]
-    return Outcome(ran=ran, problems=tuple(problems), stdout=stdout, stderr=stderr)
-
-
-def _text(path: Path) -> str:
-    with path.open("rb") as file:
-        found = file.read(_TEXT).decode(errors="surrogateescape")
-    path.unlink()
-    return found
+    return Outcome(ran=ran, problems=tuple(problems))
 
 
 def _ending(ran: Ran, codes: frozenset[int]) -> Iterator[str]:
@@ -153,20 +131,8 @@ def room() -> Iterator[Path]:
             Path(name).mkdir(exist_ok=True)
 
 
-@contextmanager
-def warmed(bases: Path, folder: Path) -> Iterator[Server]:
-    """A fork server that has imported what conversions import."""
-    with Server() as server:
-        for number, (base, command) in enumerate(WARM):
-            box = lay(folder / f"warm{number}", bases / base)
-            texts = [str(folder / f"warm{number}.{name}") for name in ("stdout", "stderr")]
-            server.warm(Request(argv=box.argv(command), cwd=str(folder), stdout=texts[0], stderr=texts[1]))
-            clear(box.root)
-        yield server
-
-
 def trial(
-    server: Server, folder: Path, base: Path, change: Callable[[Sandbox], object], command: str, codes: frozenset[int]
+    forks: Forks, folder: Path, base: Path, change: Callable[[Sandbox], object], command: str, codes: frozenset[int]
 ) -> Outcome:
     """Lay out a sandbox, change it and run a command in it; of a bug, say where it is."""
     found: list[Outcome] = []
@@ -175,13 +141,13 @@ def trial(
         laid = lay(folder, base)
         changed = change(laid)
         box = changed if isinstance(changed, Sandbox) else laid
-        found.append(attempt(server, box, command + extra, codes))
+        found.append(attempt(forks, box, command + extra, codes))
         if found[0].ran.code == 0 and not _only_reads(command.split()):
-            found[0] = _with_output(found[0], attempt(server, box, "--verify {out}"))
+            found[0] = _with_output(found[0], attempt(forks, box, "--verify {out}"))
         clear(folder)
         if "exit 70" not in found[0].problems:
             return found[0]
-    problems = [f"exit 70: {_place(found[1].stderr)}" if problem == "exit 70" else problem for problem in found[0].problems]
+    problems = [f"exit 70: {_place(found[1].ran.stderr)}" if problem == "exit 70" else problem for problem in found[0].problems]
     return replace(found[0], problems=tuple(problems))
 
 
@@ -190,7 +156,8 @@ def _with_output(outcome: Outcome, check: Outcome) -> Outcome:
     problems = [f"the output, verified: {problem}" for problem in check.problems]
     if check.ran.code != 0:
         problems.append(f"the output, verified: exit {check.ran.code}")
-    return replace(outcome, problems=(*outcome.problems, *problems), stderr=outcome.stderr + check.stderr)
+    ran = replace(outcome.ran, stderr=outcome.ran.stderr + check.ran.stderr)
+    return Outcome(ran=ran, problems=(*outcome.problems, *problems))
 
 
 def _only_reads(argv: Sequence[str]) -> bool:

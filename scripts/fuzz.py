@@ -25,8 +25,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts._forked import Forks
 from scripts._mutations import CANARY, mutate_bytes, mutate_header, mutate_json, mutate_lines, mutate_record
-from scripts._sandbox import DOCUMENTED, Outcome, Server, room, trial, warmed
+from scripts._sandbox import DOCUMENTED, Outcome, room, trial
 from scripts._sandbox_bases import Sandbox, make_bases
 
 Mutate = Callable[[bytes, random.Random], bytes]
@@ -116,9 +117,9 @@ class Case:
             (keep / path.name).write_bytes(path.read_bytes())
             (keep / "case.txt").write_text(f"{self.repeat}\n{self.target.base}: {path.relative_to(box.work)}: {self.command}\n")
 
-    def run(self, server: Server, bases: Path, folder: Path) -> Outcome:
+    def run(self, forks: Forks, bases: Path, folder: Path) -> Outcome:
         """Run it in a sandbox that is then gone."""
-        return trial(server, folder, bases / self.target.base, self.damage, self.command, DOCUMENTED)
+        return trial(forks, folder, bases / self.target.base, self.damage, self.command, DOCUMENTED)
 
 
 @dataclass(slots=True)
@@ -162,12 +163,12 @@ def signature_of(problem: str) -> str:
     return re.sub(r"'.*'|\d+(?= s| MiB)", "...", kind)
 
 
-def fuzz(server: Server, bases: Path, folder: Path, arguments: argparse.Namespace) -> Tally:
+def fuzz(forks: Forks, bases: Path, folder: Path, arguments: argparse.Namespace) -> Tally:
     """Run cases until the time is over."""
     tally, number, began = Tally(), 0, time.process_time()
     while tally.cpu + time.process_time() - began < 60 * arguments.minutes:
         case = Case(arguments.seed, number)
-        outcome = case.run(server, bases, folder / "box")
+        outcome = case.run(forks, bases, folder / "box")
         if tally.note(case, outcome):
             _keep(case, outcome, bases, folder, arguments.keep)
         number += 1
@@ -183,7 +184,7 @@ def _keep(case: Case, outcome: Outcome, bases: Path, folder: Path, keep: Path) -
     shutil.copytree(box.base, box.work, symlinks=True)
     case.damage(box, place)
     shutil.rmtree(box.root)
-    (place / "problems.txt").write_text("\n".join([*outcome.problems, outcome.stderr]), errors="backslashreplace")
+    (place / "problems.txt").write_text("\n".join([*outcome.problems, outcome.ran.stderr]), errors="backslashreplace")
 
 
 def main() -> None:
@@ -197,15 +198,15 @@ def main() -> None:
     began = time.monotonic()
     with room() as folder, tempfile.TemporaryDirectory() as making:
         bases = make_bases(Path(making) / "bases")
-        with warmed(bases, folder) as server:
+        with Forks(JAX_PLATFORMS="cpu") as forks:
             if arguments.only is not None:
                 case = Case(arguments.seed, arguments.only)
-                outcome = case.run(server, bases, folder / "box")
-                texts = [ascii(text) for text in (outcome.stdout, outcome.stderr)]
+                outcome = case.run(forks, bases, folder / "box")
+                texts = [ascii(text) for text in (outcome.ran.stdout, outcome.ran.stderr)]
                 print(f"{case.target.kind}, {case.target.base}: {case.command}", outcome, *texts, sep="\n")
                 _keep(case, outcome, bases, folder, arguments.keep)
                 sys.exit(bool(outcome.problems))
-            tally = fuzz(server, bases, folder, arguments)
+            tally = fuzz(forks, bases, folder, arguments)
     print(tally.table())
     print(
         f"seed {arguments.seed}: {sum(tally.codes.values())} cases in {tally.cpu / 60:.1f} CPU minutes "

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts._sandbox import Server, room, trial, warmed
+from scripts._forked import Forks
+from scripts._sandbox import room, trial
 from scripts._sandbox_bases import shared_bases
 from tests.hostile.corpus import Batch, batches, variants
 
@@ -23,29 +24,23 @@ def work() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="session")
-def server(bases, work) -> Iterator[Server]:
-    with warmed(bases, work) as found:
-        yield found
-
-
-def _judge(batch: Batch, server: Server, bases: Path, work: Path) -> None:
+def _judge(batch: Batch, forks: Forks, bases: Path, work: Path) -> None:
     found = []
     for variant, command in batch.cases:
-        outcome = trial(server, work / "box", bases / variant.base, variant.change, command, variant.codes)
+        outcome = trial(forks, work / "box", bases / variant.base, variant.change, command, variant.codes)
         found += [f"{variant.name}: {command}: {problem}" for problem in outcome.problems]
     assert not found, "\n".join([f"{len(found)} problems in {len(batch.cases)} cases", *found])
 
 
 @pytest.mark.parametrize("batch", batches(slow=False), ids=lambda batch: batch.name)
-def test_hostile(batch, server, bases, work):
-    _judge(batch, server, bases, work)
+def test_hostile(batch, forks, bases, work):
+    _judge(batch, forks, bases, work)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", batches(slow=True), ids=lambda batch: batch.name)
-def test_hostile_at_length(batch, server, bases, work):
-    _judge(batch, server, bases, work)
+def test_hostile_at_length(batch, forks, bases, work):
+    _judge(batch, forks, bases, work)
 
 
 def test_the_corpus_is_large():
