@@ -146,13 +146,14 @@ class Bench:
     def interrupted(self, name: str) -> tuple[Fault, list[Fault]]:
         """A fault in the midst of a conversion that ends it, and all that the run that takes it up can meet."""
         faults = [fault for fault in self.undisturbed(name).faults(every=True) if fault.kind == "EIO"]
-        late = faults[len(faults) // 2 :]
-        for first in late:
-            if self.convert(name, self.root / "out", first).code == 6 and (stages := list(self.root.glob("out.partial-*"))):
-                taken_up = self.convert(name, self.root / "out")
-                assert not stages[0].exists()
-                shutil.rmtree(self.root / "out")
-                return first, taken_up.faults(every=True)
+        for first in faults[len(faults) // 2 :]:
+            code, stages = self.convert(name, self.root / "out", first).code, list(self.root.glob("out.partial-*"))
+            again = self.convert(name, self.root / "out") if code == 6 and stages else None
+            for left in self.root.glob("out*"):
+                assert again is None or left.name == "out"
+                shutil.rmtree(left)
+            if again:
+                return first, again.faults(every=True)
         raise AssertionError(f"{name}: no fault leaves anything to take up")
 
     def conversion(self, name: str, *faults: Fault) -> list[str]:
