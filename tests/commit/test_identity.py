@@ -299,6 +299,7 @@ def test_a_manifest_opens_no_file_outside(one, tmp_path):
         ("../pipe is missing",),
         (),
         ("convert_manifest.json is not what was written",),
+        (),
     ]
 
 

@@ -365,6 +365,10 @@ def test_a_manifest_that_has_it_proves_the_output_alone(root, tmp_path, way, cap
 def test_only_digests_that_both_have_are_named(root, tmp_path):
     """A conversion makes xxh3 anyway: then nothing is said of sha256, which was compared with nothing."""
     convert.prefuse(root / "in", tmp_path / "out", layout="vllm")
+    alone = convert.verify(tmp_path / "out")
+    assert alone.equal
+    assert "content   not run    (--content compares" in str(alone)  # what was not looked at is said
+    assert "--content compares" in alone.to_dict()["not_run"]["content"]
     level = next(level for level in convert.verify(tmp_path / "out", content=True).levels if level.name == "content")
     assert level.state == "equal"
     assert f"xxh3:{convert.digest(root / 'in').model.xxh3}" in level.covered

@@ -35,7 +35,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def told(out: Path) -> tuple[str, ...]:
     verdict = convert.verify(out)
-    assert [level.name for level in verdict.levels] == ["files", "digests", "manifest"]
+    assert [level.name for level in verdict.levels] == ["files", "digests", "manifest", "content"]
     return verdict.levels[2].differences
 
 

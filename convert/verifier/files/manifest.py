@@ -69,7 +69,7 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         digests = Level(name="digests", covered=covered, compared=both, differences=differ + unlike)
         levels = [files, digests, itself]
         levels += [decoded(reader, stored, progress, processes)] if options.decode else []
-        levels += [_HELD] if found.content and "sha256" in found.content["model"] and not options.content else []
+        levels += [_HELD] if found.content and not options.content else []
         verdict = Verdict(subject=str(path), levels=tuple(levels))
         return _attested(verdict, reader, found, options, progress, processes)
 
