@@ -117,7 +117,7 @@ class Folder:
             InputError: the source is no regular file.
         """
         if isinstance(source, RemotePath):
-            self._copied(name, iter([source.read_bytes()]))
+            self._copied(name, source.pieces())
             return
         reading = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
         try:

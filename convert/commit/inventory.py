@@ -18,7 +18,7 @@ import xxhash
 from convert.errors import StorageError
 from layouts.card import CARD, MOST
 from layouts.disk.files import MANIFEST
-from layouts.disk.places import is_remote, names_of
+from layouts.disk.places import RemotePath, is_remote, names_of
 from layouts.errors import InputError
 from layouts.orbax.tree import COMMITTED
 
@@ -103,8 +103,8 @@ def read_in_pieces(path: Path) -> Iterator[bytes]:
     Raises:
         InputError: it is none, or cannot be read.
     """
-    if is_remote(path):
-        yield path.read_bytes()
+    if isinstance(path, RemotePath):
+        yield from path.pieces()
         return
     try:
         # A pipe or a device would never end; it is told without waiting for somebody at its other end.

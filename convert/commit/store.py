@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from convert.commit.inventory import read_in_pieces
 from convert.commit.processes import ALONE, Processes
 from convert.errors import OutputError, StorageError
 from layouts.disk.names import key
-from layouts.disk.places import RemotePath, kvstore_of, place
+from layouts.disk.places import RemotePath, is_remote, kvstore_of, place
+from layouts.disk.upload import write_pieces
 from layouts.orbax.tree import COMMITTED, METADATA
 
 _JOURNAL, _RUN, _WAY = "journal", "run", "way"
@@ -51,8 +53,14 @@ class StoreFolder:
         (self.path / key(name, self.path)).write_bytes(text.encode())
 
     def copy_in(self, source: Path, name: str) -> None:
-        """Put what a file holds."""
-        (self.path / key(name, self.path)).write_bytes(source.read_bytes())
+        """Put what a file or another object holds, a few bytes at a time where the store takes parts.
+
+        Raises:
+            InputError: the source is no regular file, cannot be read, or was written anew meanwhile.
+            OSError: the store fails.
+        """
+        size = 0 if is_remote(source) else source.stat().st_size
+        write_pieces(self.path / key(name, self.path), read_in_pieces(source), size)
 
     def remove(self, name: str) -> None:
         """Remove an object, and all below."""

@@ -53,7 +53,7 @@ def remove_parts(stage: StoreStage, files: Sequence[File]) -> tuple[str, ...]:
     if not any(file.size > PART for file in files) or stage.out.root.spec["driver"] != "s3":
         return ()
     try:
-        abort_all(stage.out)
+        abort_all(stage.out / "")
     except OSError as error:
         return (f"parts that an interrupted run may have left below {stage.out} could not be removed: {error.strerror}",)
     return ()

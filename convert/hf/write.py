@@ -36,13 +36,11 @@ from layouts.card import CARD
 from layouts.checkpoint import growing
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.disk.places import RemotePath, is_remote, listed_anew
-from layouts.disk.upload import held
+from layouts.disk.upload import CLIENT, held, held_by_pieces
 from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader, is_chunked
 from layouts.shards import unindexed
 
-CLIENT = 64 << 20
-"""Bytes of the clients of a store."""
 REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that are made anew; every other file that holds no tensors is copied as it is."""
 
@@ -100,7 +98,7 @@ class HFWriter:
         if not isinstance(plan.out, RemotePath):
             return made
         upload = held(plan.out, max((file.size for file in made.files), default=0))
-        return replace(made, budget=budget(CLIENT, upload))
+        return replace(made, budget=budget(CLIENT, max(upload, held_by_pieces(plan.out, plan.beside))))
 
     @cached_property
     def original(self) -> manifest.Original | None:

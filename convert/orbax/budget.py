@@ -28,7 +28,7 @@ from convert.planning.across.computed import kept_bytes
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.disk.places import RemotePath
-from layouts.disk.upload import held
+from layouts.disk.upload import CLIENT, held, held_by_pieces
 from layouts.orbax.arrays import NODES
 from layouts.orbax.malloc import KEPT, keep_below
 from layouts.orbax.stream import WINDOW
@@ -133,17 +133,18 @@ def _base(plan: Plan, reader: Reader) -> int:
     return BASE + EACH * (len(reader.tensors) + len(plan.targets)) + 2 * NODES
 
 
-def with_originals(budget: OrbaxBudget, memory: int, plan: Plan, reader: Reader) -> OrbaxBudget:
-    """With what it takes to upload the originals of computed tensors, which is done before arrays are written.
+def with_uploads(budget: OrbaxBudget, memory: int, plan: Plan, reader: Reader) -> OrbaxBudget:
+    """With what it takes to upload the originals of computed tensors, before arrays are written, and side files, after it.
 
     Raises:
         UsageError: that is more than `memory` bytes: `gs://` takes an object as a whole.
     """
-    if not isinstance(plan.out, RemotePath) or not (size := kept_bytes(plan)):
+    if not isinstance(plan.out, RemotePath):
         return budget
-    peak = _base(plan, reader) + SLAB + STRIP + held(plan.out, size)
-    if peak > memory:
-        raise too_little(memory, f"{(peak >> 20) + 1} MiB are needed to upload {ORIGINALS}")
+    first = held(plan.out, size) + SLAB + STRIP if (size := kept_bytes(plan)) else 0
+    upload, what = max((first, ORIGINALS), (held_by_pieces(plan.out, plan.beside), "what stands beside the arrays"))
+    if (peak := _base(plan, reader) + CLIENT + budget.cache + upload) > memory:
+        raise too_little(memory, f"{(peak >> 20) + 1} MiB are needed to upload {what}")
     return replace(budget, peak=max(budget.peak, peak))
 
 

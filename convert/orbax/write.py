@@ -31,7 +31,7 @@ from convert.engine.budget import SYNC
 from convert.engine.writer import Written
 from convert.errors import readable
 from convert.orbax.again import check_chunks, files_of_item, stored_again, written_again
-from convert.orbax.budget import OrbaxBudget, orbax_budget, with_originals
+from convert.orbax.budget import OrbaxBudget, orbax_budget, with_uploads
 from convert.orbax.copy import copy_and_hash
 from convert.orbax.fill import Filler
 from convert.orbax.item import Item
@@ -89,7 +89,7 @@ class OrbaxWriter:
             origin, kept = origin_of(like or reader), keep(plan, reader)
             check_names(plan, origin)
             render(plan, origin, {target.spec.name: target.spec.shape for target in plan.targets})  # or it fails at the end
-        budget = with_originals(orbax_budget(memory, jobs, plan, reader, origin, kept), memory, plan, reader)
+        budget = with_uploads(orbax_budget(memory, jobs, plan, reader, origin, kept), memory, plan, reader)
         if not kept:
             check_chunks(plan, reader, budget)
         return cls(

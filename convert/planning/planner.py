@@ -102,6 +102,11 @@ class Plan:
         """Bytes of the side files."""
         return sum(self.side_files.values())
 
+    @property
+    def beside(self) -> dict[Path, int]:
+        """The same by their places: bytes of each, 0 in a store."""
+        return {self.source / name: nbytes for name, nbytes in self.side_files.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """For programs, as `--json` has it."""
         return plan_document(self, self.targets)

@@ -20,6 +20,8 @@ from layouts.errors import InputError
 
 PATIENCE = 600.0
 """Seconds in which a store must have answered."""
+BEHIND = "OUT_OF_RANGE"
+"""What TensorStore says of bytes behind the end of an object."""
 WIDTH = 200
 """Characters of TensorStore's message that are shown."""
 _SYSTEM = (

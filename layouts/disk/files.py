@@ -47,6 +47,8 @@ def read_bytes(path: Path) -> bytes:
         OSError: the system refuses, or the disk is failing.
     """
     if not isinstance(path, Path):  # in a store, where all are regular
+        if path.longer_than(_limit(path)):
+            raise InputError(f"{path}: it has more than {_limit(path):,} bytes, the most that a file of this kind may have")
         return bytes(path.read_bytes())
     try:
         file = InputFile.open(path)
@@ -62,8 +64,12 @@ def read_bytes(path: Path) -> bytes:
         return bytes(data)
 
 
+def _limit(path: Path) -> int:
+    return LIMITS.get(path.name, LIMIT)
+
+
 def _check_limit(path: Path, size: int) -> None:
-    if size > (limit := LIMITS.get(path.name, LIMIT)):
+    if size > (limit := _limit(path)):
         raise InputError(f"{path}: it has {size:,} bytes, and {limit:,} are the most that a file of this kind may have")
 
 

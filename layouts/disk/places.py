@@ -17,9 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from layouts.disk.buckets import DRIVERS, Root, explained
-from layouts.disk.faults import answer, writing
+from layouts.disk.faults import BEHIND, answer, writing
 from layouts.disk.mistaken import of_the_hub
 from layouts.errors import InputError
+
+PIECE = 4 << 20
+"""Bytes of an object that are read at a time."""
 
 
 def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
@@ -157,11 +160,41 @@ class RemotePath:
         Raises:
             OSError: it is not there, or cannot be read.
         """
+        return bytes(self._part(0, None).value)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes of the object, a few at a time.
+
+        Raises:
+            InputError: somebody has written it anew meanwhile.
+            OSError: it is not there, or cannot be read.
+        """
+        at, version = 0, None
+        while found := self._part(at, at + PIECE) or self._part(at, None):
+            version = version or found.stamp.generation
+            if found.stamp.generation != version:
+                raise InputError(f"{self}: it was written anew while it was read; run again once it is at rest")
+            yield bytes(found.value)
+            at += len(found.value)
+            if at % PIECE or not at:
+                return
+
+    def longer_than(self, size: int) -> bool:
+        """Whether the object has more bytes than these. What lists a store says nothing of sizes."""
+        return self._part(size, size + 1) is not None
+
+    def _part(self, start: int, stop: int | None) -> Any:
+        """What TensorStore reads of these bytes; None where the object ends before."""
         with explained(str(self), self.root.spec), writing(str(self)):
-            found = answer(self.root.store.read(self.key))
+            try:
+                found = answer(self.root.store.read(self.key, byte_range=slice(start, stop)))
+            except ValueError as error:
+                if BEHIND not in str(error):
+                    raise
+                return None
         if found.state != "value":
             raise FileNotFoundError(2, "no such object", str(self))
-        return bytes(found.value)
+        return found
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The whole object as text."""

@@ -13,15 +13,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from layouts.disk.faults import answer, told
+from layouts.disk.faults import BEHIND, answer, told
 from layouts.disk.files import HEADER, parsed
 from layouts.disk.places import RemotePath
 from layouts.errors import InputError
 
 PART, AHEAD = 4 << 20, 4
 """Bytes of one request, and how many are under way for one reader: a store is slow to begin, and memory is not unlimited."""
-BEHIND = "OUT_OF_RANGE"
-"""What TensorStore says of bytes behind the end."""
 
 
 class _EndsBeforeError(InputError):

@@ -11,17 +11,21 @@ Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html (10,00
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from layouts.disk.faults import short
-from layouts.disk.places import RemotePath
+from layouts.disk.places import PIECE, RemotePath
 
 PART, PARTS = 16 << 20, 10_000
 """Bytes of a part, if so many are enough; objects below that are written as a whole."""
+CLIENT = 64 << 20
+"""Bytes of the clients of a store."""
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403")
 
 
@@ -87,6 +91,59 @@ class Upload:
         self.path.root.files.add(self.path.key)
 
 
+def write_pieces(path: RemotePath, pieces: Iterable[bytes], size: int) -> None:
+    """Write an object of pieces, of which it is not known how many there are; `size` is what is known of their bytes, or 0.
+
+    Parts of it that a killed run has left are removed.
+
+    Raises:
+        OSError: the store fails; nothing of the object stays.
+    """
+    buffer, parts, part = bytearray(), None, _part(size) if _has_parts(path) else None
+    try:
+        for piece in pieces:
+            buffer += piece
+            if part and len(buffer) > part:
+                parts = parts or _anew(path)
+                parts.send(buffer)
+                buffer = bytearray()
+        if parts is None:
+            path.write_bytes(bytes(buffer))
+            return
+        parts.send(buffer)
+        parts.complete()
+    except BaseException:
+        if parts:
+            parts.abort()
+        raise
+    path.root.files.add(path.key)
+
+
+def held_by_pieces(path: RemotePath, sources: Mapping[Path, int]) -> int:
+    """Bytes that `write_pieces` holds at most, one after another, of these with their sizes, which are not known in a store."""
+    return max((2 * _held_of(path, source, size) for source, size in sources.items()), default=0)
+
+
+def _held_of(path: RemotePath, source: Path, size: int) -> int:
+    parts = _has_parts(path)
+    if isinstance(source, RemotePath):
+        size = PIECE
+        while source.longer_than(size) and not (parts and size > PART):
+            size *= 2
+    return PIECE + (min(size, _part(size)) if parts else size)
+
+
+def _has_parts(path: RemotePath) -> bool:
+    """Whether a store takes parts of what stands beside tensors: without boto3, which not all have, all of it goes at once."""
+    return path.root.spec["driver"] == "s3" and importlib.util.find_spec("boto3") is not None
+
+
+def _anew(path: RemotePath) -> _Parts:
+    with suppress(OSError):  # who may write need not be allowed to list
+        abort_all(path)
+    return _Parts(path)
+
+
 class _Parts:
     """An upload in parts, which S3 joins in the end."""
 
@@ -112,12 +169,12 @@ class _Parts:
 
 
 def abort_all(path: RemotePath) -> int:
-    """Remove the parts that killed runs have left below a place, which nobody sees and somebody pays for; how many uploads.
+    """Remove the parts that killed runs have left of what begins so: nobody sees them, somebody pays; how many uploads.
 
     Raises:
         OSError: the store fails, or does not let us look.
     """
-    client, place, count = _client(path), _place(path / ""), 0
+    client, place, count = _client(path), _place(path), 0
     with _asked(path):
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place["Bucket"], Prefix=place["Key"])
         for each in (each for page in pages for each in page.get("Uploads", ())):

@@ -1,5 +1,6 @@
 """Safetensors in a store, out: the bytes of a disk, in parts, complete or absent, taken up again; against a local S3."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,16 @@ import pytest
 
 import convert
 from convert.cli import main
+from convert.commit.files import Folder
+from convert.commit.inventory import read_in_pieces
 from convert.commit.processes import ALONE
+from convert.commit.store import StoreFolder
 from convert.hf import objects as hf_objects
 from convert.options import Choices, Running
 from convert.run import open_and_plan, writer_of
 from layouts.disk import places, upload
+from layouts.disk.files import LIMITS, read_bytes
+from layouts.errors import InputError
 from layouts.side_files import ORIGINALS
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.tiny import adapter, whole
@@ -207,6 +213,82 @@ def test_originals_are_uploaded_within_the_memory(out, monkeypatch, driver, tmp_
     with closing(reader):
         peak = writer_of(plan, reader, Running(memory=7 << 30), ALONE).budget.peak
     assert (6 << 30 < peak <= 7 << 30) if driver == "gcs" else peak < 6 << 30
+
+
+@pytest.fixture
+def pieces(parts, monkeypatch):
+    """What is read and written of one object, in pieces of at most 700 bytes and parts of about 1 kB."""
+    monkeypatch.setattr("convert.commit.inventory._STEP", 700)
+    for module in (places, upload):
+        monkeypatch.setattr(module, "PIECE", 700)
+    put, send, seen = places.RemotePath.write_bytes, upload._Parts.send, []
+    monkeypatch.setattr(places.RemotePath, "write_bytes", lambda path, data: (seen.append(len(data)), put(path, data)))
+    monkeypatch.setattr(upload._Parts, "send", lambda own, data: (seen.append(len(data)), send(own, data)))
+    return seen
+
+
+def test_side_files_go_in_parts(out, pieces, tmp_path):
+    """From a disk to a store, from there to another place, and back to a disk; what a killed run has left is removed."""
+    left = upload._Parts(places.place(out) / "5000")
+    left.send(b"x" * 1024)
+    with Folder.at(tmp_path / "back", make=True) as back:
+        there, again = (StoreFolder(places.place(f"{out}{word}")) for word in ("", "-again"))
+        for size in (0, 1, 700, 1024, 1025, 1400, 5000):
+            data = bytes(range(250)) * 20
+            (tmp_path / "file").write_bytes(data[:size])
+            there.copy_in(tmp_path / "file", str(size))
+            again.copy_in(there.path / str(size), str(size))
+            back.copy_in(again.path / str(size), "copy")
+            assert (tmp_path / "back" / "copy").read_bytes() == data[:size]
+            assert b"".join(read_in_pieces(again.path / str(size))) == data[:size]
+    assert max(pieces) <= 1024 + 700
+    assert not unfinished(out)
+
+
+def test_a_side_file_that_changes_or_fails_leaves_nothing(out, pieces, monkeypatch):
+    there = places.place(out)
+    (there / "one").write_bytes(b"x" * 5000)
+    read = there.pieces
+
+    def changed(path):
+        for number, piece in enumerate(read.__func__(path)):
+            if number == 2:
+                (there / "one").write_bytes(b"y" * 5000)
+            yield piece
+
+    monkeypatch.setattr(places.RemotePath, "pieces", changed)
+    with pytest.raises(InputError, match="it was written anew while it was read"):
+        StoreFolder(there).copy_in(there / "one", "other")
+    assert not unfinished(out)
+    assert not (there.listed_anew() / "other").is_file()
+
+
+@pytest.mark.parametrize("to", ["orbax", None])
+@pytest.mark.parametrize("driver", ["s3", "gcs"])
+def test_side_files_are_uploaded_within_the_memory(local, out, monkeypatch, driver, to, tmp_path):
+    source = shutil.copytree(local, tmp_path / "in")
+    with (source / "notes.txt").open("wb") as file:
+        file.truncate(3 << 30)  # a hole
+    reader, plan = open_and_plan(source, places.place(out), "prefuse", Choices(to=to))
+    monkeypatch.setitem(plan.out.root.spec, "driver", driver)
+    with closing(reader), pytest.raises(convert.UsageError, match="is too little") if driver == "gcs" else nullcontext():
+        writer_of(plan, reader, Running(memory=6 << 30, jobs=1), ALONE)
+    with closing(reader):
+        peak = writer_of(plan, reader, Running(memory=7 << 30, jobs=1), ALONE).budget.peak
+    assert (6 << 30 < peak <= 7 << 30) if driver == "gcs" else peak < 1 << 30
+
+
+def test_of_objects_sizes_are_found_and_limited(out, pieces, monkeypatch):
+    """What lists a store says nothing of sizes."""
+    there = places.place(out)
+    (there / "config.json").write_bytes(b"{}" + b" " * 5000)
+    assert upload.held_by_pieces(there, {there / "config.json": 0}) == 2 * (1024 + 700)
+    monkeypatch.setitem(there.root.spec, "driver", "gcs")
+    assert upload.held_by_pieces(there, {there / "config.json": 0}) == 2 * (700 * 8 + 700)
+    assert read_bytes(there / "config.json") == b"{}" + b" " * 5000
+    monkeypatch.setitem(LIMITS, "config.json", 5001)
+    with pytest.raises(InputError, match="more than 5,001 bytes"):
+        read_bytes(there / "config.json")
 
 
 def _broken(path, data, then):

@@ -40,6 +40,8 @@ def test_out_and_in_take_no_more_for_more(tmp_path):
     peaks = []
     for layers in (1, 4):
         source = make_checkpoint(tmp_path / f"in{layers}", layers=layers, shard=100 << 20, **SIZES)  # 101 MB a layer
+        with (source / "notes.txt").open("wb") as file:
+            file.truncate((layers - 1) * (60 << 20))
         there = f"s3://{BUCKET}/memory/{layers}"
         peaks.append((peak("--prefuse", source, there), peak("--split", there, tmp_path / f"back{layers}")))
     for few, many in zip(*peaks, strict=True):
