@@ -93,11 +93,11 @@ def convert_adapter(
         mark = _mark(plan, state)
         with staging(out, mark, resume=running.resume, overwrite=running.overwrite) as stage:
             assert isinstance(stage, Stage)
-            resumed = len(stage.done)
-            notes = _write(plan, reader, stage, progress or ignore)
+            done = _kept(plan, stage)
+            notes = _write(plan, reader, stage, dict(done), progress or ignore)
             if state_of(source, plan.never_copied).content != state.content:
                 raise InputError(f"{source}: the input has changed while it was read; run again once it is at rest")
-    return AdapterReport(plan=plan, seconds=time.monotonic() - started, resumed=resumed, notes=notes)
+    return AdapterReport(plan=plan, seconds=time.monotonic() - started, resumed=len(done), notes=notes)
 
 
 def _card(plan: AdapterPlan, choices: Choices, running: Running) -> str:
@@ -126,8 +126,16 @@ def _mark(plan: AdapterPlan, state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, progress: Progress) -> tuple[str, ...]:
-    file, done = plan.file, dict(stage.done)
+def _kept(plan: AdapterPlan, stage: Stage) -> dict[str, str]:
+    """The digests of tensors that an earlier run finished, if their file is still there, whole."""
+    found = stage.folder.stat(plan.file.name)
+    if found is None or found.st_size != plan.file.size:
+        return {}
+    return {name: stage.done[name] for name in plan.specs if name in stage.done}
+
+
+def _write(plan: AdapterPlan, reader: HFReader, stage: Stage, done: dict[str, str], progress: Progress) -> tuple[str, ...]:
+    file = plan.file
     stage.folder.reserve(file.name, file.size, head=file.head)
     descriptor = stage.folder.open(file.name, os.O_RDWR)
     try:

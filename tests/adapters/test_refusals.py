@@ -170,7 +170,8 @@ def test_names_of_dumps_are_those_of_peft(infix, tmp_path):
     same(tensors(tmp_path / "back"), whole("per-expert"))
 
 
-def test_a_full_memory_is_said_and_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("left", ["all", "no file"])
+def test_a_full_memory_is_said_and_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch, left):
     given = adapter(tmp_path / "in", whole("per-expert"))
     assert run("--prefuse", given, tmp_path / "out", "--memory", "1k") == 2
     assert "a block of experts takes" in capsys.readouterr().err
@@ -187,8 +188,15 @@ def test_a_full_memory_is_said_and_an_interrupted_run_goes_on(tmp_path, capsys, 
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
+    (journal,) = tmp_path.glob("out.partial-*/.convert_journal")
+    names = {name for line in journal.read_text().splitlines()[1:] for name in json.loads(line)}
+    journal.write_text(journal.read_text() + '{"source:x": "0"}\n')  # no tensor of the output
+    if left == "no file":
+        (journal.parent / "new" / "adapter_model.safetensors").unlink()
     assert run("--prefuse", given, tmp_path / "out") == 0
-    assert "resumed: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (f"resumed: {len(names)} tensors" in out) if left == "all" else ("resumed" not in out)
+    assert run("--verify", tmp_path / "out") == 0
     assert run("--verify", given, tmp_path / "out") == 0
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
