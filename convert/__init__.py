@@ -136,7 +136,7 @@ def verify(
 
         return verify_adapters(place(a), place(b), progress, chosen, together)
     if chosen.from_writer or chosen.base:
-        raise UsageError("--from-writer and --base are for two LoRA adapters, and these are none")
+        raise UsageError("--from-writer and --base are for two LoRA adapters that are compared")
     if b is None:
         return verify_manifest(place(a), progress, chosen, together)
     return verify_checkpoints(place(a), place(b), progress, chosen, together)

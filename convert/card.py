@@ -19,6 +19,7 @@ from convert.commit.manifest import TOOL
 from convert.options import Choices, Running
 from convert.options.option import named
 from convert.planning.across.computed import originals_of
+from convert.planning.choices import comparable
 from convert.planning.planner import Plan
 from layouts.card import CARD, MOST, add, strip, takes_section
 from layouts.reader import Reader
@@ -101,8 +102,7 @@ def _lines(plan: Plan, before: str, choices: Choices, running: Running) -> Itera
     back += f" --compute {choices.compute}" if choices.compute else ""
     yield f"- To have gate and up apart again, as they were before: `convert --split{back} OUT BACK`; this section goes, too."
     bits = "all bits, computed ones with the originals or by their rule" if plan.computed else "all bits"
-    differ = plan.left_out or (plan.computed and (not choices.compute or choices.dequantize))
-    pair = "" if differ else f"; `convert --verify IN OUT` compares {bits}"
+    pair = f"; `convert --verify IN OUT` compares {bits}" if comparable(plan.computed, choices) else ""
     yield f"- To check it: `convert --verify OUT` compares the digests in its manifest{pair}."
 
 

@@ -7,6 +7,7 @@ import pytest
 from convert.cli import main
 from convert.errors import did_you_mean
 from scripts.make_checkpoint import make_checkpoint
+from tests.adapters.tiny import adapter, whole
 
 IN_CONCAT = "none of its experts is in layout 'concat'; they are as family {family} keeps them. Do without --source-layout"
 IN_VAIN = {
@@ -23,6 +24,28 @@ IN_VAIN = {
     "--to orbax hf out --source-layout concat": (4, IN_CONCAT.format(family="qwen3_moe")),
     "--prefuse orbax out --source-layout concat": (4, IN_CONCAT.format(family="maxtext")),
     "--verify hf hf --no-gemm --source-layout-b concat": (4, IN_CONCAT.format(family="qwen3_moe")),
+    "--verify hf hf --no-gemm --source-layout concat": (4, IN_CONCAT.format(family="qwen3_moe")),
+    "--verify hf orbax --no-gemm --source-layout concat": (4, IN_CONCAT.format(family="maxtext")),
+    "--verify hf made --no-gemm --source-layout vllm": (4, "neither that nor what it was made of is 'vllm'"),
+    "--verify hf made --no-gemm --source-layout nope": (2, "no layout is called 'nope'; known: concat"),
+    "--verify hf made --no-gemm --source-layout-b nope": (2, "no layout is called 'nope'; known: concat"),
+    "--verify hf made --no-gemm --family mixtral": (4, "made: its record says that it is of family 'qwen3_moe'"),
+    "--verify hf made --no-gemm --scan-axis 0": (2, "--scan-axis is for MaxText trees, and none is one of hf, made"),
+    "--verify hf made --dry-run --scan-axis 0": (2, "--scan-axis is for MaxText trees, and none is one of hf, made"),
+    "--verify made --source-layout vllm": (4, "neither that nor what it was made of is 'vllm'"),
+    "--verify made --family mixtral": (4, "made: its record says that it is of family 'qwen3_moe'"),
+    "--verify made --scan-axis 0": (2, "--scan-axis is for MaxText trees"),
+    "--verify adapter adapter --scan-axis 0": (2, "--scan-axis is for checkpoints; adapters are compared as a whole"),
+    "--verify adapter adapter --source-layout vllm": (2, "--source-layout is for checkpoints"),
+    "--verify adapter adapter --family-b olmoe": (2, "--family-b is for checkpoints"),
+    "--digest hf --source-layout concat": (4, IN_CONCAT.format(family="qwen3_moe")),
+    "--digest hf orbax --source-layout vllm": (4, "orbax: none of its experts is in layout 'vllm'"),
+    "--digest hf hf --scan-axis 1": (2, "--scan-axis is for MaxText trees"),
+    "--digest adapter --source-layout vllm": (2, "--source-layout is for checkpoints, and adapter is an adapter"),
+    "--inspect hf --scan-axis 0": (2, "--scan-axis is for MaxText trees, and hf is none"),
+    "--inspect adapter --source-layout vllm": (2, "--source-layout is for checkpoints, and adapter is an adapter"),
+    "--inspect made --family mixtral": (4, "made: its record says that it is of family 'qwen3_moe'"),
+    "--prefuse made out --family mixtral": (4, "made: its record says that it is of family 'qwen3_moe'"),
     "--prefuse hf a.txt/out": (
         2,
         "a.txt/out: {here}/a.txt is no directory, so nothing can be made in it; choose another output",
@@ -45,6 +68,15 @@ APPLIES = (
     "--prefuse hf out --layout per-shard --shards 2 --align 64",
     "--prefuse orbax out --keep-chunks",
 )
+OF_ONE = (
+    "--verify hf made --no-gemm --source-layout concat",
+    "--verify hf made --no-gemm --family qwen3_moe",
+    "--verify made --source-layout per-expert",
+    "--digest hf made --source-layout concat",
+    "--digest hf orbax --scan-axis 1",
+    "--inspect orbax --scan-axis 1",
+)
+"""What is said of all sides at once and is true of one of them."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +84,8 @@ def here(tmp_path_factory):
     path = tmp_path_factory.mktemp("in")
     make_checkpoint(path / "hf", family="qwen3_moe", experts=2, layers=1)
     make_checkpoint(path / "orbax", family="qwen3_moe", format="orbax", experts=2, layers=1)
+    assert main(["--prefuse", str(path / "hf"), str(path / "made"), "--quiet"]) == 0
+    adapter(path / "adapter", whole("per-expert"))
     (path / "a.txt").touch()
     return path
 
@@ -66,7 +100,13 @@ def test_what_is_said_in_vain_is_an_error(command, here, monkeypatch, capsys):
         found = stopped.code
     told = " ".join(capsys.readouterr().err.split())
     assert (found, words.format(here=here) in told) == (code, True), told
-    assert {path.name for path in here.iterdir()} == {"hf", "orbax", "a.txt"}
+    assert {path.name for path in here.iterdir()} == {"hf", "orbax", "made", "adapter", "a.txt"}
+
+
+@pytest.mark.parametrize("command", OF_ONE)
+def test_what_is_true_of_one_side_is_taken(command, here, monkeypatch):
+    monkeypatch.chdir(here)
+    assert main([*command.split(), "--quiet"]) == 0
 
 
 @pytest.mark.parametrize("command", APPLIES)

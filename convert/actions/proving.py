@@ -18,7 +18,7 @@ from convert.arguments import options
 from convert.errors import StorageError, UsageError
 from convert.options import Verification
 from convert.options.option import complete
-from convert.progress import watching
+from convert.progress import ignore, watching
 
 
 def verify(arguments: argparse.Namespace) -> Answer:
@@ -90,10 +90,15 @@ def digest(arguments: argparse.Namespace) -> Answer:
     """The digest of each checkpoint."""
     if not arguments.paths:
         raise UsageError("--digest takes one checkpoint or more")
-    given, found = options(arguments, "--digest"), {}
+    from convert.verifier.content.sides import content_of
+    from convert.verifier.sides import check_places
+    from layouts.disk.places import place
+
+    asked, found = complete(Verification, options(arguments, "--digest")), {}
+    check_places([place(path) for path in arguments.paths], asked)
     for path in arguments.paths:
         with watching(shown(arguments, None), total=_input_bytes(path) or None) as progress:
-            found[path] = convert.digest(path, progress=progress, **given)
+            found[path] = content_of(place(path), asked, progress or ignore, checked=True)
     result = {"digests": {path: each.to_dict() for path, each in found.items()}}
     text = "\n".join(each.told(path) for path, each in found.items())
     return Answer(text=text, document=envelope("digest", 0, result))

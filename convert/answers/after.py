@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from convert.answers.tables import made_for
+from convert.options import Choices
 from convert.options.keywords import Verifying, options_of
+from convert.options.option import complete, named
+from convert.planning.choices import comparable
 from convert.planning.planner import Plan
 from layouts.adapters.forms import FORMS
 from layouts.checkpoint import FORMATS
@@ -21,8 +24,6 @@ from layouts.language.layout import ROLES
 from layouts.matching.packing import WEIGHTS
 from layouts.tables.targets import TARGETS
 
-_OTHER_CONTENT = ("drop_optimizer", "drop_mtp", "params_only")
-"""With these the output holds less than the input, so that the two are no longer equal."""
 _HOW = ("jobs", "memory", "mesh", "content")
 """How to work, not what a checkpoint is: no proof needs to be told."""
 
@@ -38,8 +39,8 @@ def next_steps(report: Any, given: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _verify(plan: Any, given: Mapping[str, Any]) -> str:
-    by_rule = given.get("compute") and not given.get("dequantize")
-    if (getattr(plan, "computed", None) and not by_rule) or any(given.get(name) for name in _OTHER_CONTENT):
+    choices = complete(Choices, {each.name: given[each.name] for each in named(Choices) if each.name in given})
+    if not comparable(getattr(plan, "computed", None), choices):
         return shlex.join(["convert", "--verify", _word(plan.out)])
     words = ["convert", "--verify", _word(plan.source), _word(plan.out)]
     for each in options_of(Verifying):

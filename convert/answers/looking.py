@@ -15,7 +15,7 @@ from typing import Any
 
 from convert.answers.inspection import Blocks, Inspection
 from convert.answers.tables import made_for
-from convert.errors import ConvertError, PlanError, readable
+from convert.errors import ConvertError, PlanError, UsageError, readable
 from convert.options import Choices
 from convert.options.values import in_units as size
 from convert.planning.landings import land
@@ -43,7 +43,9 @@ def inspected(path: str | Path, choices: Choices) -> Inspection:
     with readable(path), growing(), closing(open_checkpoint(path)) as reader:
         facts = _facts(path, reader)
         if is_adapter(place(path)):
-            return Inspection(**facts, **_adapter(place(path)))
+            return Inspection(**facts, **_adapter(place(path), choices))
+        if choices.scan_axis is not None and not is_chunked(reader):
+            raise UsageError(f"--scan-axis is for MaxText trees, and {path} is none")
         try:
             asked = {"family": choices.family, "source_layout": choices.source_layout, "scan_axis": choices.scan_axis}
             described = describe(reader, **asked)  # type: ignore[arg-type]
@@ -79,13 +81,19 @@ def _nothing(prefuse: str, split: str) -> dict[str, Any]:
     return empty | {"prefuse": prefuse, "split": split, "made_for": None, "remarks": ()}
 
 
-def _adapter(path: Path) -> dict[str, Any]:
-    """What the plans of an adapter say."""
+def _adapter(path: Path, choices: Choices) -> dict[str, Any]:
+    """What the plans of an adapter say.
+
+    Raises:
+        UsageError: an option is for checkpoints.
+    """
     from convert.adapters.write import open_and_plan
 
     def would(action: Action) -> str:
         try:
-            reader, plan = open_and_plan(path, Path(_OUT), action, Choices())
+            reader, plan = open_and_plan(path, Path(_OUT), action, choices)
+        except UsageError:
+            raise
         except ConvertError as problem:
             return f"cannot: {problem}"
         reader.close()

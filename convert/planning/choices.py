@@ -5,7 +5,7 @@ In: choices (`convert.options`), formats. Out: nothing, or a `UsageError`, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from convert.errors import UsageError, did_you_mean
 from convert.options import Choices
@@ -20,14 +20,22 @@ _FOR: tuple[tuple[str, Callable[[str, str], bool], str], ...] = (
 """Options -> the formats of input and output that they have a say in, and what these are."""
 
 
+def comparable(computed: str | None, choices: Choices) -> bool:
+    """Whether a verification finds an output equal to its input: nothing is left out, and what is computed goes by a rule.
+
+    That is what users are told to call; `computed` is what a plan says of values that are not as they were.
+    """
+    drops = choices.drop_optimizer or choices.drop_mtp or choices.params_only
+    return not drops and (not computed or (choices.compute is not None and choices.dequantize is None))
+
+
 def check(choices: Choices) -> None:
     """See that the layouts exist and take these options.
 
     Raises:
         UsageError: they do not; the message lists what there is.
     """
-    from layouts.tables.natives import SOURCES  # not for `convert --help`
-    from layouts.tables.targets import BLOCK, TARGETS
+    from layouts.tables.targets import BLOCK, TARGETS  # not for `convert --help`
 
     for name in ("from_writer", "base"):
         if getattr(choices, name) is not None:
@@ -37,14 +45,30 @@ def check(choices: Choices) -> None:
         raise UsageError("--sharding says what the mesh is; give it or --mesh")
     if cuts and choices.keep_chunks:
         raise UsageError(f"{cuts[0]} cuts chunks anew, and --keep-chunks keeps them as they are; give one of them")
-    source = (choices.source_layout or choices.layout).partition(":")[0]
-    for name, known in ((choices.layout, TARGETS), (source, {**TARGETS, **SOURCES})):
-        if name not in known:
-            raise UsageError(f"no layout is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    _check_name(choices.layout, TARGETS)
+    check_source(choices.source_layout)
     if choices.glu_block != BLOCK and "{block}" not in TARGETS[choices.layout]["wi"].pattern:
         raise UsageError(f"layout {choices.layout!r} has no blocks whose size can be chosen; did you mean --layout=glu?")
     if choices.shards > 1 and "{shards}" not in TARGETS[choices.layout]["wi"].pattern:
         raise UsageError(f"layout {choices.layout!r} is not cut into shards; did you mean --layout=per-shard?")
+
+
+def check_source(layout: str | None) -> None:
+    """See that there is such a layout as a user says an input has: `glu:48` is `glu`.
+
+    Raises:
+        UsageError: there is none; the message lists what there is.
+    """
+    from layouts.tables.natives import SOURCES
+    from layouts.tables.targets import TARGETS
+
+    if layout is not None:
+        _check_name(layout.partition(":")[0], {**TARGETS, **SOURCES})
+
+
+def _check_name(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise UsageError(f"no layout is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
 def check_formats(choices: Choices, source: str, out: str) -> None:

@@ -30,7 +30,7 @@ from convert.verifier.files.recorded import UNREAD, compare_recorded
 from convert.verifier.held import Layers, held_across, held_alike
 from convert.verifier.scope import check_scope, narrowed
 from convert.verifier.share import agree, by_first
-from convert.verifier.sides import described_alike, opened, said_of
+from convert.verifier.sides import check_said, described_alike, opened, said_of
 from convert.verifier.stand import attested
 from convert.verifier.verdict import EQUAL, Level, Verdict
 from layouts.reader import Reader
@@ -63,6 +63,7 @@ def verify_checkpoints(
         agree(processes, options, *(list(reader.tensors.values()) for reader in (one, other)))
         if options.trust_digests and options.self_test:
             raise UsageError("--trust-digests reads no bits, so that --self-test has none to flip; leave out one of them")
+        check_said((one, other), options)
         announce(report, lambda: _outlook(one, other))
         verdict = _compare(one, other, options, report, processes)
         again = partial(_compare, report=ignore, processes=processes)
@@ -203,6 +204,7 @@ def estimate_cost(a: Path, b: Path, options: Verification | None = None) -> Cost
 
     options = options or Verification()
     with readable(f"{a} against {b}"), opened(a, b) as (one, other):
+        check_said((one, other), options)
         how, scope = _how(one, other, options) if options.gemm else None, _scope(options)
         if _differ(one, other):
             left, right = held_across(_formats(one, other, options), scope, options.memory)

@@ -6,14 +6,15 @@ In: paths, options. Out: open readers and descriptions. It never compares.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.errors import PlanError, readable
+from convert.errors import PlanError, UsageError, readable
 from convert.options import Verification
+from convert.planning.choices import check_source
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import ORIGIN, record_of
 from layouts.matching.describe import Description, describe
@@ -57,6 +58,47 @@ def said_alone(options: Verification, at: int) -> Verification:
     """The options with what the user says of this one of two sides, as if it were alone."""
     said = said_of(options)[at]
     return replace(options, family=said.family, source_layout=said.layout, family_b=None, source_layout_b=None)
+
+
+def check_places(paths: Sequence[Path], options: Verification) -> None:
+    """The same of checkpoints that are not open.
+
+    Raises:
+        UsageError, PlanError: see `check_said`.
+        InputError: one cannot be read.
+    """
+    with ExitStack() as stack:
+        check_said([stack.enter_context(closing(_opened(path))) for path in paths], options)
+
+
+def check_said(readers: Sequence[Reader], options: Verification) -> None:
+    """See that what is said of all sides at once is true of one of them at least, or it would be dropped in silence.
+
+    What is said of one alone has to be true of it.
+
+    Raises:
+        UsageError: there is no such layout, or none of the sides is a tree of MaxText, whose layers have an axis.
+        PlanError: a layout or a family that none is in.
+    """
+    for layout in (options.source_layout, options.source_layout_b):
+        check_source(layout)
+    said = [name for name in ("family", "source_layout", "scan_axis") if getattr(options, name) is not None]
+    if said and (adapter := next((reader for reader in readers if reader.format == "adapter"), None)):
+        raise UsageError(f"--{said[0].replace('_', '-')} is for checkpoints, and {adapter.path} is an adapter")
+    if options.scan_axis is not None and all(reader.format != "orbax" for reader in readers):
+        raise UsageError(f"--scan-axis is for MaxText trees, and none is one of {', '.join(str(r.path) for r in readers)}")
+    alone = len(readers) == 1 and (options.family or options.scan_axis is not None)
+    if not (alone or (options.source_layout and options.source_layout_b is None)):
+        return
+    problems = []
+    for at, reader in enumerate(readers):
+        told = replace(said_alone(options, at), source_layout_b=options.source_layout)
+        try:
+            described(reader, told, [record_of(other) for other in readers if other is not reader])
+            return
+        except PlanError as problem:
+            problems.append(str(problem))
+    raise PlanError("; ".join(dict.fromkeys(problems)))
 
 
 def described_alike(one: Reader, other: Reader, options: Verification) -> tuple[Description, Description]:

@@ -26,7 +26,7 @@ from layouts.matching.refusal import check_beside, hint, lookalikes, without_lor
 from layouts.matching.sorting import Key, Sorted, sort_names
 from layouts.matching.witness import check_counts, check_layers, check_routers, check_said
 from layouts.reader import Reader
-from layouts.tables.families import Family, maxtext
+from layouts.tables.families import Family, families_of, maxtext
 from layouts.tensors import TensorSpec
 
 
@@ -104,6 +104,10 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Fami
     else:
         wanted = override or stated
     found = find_family(reader.config, list(reader.tensors), where=reader.path, format=reader.format, override=wanted)
+    recorded = next((each for each in families_of(reader.format) if each.name == stated), found)
+    if recorded.name != found.name and not recorded.by_names:  # names tell less than a user who knows the model
+        said = f"--family={override}" if override else f"--scan-axis={scan_axis}"
+        raise PlanError(f"{reader.path}: its record says that it is of family {stated!r}; do without {said}")
     return filled(reader, found)
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.answers import after
+from convert.card import CARD
 from convert.cli import main
 from scripts.make_checkpoint import make_checkpoint
 from tests.adapters.bases import base, weights
@@ -65,6 +66,9 @@ def test_the_command_that_is_printed_proves_it(places, case, tmp_path, monkeypat
     assert verify == f"verify convert --verify {proof}"
     assert loading.startswith("load   ")
     assert load in loading
+    card = tmp_path / shlex.split(proof)[1 if " " in proof else 0] / CARD
+    if card.exists() and "Made by moe-convert" in card.read_text():  # it says the same
+        assert ("`convert --verify IN OUT`" in card.read_text()) == (" " in proof)
     assert main([*shlex.split(verify)[2:], "--quiet", *["--no-gemm"] * (case != "prefuse")]) == 0
     capsys.readouterr()
     if "convert.load(" in loading:

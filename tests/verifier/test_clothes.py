@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.cli import main
-from convert.errors import PlanError
+from convert.errors import PlanError, UsageError
 from layouts.hf import HFReader
 from layouts.orbax.reader import OrbaxReader
 from scripts.make_checkpoint import make_checkpoint
@@ -164,12 +164,12 @@ def test_what_is_said_of_one_side_is_not_believed_where_it_is_wrong(plain):
         plain / "fused-in-out", plain / "tree concat", gemm=False, source_layout="fused-interleaved", source_layout_b="concat"
     )
     assert [level.name for level in wrong.levels if level.differences] == ["exact"]
-    for words, told in (
-        ({"source_layout_b": "nonsense"}, "no layout is called 'nonsense'"),
-        ({"source_layout": "nonsense", "source_layout_b": "concat"}, "no layout is called 'nonsense'"),
-        ({}, "nothing says in which layout"),
+    for words, kind, told in (
+        ({"source_layout_b": "nonsense"}, UsageError, "no layout is called 'nonsense'"),
+        ({"source_layout": "nonsense", "source_layout_b": "concat"}, UsageError, "no layout is called 'nonsense'"),
+        ({}, PlanError, "nothing says in which layout"),
     ):
-        with pytest.raises(PlanError, match=told):
+        with pytest.raises(kind, match=told):
             convert.verify(plain / "in", plain / "tree concat", gemm=False, **words)
 
 

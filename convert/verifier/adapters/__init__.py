@@ -31,6 +31,11 @@ from layouts.reader import Reader
 
 BASE, _LEAST = 96 << 20, 8 << 20
 """Bytes that the process needs besides what it compares, and for products, at least."""
+_NOT = (
+    *("layers", "experts", "mesh", "trust_digests", "content", "self_test"),
+    *("scan_axis", "source_layout", "source_layout_b", "family_b"),
+)
+"""Options that have nothing to say of adapters."""
 
 
 def verify_adapters(
@@ -47,8 +52,8 @@ def verify_adapters(
             raise UsageError(f"{path} is no LoRA adapter, and the other one is; compare two of a kind")
     if processes.count > 1:
         raise UsageError("one process compares two adapters; leave out what is said of several")
-    for name in ("layers", "experts", "mesh", "trust_digests", "content", "self_test"):
-        if getattr(options, name) not in (None, False):
+    for name in _NOT:
+        if getattr(options, name) is not None and getattr(options, name) is not False:
             raise UsageError(f"--{name.replace('_', '-')} is for checkpoints; adapters are compared as a whole")
     with readable(f"{a} against {b}"), closing(open_adapter(a)) as one, closing(open_adapter(b)) as other:
         left, right = _sides(one, other, options)

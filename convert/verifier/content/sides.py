@@ -21,7 +21,7 @@ from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Digest,
 from convert.verifier.content.loras import lora_units
 from convert.verifier.content.tensors import expert_units, other_units, place_in
 from convert.verifier.content.tree import model_units
-from convert.verifier.sides import described, said_alone
+from convert.verifier.sides import check_said, described, said_alone
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description
@@ -100,11 +100,13 @@ class _Side:
         return [*experts, *loras, *other_units(self.reader, names)]
 
 
-def content_of(path: Path, options: Verification, progress: Progress = ignore) -> Content:
-    """What a checkpoint holds, by itself.
+def content_of(path: Path, options: Verification, progress: Progress = ignore, *, checked: bool = False) -> Content:
+    """What a checkpoint holds, by itself; `checked` is that what is said is true of this one or of another (`check_places`).
 
     Raises:
-        InputError, PlanError: it cannot be read or described.
+        InputError, PlanError, UsageError: it cannot be read or described.
     """
     with readable(path), closing(open_checkpoint(path)) as reader:
+        if not checked:
+            check_said((reader,), options)
         return contents(reader, options=options, progress=progress)[0]

@@ -23,6 +23,7 @@ from convert.verifier.control.choice import of_other, told
 from convert.verifier.files.digests import Stored, changed, decoded, digest_of, hold_strips, originals
 from convert.verifier.files.sealed import compare_manifest
 from convert.verifier.share import agree, by_first
+from convert.verifier.sides import check_said
 from convert.verifier.stand import stood
 from convert.verifier.verdict import EQUAL, Level, Trial, Verdict
 from layouts.checkpoint import open_checkpoint
@@ -58,6 +59,7 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
     files = by_first(processes, lambda: _files(path, found))
     with closing(open_checkpoint(path)) as reader:
         agree(processes, list(reader.tensors.values()))
+        check_said((reader,), options)
         hold_strips(reader, found.tensors, options.memory)
         itself = by_first(processes, lambda: compare_manifest(reader, found))
         stored = Stored()
