@@ -23,6 +23,8 @@ from layouts.errors import InputError
 from layouts.orbax.tree import COMMITTED
 
 _STEP = 1 << 20
+_APART = (COMMITTED, ".zarray", ".zattrs", "zarr.json")
+"""Small files that have a digest each wherever they lie: Orbax's mark, and what arrays say of themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ def inventory(
 
     `folders`, whose names end in `/`, are counted as wholes.
     """
-    found = _listed(path, manifest, folders)
+    found = _listed(path, manifest, folders, lambda name: not is_remote(path) and PurePosixPath(name).name in _APART)
     for name, entry in found.items():
         if entry.count is None and not holds_tensors(name):
             found[name] = entry_of(read_in_pieces(path / name))
@@ -134,7 +136,7 @@ def read_card(path: Path) -> bytes | None:
 
 def differences(path: Path, manifest: str, files: Mapping[str, FileEntry]) -> Iterator[str]:
     """What is not there as the manifest has it: missing, extra, cut or changed files. The cheap differences come first."""
-    found = _listed(path, manifest, [name for name in files if name.endswith("/")])
+    found = _listed(path, manifest, [name for name in files if name.endswith("/")], files.__contains__)
     for name in sorted(files.keys() - found.keys()):
         yield f"{name} is missing"
     for name in sorted(found.keys() - files.keys()):
@@ -154,14 +156,14 @@ def differences(path: Path, manifest: str, files: Mapping[str, FileEntry]) -> It
             yield f"{name} is not what was written"
 
 
-def _listed(path: Path, manifest: str, folders: Collection[str]) -> dict[str, FileEntry]:
-    """Sizes alone."""
+def _listed(path: Path, manifest: str, folders: Collection[str], apart: Callable[[str], bool]) -> dict[str, FileEntry]:
+    """Sizes alone; what stands `apart` is no part of a folder."""
     found: dict[str, FileEntry] = {}
     for name in sorted(names_of(path)):
-        if name == manifest or PurePosixPath(name).name == COMMITTED:  # stores get the marker after all else
+        if name == manifest or (PurePosixPath(name).name == COMMITTED and not apart(name)):  # stores get it after all else
             continue
         size = None if is_remote(path) else _size(path / name)
-        folder = next((above for above in _above(name) if above in folders), None)
+        folder = None if apart(name) else next((above for above in _above(name) if above in folders), None)
         if folder is None:
             found[name] = FileEntry(size=size)
             continue

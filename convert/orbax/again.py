@@ -85,7 +85,8 @@ def files_of_item(path: Path, plan: Plan, origin: Origin, later: Mapping[str, st
         if name == ORIGINALS and originals:
             return True
         first = name.removeprefix(item).partition("/")[0]
-        return name.startswith(item) and name != f"{item}manifest.ocdbt" and first.startswith((PROCESS, *DATABASE))
+        inside = name.startswith(item) and first.startswith((PROCESS, *DATABASE))
+        return inside and name.rpartition("/")[2] != DATABASE[0]
 
     # What TensorStore has put into a store is not among what was written from here.
     found = inventory(listed_anew(path), manifest.NAME, holds_tensors, folders)

@@ -10,7 +10,9 @@ import convert
 from convert import cli
 from convert.errors import InputError, UsageError
 from layouts.checkpoint import open_checkpoint
+from layouts.orbax.digest import _named, unread
 from layouts.orbax.reader import OrbaxReader
+from scripts.make_checkpoint import make_checkpoint
 from tests.orbax.test_keep import PATH, save, spec
 
 HEADER = 18
@@ -85,6 +87,63 @@ def test_the_verdict_says_what_was_not_decoded(source, tmp_path):
     assert whole.equal
     assert [level.name for level in whole.levels] == ["files", "digests", "manifest", "decoded"]
     assert "not decoded" not in str(whole)
+
+
+SAID = {
+    False: {".zarray": (b'"order": "C"', b'"order": "F"'), "commit_success.txt": (b"a", b"b")},
+    True: {"zarr.json": (b'"fill_value": 0.0', b'"fill_value": 1.0')},
+}
+"""What is said of kept chunks, whose bytes are hashed as stored: files by the version of zarr, and edits that keep sizes."""
+
+
+@pytest.mark.parametrize("zarr3", SAID)
+def test_what_arrays_say_of_themselves_is_compared(tmp_path, zarr3):
+    save(tmp_path / "in", TWO, zarr3=zarr3, ocdbt=False)
+    (tmp_path / "in" / "commit_success.txt").write_text("a")
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    assert convert.verify(tmp_path / "out").equal
+    for name, (old, new) in SAID[zarr3].items():
+        file = next(file for file in sorted((tmp_path / "out").rglob(name)) if old in file.read_bytes())
+        damage(file, lambda raw, old=old, new=new: raw.replace(old, new))
+        (line,) = next(level for level in convert.verify(tmp_path / "out").levels if level.name == "files").differences
+        assert line == f"{file.relative_to(tmp_path / 'out')} is not what was written"
+        damage(file, lambda raw, old=old, new=new: raw.replace(new, old))
+    manifest = tmp_path / "out" / "convert_manifest.json"  # of an earlier version, which counted these files in their folders
+    found = json.loads(manifest.read_text())
+    for name in [name for name in found["files"] if name.endswith((*SAID[zarr3], "commit_success.txt"))]:
+        entry, folder = found["files"].pop(name), found["files"].get(f"{name.rpartition('/')[0]}/", {})
+        folder |= {"files": folder.get("files", 0) + 1, "size": folder.get("size", 0) + entry["size"]}
+    manifest.write_text(json.dumps(found))
+    assert not convert.verify(tmp_path / "out").levels[0].differences
+
+
+def test_what_nobody_reads_of_a_database_is_said(tmp_path):
+    """Each byte that the tree names is looked at; of the others the verdict says how many there are."""
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, layers=1, embed=8, mlp=8)
+    out = tmp_path / "out"
+    convert.reformat(tmp_path / "in", out, to="orbax")
+    with closing(open_checkpoint(out)) as reader:
+        item, dead = reader.item, unread(reader)
+        places = [place.split(":") for place in _named(reader)]
+    named = {place[2].removeprefix("d/"): int(place[3]) + int(place[4]) // 2 for place in places}
+    files = {file.name: file for file in item.rglob("*") if file.parent.name == "d"}
+    assert named.keys() < files.keys()
+    assert sum(file.stat().st_size for name, file in files.items() if name not in named) <= dead
+    assert f"; {dead:,} bytes that no tree names were not looked at" in str(convert.verify(out))
+    (manifest,) = item.glob("ocdbt.process_*/manifest.ocdbt")
+    lost = files[min(files.keys() - named.keys())]
+    for file, at in ((lost, 0), *((files[name], named[name]) for name in sorted(named)[:3]), (manifest, 20)):
+        sound = file.read_bytes()
+        file.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        assert _is_equal(out) == (file == lost), (file, at)
+        file.write_bytes(sound)
+
+
+def _is_equal(path):
+    try:
+        return convert.verify(path).equal
+    except InputError:
+        return False
 
 
 def test_decode_is_within_memory_and_of_every_array(source, tmp_path, monkeypatch):

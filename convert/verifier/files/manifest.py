@@ -27,7 +27,8 @@ from convert.verifier.sides import check_said
 from convert.verifier.stand import stood
 from convert.verifier.verdict import EQUAL, Level, Trial, Verdict
 from layouts.checkpoint import open_checkpoint
-from layouts.reader import Reader
+from layouts.disk.places import is_remote
+from layouts.reader import Reader, is_chunked
 from layouts.side_files import ORIGINALS
 
 _HELD = Level(
@@ -62,6 +63,7 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
         check_said((reader,), options)
         hold_strips(reader, found.tensors, options.memory)
         itself = by_first(processes, lambda: compare_manifest(reader, found))
+        files = by_first(processes, lambda: _with_unread(files, reader))
         stored = Stored()
         differ = changed(reader, found, stored, progress, options, processes)
         missing = (f"{ORIGINALS} is missing, and the manifest has digests of it",) if found.originals else ()
@@ -85,6 +87,17 @@ def _files(path: Path, found: Manifest) -> Level:
         covered=f"{count} files by name and size, {hashed} of them, without tensors, by xxh3-128",
         differences=tuple(differences(path, manifest.NAME, found.files)),
     )
+
+
+def _with_unread(files: Level, reader: Reader) -> Level:
+    """With what nobody reads of a database; how much that is nobody knows in a store."""
+    if not is_chunked(reader):
+        return files
+    from layouts.orbax.digest import unread
+
+    count = None if is_remote(reader.path) else unread(reader)
+    told = "" if count == 0 else f"; {'any' if count is None else f'{count:,}'} bytes that no tree names were not looked at"
+    return replace(files, covered=files.covered + told)
 
 
 def _attested(
