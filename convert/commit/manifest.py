@@ -164,7 +164,7 @@ def original_of(plan: Plan, reader: Reader) -> Original | None:
     """What a later way back needs; a checkpoint that we made keeps what it remembers."""
     if plan.merging:  # what the base remembers of names and files is as true of the output
         return original_files(plan.source) if plan.record else None
-    if (plan.computed and not originals_of(plan)) or (plan.format == "hf" and plan.record is None):
+    if (plan.computed and not originals_of(plan) and plan.action != "save") or (plan.format == "hf" and plan.record is None):
         return None
     if (reader.record or not reader.headers) and (kept := original_files(plan.source)):
         return kept

@@ -6,6 +6,7 @@
     load.py      the leaves of a plan as arrays on devices, each of which reads its own part
     lazy.py      a leaf that is read when it is asked for
     back.py      the same plan the other way round, and a tree as the checkpoint that it is read from
+    computed.py  values that MaxText has others of, on that way back
     save.py      a tree, written as the files that it was loaded from
     sync.py      a tree as another program holds it, within one jitted function
 

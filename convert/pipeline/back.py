@@ -34,6 +34,9 @@ from layouts.windows import Windows
 def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
     """The plan that makes the checkpoint `like` of what `plan` makes of it.
 
+    What stands beside tensors is what `like` has: a plan between formats leaves out what the other one does not know, such as
+    what MaxText keeps of a step.
+
     Raises:
         PlanError: some of its tensors are not in the plan.
     """
@@ -44,6 +47,7 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
                 made[piece.source] = _reversed(target, like.tensors[piece.source])
         if not target.spec.nbytes and target.role == "verbatim":
             made[target.spec.name] = target
+    made |= {twin: replace(made[other], spec=like.tensors[twin]) for twin, other in plan.twins}
     if lost := [name for name in like.tensors if name not in made]:
         raise PlanError(
             f"{like.path}: {lost[0]} ({len(lost)} such tensors) is not among what is given back; nothing is dropped"
@@ -56,7 +60,12 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
         layout=str((like.record or {}).get("layout", "native")),
         record=like.record,
         targets=tuple(made[name] for name in like.tensors),
+        side_files=dict(sorted({**like.side_files.plain, **plan.side_files}.items())),
         left_out={},
+        twins=(),
+        computed=None,
+        computed_kinds=(),
+        factors={},
         scanned=None,
     )
 
@@ -107,6 +116,7 @@ class TreeReader(Through):
 
     leaves: Mapping[str, Leaf]
     tensors: Mapping[str, TensorSpec]
+    """Those of the leaves, and of the other one's tensors those that are read there (`convert.pipeline.computed`)."""
     windows: Windows = field(default_factory=Windows)
 
     def where(self, name: str) -> str:  # noqa: ARG002
@@ -118,10 +128,12 @@ class TreeReader(Through):
         return
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
-        """Nothing to do: nothing is decoded."""
+        """Nothing to do: nothing of the leaves is decoded."""
 
     def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
         """A block as bits, from the devices that hold it; no more of these is brought to the host."""
+        if name not in self.leaves:
+            return self.inner.read(name, slices, empty)
         leaf, dtype = self.leaves[name], bits(self.tensors[name].dtype)
         spans = [range(*part.indices(size)) for part, size in zip(slices, self.tensors[name].shape, strict=True)]
         if leaf.kind == "numpy":

@@ -70,7 +70,8 @@ def save(
     """Write a tree that `load(like, layout=..., names=...)` gave, with other values: the way back, with the same arguments.
 
     The output is as `like` is: its layout, names, files, config and side files, with a manifest. Leaves come from the devices
-    block by block. Values that have not changed give the same files, byte for byte.
+    block by block. Values that have not changed give the same files, byte for byte. Computed ones (`compute`) are computed back
+    if one of them has changed, and become what `like` has if none has.
 
     Raises:
         PlanError: a leaf is missing, is one too many, or has another shape or type than it had.
@@ -86,11 +87,6 @@ def save(
     from layouts.disk.places import place
 
     choices, running = complete(Choices, options), complete(Running, options)
-    if choices.compute:
-        raise UsageError(
-            f"{like}: what --compute={choices.compute} has computed is not computed back from memory, where no originals are; "
-            f"make a tree of it first (convert.prefuse or convert.reformat to 'orbax'), load and save that, and convert it back"
-        )
     with closing(opened(like, choices)) as reader:
         asked = request(reader, layout, names, choices)
         return write(params, asked, reader, place(path), running, progress or ignore)

@@ -12,8 +12,8 @@ from typing import Any
 
 from convert.commit.identity import state_of
 from convert.engine.reading import in_order
-from convert.engine.twins import with_computed
-from convert.errors import InputError
+from convert.engine.twins import compare_twins, with_computed
+from convert.errors import InputError, readable
 from convert.options import Choices, Running
 from convert.pipeline.kinds import kinds_of
 from convert.pipeline.lazy import Lazy
@@ -39,6 +39,8 @@ def read(
         reader = opened(path, choices)
         until.callback(reader.close)
         asked = request(reader, layout, names, choices)
+        with readable(reader.path):
+            compare_twins(asked.plan.twins, reader)
         _, reader = with_computed(asked.plan, reader)
         until.callback(reader.close)
         loader = Loader.make(asked.plan, reader, running)

@@ -99,6 +99,8 @@ def _plan(reader: Reader, layout: str | None, kind: str, choices: Choices) -> Pl
     fused = layout not in (None, NATIVE)
     choices = replace(choices, layout=layout) if fused and layout else choices
     check(choices if fused else replace(choices, shards=1))
+    if choices.compute and kind == reader.format:
+        raise UsageError(f"{reader.path} has these names already; --compute={choices.compute} is for those of the other format")
     if layout is None and kind == reader.format:
         return plan_as_stored(reader, choices)
     _with_optimizer(reader, drop=False)

@@ -6,6 +6,7 @@ In: a tree, the plan by which it was loaded. Out: a checkpoint, published as any
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from convert.commit.stage import check_output, staging
 from convert.errors import InputError, readable
 from convert.options import Running
 from convert.pipeline.back import TreeReader, checked, reversed_plan
+from convert.pipeline.computed import with_values
 from convert.pipeline.request import Request
+from convert.planning.across.computed import kept_bytes
 from convert.progress import Progress, begin
 from convert.report import Report
 from convert.run import writer_of
@@ -29,9 +32,10 @@ def write(params: Any, asked: Request, like: Reader, out: Path, running: Running
     with readable(like.path):
         leaves = checked(asked, params)
         plan = reversed_plan(asked.plan, like, out)
-        reader = TreeReader(inner=like, leaves=leaves, tensors={target.spec.name: target.spec for target in asked.plan.targets})
-    begin(progress, "saving", plan.nbytes)
-    writer = writer_of(plan, reader, running, ALONE, like)
+        tree = TreeReader(inner=like, leaves=leaves, tensors={target.spec.name: target.spec for target in asked.plan.targets})
+        plan, reader, held = with_values(plan, asked.plan, tree, like)
+    begin(progress, "saving", plan.nbytes + kept_bytes(plan))
+    writer = writer_of(plan, reader, replace(running, memory=running.memory - held), ALONE, like)
     state = state_of(like.path, plan.never_copied)
     # Another tree may have been saved there before, and nothing tells the two apart: nothing is resumed.
     with staging(out, fingerprint(plan, {}, state), resume=False, overwrite=running.overwrite) as stage:

@@ -1,13 +1,16 @@
 """Values that MaxText has others of, in memory: what `load` and `sync_plan` compute is what a conversion does."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 import convert
-from convert.errors import PlanError, UsageError
+from convert.errors import PlanError
+from layouts.side_files import ORIGINALS
+from tests import tiny
 from tests.orbax.test_computed import save
 from tests.pipeline.test_load import bits, dotted
 
@@ -37,5 +40,48 @@ def test_load_and_sync_compute_what_a_conversion_does(model, tmp_path):
         assert {name for name, array in differ.items() if ((array & 0x7FFF) >= without).any()} == set()
     again = bits(convert.load(tmp_path / "tree", names="hf", layout="native", compute=word))
     assert all(np.array_equal(array, again[name]) for name, array in bits(plain).items())  # by the originals
-    with pytest.raises(UsageError, match="is not computed back from memory"):
-        convert.save(loaded, tmp_path / "out", like=source, names="maxtext", layout="concat", compute=word)
+
+
+def files(path):
+    """Without what differs from run to run: the databases of Orbax, and manifests, which say what was done."""
+    found = tiny.tree(path)
+    return {name: digest for name, digest in found.items() if "/d/" not in name and "manifest" not in name}
+
+
+PLACES = {
+    "mixtral": ("model.layers.1.self_attn.q_proj.weight", "params.params.decoder.layers.self_attention.query.kernel"),
+    "gemma4": (EMBEDDING, "params.params.token_embedder.embedding"),
+}
+
+
+SAVED = [("mixtral", True, True), ("mixtral", False, False)]
+SLOWER = [("mixtral", True, False), ("mixtral", False, True), *(("gemma4", kept, not kept) for kept in (True, False))]
+SAVED += [pytest.param(*each, marks=pytest.mark.slow) for each in SLOWER]
+
+
+@pytest.mark.parametrize(("model", "kept", "changed"), SAVED)
+def test_what_is_saved_from_memory_is_what_the_command_makes(model, kept, changed, tmp_path):
+    """Both ways; without the originals too, which whoever wrote the tree may not have kept."""
+    word, (name, leaf) = RULES[model], PLACES[model]
+    hf, tree = save(tmp_path / "hf", "BF16", model, *([EMBEDDING] if model == "gemma4" else [])), tmp_path / "tree"
+    convert.prefuse(hf, tree, to="orbax", compute=word)
+    if not kept:
+        shutil.rmtree((tree / ORIGINALS).parent)
+    as_tree, as_hf = {"names": "maxtext", "layout": "concat"}, {"names": "hf", "layout": "native"}
+    commands = {"hf": convert.split, "orbax": convert.prefuse}
+    for source, other, to, names, place in ((hf, tree, "hf", as_tree, leaf), (tree, hf, "orbax", as_hf, name)):
+        params = convert.load(source, **names, compute=word)
+        if changed:
+            params = jax.tree.map_with_path(lambda at, x, name=place: x * 3 if ".".join(k.key for k in at) == name else x, params)
+        report = convert.save(params, out := tmp_path / f"saved-{to}", like=source, **names, compute=word)
+        assert bool(report.plan.computed) == changed
+        assert changed or files(out) == files(source)
+        verdict = convert.verify(source, out, gemm=False)
+        assert verdict.equal is not changed, str(verdict)
+        assert convert.verify(out).equal
+        if changed:
+            convert.save(params, mine := tmp_path / f"mine-{to}", like=other)
+            commands[to](mine, made := tmp_path / f"made-{to}", to=to, compute=word)
+            one, two = bits(dotted(convert.load(out))), bits(dotted(convert.load(made)))
+            assert tiny.same(one, two)
+            assert to == "hf" or (out / ORIGINALS).read_bytes() == (made / ORIGINALS).read_bytes()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import convert
 import scripts.make_checkpoint as made
@@ -17,6 +17,8 @@ from tests import tiny
 from tests.memory.test_foreign import Foreign
 from tests.pipeline.test_load import LAYOUTS, OLMOE, PLAIN, WI, cut
 from tests.planning.models import reader
+
+BESIDE = [("qwen3_moe", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("gpt_oss", "qwen3_5_moe"))]
 
 MANIFEST = "convert_manifest.json"
 
@@ -90,6 +92,38 @@ def test_tensors_that_take_turns_in_one_are_given_back(to_maxtext):
     held = tiny.MemoryReader({target.spec.name: tiny.fill(target, source) for target in plan.targets})
     back = {target.spec.name: tiny.fill(target, held) for target in reversed_plan(plan, source, Path()).targets}
     assert tiny.same(back, source.arrays)
+
+
+@pytest.mark.parametrize(("model", "scan"), BESIDE)
+def test_what_stands_beside_a_tree_is_kept_by_the_names_of_the_other_format(model, scan, tmp_path):
+    """MaxText asks `_CHECKPOINT_METADATA` whether layers are stacked; what is made of the files again says the same."""
+    tree = tmp_path / "tree"
+    convert.reformat(hf_of(model, tmp_path / "hf"), tree, to="orbax", scan=scan)
+    beside = (tree / "0" / "_CHECKPOINT_METADATA").read_text()
+    (tree / "0" / "_CHECKPOINT_METADATA").write_text(beside.replace('"scan_layers"', '"lora": {"rank": 4}, "scan_layers"'))
+    convert.save(convert.load(tree, names="hf"), tmp_path / "saved", like=tree, names="hf")
+    verdict = convert.verify(tree, tmp_path / "saved", gemm=False)
+    assert verdict.equal, str(verdict)
+    convert.reformat(tmp_path / "saved", tmp_path / "again", to="hf")
+    convert.reformat(tmp_path / "again", tmp_path / "once more", to="orbax", scan=scan)
+    assert (tmp_path / "once more" / "0" / "_CHECKPOINT_METADATA").read_text() == beside
+
+
+def test_a_tensor_that_maxtext_holds_once_is_given_back_twice(tmp_path):
+    """The embedding of a block that predicts further tokens; one that is another is not dropped."""
+    source = hf_of("deepseek_v32", tmp_path / "hf")
+    convert.save(convert.load(source, names="maxtext"), tmp_path / "out", like=source, names="maxtext")
+    assert files(tmp_path / "out") == files(source)
+    arrays = load_file(source / "model.safetensors")
+    arrays["model.layers.3.embed_tokens.weight"].view("u4").flat[0] ^= 1
+    save_file(arrays, source / "model.safetensors")
+    with pytest.raises(convert.PlanError, match=r"layers\.3\.embed_tokens\.weight .* is not what model\.embed_tokens"):
+        convert.load(source, names="maxtext")
+
+
+def hf_of(model, path):
+    found = reader(model)
+    return tiny.checkpoint(path, found.arrays, found.config, shards=1, extra=False)
 
 
 def test_an_orbax_checkpoint_is_saved_as_orbax(tmp_path):

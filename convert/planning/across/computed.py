@@ -5,8 +5,9 @@ In: an open checkpoint, a tree, choices. Out: factors for the tensors that are r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.errors import UsageError
@@ -51,6 +52,16 @@ def kept_bytes(plan: Plan) -> int:
     return sum(target.spec.nbytes for target in originals_of(plan))
 
 
+def computed_back(plan: Plan, forward: Plan, computed: Sequence[Target]) -> Plan:
+    """`plan`, which turns `forward` round, with the values computed back that `forward` computes: of these targets of it."""
+    factors = {target.spec.name: 1 / forward.factors[target.first_source] for target in computed}
+    kinds = Counter(target.target.key.text for target in computed)
+    word = str(forward.computed).partition(":")[0]
+    return replace(
+        plan, computed=_rule(word, factors), computed_kinds=tuple(f"{key}  x{n}" for key, n in kinds.items()), factors=factors
+    )
+
+
 def computed_in(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any], word: str | None) -> Computed:
     """What of a checkpoint is computed on the way to the other format.
 
@@ -71,12 +82,16 @@ def computed_in(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, A
     factors = {name: _factor(reader, pair, name, sides) for pair in pairs for name in names_of(pair) if name in reader.tensors}
     if not factors:
         return Computed()
-    times = ", ".join(dict.fromkeys(f"{factor:.9g}" for factor in factors.values()))
     return Computed(
-        rule=f"{word}: times {times} in float32, rounded once to nearest even",
+        rule=_rule(str(word), factors),
         kinds=tuple(f"{pair.source.key.text}  x{len(names_of(pair))}" for pair in pairs),
         factors=factors,
     )
+
+
+def _rule(word: str, factors: Mapping[str, float]) -> str:
+    times = ", ".join(dict.fromkeys(f"{factor:.9g}" for factor in factors.values()))
+    return f"{word}: times {times} in float32, rounded once to nearest even"
 
 
 def _factor(reader: Reader, pair: Pair, name: str, sides: Sides) -> float:
