@@ -72,7 +72,7 @@ def test_what_is_saved_from_memory_is_what_the_command_makes(model, kept, change
     for source, other, to, names, place in ((hf, tree, "hf", as_tree, leaf), (tree, hf, "orbax", as_hf, name)):
         params = convert.load(source, **names, compute=word)
         if changed:
-            params = jax.tree.map_with_path(lambda at, x, name=place: x * 3 if ".".join(k.key for k in at) == name else x, params)
+            params = jax.tree.map_with_path(lambda at, x, to=place: x * 3 if ".".join(k.key for k in at) == to else x, params)
         report = convert.save(params, out := tmp_path / f"saved-{to}", like=source, **names, compute=word)
         assert bool(report.plan.computed) == changed
         assert changed or files(out) == files(source)
