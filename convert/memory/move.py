@@ -36,9 +36,11 @@ def moved(relay: Relay, leaves: Sequence[Leaf], names: Sequence[str]) -> list[An
         InputError: what should be padding holds something else; of traced arrays nobody can say.
     """
     first = leaves[0]
-    for name, leaf in zip(names, leaves, strict=True):
-        if (one := _words(first)) != (other := _words(leaf)):
-            raise PlanError(f"experts of one layer must be alike, but {names[0]} is {one} and {name} is {other}")
+    for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        like = number % relay.kinds
+        if (one := _words(leaves[like])) != (other := _words(leaf)) or leaf.dtype != first.dtype:
+            one, like = (one, like) if one != other else (_words(first), 0)
+            raise PlanError(f"experts of one layer must be alike, but {names[like]} is {one} and {name} is {other}")
     leaves = [leaf.taken_over(name) for name, leaf in zip(names, leaves, strict=True)]
     axis_names = None if first.axis_names is None else places.carried(relay, first.axis_names)
     return [first.replaced(array, axis_names) for array in _arrays(relay, leaves, names)]
@@ -198,6 +200,10 @@ class _Torch:
     @staticmethod
     def stack(arrays: Sequence[Any], axis: int, /) -> Any:
         return sys.modules["torch"].stack(list(arrays), axis)
+
+    @staticmethod
+    def concatenate(arrays: Sequence[Any], axis: int, /) -> Any:
+        return sys.modules["torch"].concatenate(list(arrays), axis)
 
     @staticmethod
     def flip(array: Any, axis: int, /) -> Any:

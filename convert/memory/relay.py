@@ -14,17 +14,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from convert.memory.turns import Joining, apart, joined
 from convert.planning.loras import NOT_DIAGONAL
 from convert.planning.targets import HALF
 from layouts.language.layout import Placed
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
+from layouts.language.sections import ROWS, TENSOR, Turns
 from layouts.language.template import Template
 
 Sizes = tuple[tuple[str, int], ...]
 
 
-class Operations(Protocol):
+class Operations(Joining, Protocol):
     """What a library has to do; NumPy and `jax.numpy` as they are."""
 
     def transpose(self, array: Any, axes: Sequence[int], /) -> Any:
@@ -94,12 +96,15 @@ class Relay:
     """One change of layout, the same for all layers: it can be hashed, so that it is compiled once.
 
     What is `diagonal` has gate and up apart on one side, and on the other as blocks of a matrix whose other blocks are zeros:
-    along `r`, which is twice as long there, and along its columns.
+    along `r`, which is twice as long there, and along its columns. With `turns`, the rows of several tensors take turns in one:
+    all of them are the sources, or the target is `tensor`.
     """
 
     source: Side
     target: Side
     diagonal: bool = False
+    turns: Turns | None = None
+    tensor: int | None = None
 
     def __call__(self, arrays: Sequence[Any], library: Operations) -> tuple[Any, ...]:
         """The target's arrays from the source's, in the order of their grid."""
@@ -110,6 +115,8 @@ class Relay:
         """The target's arrays as one, stacked in the order of their grid."""
         if self.diagonal:
             return self._spread(arrays, library)
+        if self.turns:
+            return self._turned(arrays, self.turns, library)
         whole = self._stacked([self._opened(array, library) for array in arrays], library)
         pattern, sizes = self.target.pattern, dict(self.target.sizes)
         order = self._kept
@@ -136,6 +143,24 @@ class Relay:
         pattern = self.source.pattern
         where = f"zeros behind the first {dict(self.source.sizes)} as '{pattern.text}' says"
         return f"{where}, and does not; is it in another layout?" if pattern.padding else ""
+
+    @property
+    def kinds(self) -> int:
+        """How many sources in a row differ, each with its own number of rows."""
+        return len(self.turns.parts) if self.turns and self.tensor is None else 1
+
+    def _turned(self, arrays: Sequence[Any], turns: Turns, library: Operations) -> Any:
+        """`whole` of tensors that take turns: each is re-laid alone."""
+        if self.tensor is not None:
+            rows = self.source.pattern.groups.index((ROWS,))
+            arrays = [apart(array, turns, self.tensor, rows, library) for array in arrays]
+            return replace(self, source=_of_rows(self.source, turns.size(self.tensor)), turns=None).whole(arrays, library)
+        wholes = []
+        for number in range(self.kinds):
+            source, target = (_of_rows(side, turns.size(number)) for side in (self.source, self.target))
+            one = replace(self, source=source, target=target, turns=None)
+            wholes.append(one.whole(arrays[number :: self.kinds], library))
+        return joined(wholes, turns, 1 + self.target.pattern.groups.index((ROWS,)), library)
 
     @property
     def _fuses(self) -> bool:
@@ -212,6 +237,13 @@ class Planned:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     relay: Relay | None
+
+
+def _of_rows(side: Side, rows: int) -> Side:
+    """The same for one of several tensors, which has so many rows."""
+    named = tuple(axis for axis in side.named if axis != TENSOR)
+    sizes = tuple((axis, rows if axis == ROWS else size) for axis, size in side.sizes if axis != TENSOR)
+    return replace(side, named=named, sizes=sizes)
 
 
 def _items(order: Sequence[str], sizes: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -23,6 +23,7 @@ from convert.memory.relay import Relay, rendered, side_of
 from convert.options import Choices
 from convert.pipeline.request import Names, Request, request
 from convert.planning.targets import Target
+from layouts.language.sections import TENSOR
 from layouts.reader import Reader
 
 
@@ -98,11 +99,6 @@ def plan_sync(
     tensors = {name: spec_of(name, leaf) for name, leaf in held.items()}
     reader = Tree(tensors=tensors, format="hf" if hf else "orbax", record=None, config=config)
     asked = request(cast(Reader, reader), layout, names, choices)
-    if turned := next((each for each in asked.plan.targets if each.way.turns), None):
-        raise PlanError(
-            f"{turned.spec.name}: its rows are in several tensors on the other side, in turns, which sync does not do; "
-            "save the tree and load it with the other names"
-        )
     moves = tuple(_moves(asked))
     wanted = _leaves_of(target)
     _check(asked, wanted, held, moves, cast_types=cast_types)
@@ -137,7 +133,13 @@ def _moves(asked: Request) -> Iterator[_Move]:
         yield _Move(
             sources=rendered(first.source.key, first.index, dict(source.sizes)),
             targets=tuple(asked.names[name] for name in rendered(first.target.key, first.index, dict(target.sizes))),
-            relay=Relay(source=source, target=target, diagonal=first.way.diagonal),
+            relay=Relay(
+                source=source,
+                target=target,
+                diagonal=first.way.diagonal,
+                turns=first.way.turns,
+                tensor=int(first.index[TENSOR]) if TENSOR in first.index else None,
+            ),
             factor=asked.plan.factors.get(first.first_source),
         )
 
@@ -150,8 +152,8 @@ def _times(arrays: Sequence[Any], factor: float | None) -> Sequence[Any]:
 
 
 def _grid(target: Target) -> set[str]:
-    """The axes that one of the two layouts has in its shape, and the other one may have in its names."""
-    return {*target.source.pattern.axes, *target.target.pattern.axes}
+    """The axes that one layout has in its shape, the other one maybe in its names; and which tensor, if all become one."""
+    return {*target.source.pattern.axes, *target.target.pattern.axes, *({TENSOR} & {*target.source.key.slots})}
 
 
 def _check(

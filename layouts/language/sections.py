@@ -95,7 +95,7 @@ class Turns:
         at = rows.start
         while at < rows.stop:
             group, rest = divmod(at, self._each)
-            place = next(place for place in self._places if rest < place.at + place.length)
+            place = next(place for place in self.places() if rest < place.at + place.length)
             inside = rest - place.at
             length = min(place.length - inside, rows.stop - at)
             yield Stretch(place.tensor, self.groups * place.row + group * place.length + inside, at, length)
@@ -103,7 +103,7 @@ class Turns:
 
     def apart(self, tensor: int, rows: range) -> Iterator[Stretch]:
         """Where rows of one of the tensors are in the joined one, in order."""
-        places, at = [place for place in self._places if place.tensor == tensor], rows.start
+        places, at = [place for place in self.places() if place.tensor == tensor], rows.start
         while at < rows.stop:
             place = next(place for place in places if at < self.groups * (place.row + place.length))
             group, inside = divmod(at - self.groups * place.row, place.length)
@@ -118,12 +118,7 @@ class Turns:
             joined = {ROWS: range(at, at + length)}
             yield (joined, part) if tensor is None else (part, joined)
 
-    @property
-    def _each(self) -> int:
-        return sum(map(sum, self.parts))
-
-    @property
-    def _places(self) -> Iterator[Stretch]:
+    def places(self) -> Iterator[Stretch]:
         """Each section in one group: where it begins among those of its tensor, and among all."""
         at = 0
         for tensor, lengths in enumerate(self.parts):
@@ -131,3 +126,7 @@ class Turns:
             for length in lengths:
                 yield Stretch(tensor, row, at, length)
                 row, at = row + length, at + length
+
+    @property
+    def _each(self) -> int:
+        return sum(map(sum, self.parts))

@@ -4,10 +4,12 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from safetensors.numpy import save_file
 
 import convert
 import scripts.make_checkpoint as made
@@ -135,11 +137,39 @@ def test_trees_that_do_not_fit(case):
         convert.sync_plan(TREE, target, layout="concat")
 
 
-def test_tensors_that_take_turns_are_refused():
-    model = reader("qwen3_5_moe")
-    trainer = {name: jax.ShapeDtypeStruct(array.shape, "float32") for name, array in model.arrays.items()}
-    with pytest.raises(convert.PlanError, match=r"in_proj_ba\.kernel: .* in turns, which sync does not do"):
-        convert.sync_plan(trainer, {}, names="maxtext", source_names="hf", config=model.config)
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory):
+    """Qwen3.5, in which queries, keys, values and gates take turns, as bfloat16 with NaN payloads; two layers of each kind."""
+    model, path = reader("qwen3_5_moe"), tmp_path_factory.mktemp("a")
+    arrays = {name: array.view(ml_dtypes.bfloat16)[..., : array.shape[-1]] for name, array in model.arrays.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(model.config))
+    return path
+
+
+@pytest.mark.parametrize("how", ["numpy", *(pytest.param(how, marks=pytest.mark.slow) for how in ("eager", "jit"))])
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("to", ["maxtext", "hf"])
+def test_tensors_that_take_turns(sections, scan, to, how):
+    """Both ways, bit for bit what a conversion makes of them."""
+    tree, plain = convert.load(sections, names="maxtext", scan=scan), convert.load(sections)
+    (trainer, server), whose = ((plain, tree), "hf") if to == "maxtext" else ((tree, plain), "maxtext")
+    sync = convert.sync_plan(trainer, server, names=to, source_names=whose, config=config(sections), scan=scan)
+    trainer = jax.tree.map(np.asarray, trainer) if how == "numpy" else trainer
+    assert equal(sync.jitted()(trainer) if how == "jit" else sync(trainer), server)
+
+
+@pytest.mark.slow
+def test_gradients_and_shards_go_through_what_takes_turns(sections):
+    """The derivative is the way back; on devices that share each array."""
+    asked, options = {"sharding": cut, "dtype": "float32"}, {"config": config(sections)}
+    plain, tree = convert.load(sections, **asked), convert.load(sections, names="maxtext", **asked)
+    counted, weights = (jax.tree.map(lambda x: jax.device_put(np.arange(x.size, dtype="f4").reshape(x.shape), x.sharding), t)
+                        for t in (plain, tree))  # fmt: skip
+    sync = convert.sync_plan(plain, tree, names="maxtext", source_names="hf", **options).jitted()
+    back = convert.sync_plan(tree, plain, names="hf", **options).jitted()
+    assert equal(back(sync(counted)), counted)
+    assert equal(jax.jit(lambda x, w: jax.vjp(sync, x)[1](w)[0])(counted, weights), back(weights))
 
 
 def test_a_tree_that_is_not_as_planned():
