@@ -80,6 +80,9 @@ class Row:
     A `twin` is in Hugging Face only: it holds once more what `maxtext` is, which stands outside the layers. The values of a
     `computed` one are others in MaxText, by this one of `RULES`. With `sections`, Hugging Face has several tensors of what
     MaxText has as one: `{t:qkv,z}` in its key, `u` on both sides (see `layouts.language.sections`).
+
+    A `grid` is one of scales, a number for each block of a quantised weight: there if `config.json` says how large blocks are.
+    Of its axes, these letters are widths that `config.json` has, counted in blocks here.
     """
 
     hf: str
@@ -90,6 +93,7 @@ class Row:
     twin: bool = False
     computed: str = ""
     sections: Sections | None = None
+    grid: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +136,7 @@ class Tree:
     the last word that says one counts, and `a.*.b` is the word `b` of all that is under `a`.
     `mtp` are places of blocks that predict further tokens, which `--drop-mtp` leaves out besides those of stacks with `copies`.
     `only` are words of `config.json`, their values in models that MaxText has, and what these models have; where the word is
-    absent, it is one of these.
+    absent, it is one of these. With `scales`, those of quantised experts have a place, too.
     """
 
     stacks: tuple[Stack, ...]
@@ -148,6 +152,7 @@ class Tree:
     heads: tuple[tuple[str, str], ...] = HEADS
     mtp: tuple[str, ...] = ()
     only: tuple[tuple[str, tuple[object, ...], str], ...] = ()
+    scales: bool = False
 
 
 def numbered(first: int, step: int, run: int = 1) -> str:

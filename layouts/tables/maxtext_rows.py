@@ -50,6 +50,22 @@ def norm(hf: str, maxtext: str) -> tuple[Row, ...]:
     return (Row(f"{hf}.weight", "k", f"{maxtext}.scale", "k"), Row(f"{hf}.bias", "k", f"{maxtext}.bias", "k"))
 
 
+_QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_{t:qkv,z}", "out_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def scaled(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """These rows, and beside each weight that may be FP8 its scales, one for a block: MaxText has no others quantised.
+
+    Source: MaxText 0.2.5 `param_mapping.py` (`is_quantized`), `layers/linears.py` (`kernel_scale`); it keeps them as they are.
+    """
+    weights = [row for row in rows if row.hf.split(".")[-2] in _QUANTISED]
+    grids = (
+        replace(row, hf=f"{row.hf}_scale_inv", maxtext=f"{row.maxtext}_scale", optional=True, grid="my" if row.sections else "")
+        for row in weights
+    )
+    return (*rows, *grids)
+
+
 def linear(hf: str, maxtext: str) -> tuple[Row, ...]:
     """A linear layer with a bias."""
     return (Row(f"{hf}.weight", "o k", f"{maxtext}.kernel", "k o"), Row(f"{hf}.bias", "o", f"{maxtext}.bias", "o"))

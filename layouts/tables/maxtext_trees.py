@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from layouts.tables.maxtext import HEADS, MTP, Row, Stack, Tree, numbered
 from layouts.tables.maxtext_gemma import GEMMA4
-from layouts.tables.maxtext_rows import APART, DELTA_NET, JOINED, LATENT, QK_NORM, attention, gated, hybrid, norms
+from layouts.tables.maxtext_rows import APART, DELTA_NET, JOINED, LATENT, QK_NORM, attention, gated, hybrid, norms, scaled
 from layouts.tables.maxtext_vision import LLAMA4_VISION, QWEN3_5, QWEN3_OMNI, QWEN3_VL
 
 _DEEPSEEK_MOE = "DeepSeekMoeBlock_0.MoeBlock_0"
@@ -161,7 +161,8 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     ),
     "qwen3_5_moe": (
         Tree(
-            stacks=_cycle(APART),
+            stacks=tuple(replace(stack, rows=scaled(stack.rows)) for stack in _cycle(APART)),
+            scales=True,
             wrapped=("model.", "model.language_model."),
             encoders=QWEN3_5,
             heads=(*HEADS, *DELTA_NET),

@@ -22,8 +22,12 @@ from layouts.language.template import Template
 from layouts.tables.families import Family
 from layouts.tables.maxtext import LAYERS, ROOT, Row, Tree
 from layouts.tables.maxtext_trees import INEXACT, TREES
+from layouts.tables.natives import MAXTEXT_PART
 
-_BIAS = next(number for number, part in enumerate(PARTS) if part.name == "bias")
+_BIAS, GRID, _TREES_GRID = (
+    next(number for number, part in enumerate(PARTS) if part.name == name) for name in ("bias", "scale_inv", MAXTEXT_PART)
+)
+"""The companions of experts that MaxText has: `weight_scale_inv` is `scale` there, one number for each block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,21 +136,30 @@ def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
         single = f"{ROOT}{stack.scanned if scan else stack.single}."
         counts = {**heads, "l": layers.count, **({"p": stack.run} if stack.run > 1 else {})}
         axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
-        for row in stack.rows:
+        for row in (row for row in stack.rows if row.grid is None or part.block):
             places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else single)
             pair = _pair(sides, places, scan=axes, optional=row.optional, counts=counts, block=block, twin=row.twin)
             yield replace(pair, computed=row.computed, turns=_turns(part, row))
         if stack.experts:
             at = layers.hf + part.tree.hf_experts, single + stack.experts
             experts = _experts(sides, at, axes, {**counts, "e": expert_count(part.config), "g": 2})
-            yield from (replace(pair, block=block) for pair in experts)
+            scales = part.tree.scales and part.block
+            yield from (replace(pair, block=block) for pair in experts if scales or pair.part != PARTS[GRID].name)
 
 
 def _turns(part: Part, row: Row) -> Turns | None:
     if row.sections is None:
         return None
+    sizes = part.heads
+    for axis in (axis for axis in row.grid or "" if axis in sizes and part.block):
+        if sizes[axis] % (block := part.block[0] if part.block else 1):
+            word = dict(part.tree.heads)[axis]
+            raise PlanError(
+                f"config.json says {word} {sizes[axis]} and weight_block_size {block}: blocks of {row.hf} would be of two heads"
+            )
+        sizes[axis] //= block
     try:
-        return row.sections.of(part.heads)
+        return row.sections.of(sizes)
     except KeyError as error:
         word = dict(part.tree.heads)[error.args[0]]
         raise PlanError(f"config.json does not say {word}, which says how the rows of {row.hf} lie") from None
@@ -191,9 +204,9 @@ def _scanned(pattern: Pattern, layers: tuple[str, ...], at: int) -> Pattern:
 
 
 def _experts(sides: Sides, places: tuple[str, str], scan: tuple[str, ...], counts: Mapping[str, int]) -> Iterator[Pair]:
-    """Weights and biases of the experts of a stack."""
+    """Weights, biases and scales of the experts of a stack."""
     hf, maxtext = places
-    for role, (number, optional) in itertools.product(("wi", "wo"), ((0, False), (_BIAS, True))):
+    for role, (number, optional) in itertools.product(("wi", "wo"), ((0, False), (_BIAS, True), (GRID, True))):
         one, other = _hf_part(sides.hf[role], role, hf, number), _maxtext_part(sides.maxtext[role], role, maxtext, number)
         if one:
             part = PARTS[number].name
@@ -201,19 +214,19 @@ def _experts(sides: Sides, places: tuple[str, str], scan: tuple[str, ...], count
 
 
 def _hf_part(layout: Layout, role: str, experts: str, number: int) -> Placed | None:
-    """A weight or a bias in a layout of Hugging Face."""
+    """A weight, a bias or scales in a layout of Hugging Face."""
     if not takes(layout.key, PARTS[number].name):
         return None
     pattern = _plain(layout)
-    if number:
+    if number == _BIAS:
         pattern = companion(pattern, role, "out", in_first=is_in_first(pattern, role))
     return Placed(layout.template(experts).bind("part", number), pattern)
 
 
 def _maxtext_part(layout: Layout, role: str, experts: str, number: int) -> Placed:
     """The same in MaxText, whose biases stay apart whatever its weights are."""
-    if not number:
-        return Placed(layout.template(experts).bind("part", number), _plain(layout))
+    if number != _BIAS:
+        return Placed(layout.template(experts).bind("part", number and _TREES_GRID), _plain(layout))
     key, pattern = ("wi_{g:0,1}_bias", "e n") if role == "wi" else ("wo_bias", "e k")
     return Placed(Template(f"{experts}.{key}"), Pattern(pattern))
 

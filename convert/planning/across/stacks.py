@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from layouts.errors import PlanError
+from layouts.quantisation import block_of
 from layouts.tables.maxtext import Stack, Tree, numbered
 
 _MOST = 64
@@ -19,12 +20,16 @@ _MOST = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The text of a model, or an encoder: its tree and its words. MaxText can leave an encoder out (`optional`)."""
+    """The text of a model, or an encoder: its tree and its words. MaxText can leave an encoder out (`optional`).
+
+    `block` are the rows of weights, and the columns, that have one scale, if `config.json` says that they are quantised so.
+    """
 
     tree: Tree
     config: Mapping[str, Any]
     wrapped: tuple[str, str] = ("", "")
     optional: bool = False
+    block: tuple[int, int] | None = None
 
     def named(self, name: str) -> str:
         """What the checkpoint calls a tensor of the table."""
@@ -54,13 +59,14 @@ class Layers:
 
 def parts_of(tree: Tree, config: Mapping[str, Any]) -> Iterator[Part]:
     """The text of a model, and its encoders."""
+    block = block_of(config)
     inner = config.get(tree.within)
     config = inner if isinstance(inner, Mapping) else config
     text = config.get("text_config")
     if not isinstance(text, Mapping):
-        yield Part(tree=tree, config=config)
+        yield Part(tree=tree, config=config, block=block)
         return
-    yield Part(tree=tree, config=text, wrapped=tree.wrapped)
+    yield Part(tree=tree, config=text, wrapped=tree.wrapped, block=block)
     for word, encoder in tree.encoders:
         if isinstance(stated := config.get(word), Mapping):
             yield Part(tree=encoder, config=stated, optional=True)

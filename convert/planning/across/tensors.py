@@ -11,15 +11,16 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there
+from convert.planning.across.pairs import GRID, Pair, Sides, names_of, pairs_of, there
 from convert.planning.across.stacks import mtp_places, parts_of
 from convert.planning.targets import OTHER, Target, Way
 from layouts.errors import InputError, PlanError
-from layouts.language.cuts import cut
+from layouts.language.cuts import CUT, cut
 from layouts.language.parts import PARTS
 from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader
 from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, Tree
+from layouts.tables.natives import MAXTEXT_PART
 from layouts.tensors import TensorSpec
 
 _LORA = ". It is LoRA, which Hugging Face has in its own directory with alpha, and a tree holds no alpha: convert it without"
@@ -52,6 +53,7 @@ def cross_targets(
     for names, count in missing:
         lost = next(name for name in names if name not in have)
         raise InputError(f"{reader.path}: {lost} is missing; {count} of {len(names)} such tensors are there")
+    _check_scales(reader, [pair for pair, _ in pairs], tree)
     moved = (item for item in pairs if not (item[0].twin and sides.to_maxtext))
     return [target for pair, names in moved for target in _targets(reader, pair, names)]
 
@@ -89,6 +91,29 @@ def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
         if (stated := text.get(word)) is not None and stated not in values:
             raise PlanError(
                 f"{reader.path}: {word} is {str(stated)[:80]} in config.json, and MaxText has no such model: its own has {kind}"
+            )
+
+
+def _check_scales(reader: Reader, pairs: Sequence[Pair], tree: Tree) -> None:
+    """See that what is quantised has its scales, and that a block of weights stays in one piece.
+
+    Raises:
+        InputError: scales are missing.
+        PlanError: experts are cut or padded, and nobody says how a model would take their scales.
+    """
+    if not tree.scales:
+        return
+    word = "scale_inv" if reader.format == "hf" else MAXTEXT_PART
+    for name, spec in reader.tensors.items():
+        if spec.dtype == "F8_E4M3" and (scale := f"{name}_{word}") not in reader.tensors:
+            raise InputError(f"{reader.path}: {name} is {spec.dtype}, and its scales ({scale}) are missing")
+    for pair in (pair for pair in pairs if pair.part == PARTS[GRID].name):
+        sides = pair.source.pattern, pair.target.pattern
+        if any(side.padding or set(CUT) & set(side.axes) for side in sides):
+            text = next(side.text for side in sides if side.padding or set(CUT) & set(side.axes))
+            raise PlanError(
+                f"{reader.path}: experts have scales by block ({names_of(pair)[0]}), and '{text}' cuts or pads them; "
+                f"take --layout=concat, or --dequantize=bf16"
             )
 
 
@@ -135,7 +160,7 @@ def _ways(pair: Pair, first: TensorSpec) -> list[Way]:
         sizes = [{**stored, ROWS: size} for size in each]
     return [
         Way(
-            role=pair.role, part=pair.part, dims="out" if pair.part else "out in",
+            role=pair.role, part=pair.part, dims="out" if pair.part == "bias" else "out in",
             sizes=own, source_sizes=stored, source=pair.source, target=pair.target, turns=pair.turns,
         ) for own in sizes
     ]  # fmt: skip

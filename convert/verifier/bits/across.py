@@ -177,7 +177,7 @@ def group_of(
     return Group(
         role=pair.role,
         part=pair.part,
-        dims="out" if pair.part else "out in",
+        dims="out" if pair.part == "bias" else "out in",
         placed=pair.source,
         index=index,
         sizes=sizes,
