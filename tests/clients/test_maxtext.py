@@ -116,7 +116,7 @@ def test_every_tree_is_here():
     assert {family.name for family in FAMILIES if types & {*family.model_types}} == set(TREES)
 
 
-def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None, *, fused: bool) -> np.ndarray:
+def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None, *, fused: bool, **more: Any) -> np.ndarray:
     """What MaxText's model computes with the parameters of a tree whose layers are stacked along an axis, or are not."""
     kind, special = {**CASES, **ALONE}[case]
     own = {
@@ -136,6 +136,7 @@ def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None
         "param_scan_axis": 1 if axis is None else axis,
         "prefuse_moe_weights": fused,
         "load_parameters_path": str(tree / "0" / "items"),
+        **more,
     }
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
     config = pyconfig.initialize(["", str(base), *(f"{word}={_text(value)}" for word, value in words.items())])
@@ -198,6 +199,63 @@ def test_maxtext_computes_the_text(case, tmp_path):
     found = logits(case, stated, tmp_path / "tree", ids, axis, fused=True)
     assert np.abs(wanted).max() > 1
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["prefused", "split"])
+def test_maxtext_computes_with_fp8(tmp_path, fused):
+    """Scales stand where its model of FP8 has them: it computes what transformers does with the product."""
+    case = "qwen3_5_moe_text-cycles"
+    built = tiny_models.build(case).float()
+    for name in ("in", "product"):
+        built.save_pretrained(tmp_path / name)
+    _quantise(tmp_path / "in", tmp_path / "product")
+    ids = torch.randint(3, 160, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    wanted = tiny_models.forward(type(built).from_pretrained(tmp_path / "product", dtype="float32"), ids).numpy()
+    (convert.prefuse if fused else convert.reformat)(tmp_path / "in", tmp_path / "tree", to="orbax")
+    stated, special = (
+        built.config.get_text_config(),
+        {"model_name": "qwen3.5-35b-a3b-fp8", "weight_dtype": "float8_e4m3fn", "weight_block_size": BLOCK},
+    )
+    found = logits(case, stated, tmp_path / "tree", ids.numpy(), 1, fused=fused, **special)
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+BLOCK = 8
+
+
+def _quantise(where: Path, product: Path) -> None:
+    """Make FP8 of what MaxText has as FP8, as it is published, and write the products into another checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    found, products = dict[str, Any](), load_file(where / "model.safetensors")
+    for name, weight in products.items():
+        found[name] = weight
+        if name.split(".")[-2] in QUANTISED:
+            blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+            scale = blocks.abs().amax((1, 3)) / 448
+            spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            found[name], found[f"{name}_scale_inv"] = (weight / spread).to(torch.float8_e4m3fn), scale
+            products[name] = found[name].float() * spread
+    save_file(found, where / "model.safetensors")
+    save_file(products, product / "model.safetensors", {"format": "pt"})
+    config = json.loads((where / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    (where / "config.json").write_text(json.dumps(config))
+
+
+QUANTISED = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "out_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
 
 
 def _thinker(where: Path) -> None:
