@@ -51,7 +51,7 @@ def cuts(path: Path, mesh: dict[str, int]) -> dict[str, list[list[str]]]:
     assert isinstance(plan, Plan)
     found = {}
     for target in plan.targets:
-        names = [[axis for axis in each if axis in mesh] for each in axes_of(target, Origin())]
+        names = [[axis for axis in each if axis in mesh] for each in axes_of(target, plan, Origin())]
         sizes = zip(names, target.spec.shape, strict=True)
         found[target.spec.name] = [each if size % math.prod(mesh[a] for a in each) == 0 else [] for each, size in sizes]
     return found

@@ -12,6 +12,7 @@ import convert
 from convert.cli import main
 from convert.errors import OutputError, UsageError
 from layouts.checkpoint import open_checkpoint
+from scripts.benchmark_restore import cuts
 from scripts.make_checkpoint import make_checkpoint
 
 P = "params.params."
@@ -53,6 +54,12 @@ def test_chunks_end_where_parts_do(mesh, wanted, source, tmp_path):
     assert all(ends_with(found, name, parts) for name, parts in wanted.items())
     assert convert.verify(source, tmp_path / "out", gemm=False).equal
     assert json.loads((tmp_path / "out" / "convert_manifest.json").read_text())["mesh"] == mesh
+
+
+def test_the_benchmark_cuts_as_the_mesh_does(source):
+    """`scripts/benchmark_restore.py`: each device takes its part of an array as MaxText would."""
+    found = cuts(source, {"fsdp": 3, "tensor": 2})
+    assert (found[WI], found[WO]) == ([[], [], ["fsdp"], ["tensor"]], [[], [], ["tensor"], ["fsdp"]])
 
 
 def test_without_a_mesh_they_do_not(source, tmp_path):
