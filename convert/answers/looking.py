@@ -141,9 +141,12 @@ def _told_by(reader: Reader, described: Description, choices: Choices) -> str:
         return "the record of this tool"
     if family.by_structure:
         return "the structure of the tree"
-    if family.by_names:
-        return f"the names of its experts (model_type {reader.config.get('model_type')!r} is not in the table)"
     stated = reader.config.get("model_type")
+    if family.by_names and choices.source_layout:
+        return "nothing: its layout is what --source-layout says"
+    if family.by_names:
+        found = f"model_type {stated!r} is not in the table" if stated else "config.json names no model_type"
+        return f"the names of its experts ({found})"
     return f"model_type {stated!r} in {CONFIG}" if stated in family.model_types else f"the model_type of a part in {CONFIG}"
 
 

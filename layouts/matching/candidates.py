@@ -5,9 +5,10 @@ In: an open checkpoint, its family, the user's word. Out: layouts to try, in ord
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layouts.errors import InputError, PlanError
@@ -138,6 +139,16 @@ def _natives_of(reader: Reader, record: Mapping[str, Any], family: Family) -> li
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{reader.path}: the record of the layout is damaged: {error!r}") from None
     return [Known(role=role, layout=native) for role, native in dict.fromkeys(found)]
+
+
+def at_home(family: Family, text: str | None) -> Family:
+    """The family with its experts at the place that a layout of the user has itself, where no model says another place.
+
+    What is made of `{path}.{l}.mlp.gate_proj` in a tree goes there, too, and not to `{path}`, which all layers share.
+    """
+    keys = [layout.key for layout in SOURCES.get(text or "", {}).values()]
+    home = os.path.commonprefix(keys).rpartition(".")[0]  # noqa: RUF071 - up to a dot
+    return replace(family, experts=home) if not family.model_types and home.startswith("{path}") else family
 
 
 def named(text: str, family: Family) -> Layouts:

@@ -15,13 +15,14 @@ from layouts.language.parts import AXES
 from layouts.language.slots import Index
 from layouts.language.template import Template
 from layouts.matching.lookup import expert_counts, idle_experts
-from layouts.matching.packing import WEIGHTS
+from layouts.matching.packing import WEIGHTS, hidden_sizes
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from layouts.matching.group import Group
 
+_WIDTH = "moe_intermediate_size"
 _WHOLE = frozenset("kgnd")
 """Axes along which blocks are copied as wholes. Along the others (experts, stacked layers, shards) it goes step by step."""
 _MOST = 1 << 24
@@ -153,3 +154,30 @@ def _check_companions(reader: Reader, role: str, weight: Group, held: Iterable[G
                     f"{reader.path}: {group.names[0]} is for {group.total(axis)} ({axis}), but {weight.names[0]} has "
                     f"{weight.total(axis)}; they do not belong together"
                 )
+
+
+def check_said(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
+    """See that a layout that may be the other way round is not, as far as `config.json` tells; what it does not tell.
+
+    It may be where the user or names alone have told it, or where the family is published both ways.
+
+    Raises:
+        PlanError: what would be the embed dim has another size than the model, and what would be the mlp dim has that.
+    """
+    wide, narrow = set(hidden_sizes(reader.config)), set(hidden_sizes(reader.config, (_WIDTH,)))
+    unsure: dict[tuple[int, int], str] = {}
+    for group in (group for group in groups if group.role == "wi" and not group.part and not group.packed):
+        k, n = group.total("k"), group.total("n")
+        if (n in wide and k not in wide) or (not wide and k in narrow and n not in narrow):
+            word, size = ("hidden size", n) if wide else (_WIDTH, k)
+            raise PlanError(
+                f"{reader.path}: in this layout {group.names[0]} takes {k} inputs and gives {n}, but config.json says that the "
+                f"model's {word} is {size}: it is stored the other way round. Name its "
+                f"layout with --source-layout, or its model with --family"
+            )
+        if k == n or not (k in wide or (not wide and n in narrow)):
+            unsure.setdefault((k, n), group.names[0])
+    return tuple(
+        f"{name}: that it takes {k} inputs and gives {n} is what you say; config.json does not tell it from the other way round"
+        for (k, n), name in unsure.items()
+    )

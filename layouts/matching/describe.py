@@ -15,8 +15,8 @@ from layouts.errors import InputError, PlanError
 from layouts.language.layout import Placed
 from layouts.language.parts import PARTS, forms
 from layouts.language.pattern import Pattern
-from layouts.matching.candidates import Candidates, candidates, record_of
-from layouts.matching.checks import check_blocks, check_equal, check_grid
+from layouts.matching.candidates import Candidates, at_home, candidates, record_of
+from layouts.matching.checks import check_blocks, check_equal, check_grid, check_said
 from layouts.matching.group import Group
 from layouts.matching.kinds import check_kinds, filled
 from layouts.matching.lookup import expert_counts, find_family
@@ -24,7 +24,7 @@ from layouts.matching.origin import hf_name, origin_of
 from layouts.matching.packing import WEIGHTS, marked
 from layouts.matching.refusal import check_beside, hint, lookalikes, without_loras
 from layouts.matching.sorting import Key, Sorted, sort_names
-from layouts.matching.witness import check_counts, check_layers, check_routers, check_said
+from layouts.matching.witness import check_counts, check_layers, check_routers
 from layouts.reader import Reader
 from layouts.tables.families import Family, families_of, maxtext
 from layouts.tensors import TensorSpec
@@ -65,7 +65,7 @@ def describe(
         InputError: experts are missing, or differ in shape or element type.
     """
     check_counts(reader)
-    found = _family(reader, family, scan_axis)
+    found = at_home(_family(reader, family, scan_axis, source_layout), source_layout)
     known = candidates(reader, found, source_layout, like)
     matched, rest = sort_names(reader, found, known.known)
     verbatim = without_loras(found, rest)
@@ -86,14 +86,20 @@ def describe(
     check_blocks(reader, groups, whole=whole)
     check_kinds(reader, found, groups)
     counted = check_routers(reader, groups)
-    told = (f"family told by names: {found.name}",) if found.by_names and not family and not record_of(reader) else ()
-    if source_layout or told or (found.both_ways and not record_of(reader)):
-        check_said(reader, groups)
-    remarks = (*told, *counted, *check_layers(reader, groups), *lookalikes(verbatim))
+    fresh = not record_of(reader)
+    told = (f"family told by names: {found.name}",) if found.by_names and not (family or source_layout) and fresh else ()
+    unsure = check_said(reader, groups) if source_layout or told or (found.both_ways and fresh) else ()
+    remarks = (
+        *told,
+        *(unsure if source_layout and fresh else ()),
+        *counted,
+        *check_layers(reader, groups),
+        *lookalikes(verbatim),
+    )
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), loras=tuple(loras), remarks=remarks)
 
 
-def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Family:
+def _family(reader: Reader, override: str | None, scan_axis: int | None, layout: str | None) -> Family:
     stated = record_of(reader).get("family")
     if reader.format == "orbax":
         if hf_name(override):  # the family of the model; that of the tree is its own
@@ -103,11 +109,12 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None) -> Fami
         wanted = override or asked or stated or maxtext().name
     else:
         wanted = override or stated
-    found = find_family(reader.config, list(reader.tensors), where=reader.path, format=reader.format, override=wanted)
+    names, where = list(reader.tensors), reader.path
+    found = find_family(reader.config, names, where=where, format=reader.format, override=wanted, layout=layout)
     recorded = next((each for each in families_of(reader.format) if each.name == stated), found)
     if recorded.name != found.name and not recorded.by_names:  # names tell less than a user who knows the model
         said = f"--family={override}" if override else f"--scan-axis={scan_axis}"
-        raise PlanError(f"{reader.path}: its record says that it is of family {stated!r}; do without {said}")
+        raise PlanError(f"{where}: its record says that it is of family {stated!r}; do without {said}")
     return filled(reader, found)
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from layouts.errors import PlanError
-from layouts.language.layout import Layout
+from layouts.language.layout import Layout, Layouts
 from layouts.tables.families import NOT_GATED, Family, families_of
 from layouts.tables.natives import SOURCES
+from layouts.tables.targets import TARGETS
 
+_ALL: Mapping[str, Layouts] = {**TARGETS, **SOURCES}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _KINDS = 1_000
 """Kinds of names that a hint looks at: a model has dozens, and a header of 50,000 odd names must not cost seconds."""
@@ -39,10 +41,12 @@ def find_family(
     where: Path,
     format: str,  # noqa: A002
     override: str | None = None,
+    layout: str | None = None,
 ) -> Family:
     """The family called `override`, else what `config.json` names, at any depth, else what the names tell.
 
-    `describe` checks that the names agree with it.
+    Where they tell nothing, but fit the `layout` that the user names, it is one that has no model. `describe` checks that the
+    names agree with it.
 
     Raises:
         PlanError: no such family, or it has no gate; says what was seen, and the nearest by the names of the experts.
@@ -54,7 +58,8 @@ def find_family(
         return known[first]
     _check_gated(stated[:1], where)
     if not override:
-        if found := _of_a_part(stated[1:], names) or told_by_names(names, format):
+        found = _of_a_part(stated[1:], names) or told_by_names(names, format) or _said(layout, names, format)
+        if found:
             return found
         _check_gated(stated, where)
     raise _unknown(first, bool(override), known, names, where, format)
@@ -87,6 +92,13 @@ def told_by_names(names: Iterable[str], format: str) -> Family | None:  # noqa: 
     return found[0] if len(found) == 1 and _has(kinds, found[0].native[0]["wo"], found[0]) else None
 
 
+def _said(layout: str | None, names: Iterable[str], format: str) -> Family | None:  # noqa: A002
+    """The family without a model, if the user names a layout that the names fit."""
+    family = next((family for family in families_of(format) if family.by_names), None)
+    fits = layout and family and layout.partition(":")[0] in rows_fitting(names, family, _ALL)
+    return family if fits else None
+
+
 def _has(kinds: Iterable[str], layout: Layout, family: Family) -> bool:
     """Whether all projections of a role are among the names."""
     key = layout.template(family.experts)
@@ -114,7 +126,10 @@ def _unknown(
     if said:
         seen = f"{stated!r} is"
     fit = fitting(names, format)
-    if names and not said and not fit and not any("expert" in name.lower() or "moe" in name.lower() for name in names):
+    by_names = [] if said else [family for family in families_of(format) if family.by_names]
+    rows = [row for family in by_names for row in rows_fitting(names, family)]
+    called = any("expert" in name.lower() or "moe" in name.lower() for name in names)
+    if names and not (said or fit or rows or called):
         return PlanError(
             f"{where}: {seen} no known MoE family, and none of its {len(names):,} tensors is called an expert's: a dense model "
             f"has nothing to fuse. If these are experts, say with --family how they are stored"
@@ -122,9 +137,10 @@ def _unknown(
     spelt = list(known) if said or not fit else [alias for family in fit for alias in (family.name, *family.model_types)]
     near = get_close_matches(str(stated), spelt, n=1) or [family.name for family in fit][:6]
     hint = f" (nearest: {', '.join(near)})" if near else ""
+    more = f", or how it does with --source-layout: {', '.join(dict.fromkeys(rows))}" if rows else ""
     return PlanError(
         f"{where}: {seen} no known MoE family{hint}. convert --families lists the known ones. If it stores its experts as one "
-        f"of these does, say so with --family; first tensors: {', '.join(sorted(names)[:3])}"
+        f"of these does, say so with --family{more}; first tensors: {', '.join(sorted(names)[:3])}"
     )
 
 
@@ -132,27 +148,29 @@ def fitting(names: Iterable[str], format: str) -> list[Family]:  # noqa: A002
     """The models that know most of these names as experts, those that publish them so first; never to choose one."""
     kinds = _kinds(names)
     models = [family for family in families_of(format) if not family.by_names]
-    known = [[_known(kinds, table.values(), family) for table in family.native] for family in models]
+    known = [[_known(kinds, table, family) for table in family.native] for family in models]
     scores = [len(set().union(*found)) for found in known]
     best = [(not found[0], number) for number, found in enumerate(known) if scores[number] == max(scores) > 0]
     return [models[number] for _, number in sorted(best)]
 
 
-def rows_fitting(names: Iterable[str], family: Family) -> list[str]:
+def rows_fitting(names: Iterable[str], family: Family, tables: Mapping[str, Layouts] = SOURCES) -> list[str]:
     """The layouts by name that only a user can tell, and that some of these names fit as gate and up and as down."""
     kinds = _kinds(names)
-    fit = (name for name, table in SOURCES.items() if all(_has(kinds, layout, family) for layout in table.values()))
-    return [name for name in fit if SOURCES[name] not in family.stored and not name.startswith("maxtext")]
+    fit = (name for name, table in tables.items() if all(_has(kinds, layout, family) for layout in table.values()))
+    own = family.native if family.by_names else family.stored
+    return [name for name in fit if tables[name] not in own and not name.startswith("maxtext")]
 
 
 def knows(family: Family, names: Iterable[str]) -> bool:
     """Whether some of these names are experts as the family stores them."""
-    return any(_known(_kinds(names), table.values(), family) for table in family.stored)
+    return any(_known(_kinds(names), table, family) for table in family.stored)
 
 
-def _known(kinds: Iterable[str], table: Iterable[Layout], family: Family) -> set[str]:
-    keys = [layout.template(family.experts) for layout in table]
-    return {name for name in kinds if any(key.parse(name) is not None for key in keys)}
+def _known(kinds: Iterable[str], table: Layouts, family: Family) -> set[str]:
+    """Those of these names that are experts in this layout; none without gate or up, for down is called the same in many."""
+    found = {role: {name for name in kinds if table[role].template(family.experts).parse(name) is not None} for role in table}
+    return found["wi"] | found["wo"] if found["wi"] else set()
 
 
 def _kinds(names: Iterable[str]) -> list[str]:

@@ -69,10 +69,10 @@ def _is_packed(reader: Reader, group: Group, other: Group | None) -> bool:
     )
 
 
-def hidden_sizes(config: Mapping[str, Any]) -> Iterator[int]:
+def hidden_sizes(config: Mapping[str, Any], words: Sequence[str] = HIDDEN) -> Iterator[int]:
     """What `config.json` says of the size of the model, at any depth."""
     for key, value in config.items():
-        if key in HIDDEN and type(value) is int:
+        if key in words and type(value) is int:
             yield value
         elif isinstance(value, Mapping):
-            yield from hidden_sizes(value)
+            yield from hidden_sizes(value, words)

@@ -17,12 +17,18 @@ from layouts.reader import Reader
 from layouts.tables.families import Family
 from layouts.tables.foreign import WORDS
 from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED
+from layouts.tables.natives import SOURCES
 from layouts.tables.targets import TARGETS, target
 
 _PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
 """What MaxText calls the projections of a MoE block."""
-_BOXES = ("array", "qrhs")
+_BOXES = ("array", "qrhs", "qvalue")
 """What stands below the name of a projection whose weights qwix or AQT has quantised."""
+_FROZEN = ("qrhs", "qlhs")
+"""What AQT calls quantised weights; those of experts are below their module, numbered in the order of use: `AqtEinsum_1`.
+
+Source: MaxText `layers/moe.py`, which takes gate, up and down from `aqt` by these numbers.
+"""
 
 
 def check_beside(reader: Reader, family: Family, blocks: Iterable[Block], verbatim: Sequence[str]) -> None:
@@ -38,13 +44,23 @@ def check_beside(reader: Reader, family: Family, blocks: Iterable[Block], verbat
     for name in verbatim:
         parts = name.split(".")
         beside = any(".".join(parts[:depth]) in places and _of_projection(parts[depth]) for depth in range(1, len(parts)))
-        boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
-        if (beside or boxed) and all(other.parse(name) is None for other in (*others, LORA_DOWN)):
+        if _is_boxed(parts):
+            raise PlanError(
+                f"{reader.path}: {name} is of weights of experts that qwix or AQT has quantised, and no table says how their "
+                f"values and scales are fused. Convert the tree that was quantised, and quantise what comes out"
+            )
+        if beside and all(other.parse(name) is None for other in (*others, LORA_DOWN)):
             known = f"Known to stay apart: {', '.join(text.rpartition('.')[2] for text in family.others)}"
             raise PlanError(
                 f"{reader.path}: {name} belongs to a projection of the experts beside it, and no table says how it is fused "
                 f"with them. {known}"
             )
+
+
+def _is_boxed(parts: Sequence[str]) -> bool:
+    """Whether a leaf is of a projection, or of a module of experts, that qwix or AQT has quantised."""
+    boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
+    return boxed or (any(part in _FROZEN for part in parts) and any(part.lower().startswith("moe") for part in parts))
 
 
 def without_loras(family: Family, names: Sequence[str]) -> list[str]:
@@ -79,12 +95,14 @@ class Refusal:
         if any(other.parse(name) is not None for other in self.others):
             return
         self._foreign(name)
-        for layout, key in self.fused:
-            if key.parse(name) is not None:
-                raise PlanError(
-                    f"{self.reader.path}: {name} looks like layout {layout!r}, but neither the checkpoint nor --source-layout "
-                    f"says so. Shapes cannot tell the layouts of a fused tensor apart: name it with --source-layout"
-                )
+        alike = [layout for layout, key in self.fused if key.parse(name) is not None]
+        if alike:
+            whole = rows_fitting(self.reader.tensors, self.family, {**TARGETS, **SOURCES})
+            raise PlanError(
+                f"{self.reader.path}: {name} looks like layout {' or '.join(map(repr, whole or alike))}, but neither the "
+                f"checkpoint nor --source-layout says so. Shapes cannot tell layouts with the same names apart: name it with "
+                f"--source-layout"
+            )
         if _is_like_an_expert(name) or any(stem.parse(name) is not None for stem in self.stems):
             expected = self.family.native[0]["wi"].key.replace("{experts}", self.family.experts)
             raise PlanError(

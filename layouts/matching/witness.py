@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from layouts.disk.files import CONFIG
-from layouts.errors import InputError, PlanError
+from layouts.errors import InputError
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.matching.group import Group
 from layouts.matching.lookup import EXPERT_COUNTS, expert_counts, idle_experts
-from layouts.matching.packing import hidden_sizes
 from layouts.reader import Reader
 
 ROUTERS = (
@@ -117,25 +116,6 @@ def _has_router(reader: Reader, group: Group) -> bool:
             f"is for {rows}: experts are missing. Get the rest, or state the number of experts in config.json"
         )
     return found
-
-
-def check_said(reader: Reader, groups: Sequence[Group]) -> None:
-    """See that a layout that may be the other way round is not, as far as `config.json` tells.
-
-    It may be where the user or names alone have told it, or where the family is published both ways.
-
-    Raises:
-        PlanError: what would be the embed dim has another size than the model, and what would be the mlp dim has that.
-    """
-    stated = set(hidden_sizes(reader.config))
-    for group in (group for group in groups if group.role == "wi" and not group.part and not group.packed):
-        k, n = group.total("k"), group.total("n")
-        if stated and k not in stated and n in stated:
-            raise PlanError(
-                f"{reader.path}: in this layout {group.names[0]} takes {k} inputs and gives {n}, but config.json says that the "
-                f"model's hidden size is {n}: it is stored the other way round. Name its "
-                f"layout with --source-layout, or its model with --family"
-            )
 
 
 def _beside(group: Group) -> Iterator[str]:

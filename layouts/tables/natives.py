@@ -144,6 +144,10 @@ MLX_FEED = layouts(
     wi=("{path}.{l}.feed_forward.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
     wo=("{path}.{l}.feed_forward.switch_mlp.down_proj.{part:mlx}", "e k n"),
 )
+MLX_ANYWHERE = layouts(
+    wi=("{path}.{l}.{within:?}switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{path}.{l}.{within:?}switch_mlp.down_proj.{part:mlx}", "e k n"),
+)
 MLX_BELOW = layouts(
     wi=("{experts}.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
     wo=("{experts}.switch_mlp.down_proj.{part:mlx}", "e k n"),
@@ -209,6 +213,7 @@ SOURCES: Mapping[str, Layouts] = {
     "mlx": MLX,
     "mlx-sparse": MLX_SPARSE,  # MLX, where a family has two names for the module of its experts
     "mlx-feed-forward": MLX_FEED,  # LFM2, Jamba
+    "mlx-anywhere": MLX_ANYWHERE,  # MLX, of whatever model: no other program has this word
     "mlx-below": MLX_BELOW,  # Granite
     "mlx-glu": MLX_GLU,  # Gemma 4
     "mlx-experts": MLX_EXPERTS,  # gpt-oss, Llama 4

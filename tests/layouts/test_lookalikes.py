@@ -27,7 +27,7 @@ def refused(arrays, config, words, **choices):
 
 
 @pytest.mark.parametrize(
-    "style", [yuan, paddle, automodel, mlx, spelt("gate", "up", "down"), spelt("linear", "linear_v", "linear_1")]
+    "style", [yuan, paddle, automodel, spelt("gate", "up", "down"), spelt("linear", "linear_v", "linear_1")]
 )
 @pytest.mark.parametrize("config", [{}, {"model_type": "somebodys_moe"}], ids=["no config", "unknown"])
 def test_words_of_one_family_tell_nothing_of_an_unknown_model(style, config):
@@ -103,33 +103,56 @@ def test_names_alone_are_checked_against_the_sizes_of_the_model():
 TREES = {
     "tunix": ("layers.{}.mlp.{}", ("gate_proj", "up_proj", "down_proj"), False),
     "torchtitan": ("layers.{}.moe.experts.{}", ("w1", "w3", "w2"), True),
+    "stacked-bare": ("layers.{}.mlp.experts.{}", ("gate_proj", "up_proj", "down_proj"), True),
+    "mlx": ("layers.{}.mlp.switch_mlp.{}.weight", ("gate_proj", "up_proj", "down_proj"), True),
 }
+QWEN = {"model_type": "qwen3_moe", "hidden_size": 6, "moe_intermediate_size": 4}
+WHERE = [(QWEN, "hf"), ({"model_type": "new"}, "hf"), ({}, "hf"), (QWEN, "orbax"), ({}, "orbax")]
+EACH_TREE = pytest.mark.parametrize("name", TREES)
 
 
-def tree(name, turned=None):
+def tree(name, turned=None, gates=W):
     key, words, rows = TREES[name]
     rows = rows if turned is None else turned
-    return plain({key.format(2, word): w.swapaxes(1, 2) if rows else w for word, w in zip(words, W, strict=True)})
+    found = [(layer, word, w) for layer in (2, 3) for word, w in zip(words, gates, strict=True)]
+    return plain({key.format(layer, word): w.swapaxes(1, 2) if rows else w for layer, word, w in found})
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_trees_of_trainers_are_named_by_the_user(name):
-    config = {"model_type": "qwen3_moe", "hidden_size": 6, "moe_intermediate_size": 4}
-    source = MemoryReader(tree(name), config=config)
-    refused(source.arrays, config, "no expert weights found|does not know")
+@EACH_TREE
+@pytest.mark.parametrize(("config", "format"), WHERE)
+def test_trees_of_trainers_are_named_by_the_user(name, config, format):  # noqa: A002
+    """As files and as Orbax trees, where each layer keeps its own; the error names the row, and `config.json` need not help."""
+    source = MemoryReader(tree(name), config=config, format=format)
+    if name != "mlx" or format == "orbax":
+        with pytest.raises(PlanError, match=rf"source-layout.*\b{name}\b|looks like layout .*'{name}'"):
+            make_plan(source, OUT, "prefuse")
     fused = run(source, "prefuse", source_layout=name)
-    assert np.array_equal(fused.arrays["layers.2.mlp.experts.wi"], np.concatenate(W[:2], -1))
-    assert np.array_equal(fused.arrays["layers.2.mlp.experts.wo"], W[2])
+    for layer in (2, 3):
+        wi = next(array for key, array in fused.arrays.items() if key.startswith(f"layers.{layer}.") and key.endswith(".wi"))
+        assert np.array_equal(wi, np.concatenate(W[:2], -1))
+        assert np.array_equal(next(a for n, a in fused.arrays.items() if f".{layer}." in n and n.endswith(".wo")), W[2])
     assert same(run(fused, "split").arrays, source.arrays)
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_a_named_layout_is_checked_against_the_sizes_of_the_model(name):
-    """The same names stored the other way round: config.json tells, and is asked; where it is silent the user is believed."""
-    other = tree(name, turned=not TREES[name][2])
-    sizes = {"text_config": {"hidden_size": 6, "moe_intermediate_size": 4}}
-    refused(other, {"model_type": "qwen3_moe", **sizes}, "stored the other way round", source_layout=name)
-    make_plan(MemoryReader(other, config={"model_type": "qwen3_moe"}), OUT, "prefuse", Choices(source_layout=name))
+@EACH_TREE
+@pytest.mark.parametrize("format", ["hf", "orbax"])
+@pytest.mark.parametrize("sizes", [{"text_config": {"hidden_size": 6}}, {"moe_intermediate_size": 4}], ids=str)
+def test_a_named_layout_is_checked_against_the_sizes_of_the_model(name, format, sizes):  # noqa: A002
+    """The same names stored the other way round: `config.json` tells."""
+    other = MemoryReader(tree(name, turned=not TREES[name][2]), config={"model_type": "qwen3_moe", **sizes}, format=format)
+    with pytest.raises(PlanError, match="stored the other way round"):
+        make_plan(other, OUT, "prefuse", Choices(source_layout=name))
+
+
+@EACH_TREE
+@pytest.mark.parametrize(
+    ("n", "sizes", "told"),
+    [(4, {"hidden_size": 6}, True), (4, {}, False), (6, {"hidden_size": 6}, False), (4, {"d": 6}, False)],
+)
+def test_what_nothing_can_tell_is_said_to_be_the_word_of_the_user(name, n, sizes, told):
+    reader = MemoryReader(tree(name, gates=weights(2, 12, 6, n)), config={"model_type": "qwen3_moe", **sizes})
+    made = make_plan(reader, OUT, "prefuse", Choices(source_layout=name))
+    assert any(f"takes 6 inputs and gives {n} is what you say" in remark for remark in made.remarks) != told
 
 
 @pytest.mark.parametrize(("said", "rows"), [("per-expert-lists", True), ("per-expert-lists-in-out", False)])

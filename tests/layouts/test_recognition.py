@@ -10,7 +10,7 @@ from convert.options import Choices
 from convert.planning.planner import make_plan
 from layouts.language.template import Template
 from tests.layouts.by_hand import weights
-from tests.layouts.by_hand.styles import in_out, linear, out_in, projections, w123
+from tests.layouts.by_hand.styles import in_out, linear, mlx, out_in, projections, w123
 from tests.tiny import MemoryReader, run, same
 
 OUT = Path("out")
@@ -58,6 +58,9 @@ def test_config_names_the_family_at_any_depth(config, family):
         (projections, "decoder.h.{}.block.moe", "per-expert"),
         (w123, "layers.{}", "per-expert-w123"),
         (w123, "a.very.deep.model.layers.{}.ffn", "per-expert-w123"),
+        (mlx, "model.layers.{}.mlp", "mlx"),
+        (mlx, "language_model.model.layers.{}.block_sparse_moe", "mlx"),
+        (mlx, "layers.{}", "mlx"),
     ],
 )
 def test_names_with_one_meaning_tell_the_family(config, style, at, family, n):

@@ -27,9 +27,7 @@ def plan(family, arrays, silent=False, **said):
     return make_plan(reader, Path("out"), "prefuse", Choices())
 
 
-@pytest.mark.parametrize(
-    "leaf", ["wi_0_lora_c", "wi_0_lora_b_scale", "wi_0_scale_inv", "wi_1_zero", "wo_x", "wi_0.array.qvalue", "wo.kernel"]
-)
+@pytest.mark.parametrize("leaf", ["wi_0_lora_c", "wi_0_lora_b_scale", "wi_0_scale_inv", "wi_1_zero", "wo_x", "wo.kernel"])
 def test_what_begins_as_a_projection_belongs_to_it(leaf):
     with pytest.raises(PlanError, match="no table says how it is fused"):
         plan(MAXTEXT, tensors(MAXTEXT) | {f"{BLOCK}.{leaf}": np.zeros((3, 2), "u4")})
@@ -40,12 +38,26 @@ def test_half_of_lora_is_an_error():
         plan(MAXTEXT, tensors(MAXTEXT) | {f"{BLOCK}.wi_0_lora_b": np.zeros((3, 2), "u4")})
 
 
-def test_a_module_of_experts_whose_arrays_are_all_boxed_is_no_other_tensor():
+@pytest.mark.parametrize("box", ["array.qvalue", "qvalue", "qrhs.frozen"])
+def test_a_module_of_experts_whose_arrays_are_all_boxed_is_no_other_tensor(box):
     found = tensors(MAXTEXT)
     for leaf in ("wi_0", "wi_1", "wo"):
-        found[f"{BLOCK}.{leaf}.array.qvalue"] = found.pop(f"{BLOCK}.{leaf}")
-    with pytest.raises(PlanError, match="no table says how it is fused"):
+        found[f"{BLOCK}.{leaf}.{box}"] = found.pop(f"{BLOCK}.{leaf}")
+    with pytest.raises(PlanError, match=f"{BLOCK}.*{box} is of weights of experts that qwix or AQT has quantised"):
         plan(MAXTEXT, found)
+
+
+@pytest.mark.parametrize("place", [BLOCK, "params.aqt.decoder.layers.MoeBlock_0"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_aqt_keeps_of_experts_elsewhere_is_seen(place, apart):
+    """Its frozen weights are numbered, and those beside them may be there or not; of attention they are some other tensor."""
+    leaf = "AqtDotGeneral_0.qrhs.frozen.qvalue"
+    found = {n: a for n, a in tensors(MAXTEXT).items() if apart or not (".wi_" in n or ".wo" in n)}
+    beside = {f"params.aqt.decoder.layers_1.attention.query.{leaf}": np.zeros((3, 2), "u4")}
+    if apart:
+        plan(MAXTEXT, found | beside)
+    with pytest.raises(PlanError, match="that qwix or AQT has quantised"):
+        plan(MAXTEXT, found | {f"{place}.AqtEinsum_0.{leaf}": np.zeros((3, 2), "u4")})
 
 
 @pytest.mark.parametrize(
