@@ -11,6 +11,7 @@ from typing import Any
 
 from convert.errors import UsageError, did_you_mean
 from layouts.language.layout import Layouts
+from layouts.matching.origin import name_of
 from layouts.tables.families import FAMILIES, NOT_GATED, Family
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import LOADED_BY, TAKEN_BY, TARGETS
@@ -78,8 +79,7 @@ def layouts_text(width: int = WIDTH) -> str:
 
 
 def _family(family: Family) -> dict[str, Any]:
-    names = {id(table): name for name, table in SOURCES.items()}
-    native, stored = ([names[id(table)] for table in tables] for tables in (family.native, family.stored))
+    native, stored = ([name_of(table, family) for table in tables] for tables in (family.native, family.stored))
     told = (
         "the structure of the tree" if family.by_structure else "the names of its experts" if family.by_names else "model_type"
     )

@@ -126,7 +126,7 @@ def _size(path: Path) -> int | None:
 def _layouts(reader: Reader, description: Description) -> Iterator[str]:
     """How experts are stored: the word for it, then each kind of tensor with its axes in words."""
     weights = [group for group in description.groups if not group.part] or list(description.groups)
-    word = record_of(reader).get("layout") or name_of({g.role: g.layout for g in weights})
+    word = record_of(reader).get("layout") or name_of({g.role: g.layout for g in weights}, description.family)
     fused = any(group.role == "wi" and "g" not in group.placed.key.slots for group in weights)
     yield f"{word or 'as its family has it'}, gate and up {'in one tensor' if fused else 'apart'}"
     kinds = {(group.role, group.layout): group for group in weights}

@@ -29,8 +29,8 @@ OPEN = "*first+"
 class Layout:
     """How one role is stored.
 
-    In the key, `{experts}` stands for the family's place of experts and `{part}` for the word of the weight or of a companion
-    (see `layouts.language.parts`); a key without it has no companions.
+    In the key, `{experts}` stands for the family's place of experts, `{beside}` for the module around it with its dot, and
+    `{part}` for the word of the weight or of a companion (see `layouts.language.parts`); a key without it has no companions.
     """
 
     key: str
@@ -48,7 +48,12 @@ class Layout:
     @lru_cache(maxsize=1 << 10)  # noqa: B019
     def template(self, experts: str) -> Template:
         """The full key alone."""
-        return Template(words(self.key).replace("{experts}", experts))
+        return Template(words(self.located(experts).key).replace("{experts}", experts))
+
+    def located(self, experts: str) -> Layout:
+        """This layout with the module around these experts, and its dot, for `{beside}`."""
+        around = experts.removesuffix("experts") if experts.endswith("experts") else f"{experts}."
+        return Layout(self.key.replace("{beside}", around), self.pattern)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,11 @@ class Placed:
 
 Layouts = Mapping[str, Layout]
 """A complete layout of a MoE block: one `Layout` per role."""
+
+
+def located(table: Layouts, experts: str) -> Layouts:
+    """Both roles of a layout with the module around these experts for `{beside}`."""
+    return {role: layout.located(experts) for role, layout in table.items()}
 
 
 def layouts(*, wi: tuple[str, str], wo: tuple[str, str]) -> Layouts:
@@ -79,7 +89,7 @@ def checked(role: str, key: str, pattern: str) -> Layout:
         ValueError: an axis is missing, held twice, or unknown.
     """
     plain = Pattern(re.sub(r"\{(shards|align|block)\}", "1", pattern))
-    axes = [*Template(words(key).replace("{experts}", "")).slots, *plain.axes]
+    axes = [*Template(words(key).replace("{experts}", "").replace("{beside}", "")).slots, *plain.axes]
     if sorted(set(axes) - _MAY) != sorted(ROLES[role]) or len(axes) != len(set(axes)):
         raise ValueError(f"{role} needs each of {sorted(ROLES[role])} once, {key} '{pattern}' has {axes}")
     return Layout(key, pattern)

@@ -159,7 +159,7 @@ def rows_fitting(names: Iterable[str], family: Family, tables: Mapping[str, Layo
     kinds = _kinds(names)
     fit = (name for name, table in tables.items() if all(_has(kinds, layout, family) for layout in table.values()))
     own = family.native if family.by_names else family.stored
-    return [name for name in fit if tables[name] not in own and not name.startswith("maxtext")]
+    return [name for name in fit if family.own(tables[name]) not in own and not name.startswith("maxtext")]
 
 
 def knows(family: Family, names: Iterable[str]) -> bool:

@@ -16,7 +16,7 @@ from layouts.errors import InputError, PlanError
 from layouts.language.layout import Layouts
 from layouts.matching.candidates import ORIGIN, record_of
 from layouts.reader import Reader
-from layouts.tables.families import families_of
+from layouts.tables.families import Family, families_of
 from layouts.tables.maxtext import RULES
 from layouts.tables.natives import SOURCES
 
@@ -71,6 +71,6 @@ def hf_name(family: object) -> str | None:
     return next((f.name for f in families_of("hf") if family == f.name or family in f.model_types), None)
 
 
-def name_of(layouts: Layouts) -> str | None:
-    """What `SOURCES` calls these layouts."""
-    return next((name for name, table in SOURCES.items() if table == layouts), None)
+def name_of(layouts: Layouts, family: Family) -> str | None:
+    """What `SOURCES` calls these layouts of a family."""
+    return next((name for name, table in SOURCES.items() if family.own(table) == layouts), None)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from layouts.language.layout import located
 from layouts.tables.families_apart import APART
 from layouts.tables.families_fused import TOGETHER
 from layouts.tables.family import ANYWHERE, Family
-from layouts.tables.natives import MAXTEXT, MAXTEXT_AXIS_0, MLX_ANYWHERE, PER_EXPERT, PER_EXPERT_W123
+from layouts.tables.natives import MAXTEXT, MAXTEXT_AXIS_0, MLX, PER_EXPERT, PER_EXPERT_W123
 
 __all__ = ["FAMILIES", "NOT_GATED", "Family", "families_of", "maxtext"]
 
@@ -28,7 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     # Told by their names alone: these words have one meaning in every model that we know.
     Family(name="per-expert", experts=ANYWHERE, native=(PER_EXPERT,)),
     Family(name="per-expert-w123", experts=ANYWHERE, native=(PER_EXPERT_W123,), unfused=()),
-    Family(name="mlx", experts=ANYWHERE, native=(MLX_ANYWHERE,), unfused=()),  # mlx-lm `SwitchGLU`, `SwitchLinear`
+    Family(name="mlx", experts=ANYWHERE, native=(located(MLX, ANYWHERE),), unfused=()),  # mlx-lm `SwitchGLU`, `SwitchLinear`
     Family(name="maxtext", experts="{path}", native=(MAXTEXT,), others=_MAXTEXT_BIASES, format="orbax"),
     Family(
         name="maxtext-axis-0", experts="{path}", native=(MAXTEXT_AXIS_0,), others=_MAXTEXT_BIASES, format="orbax", scan_axis=0

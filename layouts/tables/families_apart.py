@@ -12,6 +12,7 @@ from layouts.tables.family import BARE, FEED, MLP, SPARSE, Family, per_expert, w
 from layouts.tables.natives import (
     FUSED,
     FUSED_IN_MLP,
+    MLX_EXPERTS,
     PADDLE,
     PADDLE_KINDS,
     PER_EXPERT,
@@ -39,7 +40,7 @@ APART: tuple[Family, ...] = (
     per_expert("deepseek_v2", "deepseek_ocr2", "deepseek_ocr2_text"),
     per_expert("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
     per_expert("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text"),
-    per_expert("dots1"),
+    per_expert("dots1", mlx=MLX_EXPERTS),
     Family(  # the vision encoder has experts, too: fc1 is gate, fc3 up (conversion_mapping.py)
         name="dots3_note",
         model_types=("dots3_note", "dots3_note_text", "dots3_note_vision_encoder"),
@@ -61,7 +62,7 @@ APART: tuple[Family, ...] = (
     per_expert("hunyuan_v1_moe", "hy_v3"),
     per_expert("longcat_flash"),
     per_expert("bailing_moe", "bailing_moe_v2", "bailing_hybrid"),
-    per_expert("afmoe"),
+    per_expert("afmoe", mlx=MLX_EXPERTS),
     per_expert("jamba", experts=FEED),
     per_expert("exaone_moe"),
     per_expert("cohere2_moe"),
@@ -73,7 +74,7 @@ APART: tuple[Family, ...] = (
     per_expert("beam"),
     per_expert("flint"),
     per_expert("kolibri", "kolibri1", experts="{path}.{l}.{moe:mlp,moe}.experts"),
-    per_expert("klear", "Klear"),
+    per_expert("klear", "Klear", mlx=MLX_EXPERTS),
     per_expert("unlimited_ocr", "unlimited_ocr_text"),
     per_expert("sarvam_moe", "sarvam_mla"),
     per_expert("time_moe", experts="{path}.{l}.ffn_layer.experts"),  # TimeMoeTemporalBlock

@@ -18,6 +18,7 @@ from layouts.tables.natives import (
     LINEAR,
     MLX_EXPERTS,
     MLX_GLU,
+    MLX_IN_MLP,
     PER_EXPERT,
     PER_EXPERT_BELOW,
     STACKED,
@@ -50,7 +51,7 @@ TOGETHER: tuple[Family, ...] = (
         model_types=("step3p5", "step3p7", "step3_text", "step3_vl"),
         experts="{path}.{l}.moe",
         native=(STACKED, FUSED_IN_MLP),
-        unfused=(PER_EXPERT_BELOW,),
+        unfused=(PER_EXPERT_BELOW, MLX_IN_MLP),
         transformers=FUSED_IN_MLP,
     ),
     Family(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from layouts.language.layout import OPEN, Layouts
+from layouts.language.layout import OPEN, Layouts, located
 from layouts.language.parts import is_in_first
 from layouts.language.pattern import Pattern
 from layouts.language.template import Template
@@ -21,9 +21,6 @@ from layouts.tables.natives import (
     FUSED_IN_OUT,
     LINEAR,
     MLX,
-    MLX_BELOW,
-    MLX_FEED,
-    MLX_SPARSE,
     PER_EXPERT,
     PER_EXPERT_BELOW,
     PER_EXPERT_HELD,
@@ -81,8 +78,9 @@ class Family:
         return replace(told, native=tuple(map(told.own, self.native)))
 
     def own(self, table: Layouts) -> Layouts:
-        """A layout as this family has it: with the number of experts that it leaves open."""
-        return {role: layout.filled(self.first) for role, layout in table.items()} if self.first else table
+        """A layout as this family has it: at the place of its experts, and with the number of them that it leaves open."""
+        own = located(table, self.experts)
+        return {role: layout.filled(self.first) for role, layout in own.items()} if self.first else own
 
     @property
     def both_ways(self) -> bool:
@@ -92,7 +90,7 @@ class Family:
     @property
     def stored(self) -> tuple[Layouts, ...]:
         """All layouts that its checkpoints come in: the native ones, then what quantisers and trainers make of them."""
-        others = () if self.by_structure else (*self.unfused, AUTOMODEL, *_MLX.get(self.experts, ()))
+        others = () if self.by_structure else (*self.unfused, AUTOMODEL, self.own(MLX))
         return (*self.native, *(table for table in others if table not in self.native))
 
 
@@ -101,16 +99,18 @@ SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
 FEED = "{path}.{l}.feed_forward.experts"
 BARE = "{path}.{l}.experts"
 ANYWHERE = "{path}.{l}.{within:?}experts"
-_MLX = {MLP: (MLX,), SPARSE: (MLX_SPARSE,), FEED: (MLX_FEED,), "{path}.{l}.moe": (MLX,)}
-"""By the place of a family's experts: MLX keeps them beside it, under a name of its own."""
-
-_APART = {id(LINEAR): (PER_EXPERT_BELOW, MLX_BELOW), id(FLAT): (PER_EXPERT_HELD, PER_EXPERT_W1V1)}
+_APART = {id(LINEAR): (PER_EXPERT_BELOW,), id(FLAT): (PER_EXPERT_HELD, PER_EXPERT_W1V1)}
 """By how a family is published fused: what others make of it, where that is not one module for each expert and projection."""
 
 
-def per_expert(name: str, *aliases: str, experts: str = MLP, others: tuple[str, ...] = ()) -> Family:
-    """A family with one matrix for each expert and projection, as most are published."""
-    return Family(name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT, FUSED), others=others)
+def per_expert(
+    name: str, *aliases: str, experts: str = MLP, others: tuple[str, ...] = (), mlx: Layouts | None = None
+) -> Family:
+    """A family with one matrix for each expert and projection, as most are published; `mlx` is how MLX has it, if otherwise."""
+    unfused = (PER_EXPERT, mlx) if mlx else (PER_EXPERT,)
+    return Family(
+        name=name, model_types=(name, *aliases), experts=experts, native=(PER_EXPERT, FUSED), others=others, unfused=unfused
+    )
 
 
 def w123(name: str, *aliases: str, experts: str = SPARSE) -> Family:

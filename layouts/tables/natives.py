@@ -133,24 +133,12 @@ AUTOMODEL = layouts(
     wo=("{experts}.down_projs", "e n k"),
 )
 MLX = layouts(
+    wi=("{beside}switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
+    wo=("{beside}switch_mlp.down_proj.{part:mlx}", "e k n"),
+)
+MLX_IN_MLP = layouts(
     wi=("{path}.{l}.mlp.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
     wo=("{path}.{l}.mlp.switch_mlp.down_proj.{part:mlx}", "e k n"),
-)
-MLX_SPARSE = layouts(
-    wi=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
-    wo=("{path}.{l}.{moe:block_sparse_moe,mlp}.switch_mlp.down_proj.{part:mlx}", "e k n"),
-)
-MLX_FEED = layouts(
-    wi=("{path}.{l}.feed_forward.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
-    wo=("{path}.{l}.feed_forward.switch_mlp.down_proj.{part:mlx}", "e k n"),
-)
-MLX_ANYWHERE = layouts(
-    wi=("{path}.{l}.{within:?}switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
-    wo=("{path}.{l}.{within:?}switch_mlp.down_proj.{part:mlx}", "e k n"),
-)
-MLX_BELOW = layouts(
-    wi=("{experts}.switch_mlp.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
-    wo=("{experts}.switch_mlp.down_proj.{part:mlx}", "e k n"),
 )
 MLX_GLU = layouts(
     wi=("{experts}.switch_glu.{g:gate_proj,up_proj}.{part:mlx}", "e n k"),
@@ -210,13 +198,10 @@ SOURCES: Mapping[str, Layouts] = {
     "fused-in-mlp": FUSED_IN_MLP,  # Step and Mistral Large 4 as transformers holds them
     "w13-interleaved": W13_INTERLEAVED,
     "automodel": AUTOMODEL,  # NeMo
-    "mlx": MLX,
-    "mlx-sparse": MLX_SPARSE,  # MLX, where a family has two names for the module of its experts
-    "mlx-feed-forward": MLX_FEED,  # LFM2, Jamba
-    "mlx-anywhere": MLX_ANYWHERE,  # MLX, of whatever model: no other program has this word
-    "mlx-below": MLX_BELOW,  # Granite
+    "mlx": MLX,  # beside the experts, whatever the model
+    "mlx-in-mlp": MLX_IN_MLP,  # Step-3.5
     "mlx-glu": MLX_GLU,  # Gemma 4
-    "mlx-experts": MLX_EXPERTS,  # gpt-oss, Llama 4
+    "mlx-experts": MLX_EXPERTS,  # gpt-oss, Llama 4, AFMoE, dots.llm1, Klear
     "torchtitan": TITAN,
     "tunix": TUNIX,
     "maxtext": MAXTEXT,

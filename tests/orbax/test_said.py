@@ -266,4 +266,4 @@ def test_a_record_that_no_table_knows_is_damaged(source, tmp_path, origin):
 
 
 def test_every_layout_of_every_family_has_a_name():
-    assert all(name_of(native) for family in families_of("hf") for native in family.native)
+    assert all(name_of(native, family) for family in families_of("hf") for native in family.native)

@@ -213,7 +213,7 @@ def _record(
     layout: str | None, sides: Sides, targets: Iterable[Target], came: Layouts, origin: Origin
 ) -> dict[str, Any] | None:
     """The record of the experts, in the words of the format that has them; a tree's says of what it was made, too."""
-    origin = replace(origin, family=sides.family.name, layout=name_of(came)) if sides.to_maxtext else Origin()
+    origin = replace(origin, family=sides.family.name, layout=name_of(came, sides.family)) if sides.to_maxtext else Origin()
     if layout is None:
         return family_record(sides.tree, origin) if sides.to_maxtext else None
     owner, wanted = (sides.tree, sides.maxtext) if sides.to_maxtext else (sides.family, sides.hf)

@@ -6,7 +6,9 @@ import numpy as np
 
 from tests.layouts.by_hand.apart import APART
 from tests.layouts.by_hand.styles import Arrays, Model
-from tests.layouts.by_hand.together import TOGETHER
+from tests.layouts.by_hand.together import SAID, TOGETHER
+
+__all__ = ["APART", "CASES", "MODELS", "SAID", "config", "tensors", "weights"]
 
 MODELS = APART | TOGETHER
 CASES = [(name, kind) for name, model in MODELS.items() for kind in model.types]

@@ -66,6 +66,15 @@ def gate_up(at: str, gate, up, down) -> Arrays:
     return found
 
 
+def projection_first(at: str, gate, up, down) -> Arrays:
+    """Some NVFP4 checkpoints of ModelOpt: experts.gate_proj.{e}.weight [N, K], up_proj, down_proj [K, N]."""
+    found = {}
+    for e in range(len(gate)):
+        for word, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            found[f"{at}.experts.{word}.{e}.weight"] = weight[e].T
+    return found
+
+
 def yuan(at: str, gate, up, down) -> Arrays:
     """Yuan 2: w1 [2N, K], its first rows are gate; w2 [K, N]."""
     found = {}

@@ -8,11 +8,13 @@ from tests.layouts.by_hand.styles import (
     automodel,
     fc,
     flat,
+    gate_up,
     in_out,
     interleaved,
     linear,
     mlx,
     out_in,
+    projection_first,
     shared,
     spelt,
     stacked,
@@ -20,6 +22,11 @@ from tests.layouts.by_hand.styles import (
     w13_interleaved,
 )
 
+SAID = {
+    "per-expert-gate-up": Model(types=("qwen3_moe",), style=gate_up),
+    "projection-first": Model(types=("qwen3_moe",), style=projection_first),
+}
+"""By the name of a layout: what only a user can say."""
 TOGETHER = {
     "qwen3_5_moe": Model(types=("qwen3_5_moe",), style=out_in, at="model.language_model.layers.{}.mlp", nested="text_config"),
     "qwen3_vl_moe": Model(
@@ -42,6 +49,10 @@ TOGETHER = {
     "mlx of lfm2": Model(types=("lfm2_moe", "jamba"), style=mlx, at=FEED, fused=f"{FEED}.experts"),
     "mlx of granite": Model(types=("granitemoe",), style=mlx, at=SPARSE, fused=SPARSE),
     "mlx of step": Model(types=("step3p5",), style=mlx, fused="model.layers.{}.moe"),
+    "mlx of jetmoe": Model(types=("jetmoe",), style=mlx, fused="model.layers.{}.mlp"),
+    "mlx of deepseek_v4": Model(types=("deepseek_v4",), style=mlx, at="model.layers.{}.ffn"),
+    "mlx of grok": Model(types=("grok-1",), style=mlx, at="model.layers.{}.moe_block"),
+    "mlx of afmoe": Model(types=("afmoe", "dots1", "Klear"), style=switch("experts")),
     "mlx of gpt-oss": Model(types=("gpt_oss",), style=switch("experts")),
     "mlx of llama4": Model(types=("llama4",), style=switch("experts"), at=f"language_model.{FEED}", nested="text_config"),
     "mlx of gemma4": Model(types=("gemma4_text",), style=switch("experts.switch_glu"), at="model.layers.{}"),
@@ -51,6 +62,8 @@ TOGETHER = {
         style=spelt("w1", "v1", "w2", below="experts.mlp_experts"),
         at="transformer.blocks.{}.ffn",
     ),
+    "granite of transformers": Model(types=("granitemoe",), style=out_in, at=SPARSE, count="num_local_experts", fused=SPARSE),
+    "step of transformers": Model(types=("step3p5",), style=out_in, count="moe_num_experts", fused="model.layers.{}.moe"),
     "gemma4": Model(
         types=("gemma4_text", "diffusion_gemma_text"),
         style=out_in,
