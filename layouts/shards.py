@@ -19,6 +19,7 @@ from layouts.errors import InputError
 from layouts.side_files import OTHER_MODELS, is_any
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_CUT = re.compile(r"-TP-\d+")
 _CALLED_SO = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """What transformers calls the files of a model."""
 
@@ -57,9 +58,19 @@ def model_files(path: Path, weight_map: Mapping[str, str] | None) -> list[str]:
             f"{path / INDEX}: {len(lost)} of {len(names)} shards that it names are missing, the first is {lost[0]!r}; "
             f"download or copy the rest"
         )
+    if cut := [name for name in present if name not in names and {*map(_whole, names)} & {_whole(name)} - {name}]:
+        raise InputError(
+            f"{path / cut[0]}: it is cut for tensor parallelism, and the index names other parts but not this one; join the "
+            f"parts first"
+        )
     if stale := [name for name in present if name not in names and _CALLED_SO.fullmatch(name)]:
         raise InputError(f"{path / stale[0]}: called like a shard, but the index does not name it; remove one or the other")
     return names
+
+
+def _whole(name: str) -> str:
+    """The name of a file without the number of its part, where it is cut for tensor parallelism (Grok-2: `-TP-003`)."""
+    return _CUT.sub("-TP-", name)
 
 
 def unindexed(names: Iterable[str]) -> list[str]:

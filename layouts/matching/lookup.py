@@ -128,7 +128,7 @@ def _unknown(
     fit = fitting(names, format)
     by_names = [] if said else [family for family in families_of(format) if family.by_names]
     rows = [row for family in by_names for row in rows_fitting(names, family)]
-    called = any("expert" in name.lower() or "moe" in name.lower() for name in names)
+    called = any(word in name.lower() for name in names for word in ("expert", "moe", "switch_mlp"))
     if names and not (said or fit or rows or called):
         return PlanError(
             f"{where}: {seen} no known MoE family, and none of its {len(names):,} tensors is called an expert's: a dense model "

@@ -17,6 +17,7 @@ from layouts.tables.natives import (
     PADDLE_KINDS,
     PER_EXPERT,
     PER_EXPERT_FC,
+    PER_EXPERT_IN_MLP,
     PER_EXPERT_KINDS,
     PER_EXPERT_LINEAR,
     PER_EXPERT_SPELT,
@@ -117,5 +118,6 @@ APART: tuple[Family, ...] = (
         model_types=("mistral_large4", "mistral_large4_text"),
         experts=BARE,
         native=(PER_EXPERT_W123, FUSED, FUSED_IN_MLP),
+        unfused=(PER_EXPERT, PER_EXPERT_IN_MLP),
     ),
 )

@@ -21,6 +21,7 @@ from layouts.tables.natives import (
     MLX_IN_MLP,
     PER_EXPERT,
     PER_EXPERT_BELOW,
+    PER_EXPERT_IN_MLP,
     STACKED,
     UP_FIRST,
     W13_INTERLEAVED,
@@ -51,7 +52,7 @@ TOGETHER: tuple[Family, ...] = (
         model_types=("step3p5", "step3p7", "step3_text", "step3_vl"),
         experts="{path}.{l}.moe",
         native=(STACKED, FUSED_IN_MLP),
-        unfused=(PER_EXPERT_BELOW, MLX_IN_MLP),
+        unfused=(PER_EXPERT_BELOW, PER_EXPERT_IN_MLP, MLX_IN_MLP),
         transformers=FUSED_IN_MLP,
     ),
     Family(

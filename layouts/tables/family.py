@@ -99,7 +99,7 @@ SPARSE = "{path}.{l}.{moe:block_sparse_moe,mlp}.experts"
 FEED = "{path}.{l}.feed_forward.experts"
 BARE = "{path}.{l}.experts"
 ANYWHERE = "{path}.{l}.{within:?}experts"
-_APART = {id(LINEAR): (PER_EXPERT_BELOW,), id(FLAT): (PER_EXPERT_HELD, PER_EXPERT_W1V1)}
+_APART = {id(LINEAR): (PER_EXPERT_BELOW,), id(FLAT): (PER_EXPERT, PER_EXPERT_HELD, PER_EXPERT_W1V1)}
 """By how a family is published fused: what others make of it, where that is not one module for each expert and projection."""
 
 

@@ -28,6 +28,10 @@ PER_EXPERT_BELOW = layouts(
     wi=("{experts}.experts.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
     wo=("{experts}.experts.{e}.down_proj.{part}", "k n"),
 )
+PER_EXPERT_IN_MLP = layouts(
+    wi=("{path}.{l}.mlp.experts.{e}.{g:gate_proj,up_proj}.{part}", "n k"),
+    wo=("{path}.{l}.mlp.experts.{e}.down_proj.{part}", "k n"),
+)
 PER_EXPERT_KINDS = layouts(
     wi=("{path}.{l}.mlp.experts.{kind*first+e:2}.{g:gate_proj,up_proj}.{part}", "n k"),
     wo=("{path}.{l}.mlp.experts.{kind*first+e:2}.down_proj.{part}", "k n"),
@@ -184,6 +188,7 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert-paddle-kinds": PADDLE_KINDS,  # ERNIE 4.5 VL of Paddle
     "per-expert-paddle": PADDLE,  # ERNIE 4.5: gate first, in spite of the name
     "per-expert-below": PER_EXPERT_BELOW,  # Granite, JetMoE and Step-3.5, quantised
+    "per-expert-in-mlp": PER_EXPERT_IN_MLP,  # Step and Mistral Large 4 of transformers, quantised
     "per-expert-up-first": UP_FIRST,
     "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
     "stacked": STACKED,

@@ -177,6 +177,9 @@ def test_files_that_are_cut_for_tensor_parallelism_are_called_so(source, refused
         (source / f"pytorch_model-00007-TP-00{rank}.safetensors").write_bytes(whole.read_bytes())
     whole.unlink()
     assert "cut for tensor parallelism; join the parts first" in refused()
+    index = {"weight_map": dict.fromkeys(load(source), "pytorch_model-00007-TP-001.safetensors")}
+    (source / INDEX).write_text(json.dumps(index))  # one part is all that it names
+    assert "cut for tensor parallelism, and the index names other parts but not this one" in refused()
 
 
 @pytest.mark.parametrize("words", [[], ["--family", "qwen3_moe"]])
