@@ -92,7 +92,7 @@ def store(layouts: Layouts, place: str, index: Mapping[str, Any], weights: Mappi
     for role, array in weights.items():
         scan = " ".join(f"s{i}" for i in range(array.ndim - len(AXES[role])))
         key = layouts[role].key.replace("{experts}", place)
-        key = re.sub(r"(?<=[._])\{part\}", "weight", key).replace("{part}", "").replace("{part:scale}", "")
+        key = re.sub(r"(?<=[._])\{part(:mlx)?\}", "weight", key).replace("{part}", "").replace("{part:scale}", "")
         named = [axis for axis in AXES[role] if re.search(rf"{{{axis}[:}}]", key)]
         axes = [scan if axis == "" else axis for axis in ("e", "", *AXES[role][1:])]
         rest = " ".join(axis for axis in axes if axis not in named)

@@ -127,7 +127,7 @@ def _unknown(
         seen = f"{stated!r} is"
     fit = fitting(names, format)
     by_names = [] if said else [family for family in families_of(format) if family.by_names]
-    rows = [row for family in by_names for row in rows_fitting(names, family)]
+    rows = [row for family in by_names for row in rows_fitting(names, family, _ALL)]
     called = any(word in name.lower() for name in names for word in ("expert", "moe", "switch_mlp"))
     if names and not (said or fit or rows or called):
         return PlanError(
@@ -140,7 +140,7 @@ def _unknown(
     more = f", or how it does with --source-layout: {', '.join(dict.fromkeys(rows))}" if rows else ""
     return PlanError(
         f"{where}: {seen} no known MoE family{hint}. convert --families lists the known ones. If it stores its experts as one "
-        f"of these does, say so with --family{more}; first tensors: {', '.join(sorted(names)[:3])}"
+        f"of these does, say so with --family{more}; first tensors: {', '.join(heapq.nsmallest(3, names, key=_experts_first))}"
     )
 
 
@@ -176,7 +176,11 @@ def _known(kinds: Iterable[str], table: Layouts, family: Family) -> set[str]:
 def _kinds(names: Iterable[str]) -> list[str]:
     """One name of each kind, those of experts first, and no more than a model has."""
     kinds = {_NUMBER.sub("0", name) for name in names}
-    return heapq.nsmallest(_KINDS, kinds, key=lambda name: ("expert" not in name, name))
+    return heapq.nsmallest(_KINDS, kinds, key=_experts_first)
+
+
+def _experts_first(name: str) -> tuple[bool, str]:
+    return "expert" not in name, name
 
 
 def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
