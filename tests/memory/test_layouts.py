@@ -42,7 +42,7 @@ def checkpoint(family: Family, native) -> MemoryReader:
 def said(family: Family, native) -> dict:
     """What names and shapes do not say: config.json says it of files."""
     sizes = {"sizes": {"e": WIDE["e"]}} if native == FLAT else {}
-    name = next(name for name, table in SOURCES.items() if table == native)
+    name = next(name for name, table in SOURCES.items() if family.own(table) == native)
     return {"family": family.name, **sizes, **({"source_layout": name} if family.changed_in else {})}
 
 
