@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from layouts.disk.pread import Empty, Extent
 from layouts.errors import InputError
-from layouts.hf import HFReader, read_shard
+from layouts.hf import HFReader
+from layouts.hf.header import read_shard
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
 from layouts.tensors import TensorSpec, bits, numpy_dtype

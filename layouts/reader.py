@@ -7,7 +7,7 @@ In: nothing; `layouts.checkpoint` opens readers. Out: the words in which every r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.disk.pread import Empty, Extent
+from layouts.disk.pread import Empty, Extent, Extents
 from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec
 from layouts.windows import Windows
@@ -103,6 +103,9 @@ class Reader(Protocol):
 
     def extent(self, name: str) -> Extent | None:
         """Where a tensor lies as it is read. None where it is decoded or computed."""
+
+    def extents(self, names: Sequence[str]) -> Iterable[Extents] | None:
+        """The same of many at once, file by file. None where some may be decoded or computed."""
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
         """Read within these limits, and through these windows, from now on; nothing for who decodes nothing."""

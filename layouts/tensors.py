@@ -1,16 +1,19 @@
-"""Specs of tensors without data, and the words for element types.
+"""Specs of tensors without data, one by one or as columns, and the words for element types.
 
-In: nothing. Out: `TensorSpec`, and NumPy types for safetensors' codes. It never reads a file.
+In: nothing. Out: `TensorSpec`, `Columns`, and NumPy types for safetensors' codes. It never reads a file.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from layouts.errors import InputError
 
@@ -77,3 +80,105 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of data."""
         return math.prod(self.shape) * (_SIZES.get(self.dtype) or itemsize(self.dtype))
+
+
+class Kind(NamedTuple):
+    """What tensors have in common but for their names: element type (safetensors code) and stored shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data of each."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns(Mapping[str, TensorSpec]):
+    """The specs of many tensors by name, made when somebody asks for one: there may be 100,000, of few `kinds`.
+
+    `kind` (T,) is the number of each one's kind. It has no slots, so that it keeps what it has looked up.
+    """
+
+    names: Sequence[str]
+    kinds: Sequence[Kind]
+    kind: NDArray[np.intp]
+    _made: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def rows(self) -> Mapping[str, int]:
+        """The place of each name; fewer than there are names where one stands twice."""
+        return dict(zip(self.names, range(len(self.names)), strict=True))
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        if (found := self._made.get(name)) is None:
+            dtype, shape = self.kinds[self.kind[self.rows[name]]]
+            found = self._made[name] = TensorSpec(name=name, dtype=dtype, shape=shape)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of each element type that is there."""
+        found: dict[str, int] = {}
+        for kind, count in zip(self.kinds, np.bincount(self.kind, minlength=len(self.kinds)).tolist(), strict=True):
+            found[kind.dtype] = found.get(kind.dtype, 0) + count * kind.nbytes
+        return found
+
+    def picked(self, rows: NDArray[np.intp]) -> Picked:
+        """Some of the names."""
+        return Picked(self.names, rows)
+
+    def of_each_kind(self, names: Picked) -> list[TensorSpec]:
+        """Of some of the names, the first of each kind that is there."""
+        kind = self.kind[names.rows]
+        firsts = [0] if (kind == kind[0]).all() else sorted(np.unique(kind, return_index=True)[1].tolist())
+        return [self[names[at]] for at in firsts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picked(Sequence[str]):
+    """Some of many names, by their places (R,): no list of their own."""
+
+    every: Sequence[str]
+    rows: NDArray[np.intp]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Picked: ...
+    def __getitem__(self, at: int | slice) -> str | Picked:
+        return Picked(self.every, self.rows[at]) if isinstance(at, slice) else self.every[self.rows[at]]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.every.__getitem__, self.rows.tolist())
+
+
+def columns(tensors: Mapping[str, TensorSpec]) -> Columns:
+    """The same as columns."""
+    if isinstance(tensors, Columns):
+        return tensors
+    kinds = [Kind(spec.dtype, spec.shape) for spec in tensors.values()]
+    known = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    kind = np.fromiter(map(known.__getitem__, kinds), np.intp, len(kinds))
+    return Columns(names=list(tensors), kinds=list(known), kind=kind)
+
+
+def joined(each: Sequence[Columns]) -> Columns:
+    """The tensors of several, one behind the other."""
+    known = {kind: number for number, kind in enumerate(dict.fromkeys(itertools.chain(*(one.kinds for one in each))))}
+    kind = [np.array([known[kind] for kind in one.kinds], np.intp)[one.kind] for one in each]
+    names = list(itertools.chain(*(one.names for one in each)))
+    return Columns(names=names, kinds=list(known), kind=np.concatenate(kind))

@@ -5,7 +5,7 @@ In: an open checkpoint. Out: what it says, unchanged. Who derives from it says w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,9 @@ class Through:
     def extent(self, name: str) -> Extent | None:  # noqa: ARG002
         """None: nothing may be read past `read`."""
         return None
+
+    def extents(self, names: Sequence[str]) -> None:
+        """None, as `extent`."""
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
         """As the checkpoint does."""

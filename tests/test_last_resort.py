@@ -88,7 +88,7 @@ def test_where_memory_is_at_its_end_a_sentence_names_the_tensor(tmp_path, monkey
     source = checkpoint(tmp_path / "in", tensors(QWEN), config(QWEN))
     read = HFReader.read
     monkeypatch.setattr(HFReader, "read", lambda reader, name, slices, *_: read(reader, name, slices, full))
-    monkeypatch.setattr("layouts.hf.read_block", lambda *_: full())
+    monkeypatch.setattr("layouts.hf.reader.read_block", lambda *_: full())
     words = command.replace("{in}", str(source)).replace("{out}", str(tmp_path / "out")).split()
     assert cli.main([*words, "--quiet"]) == 6
     told = capsys.readouterr().err

@@ -32,6 +32,7 @@ from layouts.matching.scales import Scales, notes
 from layouts.reader import Reader, is_chunked, remarks_of
 from layouts.tables.family import Family
 from layouts.tables.natives import SOURCES
+from layouts.tensors import columns
 
 _AXES = frozenset({"e", "k", "g", "n", "d", *CHUNKS})
 _OUT = "OUT"
@@ -58,14 +59,12 @@ def inspected(path: str | Path, choices: Choices) -> Inspection:
 
 def _facts(path: str | Path, reader: Reader) -> dict[str, Any]:
     """What needs no family."""
-    dtypes: dict[str, int] = defaultdict(int)
-    for spec in reader.tensors.values():
-        dtypes[spec.dtype] += spec.nbytes
+    dtypes = columns(reader.tensors).nbytes
     carried, left_out = reader.side_files.chosen(copy_all=False)
     return {
         "path": str(path),
         "format": reader.format,
-        "files": 0 if is_chunked(reader) else len({reader.where(name) for name in reader.tensors}),
+        "files": len(reader.headers),
         "tensors": len(reader.tensors),
         "nbytes": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items(), key=lambda entry: -entry[1])),

@@ -22,6 +22,7 @@ from layouts.matching.group import Group
 from layouts.matching.origin import Origin, origin_of
 from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
+from layouts.tensors import columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +122,7 @@ def _check_written(
         seen.add(name)
     ways = _ways(landings, lora)
     padded = any(way.diagonal or way.source.pattern.padding or way.target.pattern.padding for way in ways)
-    bytes_in = sum(spec.nbytes for spec in reader.tensors.values())
+    bytes_in = sum(columns(reader.tensors).nbytes.values())
     if bytes_in != nbytes and not padded:
         raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {nbytes}; this is a bug, report it")
     return count, nbytes

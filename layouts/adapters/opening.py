@@ -16,7 +16,8 @@ from typing import Any
 from layouts.adapters.settings import CONFIG
 from layouts.disk.files import ADAPTER_FILES, RECORD, manifest_record, read_object
 from layouts.errors import InputError
-from layouts.hf import HFReader, read_shard
+from layouts.hf import HFReader
+from layouts.hf.header import read_shard
 
 ADAPTER = "adapter"
 """The format of its reader."""
@@ -54,7 +55,6 @@ def open_adapter(path: Path) -> HFReader:
         records=manifest_record(path),
         tensors=shard.tensors,
         format=ADAPTER,
-        _home=dict.fromkeys(shard.tensors, shard),
     )
 
 

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from layouts.disk.pread import Ranged
 
 
@@ -44,6 +47,27 @@ def gather(parts: Iterable[Part], out: memoryview) -> None:
             run.append(part)
             end = max(end, start + nbytes)
         _read(run, begin, end, out)
+
+
+def gathered(file: Ranged, starts: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
+    """(R, nbytes): so many bytes from each of `starts` (R,) of a file.
+
+    Raises:
+        InputError, OSError: see `InputFile.read`.
+    """
+    out = np.empty((len(starts), nbytes), np.uint8)
+    order = starts.argsort(kind="stable")
+    near = starts[order]
+    far = np.diff(near) > nbytes + file.gap
+    runs = np.concatenate([[0], far.cumsum()])
+    begins = near[np.concatenate([[True], far])][runs]
+    change = far | (np.diff((near - begins) // file.cover) > 0)
+    for rows in np.split(order, change.nonzero()[0] + 1):
+        at = starts[rows]
+        held = np.empty(at[-1] - at[0] + nbytes, np.uint8)
+        file.read(held.data, int(at[0]))
+        out[rows] = held[(at - at[0])[:, None] + np.arange(nbytes)]
+    return out
 
 
 def _read(run: Sequence[Part], begin: int, end: int, out: memoryview) -> None:

@@ -113,6 +113,14 @@ class Extent(NamedTuple):
     start: int
 
 
+class Extents(NamedTuple):
+    """Where some of many tensors lie: a file, the `places` (R,) of them among the many, and the offset of each (R,) in it."""
+
+    file: Ranged
+    places: NDArray[np.intp]
+    starts: NDArray[np.int64]
+
+
 def read_block(extent: Extent, shape: Sequence[int], slices: Sequence[slice], out: NDArray[Any]) -> None:
     """Fill `out`, C-contiguous, with a part of a tensor of this shape.
 

@@ -107,8 +107,10 @@ class StoredFile:
         pass
 
 
-def stored_header(path: RemotePath) -> tuple[bytes, AbstractContextManager[str]]:
-    """The header of a safetensors object, and a file for the format's parser: of its header and size, without its data.
+def stored_header(path: RemotePath) -> tuple[bytes, int, AbstractContextManager[str]]:
+    """The header of a safetensors object, the bytes behind it, and a file for the format's parser.
+
+    The file is of its header and size, without its data.
 
     Raises:
         InputError: there is none, or the object ends elsewhere than it says.
@@ -125,7 +127,7 @@ def stored_header(path: RemotePath) -> tuple[bytes, AbstractContextManager[str]]
         total = 8 + size + (data or 0)
         if data is not None and not file.ends_at(total):
             raise InputError(f"{path}: its header says that it has {total:,} bytes, and it has not; copy it there again")
-    return bytes(text), _hollow(bytes(head + text), total)
+    return bytes(text), total - 8 - size, _hollow(bytes(head + text), total)
 
 
 def _data_size(text: bytes) -> int | None:

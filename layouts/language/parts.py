@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from layouts.language.pattern import Pattern
 
@@ -135,10 +136,11 @@ def worded(key: str) -> str | None:
     return f"{found}_{{part:beside}}" if found != key and not found.endswith((".", "_")) else None
 
 
-def forms(weight: Pattern, role: str, part: Part) -> list[tuple[str, Pattern]]:
+@lru_cache(maxsize=1 << 10)  # layers are alike
+def forms(weight: Pattern, role: str, part: Part) -> tuple[tuple[str, Pattern], ...]:
     """The dims that a stored companion may have, each with its pattern."""
     order = is_in_first(weight, role) != part.turned
-    return [(dims, companion(weight, role, dims, in_first=order)) for dims in part.dims]
+    return tuple((dims, companion(weight, role, dims, in_first=order)) for dims in part.dims)
 
 
 def is_in_first(pattern: Pattern, role: str) -> bool:

@@ -91,6 +91,10 @@ class Slot:
             return {self.axis: number, self.inner: rest}
         return None if rest or number < 0 else {self.axis: number}
 
+    def texts(self, span: range) -> list[str]:
+        """The texts of its axis in a span, if it has one axis."""
+        return [*map(str, span)] if self.plain is int else [self.render({self.axis: at}) for at in span]
+
     def render(self, index: Index) -> str:
         """The text at an index.
 

@@ -12,9 +12,12 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from layouts.language.slots import SLOT, Index, Slot
+
+_NUMBER = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
+"""What may be a number between dots, wherever it stands."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,13 @@ class Template:
         return frozenset(slot.axis for slot in self._slots if slot.plain)
 
     @cached_property
+    def uniform(self) -> bool:
+        """Whether of names that are alike (`layouts.language.alike`) all are of this form, or none: it has no number itself."""
+        around = zip(self._slots, self._literals, self._literals[1:], strict=False)
+        texts = [f"{before}{word}{behind}" for slot, before, behind in around for word in slot.words]
+        return not any(map(_NUMBER.search, (*self._literals, *texts)))
+
+    @cached_property
     def _rendered(self) -> tuple[tuple[Slot, str], ...]:
         """Each slot with the text behind it."""
         return tuple(zip(self._slots, self._literals[1:], strict=True))
@@ -152,7 +162,7 @@ class Template:
                 yield self.render({**index, **dict(zip(spans, point, strict=True))})
             return
         slots = {slot.axis: slot for slot in self._slots}
-        words = [[slots[axis].render({axis: at}) if axis in slots else "" for at in span] for axis, span in spans.items()]
+        words = [slots[axis].texts(span) if axis in slots else [""] * len(span) for axis, span in spans.items()]
         number = {axis: at for at, axis in enumerate(spans)}
         name = _unformatted(self._literals[0])
         for slot, literal in self._rendered:
@@ -160,6 +170,7 @@ class Template:
             name += (_unformatted(slot.render(index)) if at is None else f"{{{at}}}") + _unformatted(literal)
         yield from itertools.starmap(name.format, itertools.product(*words))
 
+    @lru_cache(maxsize=1 << 10)  # noqa: B019 - as `Layout.place`
     def bind(self, slot: str, value: int) -> Template:
         """This template with one choice made; unchanged when it has no such slot."""
         for found in self._slots:

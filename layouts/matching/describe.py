@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import Placed
 from layouts.language.parts import PARTS, forms
@@ -27,7 +29,7 @@ from layouts.matching.sorting import Key, Sorted, sort_names
 from layouts.matching.witness import check_counts, check_layers, check_routers
 from layouts.reader import Reader
 from layouts.tables.families import Family, families_of, maxtext
-from layouts.tensors import TensorSpec
+from layouts.tensors import TensorSpec, columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ def describe(
             f"{reader.path}: no expert weights found where family {found.name} keeps them ({found.experts})"
             f"{hint(reader, found)}. First tensors: {', '.join(sorted(reader.tensors)[:3])}"
         )
-    found_in = {each.layout for (role, *_), (each, *_) in matched.items() if role == "wi"}
+    found_in = {each.known.layout for (role, *_), each in matched.items() if role == "wi"}
     if known.said and found_in and known.said not in found_in:
         raise PlanError(
             f"{reader.path}: none of its experts is in layout {source_layout!r}; they are as family {found.name} keeps them. "
@@ -121,20 +123,22 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None, layout:
 def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, ...]:
     """The groups; those of `wo` first, because it says how much of a padded `wi` is real, and weights before companions."""
     made: dict[Key, Group] = {}
+    tensors = columns(reader.tensors)
     for key in sorted(matched, key=lambda key: (key[0] == "wi", PARTS[key[1]].name not in WEIGHTS)):
         role, part, block = key
-        each, placed, names, experts = matched[key]
+        each, placed = matched[key].known, matched[key].placed
+        names = tensors.picked(np.sort(np.concatenate(matched[key].rows)))
         entry = known.stored.get(names[0]) or known.stored.get(f"{role}.{PARTS[part].name}")
         if entry is None:
-            found = forms(placed.pattern, role, PARTS[part]) if part else [("out in", placed.pattern)]
+            found = forms(placed.pattern, role, PARTS[part]) if part else (("out in", placed.pattern),)
             sizes = _beside(placed.pattern, made.get(("wo", 0, block)))
         else:
-            found, sizes = [(entry.dims, Pattern(entry.pattern))], dict(entry.unpadded)
-        check_equal(reader, [reader.tensors[name] for name in names], PARTS[part].name)
+            found, sizes = ((entry.dims, Pattern(entry.pattern)),), dict(entry.unpadded)
+        check_equal(reader, tensors.of_each_kind(names), PARTS[part].name)
         place = placed.key.bind("part", part)
-        grid = check_grid(reader, role, place, dict(block), names, 1 + max(map(int, experts)))
+        grid = check_grid(reader, role, place, dict(block), names, matched[key].experts)
         weight = matched.get((role, 0, block))
-        scan = _scan_axes(reader, weight.placed.pattern, weight.names[0]) if weight else None
+        scan = _scan_axes(reader, weight.placed.pattern, weight.first) if weight else None
         beside = next((g for (r, _, b), g in made.items() if (r, b) == (role, block)), None)
         dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan, beside)
         made[key] = Group(
@@ -145,7 +149,7 @@ def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, 
             index=dict(block),
             sizes=grid | all_sizes,
             dtype=reader.tensors[names[0]].dtype,
-            names=tuple(names),
+            names=names,
             layout=each.layout,
             native=each.natives[each.native_of.get(names[0], 0)] if each.natives else each.layout,
             relaid=bool(each.natives),

@@ -5,7 +5,7 @@ In: nothing; `layouts.matching.describe` makes groups. Out: `Group`, which plans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layouts.language.layout import Layout, Placed
@@ -34,7 +34,7 @@ class Group:
     index: Index
     sizes: Mapping[str, int]
     dtype: str
-    names: tuple[str, ...]
+    names: Sequence[str]
     layout: Layout
     native: Layout
     relaid: bool

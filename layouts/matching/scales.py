@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.disk.gather import Part, gather
+from layouts.disk.gather import gathered
 from layouts.disk.places import is_remote
 from layouts.language.layout import Placed
 from layouts.language.parts import PARTS
@@ -70,15 +70,15 @@ class Scales:
 
     def _values(self, reader: Reader, names: Sequence[str]) -> NDArray[np.float64]:
         """What these tensors hold, one behind the other; they are read together where they lie in files as they are."""
-        spec, extents = reader.tensors[names[0]], [reader.extent(name) for name in names]
-        parts = [Part(*each, spec.nbytes, at * spec.nbytes) for at, each in enumerate(extents) if each is not None]
-        if len(parts) == len(names):
-            data = np.empty(len(names) * spec.nbytes, np.uint8)
-            gather(parts, data.data)
+        spec, extents = reader.tensors[names[0]], reader.extents(names)
+        if extents is not None:
+            data = np.empty((len(names), spec.nbytes), np.uint8)
+            for file, places, starts in extents:
+                data[places] = gathered(file, starts, spec.nbytes)
         else:
             whole = tuple(slice(0, size) for size in spec.shape)
             data = np.concatenate([np.asarray(reader.read(name, whole), order="C").reshape(-1) for name in names])
-        return data.view(numpy_dtype(self.dtype)).astype(np.float64)
+        return data.reshape(-1).view(numpy_dtype(self.dtype)).astype(np.float64)
 
 
 def notes(reader: Reader, found: Iterable[Scales]) -> tuple[str, ...]:

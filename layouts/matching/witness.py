@@ -102,10 +102,8 @@ def _has_router(reader: Reader, group: Group) -> bool:
     whole = {experts, experts + idle_experts(reader.config)}
     stacked = [size for axis, size in group.sizes.items() if axis not in {"e", "k", "g", *EXTRA, *CHUNKS}]
     for name in _beside(group):
-        if name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
-            continue
         shape = reader.tensors[name].shape if name in reader.tensors else ()
-        if len(shape) < 2 or embed not in shape:
+        if len(shape) < 2 or embed not in shape or name in group.names:  # SmallThinker calls the gate of an expert `gate`, too
             continue
         found = True
         rows = next((size for size in (shape[-1], shape[0]) if size != embed), embed)

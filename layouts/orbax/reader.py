@@ -11,7 +11,7 @@ Source: Orbax 0.12 (`metadata/tree.py`, `serialization/tensorstore_utils.py`), h
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,14 @@ class OrbaxReader:
         return {}
 
     def unit(self, name: str) -> ReadUnit:
-        """A chunk of its array."""
+        """A chunk."""
         return ReadUnit(shape=self.chunks[name], nbytes=self.decoded[name], streamable=self.streamable[name])
 
-    def extent(self, name: str) -> None:  # noqa: ARG002
+    def extent(self, name: str) -> None:
         """None: chunks are decoded."""
-        return
+
+    def extents(self, names: Sequence[str]) -> None:
+        """None, too."""
 
     def hold(self, limits: ReadLimits, windows: Windows) -> None:
         """Begin anew: arrays are opened again, with a cache of another size."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import convert
-import layouts.hf
+import layouts.hf.reader
 from convert.answers.envelope import ahead_json
 from convert.cli import main
 from convert.engine.outlook import Outlook, outlook
@@ -152,8 +152,8 @@ def test_nobody_knows_the_room_in_a_store(places):
 
 def test_a_dry_run_reads_headers_once(places, monkeypatch):
     opened = []
-    real = layouts.hf.read_shard
-    monkeypatch.setattr(layouts.hf, "read_shard", lambda path: opened.append(path) or real(path))
+    real = layouts.hf.reader.read_shard
+    monkeypatch.setattr(layouts.hf.reader, "read_shard", lambda path: opened.append(path) or real(path))
     assert main(["--prefuse", "--dry-run", "--quiet", str(places / "hf"), str(places / "none")]) == 0
     assert len(opened) == len(list((places / "hf").glob("*.safetensors")))
 

@@ -15,7 +15,7 @@ from convert.commit import identity, inventory
 from convert.engine import again, copying
 from convert.hf import execute
 from convert.orbax import copy, fill
-from layouts.hf import read_shard
+from layouts.hf.header import read_shard
 from scripts.make_checkpoint import make_checkpoint
 
 MANIFEST = "convert_manifest.json"
@@ -346,7 +346,7 @@ def test_the_manifest_lists_every_file(one, tmp_path):
         name: len(data) for name, data in contents(out).items() if name != MANIFEST
     }
     assert all(("xxh3_128" in entry) != name.endswith(".safetensors") for name, entry in files.items())
-    assert sum(read_shard(out / name).start for name in files if name.endswith(".safetensors"))
+    assert sum(read_shard(out / name).begins[0] for name in files if name.endswith(".safetensors"))
 
 
 def test_side_files_count_in_the_plan_and_in_the_space_check(one, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 from convert.cli import main
 from layouts.checkpoint import open_checkpoint
 from layouts.errors import InputError
-from layouts.hf import read_shard
+from layouts.hf.header import read_shard
 from layouts.tables.natives import PER_EXPERT
 from layouts.tensors import DTYPES, itemsize
 from tests.tiny import HF, checkpoint, config, load, same, tensors

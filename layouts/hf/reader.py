@@ -2,114 +2,42 @@
 
 In: a directory. Out: a reader. It never writes, and never trusts a header before it was validated.
 
-The safetensors parser validates every header before we trust it, because a plain JSON reading accepts what it refuses
-(overlaps, holes, wrong sizes). Data is read into the caller's memory (see `layouts.disk.pread`), never mapped.
+Headers are read in `layouts.hf.header`. Data is read into the caller's memory (see `layouts.disk.pread`), never mapped.
 
 Source: https://github.com/huggingface/safetensors (format), transformers 5 (index file).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from layouts.disk.files import CONFIG, HEADER, INDEX, RECORD, manifest_record, parsed, read_object
+from layouts.disk.files import CONFIG, INDEX, RECORD, manifest_record, read_object
 from layouts.disk.places import RemotePath, is_remote
-from layouts.disk.pread import Empty, Extent, InputFile, Ranged, read_block
-from layouts.disk.stored import StoredFile, stored_header
+from layouts.disk.pread import Empty, Extent, Extents, InputFile, Ranged, read_block
+from layouts.disk.stored import StoredFile
 from layouts.errors import InputError
+from layouts.hf.header import Shard, read_shard
 from layouts.reader import ReadLimits
 from layouts.shards import all_files, compare_index, model_files, read_index
 from layouts.side_files import SideFiles, files_below, sort_files
-from layouts.tensors import DTYPES, TensorSpec, bits
+from layouts.tensors import Columns, bits, joined
 from layouts.windows import Windows
-
-RANK = 64
-"""Dimensions of a tensor at most: NumPy has no more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One safetensors file: its header as text, so that it can be written again byte for byte, and where data begins."""
-
-    name: str
-    header: str
-    start: int
-    offsets: Mapping[str, tuple[int, int]]
-    tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, Any]
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether the directory holds safetensors files or their index."""
     return (path / INDEX).exists() or bool(all_files(path))
-
-
-def read_shard(path: Path) -> Shard:
-    """Parse one file's header.
-
-    Raises:
-        InputError: not a sound safetensors file; says why when the reason is a common one.
-        OSError: the system refuses, or the disk is failing.
-    """
-    text, whole = stored_header(path) if isinstance(path, RemotePath) else (_header(path), nullcontext(path))
-    try:
-        with whole as file, safe_open(file, framework="np"):
-            pass
-        size, entries = len(text), parsed(text)
-        if not isinstance(entries, dict):
-            raise ValueError("the header is no object")
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a sound safetensors file: {error}{_common_cause(path)}") from None
-    metadata = entries.pop("__metadata__", None) or {}
-    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    tensors = {n: TensorSpec(name=n, dtype=e["dtype"], shape=tuple(e["shape"])) for n, e in ordered}
-    for name, spec in tensors.items():
-        if spec.dtype not in DTYPES:
-            raise InputError(
-                f"{path}: {name} has element type {spec.dtype}, which is not supported; known: {', '.join(DTYPES)}"
-            )
-        if len(spec.shape) > RANK:
-            raise InputError(f"{path}: {name} has {len(spec.shape)} dimensions; {RANK} are the most")
-    offsets = {name: tuple(entry["data_offsets"]) for name, entry in ordered}
-    return Shard(name=path.name, header=text.decode(), start=8 + size, offsets=offsets, tensors=tensors, metadata=metadata)
-
-
-def _header(path: Path) -> bytes:
-    """The header as it stands in the file.
-
-    Raises:
-        InputError: there is none, or one that the format does not allow.
-        OSError: the system refuses, or the disk is failing.
-    """
-    with InputFile.open(path) as file:
-        total = file.size
-        head = bytearray(min(8, total))
-        file.read(memoryview(head), 0)
-        size = int.from_bytes(head, "little")
-        if len(head) < 8 or size > min(HEADER, total - 8):
-            why = "header too small" if len(head) < 8 else f"header too large ({size:,} bytes in a file of {total:,})"
-            raise InputError(f"{path}: not a sound safetensors file: {why}{_common_cause(path)}")
-        text = bytearray(size)
-        file.read(memoryview(text), 8)
-        return bytes(text)
-
-
-def _common_cause(path: Path) -> str:
-    with suppress(OSError, AttributeError), path.open("rb") as file:  # a place in a store is not opened
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return ". It is a git-lfs pointer: run 'git lfs pull' where it came from"
-    return ". Download or copy it again"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,13 +48,18 @@ class HFReader:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     records: Mapping[str, Any]
-    tensors: Mapping[str, TensorSpec]
+    tensors: Columns
+    """Those of one shard behind those of the other."""
     format: str = "hf"
     remarks: tuple[str, ...] = ()
-    _home: dict[str, Shard] = field(default_factory=dict)
+    _ends: tuple[int, ...] = field(init=False)
+    """Where the tensors of each shard end among all."""
     _files: dict[str, Ranged] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _side: SideFiles | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        self._ends = tuple(itertools.accumulate(len(shard.tensors) for shard in self.shards))
 
     @classmethod
     def open(cls, path: Path) -> HFReader:
@@ -139,25 +72,18 @@ class HFReader:
         index = read_index(path)
         names = model_files(path, index.weight_map if index else None)
         shards = tuple(read_shard(path / name) for name in names)
-        home: dict[str, Shard] = {}
-        for shard in shards:
-            if (twice := next((name for name in shard.tensors if name in home), None)) is not None:
-                cut = ": it is cut for tensor parallelism; join the parts first" if "-TP-" in shard.name else ""
-                raise InputError(f"{path}: {twice} stands in both {home[twice].name} and {shard.name}{cut}")
-            home |= dict.fromkeys(shard.tensors, shard)
+        tensors = _joined(path, shards)
         if index is not None:
-            compare_index(path, index.weight_map, {name: shard.name for name, shard in home.items()})
+            compare_index(path, index.weight_map, {name: shard.name for shard in shards for name in shard.tensors})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
-        tensors = {name: shard.tensors[name] for name, shard in home.items()}
         records = recorded | _records(shards, expected=bool(config.get(RECORD)))
-        said = index.remarks(sum(spec.nbytes for spec in tensors.values())) if index else ()
-        return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, remarks=said, _home=home)
+        said = index.remarks(sum(tensors.nbytes.values())) if index else ()
+        return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, remarks=said)
 
     @classmethod
     def of(cls, path: Path, shard: Shard) -> HFReader:
         """One file of a directory, and nothing else that is in it."""
-        own = shard.tensors
-        return cls(path=path, shards=(shard,), config={}, records={}, tensors=own, _home=dict.fromkeys(own, shard))
+        return cls(path=path, shards=(shard,), config={}, records={}, tensors=shard.tensors)
 
     @property
     def record(self) -> Mapping[str, Any] | None:
@@ -186,7 +112,12 @@ class HFReader:
 
     def where(self, name: str) -> str:
         """The shard that holds a tensor."""
-        return self._home[name].name
+        return self._home(self.tensors.rows[name])[0].name
+
+    def _home(self, row: int) -> tuple[Shard, int]:
+        """The shard of a tensor, and its place in there."""
+        number = bisect_right(self._ends, row)
+        return self.shards[number], row - self._ends[number] + len(self.shards[number].tensors)
 
     def unit(self, name: str) -> None:  # noqa: ARG002
         """Any part can be read alone."""
@@ -215,9 +146,18 @@ class HFReader:
 
     def extent(self, name: str) -> Extent:
         """Where a tensor lies: an open file, and the offset of its first byte in it."""
-        shard = self._home[name]
+        shard, row = self._home(self.tensors.rows[name])
         file = self._files.get(shard.name) or self._open(shard.name)
-        return Extent(file, shard.start + shard.offsets[name][0])
+        return Extent(file, int(shard.begins[row]))
+
+    def extents(self, names: Sequence[str]) -> Iterator[Extents]:
+        """The same of many, file by file."""
+        rows = np.fromiter(map(self.tensors.rows.__getitem__, names), np.intp, len(names))
+        home = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(home).tolist():
+            shard, places = self.shards[number], (home == number).nonzero()[0]
+            file = self._files.get(shard.name) or self._open(shard.name)
+            yield Extents(file, places, shard.begins[rows[places] - self._ends[number] + len(shard.tensors)])
 
     def _open(self, shard: str) -> Ranged:
         """A file that is not open yet, unless another thread has just opened it."""
@@ -231,6 +171,25 @@ class HFReader:
         """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
+
+
+def _joined(path: Path, shards: Sequence[Shard]) -> Columns:
+    """The tensors of all.
+
+    Raises:
+        InputError: one stands in two of them.
+    """
+    if len(shards) == 1:
+        return shards[0].tensors
+    found = joined([shard.tensors for shard in shards])
+    if len(found.rows) < len(found):
+        home: dict[str, str] = {}
+        for shard in shards:
+            cut = ": it is cut for tensor parallelism; join the parts first" if "-TP-" in shard.name else ""
+            for name in shard.tensors:
+                if home.setdefault(name, shard.name) != shard.name:
+                    raise InputError(f"{path}: {name} stands in both {home[name]} and {shard.name}{cut}")
+    return found
 
 
 def _records(shards: Sequence[Shard], *, expected: bool) -> dict[str, Any]:
