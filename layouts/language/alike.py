@@ -21,6 +21,8 @@ NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 """A number between dots, where a name's beginning and end count as dots."""
 _DIGITS = 9
 """Of the longest number: see `layouts.language.slots`."""
+_BLOCK = 1 << 12
+"""Names at a time: their letters stay in the cache of a core."""
 
 
 class Alike(NamedTuple):
@@ -41,12 +43,17 @@ def alike(names: Sequence[str]) -> list[Alike]:
     """All names by their form, in the order of the first ones."""
     if not names:
         return []
-    text = "\0".join(["", *names, ""])
-    if text.count("\0") > len(names) + 1:  # a name with NUL in it, as no file has one
-        return [Alike(np.array([row]), np.array([_numbers(name)], np.int64)) for row, name in enumerate(names)]
-    forms, values = _apart(text.encode("utf-8", "surrogatepass"))
     known = defaultdict[bytes, int](count().__next__)
-    form = np.fromiter(map(known.__getitem__, forms), np.intp, len(names))
+    forms, numbers = [], []
+    for at in range(0, len(names), _BLOCK):
+        some = names[at : at + _BLOCK]
+        text = "\0".join(["", *some, ""])
+        if text.count("\0") > len(some) + 1:  # a name with NUL in it, as no file has one
+            return [Alike(np.array([row]), np.array([_numbers(name)], np.int64)) for row, name in enumerate(names)]
+        found, values = _apart(text.encode("utf-8", "surrogatepass"))
+        forms.append(np.fromiter(map(known.__getitem__, found), np.intp, len(some)))
+        numbers.append(values)
+    form, values = np.concatenate(forms), np.concatenate(numbers)
     width = np.array([one.split(b".").count(b"0") for one in known], np.intp)
     first = width[form].cumsum() - width[form]
     each = np.split(form.argsort(kind="stable"), np.bincount(form).cumsum()[:-1])

@@ -26,7 +26,7 @@ def by_names(names):
 @pytest.mark.parametrize("odd", [[], ["a.\0.1", "\0"]])
 def test_forms_and_numbers_are_those_of_each_name(odd):
     rng = random.Random(0)
-    names = [".".join(rng.choice(PARTS) for _ in range(rng.randint(1, 5))) for _ in range(2_000)] + odd
+    names = [".".join(rng.choice(PARTS) for _ in range(rng.randint(1, 5))) for _ in range(5_000)] + odd
     found = [list(zip(each.rows.tolist(), each.numbers.tolist(), strict=True)) for each in alike(names)]
     if odd:  # each is a form of its own
         assert sorted(itertools.chain(*found)) == sorted(itertools.chain(*by_names(names)))

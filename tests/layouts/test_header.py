@@ -132,4 +132,4 @@ def mutant(rng: random.Random, text: str) -> str:
 def test_mutants_that_are_taken_are_those_that_the_parser_takes(tmp_path):
     rng = random.Random(0)
     texts = [mutant(rng, [ONE, TWO, METADATA][number % 3]).encode("utf-8", "surrogatepass") for number in range(5_000)]
-    assert sum(checked(text, tmp_path) for text in set(texts)) > 100
+    assert sum(checked(text, tmp_path) for text in set(texts)) > 50
