@@ -46,9 +46,11 @@ _SIZES = {code: {"BOOL": 1, "BF16": 2}.get(code) or int(code.split("_")[0].lstri
 
 def numpy_dtype(code: str) -> np.dtype[Any]:
     """The NumPy type of a safetensors code, for code that computes; copying uses `bits` and never needs it."""
+    name = DTYPES[code]
+    if hasattr(np, name):
+        return np.dtype(name)
     import ml_dtypes
 
-    name = DTYPES[code]
     return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
@@ -140,9 +142,8 @@ class Columns(Mapping[str, TensorSpec]):
 
     def of_each_kind(self, names: Picked) -> list[TensorSpec]:
         """Of some of the names, the first of each kind that is there."""
-        kind = self.kind[names.rows]
-        firsts = [0] if (kind == kind[0]).all() else sorted(np.unique(kind, return_index=True)[1].tolist())
-        return [self[names[at]] for at in firsts]
+        firsts = dict(zip(reversed(self.kind[names.rows].tolist()), range(len(names) - 1, -1, -1), strict=True))
+        return [self[names[at]] for at in sorted(firsts.values())]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

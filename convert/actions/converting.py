@@ -47,7 +47,6 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
 
 
 def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: str, given: Mapping[str, Any]) -> Answer:
-    from convert.adapters.report import describe_plan as describe_adapter
     from convert.commit.processes import Processes
     from convert.commit.stage import check_above
     from convert.conversions import opened_plan
@@ -66,6 +65,8 @@ def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: st
         ahead.check()
         found = {"plan": planned.to_dict(), "peak_bytes": None, "workers": None, **ahead_json(ahead)}
         if not isinstance(planned, Plan):
+            from convert.adapters.report import describe_plan as describe_adapter
+
             text = f"{describe_adapter(planned)}\ndisk: {ahead}"
             return Answer(text=text, document=envelope("dry-run", 0, found))
         processes = Processes(count=arguments.num_processes or 1)

@@ -7,7 +7,7 @@ there may be 100,000, and who only asks what a plan would do has no use for them
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,19 +107,13 @@ def _check_written(
     Raises:
         PlanError: it is not so.
     """
-    seen, count = set[str](), 0
+    others = [*(each.spec.name for each in lora), *described.verbatim]
     nbytes = sum(reader.tensors[name].nbytes for name in described.verbatim) + sum(each.spec.nbytes for each in lora)
-    for names, each in ((each.names(), each.nbytes) for each in landings):
-        for name in names:
-            if name in seen:
-                raise _twice(reader, name)
-            seen.add(name)
-        nbytes += (len(seen) - count) * each
-        count = len(seen)
-    for name in (*(each.spec.name for each in lora), *described.verbatim):
-        if name in seen:
-            raise _twice(reader, name)
-        seen.add(name)
+    count, seen = sum(each.tensors for each in landings), set[str]()
+    nbytes += sum(each.tensors * each.nbytes for each in landings)
+    seen.update(*(each.names() for each in landings), others)
+    if len(seen) < count + len(others):
+        raise _twice(reader, itertools.chain(*(each.names() for each in landings), others))
     ways = _ways(landings, lora)
     padded = any(way.diagonal or way.source.pattern.padding or way.target.pattern.padding for way in ways)
     bytes_in = sum(columns(reader.tensors).nbytes.values())
@@ -132,5 +126,7 @@ def _ways(landings: Sequence[Landing], lora: Sequence[Target]) -> list[Way]:
     return [each.way for each in landings] + [each.way for each in lora]
 
 
-def _twice(reader: Reader, name: str) -> PlanError:
+def _twice(reader: Reader, names: Iterable[str]) -> PlanError:
+    seen = set[str]()
+    name = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
     return PlanError(f"{reader.path}: two tensors of the output would be called {name}")

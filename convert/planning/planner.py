@@ -18,6 +18,7 @@ from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Piece, Target, verbatim
 from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
+from layouts.tensors import columns
 
 __all__ = ["Action", "Merging", "Piece", "Plan", "Target", "make_plan", "plan_as_stored", "plan_described", "verbatim"]
 
@@ -183,7 +184,7 @@ def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
 
 
 def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target, ...]:
-    order = {name: position for position, name in enumerate(reader.tensors)}
+    order = columns(reader.tensors).rows
     known: dict[Any, int] = {}
 
     def place(target: Target) -> tuple[int, str]:

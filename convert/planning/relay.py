@@ -44,6 +44,11 @@ class Landing(NamedTuple):
         return self.way.target.key.names(self.group.index, self._named)
 
     @property
+    def tensors(self) -> int:
+        """How many they are."""
+        return math.prod(map(len, self._named.values()))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of each of them."""
         return math.prod(self.shape) * itemsize(self.group.dtype)

@@ -97,10 +97,12 @@ class Template:
             pattern += slot.regex + re.escape(literal)
         return re.compile(pattern, re.DOTALL)
 
-    @cached_property
-    def match(self) -> Callable[[str], re.Match[str] | None]:
+    def match(self, name: str) -> re.Match[str] | None:
         """Take a name apart into the texts of its slots, if it is of this form; what they mean, `parse` says."""
-        return self._regex.fullmatch
+        for literal in self._literals:  # most templates meet no name that has these, and need no regular expression
+            if literal not in name:
+                return None
+        return self._regex.fullmatch(name)
 
     @cached_property
     def at(self) -> Mapping[str, int]:

@@ -47,14 +47,14 @@ def check_equal(reader: Reader, specs: Sequence[TensorSpec], part: str = "") -> 
             )
 
 
-def check_grid(reader: Reader, role: str, key: Template, index: Index, names: Sequence[str], seen: int) -> dict[str, int]:
-    """Experts 0..E-1 (E is `seen`, or more), each with every projection; the sizes of the axes that the names hold.
+def check_grid(reader: Reader, role: str, key: Template, index: Index, names: Sequence[str], experts: int) -> dict[str, int]:
+    """Experts 0..E-1 (E is `experts`), each with every projection; the sizes of the axes that the names hold.
 
     Raises:
         InputError: a tensor is missing.
     """
     grid = [slot for slot in key.slots if slot in ROLES[role]]
-    counts = {"e": min((count for count in expert_counts(reader.config) if count >= seen), default=seen), "g": 2}
+    counts = {"e": experts, "g": 2}
     total = math.prod(counts[axis] for axis in grid)
     if total != len(names):  # each name is another point of the grid, so that counting is enough
         have = set(names)

@@ -123,7 +123,7 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None, layout:
 def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, ...]:
     """The groups; those of `wo` first, because it says how much of a padded `wi` is real, and weights before companions."""
     made: dict[Key, Group] = {}
-    tensors = columns(reader.tensors)
+    tensors, stated = columns(reader.tensors), expert_counts(reader.config)
     for key in sorted(matched, key=lambda key: (key[0] == "wi", PARTS[key[1]].name not in WEIGHTS)):
         role, part, block = key
         each, placed = matched[key].known, matched[key].placed
@@ -136,11 +136,12 @@ def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, 
             found, sizes = ((entry.dims, Pattern(entry.pattern)),), dict(entry.unpadded)
         check_equal(reader, tensors.of_each_kind(names), PARTS[part].name)
         place = placed.key.bind("part", part)
-        grid = check_grid(reader, role, place, dict(block), names, matched[key].experts)
+        seen = matched[key].experts
+        grid = check_grid(reader, role, place, dict(block), names, min((n for n in stated if n >= seen), default=seen))
         weight = matched.get((role, 0, block))
         scan = _scan_axes(reader, weight.placed.pattern, weight.first) if weight else None
         beside = next((g for (r, _, b), g in made.items() if (r, b) == (role, block)), None)
-        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan, beside)
+        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan, beside, stated)
         made[key] = Group(
             role=role,
             part=PARTS[part].name,
@@ -171,12 +172,13 @@ def _fit(
     known: Mapping[str, int],
     scan: int | None,
     weight: Group | None,
+    stated: frozenset[int],
 ) -> _Fitted:
     """The first form that a tensor of this shape can have, with its sizes; its weight is stacked along `scan` axes.
 
-    One that is for as many experts as the weight goes first: `[1]` is one number for all of them, not for one expert.
+    `stated` are the numbers of experts in `config.json`. A form for as many experts as the weight has goes first: `[1]` is one
+    number for all of them, not for one expert.
     """
-    stated = expert_counts(reader.config)
     flat = {"e": min(stated)} if len(stated) == 1 and any("e" in g and len(g) > 1 for g in found[0][1].groups) else {}
     problems: list[ValueError] = []
     fits: list[_Fitted] = []
