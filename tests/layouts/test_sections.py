@@ -50,7 +50,7 @@ def test_every_row_has_one_place_on_the_other_side(step):
 
 
 def test_the_verifier_finds_the_same_rows_in_its_own_way():
-    from convert.verifier.bits.sections import positions, stretches
+    from convert.verifier.bits.stored import positions, stretches
 
     for text, sizes in SIZES:
         turns = Sections(text).of(sizes)

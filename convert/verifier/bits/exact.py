@@ -32,12 +32,16 @@ from convert.verifier.bits.logical import (
 )
 from convert.verifier.bits.order import by_place, places_of
 from convert.verifier.bits.stored import Cut
+from convert.verifier.bits.together import consecutive, equal_in
 from convert.verifier.bits.work import Scratch, Work, in_order
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
+from layouts.reader import is_chunked
 
 PADDING = "more than zeros behind"
 """What is said of a tensor whose padding holds something."""
+TOGETHER = 4 << 20
+"""Bytes of small experts that are held to be compared together: a call for each of 100,000 takes longer than their bytes."""
 AXES: Mapping[str, str] = {"wi": "kn", "wo": "nk"}
 """The logical axes of a projection."""
 
@@ -70,18 +74,22 @@ def compare_experts(
         UsageError: `memory` does not hold the smallest part that an expert can be cut into.
     """
     pairs, lines, own = list(pair(a, b)), list[str](), 0
-    chosen = [(sides, e) for sides in pairs for e in scope.of(range(sides[0].stored))]
     work = Work.within(memory, jobs, max((_held(sides, kind) for sides in pairs for kind in sides[0].groups), default=0))
     for both, kind in ((sides, kind) for sides in pairs for kind in sides[0].groups):
         if (least := _least(both, kind)) > work.each:
             name = both[0].groups[kind].names[0]
             raise too_little(memory, f"to compare the smallest part of an expert of {name} takes {2 * least:,} bytes")
     cuts = {id(one): {kind: list(_cuts((one, other), kind, work.each)) for kind in one.groups} for one, other in pairs}
-    call = partial(_compare_expert, cuts=cuts, scratch=Scratch())
-    mine = by_place(chosen, _places)[processes.stretch([1] * len(chosen))]
+    call = partial(_compare_run, cuts=cuts, scratch=Scratch())
+    chosen = [
+        (sides, run)
+        for sides in pairs
+        for run in consecutive(scope.of(range(sides[0].stored)), _at_once(sides, min(TOGETHER, work.each)))
+    ]
+    mine = by_place(chosen, _places)[processes.stretch([len(run) for _, run in chosen])]
     number = {one.label: at for at, (one, _) in enumerate(pairs, start=1)}
     each = {one.label: nbytes_of(one) // max(1, one.stored) for one, _ in pairs}
-    begin(progress, "bits of experts", sum(each[one.label] for (one, _), _ in mine))
+    begin(progress, "bits of experts", sum(each[one.label] * len(run) for (one, _), run in mine))
     for _, group in itertools.groupby(mine, _places):  # one window after the other
         together = list(group)
         for ((one, _), _), found in zip(together, in_order(call, together, work.jobs), strict=True):
@@ -101,8 +109,9 @@ def compare_experts(
     )
 
 
-def _places(item: tuple[Sides, int]) -> list[tuple[str, tuple[int, ...]]]:
-    return places_of(*item)
+def _places(item: tuple[Sides, range]) -> list[tuple[str, tuple[int, ...]]]:
+    sides, run = item
+    return places_of(sides, run.start)
 
 
 def _held(sides: Sides, kind: Kind) -> int:
@@ -114,6 +123,13 @@ def _nbytes(block: Block, kind: Kind) -> int:
     group = block.groups[kind]
     whole = block.reader.tensors[group.names[0]].nbytes * len(group.names)  # `check_equal`: they are alike
     return whole // max(1, math.prod([group.sizes.get("e", 1), *(group.sizes[axis] for axis in block.scan)]))
+
+
+def _at_once(sides: Sides, most: int) -> int:
+    """How many experts are looked at together, where so many bytes may be held; what is decoded has an order of its own."""
+    if any(is_chunked(block.reader) for block in sides):
+        return 1
+    return max(1, most // max(1, sum(_held(sides, kind) for kind in sides[0].groups)))
 
 
 def _least(sides: Sides, kind: Kind) -> int:
@@ -141,10 +157,18 @@ def _cuts(sides: Sides, kind: Kind, most: int) -> Iterator[Cut | None]:
         yield Cut(axis, start, start + step if start + step < size else None)
 
 
-def _compare_expert(item: tuple[Sides, int], cuts: Mapping[int, Cuts], scratch: Scratch) -> Looked:
-    (a, b), e = item
-    kinds = [kind for kind in sorted(a.groups) if e < a.groups[kind].sizes.get("e", a.stored)]
-    looked = [_compare_kind((a, b), kind, e, cuts[id(a)][kind], scratch) for kind in kinds]
+def _compare_run(item: tuple[Sides, range], cuts: Mapping[int, Cuts], scratch: Scratch) -> Looked:
+    """Compare experts that follow one another: together, and one by one what is not equal in all of them."""
+    (a, b), run = item
+    experts = {kind: range(run.start, min(run.stop, a.groups[kind].sizes.get("e", a.stored))) for kind in sorted(a.groups)}
+    looked, alike = list[Looked](), set[Kind]()
+    for kind, own in experts.items() if len(run) > 1 else ():
+        scratch.rewind()
+        if own and (nbytes := equal_in((a, b), kind, own, scratch.empty)) is not None:
+            looked.append(Looked(nbytes, ()))
+            alike.add(kind)
+    each = ((e, kind) for e in run for kind, own in experts.items() if e in own and kind not in alike)
+    looked += [_compare_kind((a, b), kind, e, cuts[id(a)][kind], scratch) for e, kind in each]
     return Looked(sum(each.nbytes for each in looked), [line for each in looked for line in each.differences])
 
 

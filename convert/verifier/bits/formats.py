@@ -25,7 +25,7 @@ from convert.progress import Progress, begin
 from convert.verifier.bits import computed
 from convert.verifier.bits.across import Formats
 from convert.verifier.bits.order import by_place, hold, place_of
-from convert.verifier.bits.sections import positions
+from convert.verifier.bits.stored import positions
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.computing import open_originals

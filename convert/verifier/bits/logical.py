@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verifier.bits.stored import Axis, Cut, dimensions, logical
+from convert.verifier.bits.stored import ORDER, Axis, Cut, arranged, dimensions
 from layouts.disk.pread import Empty
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
@@ -174,13 +174,15 @@ def part(block: Block, kind: Kind, e: int, g: int = 0, empty: Empty = np.empty, 
         ValueError: there is something in the padding.
     """
     data, dims = slab(block, kind, {"e": e, "g": g}, range(e, e + 1), empty, cut)
-    if flat := [at for at, dimension in enumerate(dims) if dimension[0].name == "e"]:
-        (at,) = flat
-        rest = dims[at][1:]
-        data = data.reshape([*data.shape[:at], *([data.shape[at]] if rest else []), *data.shape[at + 1 :]])
-        dims = [*dims[:at], *([rest] if rest else []), *dims[at + 1 :]]
-    found, held = logical(data, dims, kind[0]), sum(axis.name in "du" for dimension in dims for axis in dimension)
-    return found[(..., *[None] * (block.groups[kind].dims.split().count("one") - held))]  # of size 1, and not stored
+    found = turned(block, kind, data, dims)
+    return found[0] if any(dimension[0].name == "e" for dimension in dims) else found
+
+
+def turned(block: Block, kind: Kind, data: NDArray[Any], dims: Sequence[Sequence[Axis]]) -> NDArray[Any]:
+    """Stored bits in logical axes, behind that of experts if they have one; see `part`."""
+    held = sum(axis.name in "du" for dimension in dims for axis in dimension)
+    ones = block.groups[kind].dims.split().count("one") - held  # of size 1, and not stored
+    return arranged(data, dims, ("e", *ORDER[kind[0]]))[(..., *[None] * ones)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """How a tensor is stored, read from the text of its pattern: the verifier's own reading of the language of layouts.
 
-In: a pattern's text, sizes, a stored block. Out: the block in logical axes. It never imports `layouts.language`.
+In: a pattern's text, sizes, a stored block; sections. Out: the block in logical axes; positions. It never imports
+`layouts.language`, but for how sections are written down.
 
 `layouts.language.pattern` finds blocks in stored tensors for the code that converts. This module takes whole stored arrays
 apart, with NumPy and einops, so that a mistake of one of the two shows.
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
+
+from layouts.language.sections import Turns
 
 ORDER = {"wi": ("g", "k", "s", "c", "n", "d", "u"), "wo": ("n", "k", "d", "u")}
 """Role -> the logical order of axes; shards and chunks of `n` stand before it, so that together they are the logical `n`."""
@@ -112,3 +115,19 @@ def arranged(block: NDArray[Any], dims: Sequence[Sequence[Axis]], wanted: Sequen
     cut = [name for name in order if name in ("s", "c", "n")]
     right = [f"({' '.join(cut)})" if cut and name == cut[-1] else name for name in order if name not in cut[:-1]]
     return np.asarray(rearrange(split, f"{' '.join(names)} -> {' '.join(right)}"))
+
+
+def positions(turns: Turns, tensor: int) -> NDArray[Any]:
+    """For each row of a tensor its place in the joined one: this is laid out as (groups, rows of a group) and cut apart."""
+    lengths = [length for part in turns.parts for length in part]
+    every = np.arange(turns.groups * sum(lengths)).reshape(turns.groups, -1)
+    sections = iter(np.split(every, np.cumsum(lengths)[:-1], axis=1))
+    own = [[next(sections).ravel() for _ in part] for part in turns.parts]
+    return np.concatenate(own[tensor])
+
+
+def stretches(turns: Turns, tensor: int) -> list[range]:
+    """The same, as ranges that follow one another in the tensor."""
+    places = positions(turns, tensor)
+    runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+    return [range(int(run[0]), int(run[-1]) + 1) for run in runs]

@@ -23,7 +23,7 @@ from convert.planning.across.plan import config_of, fused_in, stacked_along, tre
 from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
 from convert.verifier.bits.order import STRIP
-from convert.verifier.bits.sections import stretches
+from convert.verifier.bits.stored import stretches
 from convert.verifier.content.hashing import Logical, Slices, Unit, rows_of
 from convert.verifier.content.tensors import expert_units
 from layouts.errors import InputError, PlanError
