@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from xxhash import xxh3_128
@@ -19,7 +20,10 @@ from xxhash import xxh3_128
 from convert.commit.manifest import SOURCE, Digest
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
+from layouts.disk.written import quoted
 from layouts.language.layout import ROLES
+from layouts.language.slots import Index
+from layouts.language.template import Template
 from layouts.tensors import itemsize
 
 FORM = "moe-content-xxh3-1"
@@ -32,7 +36,7 @@ TERMS = "the names and axes of Hugging Face"
 
 def line_of(name: str | list[Any], dtype: str, shape: Sequence[int], digest: str) -> str:
     """What is hashed of one logical tensor."""
-    return json.dumps([name, dtype, shape, digest], separators=(",", ":"))
+    return _text([name, dtype, shape, digest])
 
 
 def digest_of(lines: Iterable[str]) -> str:
@@ -50,38 +54,83 @@ def content_of(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Any] | No
     """
     if plan.computed or plan.merging or plan.format != "hf" or any(target.role == OTHER for target in plan.targets):
         return None
-    lines, nbytes = [], 0
+    lines, nbytes = list[str](), 0
+    known: dict[tuple[int, str], _Slices | None] = {}
     for target in plan.targets:
-        for found in _logical(target, digests):
-            if found is None:
+        spec = target.spec
+        if target.role not in ROLES:
+            if not isinstance(found := digests.get(spec.name), str):
                 return None
-            lines.append(found[0])
-            nbytes += found[1]
+            lines.append(line_of(spec.name, spec.dtype, spec.shape, found))
+            nbytes += spec.nbytes
+            continue
+        if (way := (id(target.way), spec.dtype)) not in known:
+            known[way] = _slices(target)
+        if (slices := known[way]) is None:
+            return None
+        for each in slices.named(target):
+            if not isinstance(found := digests.get(each[0]), str):
+                return None
+            lines.append(slices.line(target.index, *each[1:], found))
+            nbytes += slices.nbytes
     return {"model": {"xxh3": digest_of(lines), "tensors": len(lines), "bytes": nbytes}, "state": None, "terms": TERMS}
 
 
-def _logical(target: Target, digests: Mapping[str, Digest]) -> Iterator[tuple[str, int] | None]:
-    """A line for each logical tensor of a target, and its bytes; None for one that has no digest."""
-    spec, role = target.spec, target.role
-    if role not in ROLES:
-        found = digests.get(spec.name)
-        yield (line_of(spec.name, spec.dtype, spec.shape, found), spec.nbytes) if isinstance(found, str) else None
-        return
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slices:
+    """What is the same for all experts' slices of a way: there may be 100,000 of them, and a few hundred ways.
+
+    `names` are those of the sources that have their digests, along `spans`; None where each target is a slice itself.
+    """
+
+    names: Template | None
+    spans: Mapping[str, range]
+    words: Sequence[str]
+    rest: str
+    part: str
+    nbytes: int
+    places: dict[tuple[Any, ...], str]
+
+    def named(self, target: Target) -> Iterator[tuple[str, Any, Any]]:
+        """Under which name the digest of each slice is, and which expert, and gate or up, it is of."""
+        index = target.index
+        if self.names is None:
+            yield target.spec.name, index["e"], index.get("g", 0)
+            return
+        axes = [self.spans.get(axis) or (index.get(axis, 0),) for axis in ("e", "g")]
+        for name, (e, g) in zip(self.names.names(index, self.spans), itertools.product(*axes), strict=True):
+            yield SOURCE + name, e, g
+
+    def line(self, index: Index, e: int, g: int, digest: str) -> str:
+        """What `line_of` makes of a slice."""
+        at = index.get("path", ""), index.get("l"), *([index["kind"]] if "kind" in index else [])
+        if (place := self.places.get(at)) is None:
+            place = self.places[at] = _text(at)
+        return f"[[{place},{e},{self.words[g]},{self.part}],{self.rest},{quoted(digest)}]"
+
+
+def _slices(target: Target) -> _Slices | None:
+    """What the slices of a target, and of all of its way, have in common; None if they have no digests of their own."""
+    role, part, spec = target.role, target.part, target.spec
     written = "e" in target.target.key.slots
     side, sizes = (target.target, target.sizes) if written else (target.source, target.source_sizes)
-    slots = {"e", "g"} if role == "wi" else {"e"}
-    if not slots <= set(side.key.slots) or not _is_plain(target, side.pattern.text):
-        yield None
-        return
-    free = [slot for slot in ("e", "g") if slot in side.key.slots and not (written and slot in target.index)]
+    words = _WORDS[role]
+    if not set("eg"[: len(words)]) <= set(side.key.slots) or not _is_plain(target, side.pattern.text):
+        return None
     shape = side.pattern.shape(sizes)
-    nbytes = math.prod(shape) * itemsize(spec.dtype)
-    for point in itertools.product(*(range(sizes[slot]) for slot in free)):
-        at: dict[str, Any] = {**target.index, **dict(zip(free, point, strict=True))}
-        found = digests.get(spec.name if written else SOURCE + side.key.render(at))
-        place = [at.get("path", ""), at.get("l"), *([at["kind"]] if "kind" in at else [])]
-        name = [place, at["e"], _WORDS[role][at["g"] if role == "wi" else 0], target.part]
-        yield (line_of(name, spec.dtype, shape, found), nbytes) if isinstance(found, str) else None
+    return _Slices(
+        names=None if written else side.key,
+        spans={} if written else {axis: range(sizes[axis]) for axis in ("e", "g") if axis in side.key.slots},
+        words=[_text(word) for word in words],
+        rest=f"{_text(spec.dtype)},{_text(shape)}",
+        part=_text(part),
+        nbytes=math.prod(shape) * itemsize(spec.dtype),
+        places={},
+    )
+
+
+def _text(found: Any) -> str:
+    return json.dumps(found, separators=(",", ":"))
 
 
 def _is_plain(target: Target, pattern: str) -> bool:

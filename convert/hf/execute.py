@@ -22,11 +22,12 @@ from convert.commit.files import Folder
 from convert.commit.manifest import SOURCE
 from convert.commit.stage import Stage
 from convert.engine.budget import SYNC, Budget
-from convert.engine.copying import Worker, write_tensor, write_together
+from convert.engine.copying import SHORT, Worker, write_tensor, write_together
 from convert.engine.direct import Output
 from convert.hf.shards import File
 from convert.planning.targets import Target
 from convert.progress import Progress, stoppable
+from layouts.checkpoint import growing
 from layouts.reader import Reader
 
 AHEAD = 64
@@ -68,8 +69,8 @@ def write_tensors(
     _check_space(files, stage.folder, beside)
     for file in files:
         _preallocate(stage.folder, file)
-    wanted = [target for target in targets if target.spec.name not in digests]
-    tasks = _tasks(wanted, files, turns=not ordered)
+    with growing():
+        tasks = _tasks([target for target in targets if target.spec.name not in digests], files, turns=not ordered)
     progress(sum(t.spec.nbytes for t in targets if t.spec.name in digests))
     stop = threading.Event()
     told = stoppable(progress, stop)
@@ -170,15 +171,20 @@ def _preallocate(folder: Folder, file: File) -> None:
 
 def _tasks(targets: Iterable[Target], files: Sequence[File], *, turns: bool) -> list[_Task]:
     """Neighbours of one file in batches: of different files in turn, or else in the order of the targets."""
-    home = {name: (file.name, offset) for file in files for name, offset in file.offsets.items()}
+    home: dict[str, File] = {}
+    for file in files:
+        home |= dict.fromkeys(file.offsets, file)
+    placed = [(target, home[target.spec.name], target.spec.nbytes) for target in targets]
+    if turns:  # small ones first and as they will stand, so that neighbours are written at once; others as they are read
+        placed.sort(key=lambda part: part[1].offsets[part[0].spec.name] if part[2] < SHORT else part[1].size)
     queues: dict[str, list[_Task]] = {}
-    for target in targets:
-        name, offset = home[target.spec.name]
+    for target, file, nbytes in placed:
+        name = file.name
         if (queue := queues.get(name if turns else "")) is None:
             queue = queues[name if turns else ""] = []
-        last, nbytes = queue[-1] if queue else None, target.spec.nbytes
+        last = queue[-1] if queue else None
         if last is None or last.file != name or len(last.parts) == BATCH or last.nbytes + nbytes > BATCH_BYTES:
             queue.append(last := _Task(name))
-        last.parts.append((target, offset))
+        last.parts.append((target, file.offsets[target.spec.name]))
         last.nbytes += nbytes
     return [task for turn in itertools.zip_longest(*queues.values()) for task in turn if task is not None]

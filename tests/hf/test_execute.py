@@ -16,11 +16,13 @@ import convert
 from convert.cli import main
 from convert.engine import budget
 from convert.engine.budget import make_budget
+from convert.engine.direct import Output
 from convert.errors import InputError, UsageError
 from convert.hf import execute
 from convert.hf.shards import File
 from convert.planning.planner import make_plan
 from layouts.tables.families import FAMILIES
+from scripts.benchmark_many import make
 from scripts.make_checkpoint import make_checkpoint
 from tests import tiny
 from tests.commit.test_commit import contents, count_calls, partials, prefuse
@@ -264,6 +266,18 @@ def test_batches_hold_each_tensor_once_and_keep_their_files_apart(turns, monkeyp
         assert task.nbytes == sum(target.spec.nbytes for target, _ in task.parts)
         assert len(task.parts) == 1 or (len(task.parts) <= 3 and task.nbytes <= 64)
     assert turns or [target.spec.name for task in tasks for target, _ in task.parts] == names
+
+
+def test_small_neighbours_are_written_at_once_whatever_they_come_from(tmp_path, monkeypatch):
+    """304 tensors in eight files, each of experts' tensors that lie far apart in what they are split from."""
+    make(tmp_path / "in", 8, 3)
+    convert.prefuse(tmp_path / "in", tmp_path / "out")
+    put, written = Output.put, list[tuple[int, int]]()
+    monkeypatch.setattr(Output, "put", lambda self, data, at: written.append((self.descriptor, at)) or put(self, data, at))
+    convert.split(tmp_path / "out", tmp_path / "split", jobs=1)
+    assert len(written) == 8
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "split" / path.name).read_bytes()
 
 
 def test_no_step_fails_twice(source, wanted, tmp_path, monkeypatch):
