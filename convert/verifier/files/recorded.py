@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from convert.commit.identity import input_digest
 from convert.commit.inventory import differences
@@ -31,11 +31,11 @@ UNREAD = "bits by recorded digests, not read"
 """What a verdict is about that rests on this level."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Match:
     """Digests of the tensors of `reader`: `wanted`, and `have`, or None where these are to be read.
 
-    `believed` are the sides whose tensors are not read.
+    `believed` are the sides whose tensors are not read. It has no slots, so that it keeps what it has counted.
     """
 
     words: str
@@ -44,7 +44,7 @@ class _Match:
     have: Mapping[str, Digest] | None
     believed: tuple[tuple[Reader, Manifest], ...]
 
-    @property
+    @cached_property
     def both(self) -> list[str]:
         """The tensors of which both have a whole digest."""
         return [name for name in sorted(self.reader.tensors) if self._whole(name)]
