@@ -5,17 +5,21 @@
 Makes a matrix [2048, 7168] (an expert of Kimi-K2) of random bits in each format, in the page cache, and reads 256 of its rows
 as bfloat16 with one thread, again and again, into the same memory. Each round is a process of its own for each tree, in turn.
 Prints the best read of all by its CPU seconds, which other programs on the machine change least. With `--other`, another
-checkout of this repository runs in the same rounds.
+checkout of this repository runs in the same rounds. With `--experts`, a layer of so many experts in each format is prefused
+instead (`--prefuse --dequantize bf16 --jobs 1`): what is printed then are bytes of the output by CPU seconds of the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +94,60 @@ def rate(tree: Path, source: Path, seconds: float) -> float:
     return float(json.loads(done.stdout))
 
 
+def whole(tree: Path, source: Path, out: Path) -> float:
+    """GB/s of bfloat16 that a tree's command writes."""
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["--quiet", "--prefuse", "--dequantize", "bf16", "--jobs", "1", str(source), str(out)]
+    environment, before = os.environ | {"PYTHONPATH": str(tree)}, os.times()
+    subprocess.run([sys.executable, "-m", "convert", *words], env=environment, cwd=tree, check=True, stdout=subprocess.DEVNULL)
+    seconds = sum(os.times()[2:4]) - sum(before[2:4])
+    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    shutil.rmtree(out)
+    return nbytes / seconds / 1e9
+
+
+def layer(tensors: Mapping[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
+    """The matrix as gate and up of each of so many experts, and as large a down."""
+    found = {"model.layers.0.mlp.gate.weight": np.zeros((experts, K), BF16)}
+    turned = {"weight_shape": np.array([K, N], "i8")}
+    for e, word in itertools.product(range(experts), ("gate_proj", "up_proj", "down_proj")):
+        for part, array in tensors.items():
+            down = turned.get(part, np.resize(array, _turned(array.shape)) if array.ndim == 2 else array)
+            found[f"model.layers.0.mlp.experts.{e}.{word}.{part}"] = (down if word == "down_proj" else array).copy()
+    return found
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape for (K, N) of what is (N, K), or has a part of each; of scales of channels there is one for each row."""
+    rows, columns = shape
+    return (K, 1) if columns == 1 else (rows * K // N, columns * N // K)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--other", type=Path, help="another checkout of this repository, run in turn")
     parser.add_argument("--seconds", type=float, default=2, help="of each round of each tree and format")
+    parser.add_argument("--only", default="", help="formats that have this in their names")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=0, help="time whole conversions of so many (14: 1.2 GB)")
     options = parser.parse_args()
     trees = [*([options.other.resolve()] if options.other else []), ROOT]
     print(f"| format | {' | '.join(['other', 'this'][-len(trees) :])} | GB/s of bfloat16 from one core |")
     print(f"| --- | {'--- | ' * len(trees)} --- |")
     for number, (name, (tensors, config)) in enumerate(formats().items()):
-        source = options.directory / str(number)
+        if options.only not in name:
+            continue
+        source, experts = options.directory.resolve() / str(number), options.experts
         source.mkdir(parents=True, exist_ok=True)
-        save_file({f"x.{word}": array for word, array in tensors.items()}, source / "model.safetensors", {"format": "pt"})
-        (source / "config.json").write_text(json.dumps(config))
-        rounds = [[rate(tree, source.resolve(), options.seconds) for tree in trees] for _ in range(options.rounds)]
+        held = layer(tensors, experts) if experts else {f"x.{word}": array for word, array in tensors.items()}
+        save_file(held, source / "model.safetensors", {"format": "pt"})
+        sizes = {"num_hidden_layers": 1, "num_experts": experts, "hidden_size": K, "moe_intermediate_size": N}
+        (source / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"} | sizes | config if experts else config))
+        of = partial(whole, out=source.with_name("out")) if experts else partial(rate, seconds=options.seconds)
+        rounds = [[of(tree, source) for tree in trees] for _ in range(options.rounds)]
+        (source / "model.safetensors").unlink()
         print(f"| {name} | {' | '.join(f'{max(each):.2f}' for each in zip(*rounds, strict=True))} | |", flush=True)
 
 

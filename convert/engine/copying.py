@@ -38,17 +38,21 @@ SHORT = 16 << 10
 
 
 class Worker(NamedTuple):
-    """What one thread works with: the input, and memory for one strip and for one slab of a source."""
+    """What one thread works with: the input, and memory for one strip and for one slab of a source.
+
+    `sources` are hashed as well, unless they are computed: then no file has their bytes.
+    """
 
     reader: Reader
     scratch: Scratch
     slab: Scratch
     runs: Runs
+    sources: bool
 
     @classmethod
-    def make(cls, reader: Reader, strip: int) -> Worker:
+    def make(cls, reader: Reader, strip: int, *, sources: bool = True) -> Worker:
         """One for strips of this size."""
-        return cls(reader, Scratch(strip), Scratch(SLAB), Runs())
+        return cls(reader, Scratch(strip), Scratch(SLAB), Runs(), sources)
 
     def source(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array for a slab; a new one where padding makes it larger than others."""
@@ -65,7 +69,7 @@ def write_together(
     at once: a call for each of 100,000 tensors takes longer than all of their bytes.
     """
     told(0)
-    small: list[tuple[Target, int, Located]] = []
+    small: list[tuple[Target, int, int, Located]] = []
     left, room = [], worker.scratch.nbytes
     for target, offset in parts:
         nbytes = target.spec.nbytes
@@ -73,19 +77,19 @@ def write_together(
         if runs is None or nbytes > room:
             left.append((target, offset))
         else:
-            small.append((target, offset, runs))
+            small.append((target, offset, nbytes, runs))
             room -= nbytes
     small.sort(key=itemgetter(1))
     data = worker.scratch.empty((worker.scratch.nbytes - room,), np.uint8, small[0][1] if small else 0).data
-    _read([run for _, _, runs in small for run in runs], data)
+    _read([run for *_, runs in small for run in runs], data)
     found: dict[str, str] = {}
     begin = end = 0
-    for number, (target, offset, runs) in enumerate(small, 1):
-        at, end = end, end + target.spec.nbytes
-        if target.way.consumes:
+    for number, (target, offset, nbytes, runs) in enumerate(small, 1):
+        at, end = end, end + nbytes
+        if worker.sources and target.way.consumes:
             found |= _hashed(runs, data[at:end], worker)
         found[target.spec.name] = xxhash.xxh3_128_hexdigest(data[at:end])
-        if number == len(small) or small[number][1] != offset + end - at:
+        if number == len(small) or small[number][1] != offset + nbytes:
             output.put(data[begin:end], offset + begin - at)
             begin = end
     told(end)
@@ -99,7 +103,7 @@ def write_tensor(target: Target, output: Output, offset: int, worker: Worker, to
     """
     digest = xxhash.xxh3_128()
     sources: dict[str, str] = {}
-    whole = target.way.consumes
+    whole = worker.sources and target.way.consumes
     told(0)
     for box in _boxes(target, worker.scratch.nbytes):
         straight = _located(worker.runs.of(target, box), worker)

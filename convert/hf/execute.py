@@ -56,11 +56,13 @@ def write_tensors(
     *,
     beside: int = 0,
     ordered: bool = False,
+    sources: bool = True,
 ) -> dict[str, str]:
     """Write every tensor that the stage does not hold yet, and return the digests (xxh3-128 of the bytes, hex).
 
     They stand under the names of the tensors; those of the sources they were made from under `SOURCE` + name. The disk must
     have room for `beside` more bytes, of what stands beside them. If they are `ordered`, neighbours are written together.
+    Without `sources` these have no digests: what is computed would have to be computed once more.
 
     Raises:
         OSError: the disk is full or failing; finished tensors are journalled.
@@ -83,7 +85,7 @@ def write_tensors(
                 task.digests.update(write_tensor(target, output, offset, own.worker, told))
 
     def begin() -> None:
-        own.worker = Worker.make(reader, budget.strip)
+        own.worker = Worker.make(reader, budget.strip, sources=sources)
 
     own = threading.local()
     with ThreadPoolExecutor(budget.jobs, initializer=begin) as pool:

@@ -60,7 +60,14 @@ def remove_parts(stage: StoreStage, files: Sequence[File]) -> tuple[str, ...]:
 
 
 def write_objects(
-    targets: Sequence[Target], files: Sequence[File], reader: Reader, stage: StoreStage, budget: Budget, progress: Progress
+    targets: Sequence[Target],
+    files: Sequence[File],
+    reader: Reader,
+    stage: StoreStage,
+    budget: Budget,
+    progress: Progress,
+    *,
+    sources: bool = True,
 ) -> dict[str, str]:
     """Write every file that is not there yet, and return the digests of all tensors, as `write_tensors` does.
 
@@ -81,7 +88,7 @@ def write_objects(
     told = stoppable(progress, stop)
 
     def equip() -> None:
-        own.worker = Worker.make(reader, budget.strip)
+        own.worker = Worker.make(reader, budget.strip, sources=sources)
 
     def work(file: File) -> dict[str, str]:
         stage.check()

@@ -129,18 +129,19 @@ class HFWriter:
     def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> Written:
         """Shards by all processes; the first one adds what stands beside them."""
         plan, files, original = self.plan, self.files, self.original
+        reader, sources = self.reader, not plan.computed
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
-        targets = in_order([target for target in plan.targets if target.spec.name in names], self.reader)
+        targets = in_order([target for target in plan.targets if target.spec.name in names], reader)
         notes: tuple[str, ...] = ()
         if isinstance(stage, StoreStage):
             notes = begin(stage, files) if processes.first else ()
             processes.agree("begun")
-            digests = write_objects(targets, own, self.reader, stage, self.budget, progress)
+            digests = write_objects(targets, own, reader, stage, self.budget, progress, sources=sources)
         else:
-            ordered = is_chunked(self.reader) or plan.merging is not None  # neighbours share what is decoded, or A and B
+            ordered = is_chunked(reader) or plan.merging is not None  # neighbours share what is decoded, or A and B
             digests = write_tensors(
-                targets, own, self.reader, stage, self.budget, progress, beside=plan.side_bytes, ordered=ordered
+                targets, own, reader, stage, self.budget, progress, beside=plan.side_bytes, ordered=ordered, sources=sources
             )
         processes.agree("written")
         if not processes.first:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.dequantize.formats import Format
-from layouts.dequantize.values import PER_BYTE, floats, products, rounded, table
+from layouts.dequantize.values import PER_BYTE, floats, products, rounded, unpacked
 from layouts.reader import Reader
 from layouts.tensors import itemsize
 
@@ -69,7 +69,7 @@ def matrix(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, co
         index = raw.reshape(*stored.shape, -1) | (stored.astype(np.uint16) << 8)[..., None]
         found: NDArray[Any] = np.take(words, index).view(np.uint16).reshape(len(rows), -1)
     else:
-        values = np.take(table(recipe.format.values), raw).view(np.float32)
+        values = unpacked(raw, recipe.format.values)
         if recipe.zero:
             _each(np.subtract, values, _zeros(reader, recipe, point, down, along), rows, recipe.block)
         with np.errstate(all="ignore"):

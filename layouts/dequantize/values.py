@@ -22,17 +22,29 @@ PER_BYTE: Mapping[str, int] = {"e4m3": 1, "int8": 1, "int8+128": 1, "e2m1": 2, "
 
 @cache
 def table(values: str) -> NDArray[Any]:
-    """(256,) words of all values of a byte in float32: NumPy looks up words several times as fast as rows."""
+    """(256,) words of all floats of a byte in float32: NumPy looks up words several times as fast as rows."""
     every = np.arange(256)
     halves = np.stack((every & 15, every >> 4), 1)
     tables = {
         "e4m3": every.astype("u1").view(numpy_dtype("F8_E4M3"))[:, None],
-        "int8": every.astype("u1").view("i1")[:, None],
-        "int8+128": every[:, None] - 128,
         "e2m1": np.array(FP4)[halves],
-        "int4": halves - 8,
     }
     return tables[values].astype(np.float32).view(f"u{4 * PER_BYTE[values]}")[:, 0]
+
+
+def unpacked(raw: NDArray[Any], values: str) -> NDArray[np.float32]:
+    """(rows, bytes) as (rows, values): integers are taken apart by arithmetic, which takes half the time of looking them up."""
+    if values == "int4":
+        wide = raw.astype(np.uint16)
+        wide |= wide << 4
+        wide &= 0x0F0F  # two values in turn, the lower half of a byte first
+        raw = wide.view(np.uint8)
+        raw -= 8
+    elif values == "int8+128":
+        raw = raw ^ np.uint8(128)
+    elif values != "int8":
+        return np.take(table(values), raw).view(np.float32)
+    return raw.view(np.int8).astype(np.float32)
 
 
 def floats(stored: NDArray[Any], code: str) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from convert.cli import main
 from convert.errors import InputError, PlanError
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import dequantized
+from layouts.dequantize.compute import matrix
 from layouts.dequantize.values import FP4
 from layouts.tensors import TensorSpec
 from tests.tiny import MemoryReader
@@ -156,6 +157,15 @@ def test_on_the_disk_and_in_the_manifest(source, tmp_path):
     convert.split(tmp_path / "out", tmp_path / "split")
     again = load_file(tmp_path / "split" / "model.safetensors")
     assert np.array_equal(again["model.layers.1.mlp.experts.3.up_proj.weight"].view("u2"), up)
+
+
+def test_every_value_is_computed_once(source, tmp_path, monkeypatch):
+    """Digests of what sources would be would take it twice, and no manifest has them."""
+    seen = []
+    monkeypatch.setattr("layouts.dequantize.reader.matrix", lambda *given: seen.append(matrix(*given)) or seen[-1])
+    convert.prefuse(source, tmp_path / "out", dequantize="bf16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(block.size for block in seen) == sum(array.size for name, array in found.items() if name != "model.norm.weight")
 
 
 def test_the_same_again_computes_all_and_compares(source, tmp_path):
