@@ -7,11 +7,10 @@ It defines no option of the library; those of the command alone stand in `_COMMA
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from convert.answers.words import ABOUT, EPILOG, EXAMPLES, IMAGES, MEANT, OTHER_PROGRAM
+from convert.answers.words import ABOUT, EPILOG, EXAMPLES
 from convert.errors import UsageError, did_you_mean
 from convert.options import values
 from convert.options.keywords import (
@@ -25,6 +24,7 @@ from convert.options.keywords import (
     options_of,
 )
 from convert.options.option import Named
+from convert.parsing import Format, Once, OnceSwitch, Parser
 from convert.progress import KINDS
 
 ACTIONS: Mapping[str, type] = {
@@ -93,61 +93,49 @@ _GROUPS: Mapping[str, str] = {
 _VERIFY = "verify"
 
 
-class _Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong with a command."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say it, and leave with exit code 2."""
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        word = unknown.split(" ")[0].partition("=")[0]
-        if word in IMAGES:
-            message = OTHER_PROGRAM
-        elif word:
-            message += f" ({MEANT[word]})" if word in MEANT else did_you_mean(word, self._option_string_actions)
-        about, chosen, others = message.partition(" (choose from ")
-        if chosen:  # "argument --to: invalid choice: 'maxtext' (choose from 'hf', 'orbax')"
-            message += did_you_mean(about.rpartition(": ")[2].strip("'"), others.strip(")").replace("'", "").split(", "))
-        message = message.replace("ignored explicit argument", "it takes no value; put a space in the place of = before")
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
-
-
-class _Format(argparse.RawDescriptionHelpFormatter):
-    """One that cuts no word at its hyphen: `megatron-bridge` is typed as it stands."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+_PATHS: Mapping[str, str] = {
+    **dict.fromkeys(("--prefuse", "--split", "--merge", "--to"), "CKPT_IN CKPT_OUT"),
+    "--verify": "CKPT [CKPT]",
+    "--digest": "CKPT [CKPT ...]",
+    "--inspect": "CKPT",
+    "--families": "[NAME]",
+    "--layouts": "",
+    "--version": "",
+}
+"""What each action takes besides options, for its help."""
 
 
 class _Help(argparse.Action):
-    """`--help`, and `--help verify`, which has the options of one action alone."""
+    """`--help`, and `--help verify` or `--verify --help`, which have the options of one action alone."""
 
-    def __call__(self, parser: argparse.ArgumentParser, _: object, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, given: object, values: Any, option_string: str | None = None) -> None:
         """Print it and leave."""
         flag = f"--{values}".replace("----", "--") if values else None
         if flag and flag not in _EVERY:
             parser.error(f"argument {option_string}: no action is called {values!r}{did_you_mean(flag, _EVERY)}")
-        _made(flag).print_help()
+        _made(flag or next((each for each in _EVERY if getattr(given, each[2:], None)), None)).print_help()
         parser.exit()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All options, with their help."""
     return _made(None)
 
 
-def _made(only: str | None) -> argparse.ArgumentParser:
+def _made(only: str | None) -> Parser:
     """All options, or those of one action."""
-    found = _Parser(
+    found = Parser(
         prog="convert",
-        usage=f"convert {only or 'ACTION'} [CKPT ...] [options]",
+        usage=" ".join(filter(None, ("convert", only or "ACTION", _PATHS.get(only or "", "[CKPT ...]"), "[options]"))),
         allow_abbrev=False,
         add_help=False,
         description=f"{ABOUT}\n\n{_examples(only)}",
         epilog=EPILOG,
-        formatter_class=_Format,
+        formatter_class=Format,
     )
     do = found.add_argument_group("do")
-    do.add_argument("paths", nargs="*", metavar="CKPT", help="input and output, or the two to compare")
+    paths = argparse.SUPPRESS if only in _TABLES else "input and output, or the two to compare"
+    do.add_argument("paths", nargs="*", metavar="CKPT", help=paths)
     do.add_argument("-h", "--help", nargs="?", metavar="ACTION", action=_Help, help="show this, or the options of one action")
     action = do.add_mutually_exclusive_group()
     for flag, text in _DO.items():
@@ -159,7 +147,7 @@ def _made(only: str | None) -> argparse.ArgumentParser:
             _add(home.get(each.name, groups[_VERIFY]), each, "--verify: " if actions == ["--verify"] else "")
     for flag, takers, words in _COMMAND:
         if only is None or only in takers:
-            home[flag[2:].replace("-", "_")].add_argument(flag, **_read(words))
+            home[flag[2:].replace("-", "_")].add_argument(flag, **{"action": Once, **_read(words)})
     return found
 
 
@@ -194,15 +182,15 @@ def _taken() -> dict[str, tuple[Named, list[str]]]:
 
 
 def _add(parser: argparse._ArgumentGroup, each: Named, before: str) -> None:
-    option, text = each.option, f"{before}{each.sentence}"
+    option, text = each.option, f"{before}{each.sentence if before else each.sentence.removeprefix('of two: ')}"
     if each.is_switch and (each.default or option.either):
         flag = f"--{each.name.replace('_', '-')}"
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        parser.add_argument(flag, action=OnceSwitch, default=argparse.SUPPRESS, help=text)
     elif each.is_switch:
         parser.add_argument(each.flag, action="store_true", default=argparse.SUPPRESS, help=text)
     else:
         words = {"choices": option.choices} if option.choices else {"metavar": option.show, "type": option.read}
-        added = parser.add_argument(each.flag, default=argparse.SUPPRESS, help=text, **_read(words))
+        added = parser.add_argument(each.flag, action=Once, default=argparse.SUPPRESS, help=text, **_read(words))
         if each.name in _WORDS:
             added.completer = _WORDS[each.name]  # type: ignore[attr-defined]
 

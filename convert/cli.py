@@ -18,15 +18,16 @@ from types import FrameType
 from convert.actions import act, action_of
 from convert.answers.envelope import envelope
 from convert.answers.words import EXAMPLES
-from convert.arguments import parser
-from convert.errors import ConvertError, no_memory, one_line, printable
+from convert.arguments import ACTIONS, parser
+from convert.errors import ConvertError, no_memory, one_line, printable, to_do
 from convert.terminal import columns, fitted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors are one message on stderr."""
-    arguments = _completed(parser()).parse_intermixed_args(argv)
-    arguments.command = shlex.join(["convert", *(sys.argv[1:] if argv is None else argv)])
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parsed(words)
+    arguments.command = shlex.join(["convert", *words])
     try:
         with _signals():
             return _run(arguments)
@@ -40,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             print(envelope(action_of(arguments), code, None, text))
         return _complain(text, code, arguments.debug)
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments; who reads JSON is told in JSON what is wrong with them, too."""
+    found = parser()
+    try:
+        return _completed(found).parse_intermixed_args(words)
+    except SystemExit:
+        if found.said and "--json" in words:
+            print(envelope(next((word[2:] for word in words if word in ACTIONS), "none"), 2, None, found.said))
+        raise
 
 
 def _completed(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -101,7 +113,7 @@ def _told(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConvertError):
         return error.command or str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or ''}", 6
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{to_do(error)}", 6
     if isinstance(error, MemoryError):
         return no_memory(error), 6
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ("convert", "layouts"):

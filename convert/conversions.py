@@ -56,6 +56,7 @@ def opened_plan(source: str | Path, out: str | Path, action: Action, choices: Ch
     Raises:
         InputError, PlanError: see `plan`.
     """
+    from convert.commit.stage import destination
     from convert.run import open_and_plan
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place
@@ -63,7 +64,7 @@ def opened_plan(source: str | Path, out: str | Path, action: Action, choices: Ch
     if action != "merge" and is_adapter(place(source)):
         from convert.adapters.write import open_and_plan as open_adapter_and_plan
 
-        return open_adapter_and_plan(place(source), place(out), action, choices)
+        return open_adapter_and_plan(place(source), destination(out), action, choices)
     return open_and_plan(source, out, action, choices)
 
 
@@ -153,6 +154,7 @@ def _convert(
     given: Mapping[str, Any],
 ) -> Report | AdapterReport:
     from convert.commit.processes import ALONE
+    from convert.commit.stage import destination
     from convert.run import convert_checkpoint
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place
@@ -161,5 +163,5 @@ def _convert(
     if action != "merge" and is_adapter(place(source)):
         from convert.adapters.write import convert_adapter
 
-        return convert_adapter(place(source), place(out), action, choices, running, processes or ALONE, progress)
+        return convert_adapter(place(source), destination(out), action, choices, running, processes or ALONE, progress)
     return convert_checkpoint(source, out, action, choices, running, processes or ALONE, progress)

@@ -11,6 +11,7 @@ Codes 0 (done, equal) and 1 (`--verify` found a difference) are results, not err
 """
 
 import difflib
+import errno
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ __all__ = [
     "one_line",
     "printable",
     "readable",
+    "to_do",
     "too_little",
 ]
 
@@ -52,10 +54,22 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
     "gmm": ("megablox", "per-shard"),
     "gmm-tp": ("per-shard",),
     "gpt-oss": ("interleaved",),
+    "w13": ("vllm",),
     "gpt_oss": ("interleaved",),
     "default": ("concat",),
 }
 """What others call formats, layouts, types and backends -> what this tool calls them; those that there are."""
+
+
+_TO_DO: Mapping[tuple[int, ...], str] = {
+    (errno.EACCES, errno.EPERM): "let its owner give you the right, or take another place",
+    (errno.EROFS,): "it lies on a disk that is only read; take another place",
+    (errno.ENOSPC, errno.EDQUOT): "make room there",
+    (errno.EMFILE, errno.ENFILE): "allow more open files (ulimit -n)",
+    (errno.ENAMETOOLONG,): "give a shorter name",
+    (errno.EIO, errno.ESTALE): "the disk, or the way to it, is failing",
+}
+"""What the system says -> what to do."""
 
 
 class UsageError(ConvertError):
@@ -82,9 +96,15 @@ def no_memory(error: MemoryError) -> str:
     return f"there is not enough memory here ({what}): lower --memory, which makes parts smaller, or use a larger machine"
 
 
+def to_do(error: OSError) -> str:
+    """What to do where the system refuses, if there is something."""
+    return next((f"; {words}" for codes, words in _TO_DO.items() if error.errno in codes), "")
+
+
 def too_little(memory: int, why: str) -> UsageError:
     """The error that `memory` bytes are less than a run can do with."""
-    return UsageError(f"--memory={f'{memory >> 20}MiB' if memory >> 20 else memory} is too little: {why}")
+    shown, unit = (f"{memory >> 20}MiB", "") if memory >> 20 else (memory, "; a number without a unit is bytes")
+    return UsageError(f"--memory={shown} is too little: {why}{unit}")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from layouts.disk.files import INDEX, read_object
+from layouts.disk.mistaken import dangling
 from layouts.disk.names import part
 from layouts.errors import InputError
 from layouts.side_files import OTHER_MODELS, is_any
@@ -52,6 +53,8 @@ def model_files(path: Path, weight_map: Mapping[str, str] | None) -> list[str]:
     else:
         names = sorted(set(weight_map.values()))
     if lost := [name for name in names if not (path / part(name, path / INDEX)).is_file()]:
+        if isinstance(path, Path) and (path / lost[0]).is_symlink():
+            raise InputError(f"{path / lost[0]}: {dangling(path / lost[0])}; copy what it leads to, too (cp -rL)")
         if weight_map is None:
             raise InputError(f"{path / lost[0]}: no file, but called like one of the model; remove it")
         raise InputError(

@@ -122,7 +122,7 @@ def test_verify_says_equal_or_what_differs(source, tmp_path, capsys):
         ([], 2, "say what to do"),
         (["{in}", "{out}"], 2, "say what to do"),
         (["--to", "hf", "{in}", "{out}"], 2, "{in} is hf already"),
-        (["--prefuse", "{in}"], 2, "found 1 paths"),
+        (["--prefuse", "{in}"], 2, "found 1 path: {in}"),
         (["--prefuse", "{in}", "{out}", "more"], 2, "found 3 paths"),
         (["--prefuse", "{in}", "{out}", "--layout", "zigzag"], 2, "'zigzag'; known: concat, transformers"),
         (["--prefuse", "{in}", "{out}", "--source-layout", "zigzag"], 2, "'zigzag'; known: concat, transformers"),

@@ -30,11 +30,23 @@ FOLDERS = {
     "the safetensors of the same model",
     ("model.onnx",): "no safetensors and no Orbax checkpoint, but model.onnx: an ONNX graph: take the safetensors that it was "
     "exported from",
+    ("model.zip",): "no safetensors and no Orbax checkpoint, but model.zip: an archive: unpack it, and give the directory",
+    ("x.tar.gz",): "no safetensors and no Orbax checkpoint, but x.tar.gz: an archive: unpack it, and give the directory",
+    (
+        "a.safetensors.part",
+    ): "no safetensors and no Orbax checkpoint, but a.safetensors.part: a download that has not finished: run it again",
+    (".cache/huggingface/download/x.incomplete", "config.json"): "no safetensors and no Orbax checkpoint, but x.incomplete: a "
+    "download that has not finished: run it again",
+    (
+        "MODEL.SAFETENSORS",
+    ): "MODEL.SAFETENSORS would be read under a name that ends in .safetensors, in small letters; rename it",
     ("a/model.safetensors",): "the checkpoint is not here, but below; give {0}/a",
     ("a/model.safetensors", "b/model.safetensors"): "the checkpoint is not here, but below; give one of {0}/a, {0}/b",
     ("models--o--x/snapshots/1/x", "models--o--y/snapshots/1/x"): "a cache of several models; give one of {0}/models--o--x, "
     "{0}/models--o--y",
     ("snapshots/1/x", "snapshots/2/x"): "2 snapshots are here; give one of them: {0}/snapshots/1, {0}/snapshots/2",
+    ("config.json",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here: it has a config.json and no "
+    "weights; download them, too",
     ("README.md",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here",
 }
 """Files that are there -> what is said of their directory."""
@@ -92,8 +104,32 @@ ADDRESSES = {
     "https://huggingface.co/Qwen/Qwen3-30B-A3B/tree/main": "download it first: hf download Qwen/Qwen3-30B-A3B --local-dir "
     "Qwen3-30B-A3B",
     "hf://a/b": "download it first: hf download a/b --local-dir b",
-    "https://huggingface.co/a": "known stores are gs://, s3://",
-    "https://example.org/a/b": "known stores are gs://, s3://",
+    "https://huggingface.co/a": "nothing is fetched from there; download it, and give the directory",
+    "https://example.org/a/b": "nothing is fetched from there; download it, and give the directory",
+    **dict.fromkeys(
+        ("http://www.huggingface.co/a/b/tree/main", "hf://a/b/x"),
+        "download it first: hf download a/b --local-dir b",
+    ),
+    "file:///tmp/x": "give the path alone, without file://",
+    "S3://bucket/a": "an address begins with s3://",
+    "gcs://bucket/a": "Google's store is gs://BUCKET/PATH",
+    "s3a://bucket/a": "Amazon's store is s3://BUCKET/PATH",
+    "r2://bucket/a": "a store that speaks S3 is s3://BUCKET/PATH, and its address is AWS_ENDPOINT_URL",
+    "az://bucket/a": "the stores that are known are gs:// and s3://; copy it there, or to a disk",
+    "gs://": "it names no bucket; give gs://BUCKET/PATH",
+    "s3:///a": "it names no bucket; give s3://BUCKET/PATH",
+    "huggingface.co/a/b": "no such directory; download it first: hf download a/b --local-dir b",
+    "hf://a/b@v2/x": "download it first: hf download a/b --revision v2 --local-dir b",
+    "a/b@v2": "no such directory; download it first: hf download a/b --revision v2 --local-dir b",
+    "GS:/bucket/a": "no such directory; an address begins with gs://",
+    "C:\\models\\x": "no such directory; this is a path of Windows; in WSL, C:\\ is /mnt/c/",
+    "\\\\host\\x": "no such directory; this is a path of Windows; in WSL, C:\\ is /mnt/c/",
+    "me@host:/x": "no such directory; this is on another machine; mount it, or copy it here",
+    "$CKPT/x": "no such directory; $ stands for a variable only without single quotes",
+    "ckpt*": "no such directory; nothing has a name of this pattern",
+    "'x'": "no such directory; its quotes belong to the name; leave them out",
+    "x ": "no such directory; its name begins or ends with a space",
+    "a/model.safetensors": "no such directory; give the directory that holds the checkpoint",
     "gs:/bucket/a": "no such directory; an address begins with gs://",
     "~/ckpt": "no such directory; ~ stands for your home only without quotes",
 }
@@ -103,6 +139,76 @@ ADDRESSES = {
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_that_is_no_path(said, address):
     assert said("--prefuse", address, OUT) == (3, f"convert: {address}: {ADDRESSES[address]}")
+
+
+OUTPUTS = {
+    "~/out": "~ stands for your home only without quotes",
+    "$HOME/out": "$ stands for a variable only without single quotes",
+    "out*": "nothing has a name of this pattern",
+    "out ": "its name begins or ends with a space",
+    "here/'out'": "its quotes belong to the name; leave them out",
+    "gs:/bucket/out": "an address begins with gs://",
+    "C:\\out": "this is a path of Windows; in WSL, C:\\ is /mnt/c/",
+    "me@host:/out": "this is on another machine; mount it, or copy it here",
+}
+"""What nobody means to call an output -> what is said of it."""
+
+
+@pytest.mark.parametrize("action", ["--prefuse", "--split"])
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_an_output_is_not_made_where_nobody_means_it(said, tmp_path, out, action):
+    for words in ((), ("--dry-run",)):
+        assert said(action, "in", out, *words) == (2, f"convert: {out}: {OUTPUTS[out]}; choose another output")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_no_store_says_so(said):
+    assert said("--prefuse", "in", "hf://me/out") == (2, "convert: hf://me/out: write it to a disk, then: hf upload")
+    assert said("--prefuse", "in", "file:///out") == (2, "convert: file:///out: give the path alone, without file://")
+
+
+def test_what_is_there_is_taken_by_its_name(said, tmp_path):
+    make_checkpoint(tmp_path / "my $x" / "ckpt ", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    assert said("--prefuse", "my $x/ckpt ", "my $x/out", "--quiet")[0] == 0
+    assert said("--prefuse", "my $x/ckpts", "out") == (
+        3,
+        "convert: my $x/ckpts: no such directory; give the directory that holds the checkpoint (did you mean my $x/ckpt ?)",
+    )
+
+
+HEADS = {
+    b"PK\3\4": "It is a PyTorch pickle: save the model as safetensors",
+    b"GGUF": "It is a GGUF file, for llama.cpp: take the safetensors of the same model",
+    b"\x1f\x8b": "It is compressed: unpack it",
+    bytes(99): "It begins with zeros, as what a download has not filled: download or copy it again",
+    b"": "It is empty. Download or copy it again",
+    b"<html>\n404": "It is text, such as the answer of a server ('<html> 404'): download it again",
+    b'{"error": 1}': "It is text, such as the answer of a server ('{\"error\": 1}'): download it again",
+    b"version https://git-lfs.github.com": "It is a git-lfs pointer: run 'git lfs pull' where it came from",
+}
+"""How a file begins that is called *.safetensors -> what is said of it."""
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_file_that_is_none_says_what_it_is(said, tmp_path, head):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.safetensors").write_bytes(head)
+    code, text = said("--inspect", "in")
+    assert code == 3
+    assert text.startswith("convert: in/model.safetensors: not a sound safetensors file: ")
+    assert text.endswith(f". {HEADS[head]}")
+
+
+def test_a_link_to_nothing_is_not_to_be_removed(said, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.safetensors").symlink_to("../../blobs/1")
+    assert said("--prefuse", "in", OUT) == (
+        3,
+        "convert: in/model.safetensors: a link to ../../blobs/1, which is not there; copy what it leads to, too (cp -rL)",
+    )
+    (tmp_path / "loop").symlink_to("loop")
+    code, text = said("--prefuse", "loop", OUT)
+    assert (code, text.startswith("convert: loop: cannot be followed: ")) == (3, True)
 
 
 QUANTISED = {
@@ -202,7 +308,7 @@ COMMANDS = {
     "transformers, vllm, cutlass, flashinfer, cutedsl, interleaved-rows, interleaved, glu32, glu64, glu, per-shard, lane, "
     "gmm-ep, fused-moe",
     ("help",): "did you mean: convert --help",
-    ("--prefuse", "a b"): "give an input and an output checkpoint; found 1 paths: 'a b'",
+    ("--prefuse", "a b"): "give an input and an output checkpoint; found 1 path: 'a b'",
     ("--prefuse", "a", "my", "model"): "give an input and an output checkpoint; found 3 paths: a my model",
     ("--prefuse",): "give an input and an output checkpoint; found 0 paths",
     ("--prefuse", "", "b"): "a path is empty; if it is a variable of your shell, it is not set",
@@ -210,7 +316,76 @@ COMMANDS = {
     (
         "--prefuse=a",
         "b",
-    ): "argument --prefuse: it takes no value; put a space in the place of = before 'a'; convert --help shows all options",
+    ): "argument --prefuse: it takes no value; put a space in the place of = before 'a', or leave it out; convert "
+    "--help shows all options",
+    ("convert", "prefuse", "a", "b"): "did you mean: convert --prefuse a b",
+    (
+        "convert",
+        "--prefuse",
+        "a",
+        "b",
+    ): "give an input and an output checkpoint; found 3 paths: convert a b; leave out the second word 'convert'",
+    (
+        "--prefuse",
+        "a",
+        "b",
+        "--memory",
+        "8",
+        "GB",
+    ): "give an input and an output checkpoint; found 3 paths: a b GB; a size is one word: write GB without a space before it",
+    ("--prefuse", "a", "b", "--layout", "vllm", "--layout", "concat"): "argument --layout: it is given twice, and says two "
+    "things; give it once; convert --help shows all options",
+    (
+        "--to",
+        "orbax",
+        "a",
+        "b",
+        "--scan",
+        "--no-scan",
+    ): "argument --no-scan: it is given twice, and says two things; give it once; convert --help shows all options",
+    ("--prefuse", "a", "b", "--layout"): "argument --layout: it takes a value: --layout NAME; convert --help shows all options",
+    ("--to", "gguf", "a", "b"): "argument --to: 'gguf' is none of hf, orbax; convert --help shows all options",
+    ("--prefuse", "a", "b", "--progress", "jsn"): "argument --progress: 'jsn' is none of auto, bar, plain, json, none (did "
+    "you mean json?); convert --help shows all options",
+    ("--prefuse", "a", "b", "--layout", "per-shard:4"): "no layout is called 'per-shard:4' (did you mean --layout=per-shard "
+    "--shards=4?); known: concat, transformers, vllm, cutlass, flashinfer, cutedsl, interleaved-rows, interleaved, "
+    "glu32, glu64, "
+    "glu, per-shard, lane, gmm-ep, fused-moe",
+    ("--help", "nonsense"): "argument --help: no action is called 'nonsense'; convert --help shows all options",
+    ("--help", "prefuze"): "argument --help: no action is called 'prefuze' (did you mean --prefuse?); convert --help shows all "
+    "options",
+    (
+        "--families",
+        "ernie",
+    ): "no family is called 'ernie' (did you mean one of ernie4_5_moe, ernie4_5_moe_vl, ernie4_5_vl_moe, "
+    "ernie4_5_vl_moe_text?); convert --families lists the words of config.json's model_type",
+    ("--families", "a", "b"): "--families takes the name of one family, or none; found a b",
+    ("--layouts", "a"): "--layouts takes no path; found 1 path: a",
+    ("--verify", "a", "b", "--report", ""): "--report: '' is no name of a page; end it in .html (--json is for programs)",
+    (
+        "--verify",
+        "a",
+        "b",
+        "--report",
+        "a/model.safetensors",
+    ): "--report: 'a/model.safetensors' is no name of a page; end it in .html (--json is for programs)",
+    ("--prefuse", "a", "b", "--coordinator", "host0"): "--coordinator: 'host0' is no HOST:PORT, such as host0:1234",
+    **{
+        ("--prefuse", "a", "b", f"--{name}", value): f"argument --{name}: {why}; convert --help shows all options"
+        for name, value, why in (
+            ("jobs", "0", "'0' is not a positive whole number"),
+            ("jobs", "many", "'many' is not a positive whole number"),
+            ("shards", "1e3", "'1e3' is not a positive whole number"),
+            ("align", "tpu", "'tpu' is not a positive whole number"),
+            ("memory", "8,5GB", "'8,5GB' is not a size such as 512MiB or 5GB"),
+            ("memory", "0.5", "'0.5' is no size above zero"),
+            ("memory", "9" * 5000, f"'{'9' * 59}... is not a size such as 512MiB or 5GB"),
+            ("max-shard-size", "50%", "'50%' is not a size such as 512MiB or 5GB"),
+            ("scan-axis", "2", "'2' is neither 0 nor 1"),
+            ("mesh", "4", "'4' is not a mesh such as expert=4,model=2"),
+            ("process-id", "-1", "'-1' is not a whole number from 0"),
+        )
+    },
     **{
         ("--prefuse", "a", "b", word): f"unrecognized arguments: {word} ({said}); convert --help shows all options"
         for word, said in {
@@ -220,6 +395,14 @@ COMMANDS = {
             "-f": "did you mean --overwrite?",
             "-q": "did you mean --quiet?",
             "-v": "--dry-run shows the plan, --debug tracebacks",
+            "--num-workers=2": "did you mean --jobs?",
+            "--tensor-parallel-size=4": "did you mean --shards?",
+            "--Layout=concat": "did you mean --layout?",
+            "--dryrun": "did you mean --dry-run?",
+            "--max_shard_size=5GB": "did you mean --max-shard-size?",
+            "--gpu": "conversions use no GPU or TPU; --verify takes what JAX finds (JAX_PLATFORMS)",
+            "--token=x": "nothing is downloaded here; hf download does",
+            "-y": "nothing is asked; --overwrite replaces an output",
             "--workers=2": "did you mean --jobs?",
             "--tp=4": "did you mean --shards?",
             "--dtype=bf16": "types stay as they are; --dequantize computes bfloat16 of quantised weights",

@@ -54,7 +54,7 @@ IN_VAIN = {
     "--to orbax hf a.txt/out": (2, "{here}/a.txt is no directory, so nothing can be made in it"),
     "--prefuse hf out --memory 1": (2, "--memory=1 is too little: one worker and the plan need"),
     "--verify hf hf --memory 1": (2, "--memory=1 is too little: to compare the smallest part of an expert of model.layers.0."),
-    "--to maxtext hf out": (2, "invalid choice: 'maxtext' (choose from 'hf', 'orbax') (did you mean orbax?)"),
+    "--to maxtext hf out": (2, "'maxtext' is none of hf, orbax (did you mean orbax?)"),
     "--prefuse hf out --to HF": (2, "(did you mean hf?)"),
     "--prefuse hf out --dequantize bfloat16": (2, "(did you mean bf16?)"),
     "--prefuse hf out --layout hf": (2, "no layout is called 'hf' (did you mean transformers?)"),

@@ -162,18 +162,18 @@ def test_defaults_are_what_the_options_take():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"shards": 0}, "shards: 0 is not a positive number"),
-        ({"shards": True}, "shards: True is not a positive number"),
-        ({"align": "128x"}, "align: '128x' is not a positive number"),
-        ({"align": "maxtext-pow3"}, "align: 'maxtext-pow3' is not a positive number"),
+        ({"shards": 0}, "shards: 0 is not a positive whole number"),
+        ({"shards": True}, "shards: True is not a positive whole number"),
+        ({"align": "128x"}, "align: '128x' is not a positive whole number"),
+        ({"align": "maxtext-pow3"}, "align: 'maxtext-pow3' is not a positive whole number"),
         ({"layout": 3}, "layout: 3 is not a word"),
         ({"scan": "no"}, "scan: 'no' is neither True nor False"),
         ({"to": "gguf"}, "to: 'gguf' is none of hf, orbax"),
         ({"dequantize": "fp32"}, "dequantize: 'fp32' is none of bf16"),
         ({"memory": "2 lots"}, "memory: '2 lots' is not a size such as 512MiB or 5GB"),
-        ({"memory": -1}, "memory: a size must be above zero"),
+        ({"memory": -1}, "memory: -1 is no size above zero"),
         ({"scan_axis": 2}, "scan_axis: 2 is neither 0 nor 1"),
-        ({"jobs": 1.5}, "jobs: 1.5 is not a positive number"),
+        ({"jobs": 1.5}, "jobs: 1.5 is not a positive whole number"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_argument(given, words):

@@ -3,7 +3,9 @@
 import io
 import json
 import re
+from pathlib import Path
 
+import jsonschema
 import pytest
 
 import convert
@@ -157,7 +159,9 @@ def test_a_log_has_a_plain_line_every_30_seconds(monkeypatch):
 
 def test_programs_have_a_line_of_json_each_second_and_the_last_number(monkeypatch):
     lines = [json.loads(line) for line in shown(monkeypatch, json=True)]
-    assert all(line.keys() == {"phase", "at", "done", "total", "bytes_per_second", "seconds_left"} for line in lines)
+    schema = json.loads((Path(progress.__file__).parent / "answers" / "output.schema.json").read_text())
+    form = jsonschema.Draft202012Validator(schema["$defs"]["progress"])
+    assert not [error for line in lines for error in form.iter_errors(line)]
     last = {line["phase"]: line["done"] for line in lines}
     assert last == {"reading": 400, "hashing": 40, "GEMMs": 10}
 

@@ -47,6 +47,7 @@ def _nothing_to_do(paths: Sequence[str]) -> UsageError:
     """What to say to a command without an action."""
     if any(Path(path).suffix.lower() in IMAGES for path in paths):
         return UsageError(OTHER_PROGRAM)
+    paths = paths[1:] if paths[0] == "convert" and paths[1:] else paths
     if f"--{paths[0]}" in (*ACTIONS, "--families", "--layouts", "--version", "--help"):
         return UsageError(f"did you mean: {shlex.join(['convert', f'--{paths[0]}', *paths[1:]])}")
     return UsageError(

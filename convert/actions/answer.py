@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import convert
 from convert.errors import ConvertError, UsageError, printable
+from convert.options.values import UNITS
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -58,10 +59,18 @@ def two_paths(paths: Sequence[str]) -> tuple[str, str]:
         UsageError: there are not two.
     """
     if len(paths) != 2:
-        raise UsageError(
-            f"give an input and an output checkpoint; found {len(paths)} paths{f': {shlex.join(paths)}' if paths else ''}"
-        )
+        why = ""
+        if paths and paths[0] == "convert":
+            why = "; leave out the second word 'convert'"
+        elif unit := next((path for path in paths if len(path) > 1 and path.lower().removesuffix("b") in UNITS), None):
+            why = f"; a size is one word: write {unit} without a space before it"
+        raise UsageError(f"give an input and an output checkpoint; found {counted(paths)}{why}")
     return paths[0], paths[1]
+
+
+def counted(paths: Sequence[str]) -> str:
+    """How many paths these are, and which."""
+    return f"{len(paths)} path{'s' * (len(paths) != 1)}{f': {printable(shlex.join(paths))}' if paths else ''}"
 
 
 def no_paths(arguments: argparse.Namespace, action: str) -> None:
@@ -71,4 +80,4 @@ def no_paths(arguments: argparse.Namespace, action: str) -> None:
         UsageError: somebody does.
     """
     if arguments.paths:
-        raise UsageError(f"{action} takes no path; found {printable(arguments.paths[0])}")
+        raise UsageError(f"{action} takes no path; found {counted(arguments.paths)}")

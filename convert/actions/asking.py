@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import sys
 
 import convert
-from convert.actions.answer import Answer, no_paths
+from convert.actions.answer import Answer, counted, no_paths
 from convert.answers.envelope import envelope
 from convert.arguments import options
 from convert.errors import UsageError
@@ -23,7 +24,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
 
     given = options(arguments, "--inspect")
     if len(arguments.paths) != 1:
-        raise UsageError(f"--inspect takes one checkpoint; found {len(arguments.paths)} paths")
+        raise UsageError(f"--inspect takes one checkpoint; found {counted(arguments.paths)}")
     found = convert.inspect(arguments.paths[0], **given)
     code = found.problem.exit_code if found.problem else 0
     text = found.told(at_most(WIDTH, sys.stdout))
@@ -36,7 +37,7 @@ def families(arguments: argparse.Namespace) -> Answer:
 
     options(arguments, "--families")
     if len(arguments.paths) > 1:
-        raise UsageError("--families takes the name of one family, or none")
+        raise UsageError(f"--families takes the name of one family, or none; found {shlex.join(arguments.paths)}")
     name = next(iter(arguments.paths), None)
     text = tables.families_text(name, at_most(tables.WIDTH, sys.stdout))
     return Answer(text=text, document=envelope("families", 0, tables.families(name)))

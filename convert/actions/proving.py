@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from convert.actions.answer import Answer, processes_of, shown, two_paths
+from convert.actions.answer import Answer, counted, processes_of, shown, two_paths
 from convert.answers.envelope import envelope
 from convert.arguments import options
 from convert.errors import StorageError, UsageError
@@ -27,14 +27,16 @@ def verify(arguments: argparse.Namespace) -> Answer:
     from convert.verifier.page import page
 
     if len(arguments.paths) not in (1, 2):
-        raise UsageError("--verify takes two checkpoints to compare, or one whose digests to re-check")
-    whole = bool(arguments.json or arguments.report)
+        raise UsageError(
+            f"--verify takes two checkpoints to compare, or one whose digests to re-check; found {counted(arguments.paths)}"
+        )
+    whole = bool(arguments.json or arguments.report is not None)
     given = options(arguments, "--verify")
     given = {**_beside(arguments.paths, whole and not given.get("trust_digests")), **given}  # both read everything
     if arguments.dry_run:
         return _cost(arguments, given)
-    if arguments.report:
-        _try_to_write(Path(arguments.report))
+    if arguments.report is not None:
+        _try_to_write(arguments.report)
     processes = processes_of(arguments)
     started = datetime.now(UTC)
     with watching(shown(arguments, processes), "opening") as progress:
@@ -57,12 +59,16 @@ def _beside(paths: Sequence[str], whole: bool) -> dict[str, bool]:
     return {"content": whole and not adapter, "self_test": whole and not (adapter and len(paths) > 1)}
 
 
-def _try_to_write(path: Path) -> None:
+def _try_to_write(given: str) -> None:
     """See before hours of work that a page can be written there; what stands there stays until then.
 
     Raises:
+        UsageError: it is not called as a page is, such as a file of the checkpoint.
         StorageError: it cannot.
     """
+    path = Path(given)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report: {given!r} is no name of a page; end it in .html (--json is for programs)")
     new = not path.exists()
     try:
         path.open("a", encoding="utf-8").close()

@@ -34,8 +34,10 @@ def families(name: str | None = None) -> dict[str, Any]:
     """
     found = [each for each in FAMILIES if name in (None, each.name, *each.model_types)]
     if name and not found and name not in NOT_GATED:
-        known = [alias for each in FAMILIES for alias in (each.name, *each.model_types)]
-        raise UsageError(f"no family is called {name!r}{did_you_mean(name, known)}; convert --families lists them")
+        known = {alias for each in FAMILIES for alias in (each.name, *each.model_types)}
+        part = sorted(each for each in known if name.lower() in each)
+        near = did_you_mean(name, known) or (f" (did you mean {'one of ' * (len(part) > 1)}{', '.join(part)}?)" if part else "")
+        raise UsageError(f"no family is called {name!r}{near}; convert --families lists the words of config.json's model_type")
     lost = {word: has for word, has in NOT_GATED.items() if name in (None, word)}
     return {"families": [_family(each) for each in found], "no_gate": lost}
 

@@ -41,6 +41,10 @@ MEANT = {
     "--force": "did you mean --overwrite?",
     "--verbose": "--dry-run shows the plan, --debug tracebacks",
     "--threads": "did you mean --jobs?",
+    "--device": "conversions use no GPU or TPU; --verify takes what JAX finds (JAX_PLATFORMS)",
+    "--token": "nothing is downloaded here; hf download does",
+    "--yes": "nothing is asked; --overwrite replaces an output",
+    "--log": "--debug shows tracebacks, --progress plain is for logs",
     "--dtype": "types stay as they are; --dequantize computes bfloat16 of quantised weights",
 }
 MEANT |= {
@@ -49,7 +53,11 @@ MEANT |= {
         "-o": "--output", "--out": "--output", "-i": "--input", "--in": "--input", "--diff": "--compare",
         "--check": "--compare", "--show": "--info", "-v": "--verbose", "--workers": "--threads", "-j": "--jobs",
         "-q": "--quiet", "-V": "--version", "-n": "--dry-run", "--tp": "--shards", "--list": "--families",
-        "--target-layout": "--layout", "-f": "--force",
+        "--target-layout": "--layout", "-f": "--force", "--num-workers": "--threads", "-t": "--threads", "-vv": "--verbose",
+        "--tensor-parallel-size": "--shards", "--tp-size": "--shards", "--ram": "--memory", "-m": "--memory",
+        "-y": "--yes", "--cuda": "--device", "--gpu": "--device", "--tpu": "--device", "--revision": "--token",
+        "--log-level": "--log", "--model": "--input", "--format": "--to", "--output-format": "--to",
+        "--model-type": "--family", "--clean": "--no-resume",
     }.items()
 }  # fmt: skip
 """Options of other programs -> what is said of them."""

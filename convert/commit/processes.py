@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -181,11 +182,13 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     If `jax.distributed` has been initialized already, what it knows is taken.
 
     Raises:
-        UsageError: JAX cannot tell how many processes there are, or which this is.
+        UsageError: JAX cannot tell how many processes there are, or which this is, or the coordinator has no port.
     """
     import jax
     from jax._src.distributed import global_state  # its client, which JAX does not export; Orbax takes it from here, too
 
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise UsageError(f"--coordinator: {coordinator!r} is no HOST:PORT, such as host0:1234")
     if not jax.distributed.is_initialized():
         try:
             jax.distributed.initialize(coordinator, num_processes, process_id)

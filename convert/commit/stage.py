@@ -39,9 +39,12 @@ from convert.commit.home import (
 from convert.commit.processes import ALONE, Processes
 from convert.commit.publish import publish
 from convert.commit.store import StoreStage, store_staging
-from convert.errors import ConvertError, OutputError, StorageError, UsageError
+from convert.errors import ConvertError, InputError, OutputError, StorageError, UsageError
+from layouts.disk.addresses import foreign, of_the_hub
+from layouts.disk.buckets import DRIVERS
+from layouts.disk.mistaken import mistyped
 from layouts.disk.names import part
-from layouts.disk.places import RemotePath
+from layouts.disk.places import RemotePath, is_remote, place
 
 _WAY = ".convert_way"
 
@@ -106,7 +109,7 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
         OutputError: it exists (and `overwrite` is off, or it is no checkpoint), or one of the two paths contains the other.
         UsageError: something in a store is to be replaced, or the path has no name of its own.
     """
-    here, there = f"{_resolved(source)}/", f"{_resolved(out)}/"
+    here, there = f"{_resolved(source, InputError)}/", f"{_resolved(out, OutputError)}/"
     if here.startswith(there) or there.startswith(here):
         raise OutputError(f"{out}: input {source} and output must not contain one another; choose another output")
     if isinstance(out, RemotePath):
@@ -115,7 +118,6 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
                 f"{out}: in a store nothing can be replaced at once; give the place of a new checkpoint in a bucket"
             )
         return
-    check_above(out)
     if out.name in ("", ".."):
         raise UsageError(f"{out}: give the output by its own name, so that it can be made beside what it replaces")
     if os.path.lexists(out):
@@ -124,22 +126,32 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
         check_replaceable(out)
 
 
-def check_above(out: Path) -> None:
-    """Refuse a path that leads through a file.
+def destination(out: str | Path) -> Path:
+    """The place to write to; what is to be made there must be meant so.
 
     Raises:
-        UsageError: it does; names the file.
+        UsageError: the path leads through a file, is an address that is no store's, or looks as if it was meant otherwise.
+        OSError: a store is failing.
     """
-    above = () if isinstance(out, RemotePath) else Path(os.path.abspath(out)).parents
+    if is_remote(out):
+        if str(out).partition("://")[0] not in DRIVERS:
+            there = "write it to a disk, then: hf upload" if of_the_hub(str(out)) else foreign(str(out))
+            raise UsageError(f"{out}: {there}")
+        return place(out)
+    path = Path(out)
+    above = Path(os.path.abspath(path)).parents
     if file := next((each for each in above if os.path.lexists(each) and not each.is_dir()), None):
-        raise UsageError(f"{out}: {file} is no directory, so nothing can be made in it; choose another output")
+        raise UsageError(f"{path}: {file} is no directory, so nothing can be made in it; choose another output")
+    if why := mistyped(path):
+        raise UsageError(f"{path}: {why}; choose another output")
+    return path
 
 
-def _resolved(path: Path) -> Path:
+def _resolved(path: Path, fault: type[ConvertError]) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # Python 3.12 and before call a loop of links a RuntimeError
-        raise OutputError(f"{path}: cannot be followed: {error}") from None
+        raise fault(f"{path}: cannot be followed: {error}; give the directory itself") from None
 
 
 @contextmanager

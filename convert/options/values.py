@@ -11,7 +11,14 @@ from numbers import Integral
 
 from layouts.tables.targets import ALIGNMENTS
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNITS = {"": 1} | {f"{each}{i}": base**n for n, each in enumerate("kmgtp", 1) for i, base in (("", 1000), ("i", 1024))}
+_SHOWN = 60
+"""Letters of a wrong value that are shown: a slip of the hand may paste a page."""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def size(value: object) -> int:
@@ -22,13 +29,13 @@ def size(value: object) -> int:
     """
     if (number := _integer(value)) is None:
         text = value.strip().lower().removesuffix("b") if isinstance(value, str) else "?"
-        digits = text.rstrip("kmgti")
+        digits = text.rstrip("kmgtpi")
         try:
             number = int(float(digits) * UNITS[text[len(digits) :]])
         except (ValueError, KeyError, OverflowError):
-            raise ValueError(f"{value!r} is not a size such as 512MiB or 5GB") from None
+            raise ValueError(f"{_shown(value)} is not a size such as 512MiB or 5GB") from None
     if number <= 0:
-        raise ValueError("a size must be above zero")
+        raise ValueError(f"{_shown(value)} is no size above zero")
     return number
 
 
@@ -38,7 +45,7 @@ def positive(value: object) -> int:
     Raises:
         ValueError: it is none.
     """
-    return _from(1, value, "a positive number")
+    return _from(1, value, "a positive whole number")
 
 
 def natural(value: object) -> int:
@@ -47,13 +54,13 @@ def natural(value: object) -> int:
     Raises:
         ValueError: it is none.
     """
-    return _from(0, value, "a number from 0")
+    return _from(0, value, "a whole number from 0")
 
 
 def _from(least: int, value: object, what: str) -> int:
     number = _number(value)
     if number is None or number < least:
-        raise ValueError(f"{value!r} is not {what}")
+        raise ValueError(f"{_shown(value)} is not {what}")
     return number
 
 
@@ -76,7 +83,7 @@ def axis(value: object) -> int:
     """
     number = _number(value)
     if number not in (0, 1):
-        raise ValueError(f"{value!r} is neither 0 nor 1")
+        raise ValueError(f"{_shown(value)} is neither 0 nor 1")
     return number
 
 
@@ -101,7 +108,7 @@ def numbers(value: object) -> frozenset[int]:
     for part in value.split(",") if isinstance(value, str) else [""]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal() or (dash and not last) or len(part) > 20:
-            raise ValueError(f"{value!r} is not a list of numbers such as 0,3-5")
+            raise ValueError(f"{_shown(value)} is not a list of numbers such as 0,3-5")
         if int(last or first) < int(first):
             raise ValueError(f"{part!r} ends before it begins; did you mean {last}-{first}?")
         found.update(range(int(first), int(last or first) + 1))
@@ -118,7 +125,7 @@ def mesh(value: object) -> dict[str, int]:
         return {str(name): positive(count) for name, count in value.items()}
     pairs = [part.partition("=") for part in value.split(",")] if isinstance(value, str) else [("", "", "")]
     if not all(equals for _, equals, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise ValueError(f"{value!r} is not a mesh such as expert=4,model=2")
+        raise ValueError(f"{_shown(value)} is not a mesh such as expert=4,model=2")
     return {name: positive(count) for name, _, count in pairs}
 
 
@@ -129,7 +136,7 @@ def word(value: object) -> str:
         ValueError: it is no text.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a word")
+        raise ValueError(f"{_shown(value)} is not a word")
     return value
 
 
@@ -140,7 +147,7 @@ def switch(value: object) -> bool:
         ValueError: it is neither `True` nor `False`.
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither True nor False")
+        raise ValueError(f"{_shown(value)} is neither True nor False")
     return value
 
 
@@ -154,7 +161,7 @@ def location(value: object) -> str:
 
     found = os.fspath(value) if isinstance(value, str | os.PathLike) else str(value) if isinstance(value, RemotePath) else None
     if not isinstance(found, str):
-        raise ValueError(f"{value!r} is not a path")
+        raise ValueError(f"{_shown(value)} is not a path")
     return found
 
 
@@ -165,7 +172,7 @@ def function(value: object) -> object:
         ValueError: it cannot.
     """
     if not callable(value):
-        raise ValueError(f"{value!r} is not a function")
+        raise ValueError(f"{_shown(value)} is not a function")
     return value
 
 
@@ -176,7 +183,7 @@ def mapping(value: object) -> object:
         ValueError: it is none.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{value!r} is not a mapping")
+        raise ValueError(f"{_shown(value)} is not a mapping")
     return value
 
 
@@ -187,7 +194,7 @@ def processes(value: object) -> object:
         ValueError: it is something else.
     """
     if not hasattr(value, "together"):
-        raise ValueError(f"{value!r} is not what convert.connect gives")
+        raise ValueError(f"{_shown(value)} is not what convert.connect gives")
     return value
 
 

@@ -81,15 +81,15 @@ def save(
     """
     from contextlib import closing
 
+    from convert.commit.stage import destination
     from convert.pipeline.request import opened, request
     from convert.pipeline.save import write
     from convert.progress import ignore
-    from layouts.disk.places import place
 
     choices, running = complete(Choices, options), complete(Running, options)
     with closing(opened(like, choices)) as reader:
         asked = request(reader, layout, names, choices)
-        return write(params, asked, reader, place(path), running, progress or ignore)
+        return write(params, asked, reader, destination(path), running, progress or ignore)
 
 
 @documented(Syncing)

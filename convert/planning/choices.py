@@ -68,7 +68,16 @@ def check_source(layout: str | None) -> None:
 
 def _check_name(name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise UsageError(f"no layout is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise UsageError(f"no layout is called {name!r}{_nearest(name, known)}; known: {', '.join(known)}")
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """What may have been meant; what `--source-layout` says in one word, `--layout` says in three."""
+    layout, colon, shards = name.partition(":")
+    if colon and layout in known:
+        flag = "--glu-block" if layout == "glu" else "--shards"
+        return f" (did you mean --layout={layout} {flag}={shards.partition(':')[0]}?)"
+    return did_you_mean(name, known)
 
 
 def check_formats(choices: Choices, source: str, out: str) -> None:

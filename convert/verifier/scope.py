@@ -27,11 +27,11 @@ def check_scope(scope: Scope, blocks: Iterable[Block]) -> None:
 def _check(option: str, word: str, wanted: frozenset[int] | None, there: set[int]) -> None:
     if wanted is None:
         return
-    have = f"{option} {ranges(there)}" if there else f"no {option} at all"
+    have = f"are {option} {ranges(there)}" if len(there) > 1 else f"is {word} {ranges(there)}" if there else f"are no {option}"
     if not wanted:
-        raise UsageError(f"{option}: none is given; there are {have}")
+        raise UsageError(f"{option}: none is given; there {have}")
     if lost := wanted - there:
-        raise UsageError(f"{option}: there is no {word} {ranges(lost)}; there are {have}")
+        raise UsageError(f"{option}: there is no {word} {ranges(lost)}; there {have}")
 
 
 def narrowed(scope: Scope, blocks: Mapping[str, Block]) -> str:

@@ -84,7 +84,7 @@ def read_json(path: Path) -> Any:
     try:
         return parsed(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+        raise InputError(f"{path}: cannot be read as JSON: {error}; correct it, or download or copy it again") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -95,7 +95,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     found = read_json(path)
     if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
+        raise InputError(
+            f"{path}: expected a JSON object, found {type(found).__name__}; correct it, or download or copy it again"
+        )
     return found
 
 

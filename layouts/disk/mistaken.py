@@ -7,24 +7,20 @@ Source of the cache's form: huggingface_hub, `models--OWNER--NAME/{refs/REF, sna
 
 from __future__ import annotations
 
+import difflib
 import os
-import string
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from layouts.disk.addresses import is_hub_id, of_the_hub, otherwise
 from layouts.disk.names import part
 from layouts.errors import InputError
 
 _MODEL, _SNAPSHOTS, _MAIN = "models--", "snapshots", "refs/main"
 _NAME = 200
 """Bytes that the name of a snapshot may have."""
-_HUB = frozenset(string.ascii_letters + string.digits + "._-")
 _GIVE = "give the directory that holds the checkpoint"
-_ALMOST: Mapping[str, str] = {
-    "~": "~ stands for your home only without quotes",
-    **{f"{scheme}:/": f"an address begins with {scheme}://" for scheme in ("gs", "s3")},
-}
-"""How paths begin that were meant otherwise -> what to do."""
 OTHERS: Mapping[tuple[str, ...], str] = {
     ("*.gguf",): "GGUF files, for llama.cpp: take the safetensors of the same model",
     ("pytorch_model*.bin", "*.pt", "*.pth"): "PyTorch pickles, which run code when they are read: save the model as "
@@ -34,8 +30,19 @@ OTHERS: Mapping[tuple[str, ...], str] = {
     ("*.msgpack", "*.h5"): "Flax or TensorFlow weights: take the safetensors of the same model",
     ("*.onnx",): "an ONNX graph: take the safetensors that it was exported from",
     ("*.npz",): "NumPy archives, as MLX once wrote them: take the safetensors of the same model",
+    ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.zst"): "an archive: unpack it, and give the directory",
+    ("*.incomplete", "*.part", "*.crdownload", "*.aria2", ".cache/huggingface/download/*.incomplete"): "a download that has "
+    "not finished: run it again",
 }
 """Names of files -> what they are, and what to do."""
+_HEADS: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    ((b"version https://git-lfs",), "It is a git-lfs pointer: run 'git lfs pull' where it came from"),
+    ((b"PK\3\4", b"\x80\x02", b"\x80\x04"), "It is a PyTorch pickle: save the model as safetensors"),
+    ((b"GGUF",), "It is a GGUF file, for llama.cpp: take the safetensors of the same model"),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "It is compressed: unpack it"),
+    ((bytes(40),), "It begins with zeros, as what a download has not filled: download or copy it again"),
+)
+"""How files begin that are called *.safetensors and are none -> what they are, and what to do."""
 
 
 def meant(path: Path) -> Path:
@@ -47,30 +54,50 @@ def meant(path: Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{path}: this is a file; give the directory that holds the checkpoint: {path.parent}")
+        words = next((words for names, words in OTHERS.items() if any(fnmatchcase(path.name, name) for name in names)), None)
+        raise InputError(f"{path}: {words or f'this is a file; {_GIVE}: {path.parent}'}")
     if path.is_symlink():
-        raise InputError(
-            f"{path}: a link to {os.readlink(path)}, which is not there; give the directory that holds the checkpoint"
-        )
-    if not _is_hub_id(str(path)):
-        hint = next((words for begin, words in _ALMOST.items() if str(path).startswith(begin)), _GIVE)
+        raise InputError(f"{path}: {dangling(path)}; {_GIVE}")
+    if not is_hub_id(str(path)):
+        download = of_the_hub(str(path))
+        hint = f"download it first: {download}" if download else mistyped(path) or f"{_GIVE}{_near(path)}"
         raise InputError(f"{path}: no such directory; {hint}")
     found = snapshot(_cache() / f"{_MODEL}{str(path).replace('/', '--')}")
     if found is None:
-        raise InputError(
-            f"{path}: no such directory. If it is a model of the Hugging Face hub, download it first: "
-            f"hf download {path} --local-dir {path.name}"
-        )
+        download = f"If it is a model of the Hugging Face hub, download it first: {of_the_hub(str(path))}"
+        raise InputError(f"{path}: no such directory{_near(path) or f'. {download}'}")
     return found
 
 
-def of_the_hub(address: str) -> str | None:
-    """The id of a model whose page, or whose address in the words of other tools, this is; None if it is none."""
-    for begin in ("https://huggingface.co/", "https://hf.co/", "hf://"):
-        found = "/".join(address.removeprefix(begin).split("/")[:2])
-        if address.startswith(begin) and _is_hub_id(found):
-            return found
-    return None
+def mistyped(path: Path) -> str | None:
+    """What to do about a path that is not there, if what is missing of it looks as if it was meant otherwise."""
+    parts = path.parts
+    there = next((at for at in range(len(parts)) if not os.path.lexists(Path(*parts[: at + 1]))), len(parts))
+    return otherwise("/".join(parts[there:]), whole=not there)
+
+
+def dangling(path: Path) -> str:
+    """What a link is that leads nowhere."""
+    return f"a link to {os.readlink(path)}, which is not there"
+
+
+def cause(head: bytes) -> str:
+    """Why a file that begins so is no safetensors file, where that is a common thing, and what to do."""
+    words = next((words for begins, words in _HEADS if head.startswith(begins)), "")
+    text = " ".join(head.decode(errors="replace").split())
+    if not words and text.isascii() and text.isprintable() and text.startswith(("<", "{")):
+        words = f"It is text, such as the answer of a server ({text!r}): download it again"
+    return words or f"{'' if head else 'It is empty. '}Download or copy it again"
+
+
+def _near(path: Path) -> str:
+    """The directory beside whose name is nearest to one that is not there, as a question."""
+    try:
+        names = {child.name.lower(): child.name for child in path.parent.iterdir() if child.is_dir()}
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name.strip().lower(), names, n=1, cutoff=0.75)
+    return f" (did you mean {path.parent / names[near[0]]}?)" if near else ""
 
 
 def snapshot(path: Path) -> Path | None:
@@ -103,16 +130,21 @@ def explained(path: Path) -> str:
     if inner:
         places = ", ".join(map(str, inner))
         return f"{path}: the checkpoint is not here, but below; give {places if len(inner) == 1 else f'one of {places}'}"
-    return f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here"
+    here = sorted(child.name for child in path.iterdir())
+    if capital := next((name for name in here if name.lower().endswith(".safetensors")), None):
+        return f"{path}: {capital} would be read under a name that ends in .safetensors, in small letters; rename it"
+    what = (
+        ": it has a config.json and no weights; download them, too"
+        if "config.json" in here
+        else ""
+        if here
+        else ": it is empty"
+    )
+    return f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here{what}"
 
 
 def _holds(folder: Path) -> bool:
     return (folder / "_METADATA").is_file() or next(folder.glob("*.safetensors"), None) is not None
-
-
-def _is_hub_id(text: str) -> bool:
-    owner, _, name = text.partition("/")
-    return bool(owner and name) and set(owner + name) <= _HUB and owner[0] != "." and name[0] != "."
 
 
 def _cache() -> Path:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from layouts.disk.addresses import foreign, of_the_hub
 from layouts.disk.buckets import DRIVERS, Root, explained
 from layouts.disk.faults import BEHIND, answer, writing
-from layouts.disk.mistaken import of_the_hub
 from layouts.errors import InputError
 
 PIECE = 4 << 20
@@ -43,9 +43,10 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Path:
         return Path(path)
     scheme, _, rest = str(path).partition("://")
     if scheme not in DRIVERS:
-        if model := of_the_hub(str(path)):
-            raise InputError(f"{path}: download it first: hf download {model} --local-dir {model.rpartition('/')[2]}")
-        raise InputError(f"{path}: known stores are {', '.join(f'{known}://' for known in DRIVERS)}")
+        download = of_the_hub(str(path))
+        raise InputError(f"{path}: {f'download it first: {download}' if download else foreign(str(path))}")
+    if not rest.partition("/")[0]:
+        raise InputError(f"{path}: it names no bucket; give {scheme}://BUCKET/PATH")
     return cast(Path, RemotePath(root=Root.open(scheme, rest.strip("/"))))
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.disk.files import HEADER, parsed
+from layouts.disk.mistaken import cause
 from layouts.disk.places import RemotePath
 from layouts.disk.pread import InputFile
 from layouts.disk.stored import stored_header
@@ -135,8 +136,7 @@ def _header(path: Path) -> tuple[bytes, int]:
 
 def _common_cause(path: Path) -> str:
     with suppress(OSError, AttributeError), path.open("rb") as file:  # a place in a store is not opened
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return ". It is a git-lfs pointer: run 'git lfs pull' where it came from"
+        return f". {cause(file.read(40))}"
     return ". Download or copy it again"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import jsonschema
@@ -48,8 +49,11 @@ COMMANDS = {
     "digest nothing": (["--digest", "nowhere"], 3),
     "families none": (["--families", "zigzag"], 2),
     "none": (["a", "b"], 2),
+    "prefuse a wrong value": (["--prefuse", "hf", "out", "--jobs", "0"], 2),
+    "verify an option that is none": (["--verify", "hf", "hf", "--qqq"], 2),
 }
 """What begins with the action that the document names -> the command, and its exit code."""
+REFUSED = ("prefuse a wrong value", "verify an option that is none")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,9 @@ def places(tmp_path_factory):
 def test_every_answer_is_one_document_of_the_schema(places, what, monkeypatch, capsys):
     monkeypatch.chdir(places)
     words, code = COMMANDS[what]
-    assert main([*words, "--json"]) == code
+    refused = pytest.raises(SystemExit) if what in REFUSED else nullcontext()  # by argparse
+    with refused:
+        assert main([*words, "--json"]) == code
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     VALIDATOR.validate(found)

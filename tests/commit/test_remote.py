@@ -105,8 +105,8 @@ def test_what_cannot_be_done_is_said(remote, local, tmp_path, capsys):
     assert "give the place of a new checkpoint in a bucket" in capsys.readouterr().err
     assert main(["--prefuse", remote, f"{remote}/out", "--quiet"]) == 5
     assert "must not contain one another" in capsys.readouterr().err
-    with pytest.raises(InputError, match="known stores are gs://, s3://"):
-        places.place("ftp://host/file")
+    with pytest.raises(InputError, match="the stores that are known are gs:// and s3://"):
+        places.place("az://host/file")
 
 
 CHILD = """

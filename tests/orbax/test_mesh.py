@@ -127,7 +127,7 @@ def _spelled(names, **others):
         ('{"!": "{}"}', "does not say how arrays were sharded"),
         ('{"YQ==": "[1]"}', "does not say how arrays were sharded"),
         ('{"YQ==": 3}', "does not say how arrays were sharded"),
-        (_spelled(["a"], shape=[0]), "is not a positive number"),
+        (_spelled(["a"], shape=[0]), "is not a positive whole number"),
         (_spelled(["a"], shape=[2, 2]), "does not say how arrays were sharded"),
         (_spelled(["a"], axis_names=[["fsdp"]]), "does not say how arrays were sharded"),
         (_spelled(["a"], sharding_type="SingleDeviceSharding"), "its arrays lie on no meshes"),
@@ -153,7 +153,7 @@ def test_a_sharding_file_that_says_nothing_is_refused(content, words, source, tm
         (["--mesh", "fsdp=4"], "--mesh is for an Orbax output"),
         (["--to", "orbax", "--mesh", "fsdp=4", "--keep-chunks"], "give one of them"),
         (["--to", "orbax", "--mesh", "fsdp"], "is not a mesh"),
-        (["--to", "orbax", "--mesh", "fsdp=0"], "is not a positive number"),
+        (["--to", "orbax", "--mesh", "fsdp=0"], "is not a positive whole number"),
     ],
 )
 def test_a_mesh_that_is_none_is_refused(arguments, words, source, tmp_path, capsys):
