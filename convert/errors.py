@@ -62,7 +62,7 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
 
 
 _TO_DO: Mapping[tuple[int, ...], str] = {
-    (errno.EACCES, errno.EPERM): "let its owner give you the right, or take another place",
+    (errno.EACCES, errno.EPERM): "ask its owner for the right, or take another place",
     (errno.EROFS,): "it lies on a disk that is only read; take another place",
     (errno.ENOSPC, errno.EDQUOT): "make room there",
     (errno.EMFILE, errno.ENFILE): "allow more open files (ulimit -n)",

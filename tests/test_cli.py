@@ -283,6 +283,14 @@ def test_a_dry_run_fails_where_the_disk_is_too_small(source, tmp_path, capsys, m
     assert f"{tmp_path}: the disk is too small: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_where_nothing_may_be_made_is_said_before_the_work(source, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    assert run("--prefuse", source, tmp_path / "new" / "out", *words) == 6
+    why = f"nothing may be made in {tmp_path}; ask its owner for the right, or choose another output"
+    assert capsys.readouterr().err == f"convert: {tmp_path / 'new' / 'out'}: {why}\n"
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_report_is_tried_before_the_work(source, tmp_path, there, capsys, monkeypatch):
     monkeypatch.setattr(convert, "verify", lambda *_, **__: pytest.fail("it has begun"))

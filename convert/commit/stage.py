@@ -131,6 +131,7 @@ def destination(out: str | Path) -> Path:
 
     Raises:
         UsageError: the path leads through a file, is an address that is no store's, or looks as if it was meant otherwise.
+        StorageError: nothing may be made where it is to be.
         OSError: a store is failing.
     """
     if is_remote(out):
@@ -144,6 +145,9 @@ def destination(out: str | Path) -> Path:
         raise UsageError(f"{path}: {file} is no directory, so nothing can be made in it; choose another output")
     if why := mistyped(path):
         raise UsageError(f"{path}: {why}; choose another output")
+    folder = next(each for each in above if each.is_dir())
+    if not os.path.lexists(path) and not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path}: nothing may be made in {folder}; ask its owner for the right, or choose another output")
     return path
 
 
