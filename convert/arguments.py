@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from convert.answers.completion import COMPLETERS, paths_or_families
 from convert.answers.words import ABOUT, EPILOG, EXAMPLES
 from convert.errors import UsageError, did_you_mean
 from convert.options import values
@@ -135,8 +136,11 @@ def _made(only: str | None) -> Parser:
     )
     do = found.add_argument_group("do")
     paths = argparse.SUPPRESS if only in _TABLES else "input and output, or the two to compare"
-    do.add_argument("paths", nargs="*", metavar="CKPT", help=paths)
-    do.add_argument("-h", "--help", nargs="?", metavar="ACTION", action=_Help, help="show this, or the options of one action")
+    given = do.add_argument("paths", nargs="*", metavar="CKPT", help=paths)
+    given.completer = paths_or_families  # type: ignore[attr-defined]
+    shown = "show this, or the options of one action"
+    asked = do.add_argument("-h", "--help", nargs="?", metavar="ACTION", action=_Help, help=shown)
+    asked.completer = lambda **_: [each[2:] for each in _EVERY]  # type: ignore[attr-defined]
     action = do.add_mutually_exclusive_group()
     for flag, text in _DO.items():
         action.add_argument(flag, action="store_true", help=text if only in (None, flag) else argparse.SUPPRESS)
@@ -154,22 +158,6 @@ def _made(only: str | None) -> Parser:
 def _examples(only: str | None) -> str:
     lines = EXAMPLES.splitlines(keepends=True)
     return "".join(line for line in lines if only is None or only in line or line == lines[0])
-
-
-def _layouts(**_: object) -> list[str]:
-    from layouts.tables.targets import TARGETS
-
-    return list(TARGETS)
-
-
-def _families(**_: object) -> list[str]:
-    from layouts.tables.families import FAMILIES
-
-    return [family.name for family in FAMILIES]
-
-
-_WORDS: Mapping[str, Callable[..., list[str]]] = {"layout": _layouts, "family": _families, "family_b": _families}
-"""What a shell may offer behind an option; it is looked up when it asks."""
 
 
 def _taken() -> dict[str, tuple[Named, list[str]]]:
@@ -191,8 +179,8 @@ def _add(parser: argparse._ArgumentGroup, each: Named, before: str) -> None:
     else:
         words = {"choices": option.choices} if option.choices else {"metavar": option.show, "type": option.read}
         added = parser.add_argument(each.flag, action=Once, default=argparse.SUPPRESS, help=text, **_read(words))
-        if each.name in _WORDS:
-            added.completer = _WORDS[each.name]  # type: ignore[attr-defined]
+        if each.name in COMPLETERS:
+            added.completer = COMPLETERS[each.name]  # type: ignore[attr-defined]
 
 
 def _read(words: Mapping[str, Any]) -> dict[str, Any]:

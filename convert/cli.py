@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, requires
 from types import FrameType
 
 from convert.actions import act, action_of
@@ -117,8 +119,18 @@ def _told(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return no_memory(error), 6
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ("convert", "layouts"):
-        return f"this needs the package {error.name}, which is not installed here; see pyproject.toml for its version", 2
+        package = error.name.partition(".")[0]
+        return f"this needs the package {package}, which is not installed here: pip install {_wanted(package)}", 2
     return f"this is a bug, please report it (--debug shows where): {error!r}", 70
+
+
+def _wanted(package: str) -> str:
+    """A package with the versions that this tool works with, as `pip` takes it."""
+    with suppress(PackageNotFoundError):
+        for each in requires("moe-convert") or ():
+            if re.match(rf"{package}\b", each.replace("-", "_")):
+                return shlex.quote(each.partition(";")[0])
+    return package
 
 
 def _complain(message: str, code: int, debug: bool) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from convert.commit.processes import share
 from convert.errors import one_line
+from convert.options.values import counted
 from convert.options.values import in_units as size
 from convert.planning.documents import report_document
 from convert.planning.planner import Plan
@@ -87,8 +88,9 @@ def _headline(plan: Plan) -> str:
     others = len(plan.targets) - len(moved) - lora
     how = "copied as they are" if all(t.role != OTHER for t in plan.targets) else "in the other format's axes"
     return (
-        f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: {_blocks(moved)} MoE blocks of "
-        f"{experts} experts, {len(moved)} expert tensors, {f'{lora} of LoRA, ' if lora else ''}{others} others {how}"
+        f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: "
+        f"{counted(_blocks(moved), 'MoE block')} of {counted(experts, 'expert')}, {counted(len(moved), 'expert tensor')}, "
+        f"{f'{lora} of LoRA, ' if lora else ''}{counted(others, 'other')} {how}"
     )
 
 
@@ -140,7 +142,9 @@ def _files(plan: Plan) -> Iterator[str]:
 
 def _left_out(plan: Plan) -> str:
     total = sum(plan.left_out_files.values())
-    how_much = f"{len(plan.left_out_files)} files{f', {size(total)}' if total else ''}"  # a store does not tell sizes
+    how_much = (
+        f"{counted(len(plan.left_out_files), 'file')}{f', {size(total)}' if total else ''}"  # a store does not tell sizes
+    )
     return f"left out, other weights and indexes ({how_much}; --copy-all takes them)"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from convert.adapters.plan import AdapterPlan
 from convert.errors import one_line
+from convert.options.values import counted
 from convert.options.values import in_units as size
 from convert.planning.documents import report_document
 
@@ -51,8 +52,9 @@ def _headline(plan: AdapterPlan) -> str:
     experts = max(len(recipe.scales) for making in plan.makings for recipe in making.recipes)
     return (
         f"{plan.action}  {plan.source} (adapter, {plan.family or 'family not known'}) form {plan.way.source.name} -> "
-        f"{plan.way.target.name}: {len(plan.makings)} blocks of {experts} experts, "
-        f"{len(plan.specs) - len(plan.copied)} expert tensors, {len(plan.copied)} others copied as they are"
+        f"{plan.way.target.name}: {counted(len(plan.makings), 'block')} of {counted(experts, 'expert')}, "
+        f"{counted(len(plan.specs) - len(plan.copied), 'expert tensor')}, "
+        f"{counted(len(plan.copied), 'other')} copied as they are"
     )
 
 

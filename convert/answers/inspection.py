@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from convert.errors import ConvertError, one_line
+from convert.options.values import counted
 from convert.options.values import in_units as size
 from layouts.checkpoint import FORMATS
 
@@ -92,7 +93,7 @@ class Inspection:
         """What there is to say, each with its word."""
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in self.dtypes.items())
         yield "checkpoint", self.path
-        yield "format", FORMATS[self.format].title + (f", {self.files:,} files" if self.files else "")
+        yield "format", FORMATS[self.format].title + (f", {counted(self.files, 'file')}" if self.files else "")
         yield "tensors", f"{self.tensors:,}, {size(self.nbytes)}: {kinds}"
         yield "family", f"{self.family}, told by {self.told_by}" if self.family else "not told"
         if self.layout:
@@ -106,7 +107,7 @@ class Inspection:
         if self.quantisation or not self.problem:
             yield "quantised", self.quantisation or "no"
         yield "complete", self._complete()
-        carried = f"{len(self.side_files):,} files, {size(sum(self.side_files.values()))}"
+        carried = f"{counted(len(self.side_files), 'file')}, {size(sum(self.side_files.values()))}"
         yield "beside", carried + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
         yield "--prefuse", self.prefuse
         yield "--split", self.split
@@ -125,7 +126,7 @@ def _told(each: Blocks) -> str:
     beside = f", with {', '.join(each.companions)}" if each.companions else ""
     stored = " as packed" if each.packed else ""
     return (
-        f"L={each.layers} layers, E={each.experts}, K={each.embed}, N={each.mlp}{stored}, {each.dtype}{beside}; "
+        f"L={counted(each.layers, 'layer')}, E={each.experts}, K={each.embed}, N={each.mlp}{stored}, {each.dtype}{beside}; "
         f"gate and up: {each.names} '{each.axes}'"
     )
 

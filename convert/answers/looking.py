@@ -17,6 +17,7 @@ from convert.answers.inspection import Blocks, Inspection
 from convert.answers.tables import made_for
 from convert.errors import ConvertError, PlanError, UsageError, readable
 from convert.options import Choices
+from convert.options.values import counted
 from convert.options.values import in_units as size
 from convert.planning.landings import land
 from convert.planning.planner import Action
@@ -156,7 +157,7 @@ def _places(reader: Reader) -> Iterator[str]:
     headers = [name for name in reader.records if name.endswith(".safetensors")]
     yield from (name for name in reader.records if name not in headers)
     if headers:
-        yield f"{len(headers)} headers"
+        yield counted(len(headers), "header")
 
 
 def _blocks(described: Description) -> Iterator[Blocks]:
@@ -207,5 +208,5 @@ def _would(reader: Reader, described: Description, action: Action, choices: Choi
         return text if "nothing to" in text else f"cannot: {text}"
     layout = f"layout {choices.layout}" if action == "prefuse" else "gate and up apart, as they were"
     lora = f"{len(landed.lora):,} of LoRA, " if landed.lora else ""
-    others = f"{lora}{len(described.verbatim):,} others copied"
-    return f"writes {layout}: {landed.count:,} expert tensors, {others}, {size(landed.nbytes)}"
+    others = f"{lora}{counted(len(described.verbatim), 'other')} copied"
+    return f"writes {layout}: {counted(landed.count, 'expert tensor')}, {others}, {size(landed.nbytes)}"

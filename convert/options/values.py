@@ -198,6 +198,11 @@ def processes(value: object) -> object:
     return value
 
 
+def counted(number: int, word: str) -> str:
+    """`1 file`, `12,000 files`."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 def in_units(nbytes: float) -> str:
     """Bytes for people: decimal units, as disks and `ls --si` use them."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -31,13 +31,13 @@ def places(tmp_path_factory):
 WANTED = {
     "hf": ("hf", "qwen3_moe", "model_type 'qwen3_moe' in config.json", "per-expert", ()),
     "mixtral": ("hf", "mixtral", "model_type 'mixtral' in config.json", "per-expert-w123", ()),
-    "hf-fused": ("hf", "qwen3_moe", "the record of this tool", "concat", ("config.json", "convert_manifest.json", "1 headers")),
+    "hf-fused": ("hf", "qwen3_moe", "the record of this tool", "concat", ("config.json", "convert_manifest.json", "1 header")),
     "padded": (
         "hf",
         "qwen3_moe",
         "the record of this tool",
         "per-shard",
-        ("config.json", "convert_manifest.json", "1 headers"),
+        ("config.json", "convert_manifest.json", "1 header"),
     ),
     "orbax": ("orbax", "maxtext", "the structure of the tree", "maxtext", ()),
     "orbax-fused": ("orbax", "maxtext", "the record of this tool", "concat", ("convert_manifest.json",)),

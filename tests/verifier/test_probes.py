@@ -156,7 +156,7 @@ def test_the_verdict_narrows_down_and_is_json(folder, capsys):
     assert found["equal"]
     levels = {level["name"]: level for level in found["levels"]}
     assert list(levels) == ["exact", "others", "identity", "gemm", "gradients", "layer", "files", "recorded", "content"]
-    assert levels["exact"]["covered"].startswith("1 MoE layers x 3 experts")
+    assert levels["exact"]["covered"].startswith("1 MoE layer x 3 experts")
     assert set(levels["gemm"]["errors"]) == {"layer 1"}
 
 

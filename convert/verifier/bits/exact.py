@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from convert.commit.processes import ALONE, Processes
 from convert.errors import too_little
+from convert.options.values import counted
 from convert.progress import Progress, begin, say
 from convert.verifier.bits.alike import Difference, differing
 from convert.verifier.bits.counts import nbytes_of
@@ -103,7 +104,7 @@ def compare_experts(
     beside = f", with {', '.join(sorted(companions))}" if companions else ""
     return Level(
         name="exact",
-        covered=f"{layers} MoE layers x {experts} experts, gate, up and down{beside}, bit for bit",
+        covered=f"{counted(layers, 'MoE layer')} x {counted(experts, 'expert')}, gate, up and down{beside}, bit for bit",
         compared=nbytes,
         differences=(*unlike(a, b), *differences),
     )
