@@ -20,23 +20,28 @@ from layouts.tables.families import Family, families_of
 from layouts.tables.maxtext import RULES
 from layouts.tables.natives import SOURCES
 
+FIRST = "first"
+_WORDS = ("layout", "without", "computed", "aside")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """What is known of it: the names of a family and of a row of `SOURCES`, and what was left out on the way (`mtp`).
 
-    `computed` is the rule by which values were made others (`layouts.tables.maxtext.RULES`).
+    `computed` is the rule by which values were made others (`layouts.tables.maxtext.RULES`). `aside` is `first` where layers of
+    variables that MaxText does not train are stacked along the first axis (`layouts.tables.maxtext.Tree`).
     """
 
     family: str | None = None
     layout: str | None = None
     without: str | None = None
     computed: str | None = None
+    aside: str | None = None
 
     @property
     def words(self) -> dict[str, str]:
         """As it stands in a record; nothing if nothing is known."""
-        words = {"family": self.family, "layout": self.layout, "without": self.without, "computed": self.computed}
+        words = {word: getattr(self, word) for word in ("family", *_WORDS)}
         return {word: value for word, value in words.items() if value}
 
 
@@ -56,14 +61,15 @@ def origin_of(reader: Reader, family: str | None = None) -> Origin:
     stated = found.get("family")
     if stated and said and hf_name(stated) != said:
         raise PlanError(f"{reader.path}: it was made of a checkpoint of family {stated}; do without --family={family}")
-    words = {word: found.get(word) for word in ("layout", "without", "computed")}
+    words = {word: found.get(word) for word in _WORDS}
     return Origin(family=stated or said, **words)
 
 
 def _is_known(found: Mapping[str, Any]) -> bool:
     family, layout = found.get("family"), found.get("layout")
     known = (family is None or hf_name(family) is not None) and (layout is None or layout in list(SOURCES))
-    return known and found.get("without") in (None, "mtp") and found.get("computed") in [None, *RULES]
+    known = known and found.get("without") in (None, "mtp") and found.get("aside") in (None, FIRST)
+    return known and found.get("computed") in [None, *RULES]
 
 
 def hf_name(family: object) -> str | None:

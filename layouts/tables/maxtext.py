@@ -83,6 +83,7 @@ class Row:
 
     A `grid` is one of scales, a number for each block of a quantised weight: there if `config.json` says how large blocks are.
     Of its axes, these letters are widths that `config.json` has, counted in blocks here.
+    One `aside` is a variable that MaxText does not train: `Tree.aside` says where it lies.
     """
 
     hf: str
@@ -94,6 +95,7 @@ class Row:
     computed: str = ""
     sections: Sections | None = None
     grid: str | None = None
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +136,8 @@ class Tree:
     begin with the second, and those of its `encoders` under the words given here, all of it in the part `within`, if that is
     there. `heads` are the axes whose sizes `config.json` has to give, because a shape does not tell a head from its width;
     the last word that says one counts, and `a.*.b` is the word `b` of all that is under `a`.
+    Below `aside` are variables that MaxText does not train, their layers stacked along the first axis, whatever its
+    `param_scan_axis` is; with `aside_along`, along that one.
     `mtp` are places of blocks that predict further tokens, which `--drop-mtp` leaves out besides those of stacks with `copies`.
     `only` are words of `config.json`, their values in models that MaxText has, and what these models have; where the word is
     absent, it is one of these. With `scales`, those of quantised experts have a place, too.
@@ -150,6 +154,8 @@ class Tree:
     within: str = ""
     encoders: tuple[tuple[str, Tree], ...] = ()
     heads: tuple[tuple[str, str], ...] = HEADS
+    aside: str = ROOT
+    aside_along: bool = False
     mtp: tuple[str, ...] = ()
     only: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     scales: bool = False

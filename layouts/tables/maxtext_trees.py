@@ -25,7 +25,7 @@ _DEEPSEEK_ROWS = (
     *LATENT,
     *gated("mlp.shared_experts", "DeepSeekMoeBlock_0.shared_experts"),
     Row("mlp.gate.weight", "e k", f"{_DEEPSEEK_MOE}.gate.kernel", "k e"),
-    Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True),
+    Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True, aside=True),
 )
 _BLOCK = "mtp_{m}_transformer_layer."
 _DEEPSEEK_MTP = Stack(
@@ -66,6 +66,17 @@ _DEEPSEEK = Tree(
     ),
     only=(("moe_layer_freq", (1,), "experts in every layer after the dense ones"),),
 )
+_DEEPSEEK_V3 = (
+    _DEEPSEEK,
+    replace(_DEEPSEEK, aside="params.MoEBiasVar."),
+    replace(_DEEPSEEK, aside="nnx_aux.model."),
+    replace(_DEEPSEEK, aside_along=True),
+)
+"""MaxText 0.2.5 does not train the biases of routers (`MoEBiasVar` in its `layers/moe.py`), and stacks what it does not train
+along the first axis. Below `ROOT` all of its loaders find them (`_alias_legacy_collections` of `common/checkpointing.py`;
+`from_pretrained` of `utils/model_creation_utils.py` looks nowhere else). The second is the tree that its own converter writes,
+the third what it saves of a training run; in the last one, from before 0.2.5, they are parameters like all else.
+"""
 _ALL_SPARSE: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("mlp_only_layers", ([],), "experts in every layer"),
     ("decoder_sparse_step", (1,), "experts in every layer"),
@@ -153,7 +164,7 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     "mixtral": (_MIXTRAL,),
     "gemma4": (GEMMA4,),
     "deepseek_v2": (_DEEPSEEK,),
-    "deepseek_v3": (_DEEPSEEK,),
+    "deepseek_v3": _DEEPSEEK_V3,
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
     "qwen3_next": (
         Tree(stacks=tuple(_next_stacks()), only=_ALL_SPARSE, mtp=("mtp.",)),
@@ -185,7 +196,10 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
 }
 """By the name of the family: the tree that MaxText has now, which is written, and those that it had before, read only."""
 INEXACT: Mapping[str, str] = {
-    "deepseek_v4": "its scales of mhc_norm are ones that no checkpoint has, and the table of experts by token (tid2eid) is "
-    "numbers of another type, outside of the parameters, as are the biases of routers",
+    "deepseek_v4": "its scales of mhc_norm are ones that no checkpoint has, the table of experts by token (tid2eid) is float32 "
+    "there and int64 in a checkpoint, and what a checkpoint has as one tensor (hc_attn_base) is three there, one a matrix",
 }
-"""Models of MaxText that no re-layout makes, and why. Source: `DEEPSEEK_V4_*` in its `param_mapping.py`, `layers/moe.py`."""
+"""Models of MaxText that no re-layout makes, and why.
+
+Source: `DEEPSEEK_V4_*` in its `param_mapping.py`, `layers/mhc.py`, `layers/moe.py`.
+"""

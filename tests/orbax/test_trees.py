@@ -72,6 +72,17 @@ def test_there_proven_and_back_in_every_form(name, scan, axis, fused, tmp_path):
     assert tree(source).items() <= tree(tmp_path / "again").items()
 
 
+def test_a_tree_says_along_which_axis_layers_are_that_maxtext_does_not_train(tmp_path, monkeypatch):
+    """As many layers as experts: no shape tells it, and the record comes along, whatever is made of the tree."""
+    monkeypatch.setattr("tests.planning.models.E", 3)
+    source = save("deepseek_v3", tmp_path / "in")
+    convert.reformat(source, tmp_path / "tree", to="orbax")
+    convert.prefuse(tmp_path / "tree", tmp_path / "fused")
+    assert convert.verify(source, tmp_path / "fused", gemm=False).equal
+    convert.split(tmp_path / "fused", tmp_path / "again", to="hf")
+    assert tree(source).items() <= tree(tmp_path / "again").items()
+
+
 BITS = [
     ("deepseek_v32", "model.layers.3.eh_proj.weight"),
     ("deepseek_v32", "model.layers.3.mlp.experts.7.down_proj.weight"),

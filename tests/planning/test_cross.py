@@ -10,14 +10,17 @@ import pytest
 from convert.errors import InputError, PlanError
 from convert.options import Choices
 from convert.planning.across.pairs import Sides, trees_of
-from convert.planning.across.plan import make_cross_plan, tree_in
+from convert.planning.across.plan import make_cross_plan
 from convert.planning.across.tensors import cross_targets
+from convert.planning.across.which import tree_in
 from layouts.tables.families import FAMILIES, maxtext
 from layouts.tables.targets import IN_MAXTEXT, target
 from tests.planning.models import MODELS, TWINS, D, E, F, H, J, K, N, X, gated, llama4, random, reader
 from tests.tiny import MemoryReader, fill, run, same
 
 P = "params.params."
+BIAS = P + "decoder.moe_layers.DeepSeekMoeBlock_0.MoeBlock_0.gate.bias"
+"""MaxText does not train it, and what it does not train is stacked along the first axis."""
 
 
 def across(
@@ -119,7 +122,7 @@ def test_layers_are_stacked_along_the_axis_that_maxtext_is_given(name):
     for key, array in one.items():
         stacked = key.startswith(P + "decoder.") and ("layers" in key or "scanned_blocks" in key)
         layers = 0 if not stacked else 2 if "local_layers" in key else 1
-        assert np.array_equal(np.moveaxis(array, 0, layers), other[key]), key
+        assert np.array_equal(np.moveaxis(array, 0, layers if key != BIAS else 0), other[key]), key
 
 
 def test_layers_in_turn_go_to_the_slots_of_their_cycle():
@@ -279,6 +282,40 @@ def test_dense_layers_and_experts_are_two_stacks():
     assert np.array_equal(wo[11, 0], hf["model.layers.2.mlp.experts.11.down_proj.weight"].T)
     unscanned = across(source, to_maxtext=True, scan=False).arrays
     assert np.array_equal(unscanned[P + "decoder.moe_layers_0.DeepSeekMoeBlock_0.MoeBlock_0.wo"], wo[:, 0])
+
+
+@pytest.mark.parametrize("version", range(4))
+@pytest.mark.parametrize("scan", [True, False])
+def test_biases_of_routers_are_read_wherever_maxtext_has_them(version, scan):
+    """By this tool, by MaxText's converter, in what it trained, and before 0.2.5: (L, E), and (E, L) then."""
+    source = reader("deepseek_v3")
+    tree = across(source, to_maxtext=True, version=version, scan=scan)
+    place = BIAS.replace(P, (P, "params.MoEBiasVar.", "nnx_aux.model.", P)[version])
+    wanted = np.stack([source.arrays[f"model.layers.{i}.mlp.gate.e_score_correction_bias"] for i in (2, 3, 4)])
+    found = tree.arrays[place] if scan else np.stack([tree.arrays[place.replace("layers", f"layers_{i}")] for i in range(3)])
+    assert np.array_equal(found, wanted.T if scan and version == 3 else wanted)
+    assert same(across(tree, to_maxtext=False).arrays, source.arrays)
+
+
+def test_biases_that_maxtext_trained_are_no_state():
+    """`--params-only` leaves moments and seeds out; `nnx_aux` has both seeds and biases."""
+    source = reader("deepseek_v3")
+    tree = across(source, to_maxtext=True, version=2)
+    state = {"nnx_aux.model.decoder.dropout.rngs.params.key": random(2), "step": random(1), "nnx_aux.gate.bias": random(3)}
+    saved = MemoryReader(tree.arrays | state, config=source.config, format="orbax")
+    plan = make_cross_plan(saved, Path("out"), "convert", Choices(to="hf", params_only=True))
+    assert plan.left_out.keys() == state.keys()
+    assert {target.spec.name for target in plan.targets} == source.arrays.keys()
+
+
+def test_as_many_layers_as_experts_need_the_record(monkeypatch):
+    monkeypatch.setattr("tests.planning.models.E", 3)
+    source = reader("deepseek_v3")
+    tree = across(source, to_maxtext=True)
+    with pytest.raises(PlanError, match=r"gate\.bias .* has as many layers as experts, and nothing says which axis is which"):
+        across(tree, to_maxtext=False)
+    tree.record = {"version": 1, "family": "maxtext", "hf": {"aside": "first"}}
+    assert same(across(tree, to_maxtext=False).arrays, source.arrays)
 
 
 def test_llama_4_is_what_maxtext_makes_of_it():

@@ -137,9 +137,11 @@ def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
         counts = {**heads, "l": layers.count, **({"p": stack.run} if stack.run > 1 else {})}
         axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
         for row in (row for row in stack.rows if row.grid is None or part.block):
-            places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else single)
-            pair = _pair(sides, places, scan=axes, optional=row.optional, counts=counts, block=block, twin=row.twin)
-            yield replace(pair, computed=row.computed, turns=_turns(part, row))
+            place = single.replace(ROOT, part.tree.aside, 1) if row.aside else single
+            places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else place)
+            first = row.aside and not part.tree.aside_along
+            pair = _pair(sides, places, scan=axes, first=first, optional=row.optional, counts=counts, block=block)
+            yield replace(pair, twin=row.twin, computed=row.computed, turns=_turns(part, row))
         if stack.experts:
             at = layers.hf + part.tree.hf_experts, single + stack.experts
             experts = _experts(sides, at, axes, {**counts, "e": expert_count(part.config), "g": 2})
@@ -182,20 +184,18 @@ def _pair(
     counts: Mapping[str, int],
     optional: bool,
     scan: tuple[str, ...] = (),
+    first: bool = False,
     role: str = OTHER,
     part: str = "",
     block: str = "",
-    twin: bool = False,
 ) -> Pair:
     hf, maxtext = places
     counts = {**hf.key.choices, **maxtext.key.choices, **counts}
     if scan:
-        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, sides.tree.scan_axis))
+        maxtext = Placed(maxtext.key, _scanned(maxtext.pattern, scan, 0 if first else sides.tree.scan_axis))
     one, other = (hf, maxtext) if sides.to_maxtext else (maxtext, hf)
     real = {} if part and not sides.to_maxtext else sides.real.get(role, {})  # biases are not padded in MaxText
-    return Pair(
-        role=role, part=part, block=block, twin=twin, source=one, target=other, counts=counts, real=real, optional=optional
-    )
+    return Pair(role=role, part=part, block=block, source=one, target=other, counts=counts, real=real, optional=optional)
 
 
 def _scanned(pattern: Pattern, layers: tuple[str, ...], at: int) -> Pattern:

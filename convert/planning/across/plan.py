@@ -5,7 +5,7 @@ In: an open checkpoint and choices. Out: a plan. It never reads data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from convert.planning.across.computed import computed_in
 from convert.planning.across.pairs import Sides, trees_of
 from convert.planning.across.stacks import mtp_places
 from convert.planning.across.tensors import cross_targets, twins_of
+from convert.planning.across.which import has_aside, is_aside, tree_in
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Target
@@ -25,7 +26,7 @@ from layouts.language.pattern import Pattern
 from layouts.matching.candidates import candidates, record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.lookup import find_family
-from layouts.matching.origin import Origin, name_of, origin_of
+from layouts.matching.origin import FIRST, Origin, name_of, origin_of
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
@@ -57,6 +58,8 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     if to_maxtext and (taken := next((name for name in side_files if name.partition("/")[0] == own), None)):
         raise PlanError(f"{reader.path / taken}: no place for it, because a tree keeps its own originals in {own}/; remove it")
     left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
+    if to_maxtext and sides.scan and has_aside(tree):
+        origin = replace(origin, aside=FIRST)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
     computed = computed_in(reader, tree, sides, config, choices.compute)
@@ -87,7 +90,8 @@ def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Ch
     """The tensors that the user does not want, and the option that says so."""
     found = dict[str, str]()
     if choices.params_only and not to_maxtext:
-        found |= {name: "--params-only" for name in reader.tensors if not name.startswith(ROOT)}
+        state = (name for name in reader.tensors if not name.startswith(ROOT))
+        found |= {name: "--params-only" for name in state if not is_aside(tree, name)}
     if choices.drop_mtp:
         places = mtp_places(tree, config) if to_maxtext else (f"{ROOT}{MTP}.",)
         found |= {name: "--drop-mtp" for name in reader.tensors if places and name.startswith(places)}
@@ -138,13 +142,6 @@ def stored_in(reader: Reader, described: Description) -> tuple[Layouts, Layouts]
             raise PlanError(f"{reader.path}: {one} and {other} are in two layouts, and layers that are stacked have only one")
     pairs = {role: next(iter(each)) for role, each in found.items()}
     return {role: layout for role, (layout, _) in pairs.items()}, {role: native for role, (_, native) in pairs.items()}
-
-
-def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
-    """Which of a family's trees a checkpoint of MaxText has, and whether its layers are stacked; its names tell."""
-    places = [(tree, f"{ROOT}{stack.scanned}.") for tree in trees for stack in tree.stacks if stack.scanned]
-    found = next((tree for tree, place in places if any(name.startswith(place) for name in reader.tensors)), None)
-    return found or trees[0], found is not None
 
 
 def stacked_along(reader: Reader, axis: int | None = None) -> Family:

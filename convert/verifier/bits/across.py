@@ -15,8 +15,9 @@ from typing import Any
 
 from convert.errors import PlanError
 from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there, trees_of
-from convert.planning.across.plan import config_of, fused_in, stacked_along, tree_in
+from convert.planning.across.plan import config_of, fused_in, stacked_along
 from convert.planning.across.stacks import mtp_places
+from convert.planning.across.which import tree_in
 from convert.verifier.bits.counts import Counts, expert_words, layer_words, nbytes_of, skipped_words
 from convert.verifier.bits.logical import Block, Scope, blocks, key_of
 from convert.verifier.bits.logical import pair as pair_of

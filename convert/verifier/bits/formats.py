@@ -73,7 +73,7 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     dropped = sum(map(both.lacks, hf.tensors))
     words = f"; {dropped} tensors of MTP blocks were left out of the tree, as its record says" if dropped else ""
     differences += [f"{n} is only in {tree.path}" for n in tree.tensors if n not in placed and n.startswith(ROOT)]
-    rest = sum(not name.startswith(ROOT) for name in tree.tensors)
+    rest = sum(not name.startswith(ROOT) and name not in placed for name in tree.tensors)
     return Level(
         name="others",
         covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart{words}"

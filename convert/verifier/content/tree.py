@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from convert.options import Verification
 from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there, trees_of
-from convert.planning.across.plan import config_of, fused_in, stacked_along, tree_in
+from convert.planning.across.plan import config_of, fused_in, stacked_along
+from convert.planning.across.which import tree_in
 from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
 from convert.verifier.bits.order import STRIP
@@ -54,7 +55,7 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
     if rules := sorted({pair.computed for pair in pairs if pair.computed}):
         raise PlanError(f"MaxText holds other values than Hugging Face does ({', '.join(rules)})")
     known = {name for pair in pairs for name in names_of(pair)}
-    if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} ^ known):
+    if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} - known | known - tree.tensors.keys()):
         raise PlanError(f"{lonely[0]} {'is missing' if lonely[0] in known else 'has no place in Hugging Face'}")
     return [unit for pair in pairs for unit in (_experts if pair.role in ROLES else _rows)(tree, sides, pair)]
 
