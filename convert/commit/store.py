@@ -16,7 +16,7 @@ import itertools
 import json
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from typing import Any, cast
 from convert.commit.inventory import read_in_pieces
 from convert.commit.processes import ALONE, Processes
 from convert.errors import OutputError, StorageError
+from layouts.disk.files import parsed, read_bytes
 from layouts.disk.names import key
 from layouts.disk.places import RemotePath, is_remote, kvstore_of, place
 from layouts.disk.upload import write_pieces
@@ -113,7 +114,7 @@ class StoreStage:
             OutputError: one does.
         """
         try:
-            owner = (self.home / _RUN).read_text()
+            owner = _text(self.home / _RUN)
         except FileNotFoundError:  # it has even finished
             owner = ""
         if owner != self.run:
@@ -136,7 +137,7 @@ class StoreStage:
 
     def way(self) -> str:
         """How an earlier run wrote arrays."""
-        return (self.home / _WAY).read_text() if (self.home / _WAY).is_file() else ""
+        return _text(self.home / _WAY) if (self.home / _WAY).is_file() else ""
 
     def take_way(self, text: str) -> None:
         """Note how arrays are written."""
@@ -144,16 +145,24 @@ class StoreStage:
 
 
 def _digests(home: RemotePath) -> dict[str, str]:
+    """What notes say is finished; who else writes there may have left something that is no note."""
     found: dict[str, str] = {}
     for note in home.listed_anew().glob(f"{_JOURNAL}/*"):
-        found |= json.loads(note.read_text())
+        with suppress(ValueError, TypeError, RecursionError):
+            said = parsed(read_bytes(cast(Path, note)))
+            found |= {name: digest for name, digest in dict(said).items() if isinstance(digest, str)}
     return found
+
+
+def _text(path: Path | RemotePath) -> str:
+    """What a small object says; what is no text is nothing that was written from here."""
+    return read_bytes(cast(Path, path)).decode(errors="replace")
 
 
 def mark_of(out: Path) -> str:
     """What the marker of a complete output says: the fingerprint of its plan; nothing where there is none."""
     marker = out / COMMITTED
-    return marker.read_text().strip() if marker.is_file() else ""
+    return _text(marker).strip() if marker.is_file() else ""
 
 
 @contextmanager
@@ -170,7 +179,7 @@ def store_staging(out: RemotePath, mark: str, *, resume: bool, processes: Proces
         if processes.first:
             _begin(out, home, resume)
         processes.agree("opened", home.name)
-        run = (home / _RUN).read_text()
+        run = _text(home / _RUN)
         stage = StoreStage(out=out, home=home, run=run, index=processes.index, done=_digests(home))
         yield stage
         if processes.first:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.options.values import positive
-from layouts.disk.files import RECORD, read_json, read_object
+from layouts.disk.files import RECORD, read_bytes, read_json, read_object
 from layouts.disk.places import place
 from layouts.errors import InputError
 from layouts.orbax.reader import OrbaxReader
@@ -73,10 +73,22 @@ def origin_of(reader: Reader) -> Origin:
         leaves=reader.leaves,
         tensors=reader.tensors,
         compressed=reader.compressed,
-        texts=(item / STRINGS).read_text(encoding="utf-8") if (item / STRINGS).exists() else None,
-        shardings=read_json(item / SHARDING) if (item / SHARDING).exists() else {},
+        texts=_text(item / STRINGS) if (item / STRINGS).exists() else None,
+        shardings=read_object(item / SHARDING) if (item / SHARDING).exists() else {},
         arrays=_arrays(item),
     )
+
+
+def _text(path: Path) -> str:
+    """A small file as it is.
+
+    Raises:
+        InputError: it is too large, or no text.
+    """
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: it is no text: {error.reason} at byte {error.start}") from None
 
 
 def read_shardings(path: str | Path) -> tuple[dict[str, int], dict[str, str]]:

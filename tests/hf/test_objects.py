@@ -291,6 +291,22 @@ def test_of_objects_sizes_are_found_and_limited(out, pieces, monkeypatch):
         read_bytes(there / "config.json")
 
 
+def test_notes_that_are_none_do_not_count(local, out, monkeypatch, capsys):
+    with monkeypatch.context() as broken:
+        broken.setattr(hf_objects, "_write", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert main(["--prefuse", str(local), out, "--quiet"]) == 6
+    (home,) = {name.partition("/run")[0] for name in objects(f"{below(out)}.partial")}
+    notes = (b"\xff\xfe", b"[1]", b'[["a", 1]]', b'{"lm_head.weight": 1}', b"[" * 100_000, b"")
+    for number, note in enumerate(notes):
+        client().put_object(Bucket=BUCKET, Key=f"{home}/journal/{number}.json", Body=note)
+    client().put_object(Bucket=BUCKET, Key=f"{home}/run", Body=b"\xff\xfe")
+    assert main(["--prefuse", str(local), out, "--quiet"]) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert convert.verify(out).equal
+    client().put_object(Bucket=BUCKET, Key=f"{below(out)}/commit_success.txt", Body=b"\xff\xfe")
+    assert main(["--prefuse", str(local), out, "--quiet"]) == 0
+
+
 def _broken(path, data, then):
     """An object that is cut, or has a gap."""
     with upload.Upload(path, len(data)) as one:

@@ -34,6 +34,7 @@ FILES = (
     ("maxtext-fused", MANIFEST, (SPLIT,)),
     ("dirs", "_METADATA", (PREFUSE,)),
     ("dirs", "_sharding", (PREFUSE,)),
+    ("dirs", "_strings.json", (PREFUSE,)),
     ("dirs", "array_metadatas", (PREFUSE,)),
     ("dirs", "array_metadatas/process_0", (PREFUSE,)),
     ("dirs", STORED, (PREFUSE,)),
