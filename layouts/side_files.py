@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from layouts.disk.names import parts
 from layouts.disk.places import is_remote, names_of, unlisted
 from layouts.errors import InputError
 
@@ -51,10 +52,15 @@ class SideFiles:
     never: tuple[str, ...] = ()
 
     def chosen(self, *, copy_all: bool) -> tuple[dict[str, int], dict[str, int]]:
-        """What is carried over, and what is left out because nobody has asked for it: name -> bytes."""
-        if copy_all:
-            return dict(sorted({**self.plain, **self.weights}.items())), {}
-        return dict(self.plain), dict(self.weights)
+        """What is carried over, and what is left out because nobody has asked for it: name -> bytes.
+
+        Raises:
+            InputError: what would be carried over has a name that no output may have.
+        """
+        taken = dict(sorted({**self.plain, **self.weights}.items())) if copy_all else dict(self.plain)
+        for name in taken:
+            parts(name, "side files")
+        return taken, {} if copy_all else dict(self.weights)
 
 
 def sort_files(names: Iterable[str], size: Callable[[str], int], folders: frozenset[str] = WEIGHT_FOLDERS) -> SideFiles:

@@ -57,7 +57,8 @@ class Root:
         text = f"{scheme}://{rest}"
         with explained(text, spec), told(text, "the list of its objects"):
             store = answer(ts.KvStore.open(spec))
-            files = {key.decode() for key in answer(store.list())}
+            keys = [key.decode() for key in answer(store.list())]
+        files = {key for key in keys if not key.endswith("/")}  # these are what consoles show as folders
         return cls(text=text, spec=spec, store=store, files=files)
 
     def state(self, name: str) -> str:

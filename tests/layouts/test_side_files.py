@@ -225,3 +225,15 @@ def test_files_of_any_name_are_the_model_where_none_is_called_so(one, tmp_path):
     convert.prefuse(one, tmp_path / "out")
     convert.split(tmp_path / "out", tmp_path / "back")
     assert same(load(tmp_path / "back"), tensors(QWEN))
+
+
+@pytest.mark.parametrize("name", ["../x.txt", "a//b.txt", "/a.txt", "./a.txt", "a\n.txt", "\x1b[31m.txt"])
+def test_a_name_that_no_output_may_have_is_refused_in_the_plan(name):
+    """In a store there may be any; it was refused where it was copied, after all tensors had been written."""
+    found = sort_files([name, "model.gguf", "../y.gguf"], lambda _: 1)
+    with pytest.raises(InputError, match="not safe as the name of a file"):
+        found.chosen(copy_all=False)
+    weights = sort_files(["../y.gguf"], lambda _: 1)
+    assert weights.chosen(copy_all=False) == ({}, {"../y.gguf": 1})  # named, and not copied
+    with pytest.raises(InputError, match="not safe as the name of a file"):
+        weights.chosen(copy_all=True)
