@@ -156,6 +156,16 @@ def test_layouts_that_cut_blocks_are_refused(tmp_path, capsys):
     assert "linear_key_head_dim 6 and weight_block_size 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("block", ["[2, 2]", "[4, 8]"])
+def test_grids_that_are_none_are_refused(block, tmp_path, capsys):
+    """Of other blocks than there are numbers for, or of blocks that are longer than wide, which MaxText turns."""
+    source = save(tmp_path / "in")
+    (source / "config.json").write_text((source / "config.json").read_text().replace("[4, 4]", block))
+    assert main(["--prefuse", str(source), str(tmp_path / "no"), "--to", "orbax", "--quiet"]) == 4
+    assert "no grid of whole square blocks" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_dequantised_it_is_the_tree_without_scales(tmp_path):
     source, out = save(tmp_path / "in"), tmp_path / "tree"
     convert.prefuse(source, out, to="orbax", dequantize="bf16")

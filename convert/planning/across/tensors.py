@@ -18,6 +18,7 @@ from layouts.errors import InputError, PlanError
 from layouts.language.cuts import CUT, cut
 from layouts.language.parts import PARTS
 from layouts.language.sections import ROWS, TENSOR
+from layouts.quantisation import block_of
 from layouts.reader import Reader
 from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, Tree
 from layouts.tables.natives import MAXTEXT_PART
@@ -53,7 +54,8 @@ def cross_targets(
     for names, count in missing:
         lost = next(name for name in names if name not in have)
         raise InputError(f"{reader.path}: {lost} is missing; {count} of {len(names)} such tensors are there")
-    _check_scales(reader, [pair for pair, _ in pairs], tree)
+    if tree.scales:
+        _check_scales(reader, [pair for pair, _ in pairs], config)
     moved = (item for item in pairs if not (item[0].twin and sides.to_maxtext))
     return [target for pair, names in moved for target in _targets(reader, pair, names)]
 
@@ -94,27 +96,38 @@ def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_scales(reader: Reader, pairs: Sequence[Pair], tree: Tree) -> None:
-    """See that what is quantised has its scales, and that a block of weights stays in one piece.
+def _check_scales(reader: Reader, pairs: Sequence[Pair], config: Mapping[str, Any]) -> None:
+    """See that what is quantised has a scale for each block of it, and that a block stays in one piece.
 
     Raises:
         InputError: scales are missing.
-        PlanError: experts are cut or padded, and nobody says how a model would take their scales.
+        PlanError: blocks are not whole, or experts are cut or padded, and nobody says how a model would take their scales.
     """
-    if not tree.scales:
-        return
-    word = "scale_inv" if reader.format == "hf" else MAXTEXT_PART
+    is_hf, block = reader.format == "hf", block_of(config)
     for name, spec in reader.tensors.items():
-        if spec.dtype == "F8_E4M3" and (scale := f"{name}_{word}") not in reader.tensors:
+        grid = reader.tensors.get(scale := f"{name}_{'scale_inv' if is_hf else MAXTEXT_PART}")
+        if spec.dtype == "F8_E4M3" and grid is None:
             raise InputError(f"{reader.path}: {name} is {spec.dtype}, and its scales ({scale}) are missing")
-    for pair in (pair for pair in pairs if pair.part == PARTS[GRID].name):
-        sides = pair.source.pattern, pair.target.pattern
-        if any(side.padding or set(CUT) & set(side.axes) for side in sides):
-            text = next(side.text for side in sides if side.padding or set(CUT) & set(side.axes))
+        if grid and block and not (block[0] == block[1] and _is_grid(spec.shape, grid.shape, block[0], matrix=is_hf)):
             raise PlanError(
-                f"{reader.path}: experts have scales by block ({names_of(pair)[0]}), and '{text}' cuts or pads them; "
-                f"take --layout=concat, or --dequantize=bf16"
+                f"{reader.path}: {scale} is {grid.shape} and {name} {spec.shape}: no grid of whole square blocks of {block}, "
+                f"as weight_block_size says, and MaxText has only such"
             )
+    for pair in (pair for pair in pairs if pair.part == PARTS[GRID].name):
+        sides = (side.pattern for side in (pair.source, pair.target))
+        if text := next((side.text for side in sides if side.padding or set(CUT) & set(side.axes)), None):
+            way = "take --layout=concat, or --dequantize=bf16" if is_hf else "convert --split the tree before"
+            raise PlanError(
+                f"{reader.path}: experts have scales by block ({names_of(pair)[0]}), and '{text}' cuts or pads them; {way}"
+            )
+
+
+def _is_grid(weight: Sequence[int], grid: Sequence[int], block: int, *, matrix: bool) -> bool:
+    """Whether there is a number for each block of a weight, along the last two dimensions where those are the `matrix`."""
+    if len(weight) != len(grid):
+        return False
+    whole = [count * block == size for count, size in zip(grid, weight, strict=True)]
+    return all(whole[-2:]) if matrix else all(ok or n == m for ok, n, m in zip(whole, grid, weight, strict=True))
 
 
 def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Target]:
