@@ -22,7 +22,7 @@ def by_boxes(arrays, turns, at):
     return found
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", ["numpy", pytest.param("jax", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("text", TEXTS)
 def test_there_and_back(text, at, library):

@@ -136,7 +136,7 @@ SCALE = "model.language_model.layers.5.mlp.experts.1.up_proj.weight_scale_inv"
 QKV = "model.language_model.layers.4.linear_attn.in_proj_qkv.weight_scale_inv"
 
 
-@pytest.mark.parametrize("name", [SCALE, QKV])
+@pytest.mark.parametrize("name", [QKV, pytest.param(SCALE, marks=pytest.mark.slow)])
 def test_a_scale_that_differs_or_is_missing_is_told(name, pair, tmp_path, capsys):
     other = save(tmp_path / "other", lambda arrays: arrays[name].view("u2").__ixor__(1))
     assert not convert.verify(other, pair[1], gemm=False).equal
@@ -166,6 +166,7 @@ def test_grids_that_are_none_are_refused(block, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_dequantised_it_is_the_tree_without_scales(tmp_path):
     source, out = save(tmp_path / "in"), tmp_path / "tree"
     convert.prefuse(source, out, to="orbax", dequantize="bf16")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,8 +55,13 @@ PLACES = {
 }
 
 
-SAVED = [("mixtral", True, True), ("mixtral", False, False)]
-SLOWER = [("mixtral", True, False), ("mixtral", False, True), *(("gemma4", kept, not kept) for kept in (True, False))]
+SAVED: list[Any] = [("mixtral", True, True)]
+SLOWER = [
+    ("mixtral", True, False),
+    ("mixtral", False, True),
+    ("mixtral", False, False),
+    *(("gemma4", kept, not kept) for kept in (True, False)),
+]
 SAVED += [pytest.param(*each, marks=pytest.mark.slow) for each in SLOWER]
 
 

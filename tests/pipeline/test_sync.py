@@ -1,5 +1,6 @@
 """Weight sync: what one jitted function makes of a trainer's tree is what the file engine makes of its checkpoint."""
 
+import itertools
 import json
 
 import jax
@@ -147,10 +148,12 @@ def sections(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("how", ["numpy", *(pytest.param(how, marks=pytest.mark.slow) for how in ("eager", "jit"))])
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("to", ["maxtext", "hf"])
-def test_tensors_that_take_turns(sections, scan, to, how):
+TURNS = [("maxtext", True, "numpy"), ("hf", False, "numpy")]
+SLOWER = [each for each in itertools.product(("maxtext", "hf"), (True, False), ("numpy", "eager", "jit")) if each not in TURNS]
+
+
+@pytest.mark.parametrize(("to", "scan", "how"), [*TURNS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOWER)])
+def test_tensors_that_take_turns(sections, to, scan, how):
     """Both ways, bit for bit what a conversion makes of them."""
     tree, plain = convert.load(sections, names="maxtext", scan=scan), convert.load(sections)
     (trainer, server), whose = ((plain, tree), "hf") if to == "maxtext" else ((tree, plain), "maxtext")
