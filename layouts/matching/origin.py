@@ -79,4 +79,4 @@ def hf_name(family: object) -> str | None:
 
 def name_of(layouts: Layouts, family: Family) -> str | None:
     """What `SOURCES` calls these layouts of a family."""
-    return next((name for name, table in SOURCES.items() if family.own(table) == layouts), None)
+    return next((name for name, table in SOURCES.items() if layouts in (table, family.own(table))), None)

@@ -267,3 +267,36 @@ def test_a_record_that_no_table_knows_is_damaged(source, tmp_path, origin):
 
 def test_every_layout_of_every_family_has_a_name():
     assert all(name_of(native, family) for family in families_of("hf") for native in family.native)
+
+
+def stacked(source, out, key, turned=False):
+    """The experts of each projection in one tensor, as MLX and Tunix have them, under a key of their own."""
+    found = {n: a for file in source.glob("*.safetensors") for n, a in load_file(file).items()}
+    experts = {}
+    for name in sorted((n for n in found if ".experts." in n), key=lambda n: int(n.split(".")[5])):
+        array, words = found.pop(name), name.split(".")
+        experts.setdefault(key.format(words[2], words[6]), []).append(array.T if turned else array)
+    out.mkdir()
+    found |= {name: np.ascontiguousarray(np.stack(each)) for name, each in experts.items()}
+    save_file(found, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    return out
+
+
+def test_what_mlx_has_beside_the_experts_has_a_place_in_the_tree(source, tmp_path):
+    given = stacked(source, tmp_path / "in", "model.layers.{}.mlp.switch_mlp.{}.weight")
+    convert.prefuse(given, tmp_path / "tree", to="orbax")
+    assert convert.verify(given, tmp_path / "tree", gemm=False).equal
+    convert.split(tmp_path / "tree", tmp_path / "again", to="hf")
+    first, second = (load_file(next(path.glob("*.safetensors"))) for path in (given, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(array.tobytes() == second[name].tobytes() for name, array in first.items())
+
+
+def test_a_layout_with_a_place_of_its_own_goes_there_in_two_steps(source, tmp_path):
+    given = stacked(source, tmp_path / "in", "model.layers.{}.mlp.{}", turned=True)
+    with pytest.raises(PlanError, match=r"mlp.*is a place of its own.*within the format first"):
+        convert.prefuse(given, tmp_path / "tree", to="orbax", source_layout="tunix")
+    convert.prefuse(given, tmp_path / "fused", source_layout="tunix")
+    convert.reformat(tmp_path / "fused", tmp_path / "tree", to="orbax")
+    assert convert.verify(source, tmp_path / "tree", gemm=False).equal

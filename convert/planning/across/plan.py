@@ -108,7 +108,8 @@ def _into_maxtext(reader: Reader, family: Family, _: Origin, choices: Choices, f
         known = ", ".join(name for name in TARGETS if name in IN_MAXTEXT)
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {choices.layout!r}; it can take {known}")
     described = describe(reader, family=family.name, source_layout=choices.source_layout)
-    hf, came = stored_in(reader, described)
+    hf, came = (_anywhere(table, family) for table in stored_in(reader, described))
+    _check_place(reader, hf)
     real = real_sizes(reader, described)
     stored = (
         target(choices.layout, where, shards=choices.shards, align=choices.align, block=choices.glu_block)
@@ -124,7 +125,27 @@ def _out_of_maxtext(reader: Reader, family: Family, origin: Origin, choices: Cho
     stored, real = fused_in(reader, where, choices.source_layout)
     came = SOURCES[origin.layout] if origin.layout else family.native[0]
     hf = target(choices.layout, family, shards=choices.shards, align=choices.align, block=choices.glu_block) if fused else came
+    _check_place(reader, hf)
     return tree, Sides(family=family, tree=where, hf=hf, maxtext=stored, scan=scan, to_maxtext=False, real=real), came
+
+
+def _anywhere(table: Layouts, family: Family) -> Layouts:
+    """A layout of this family as the table has it, without the place of its experts."""
+    name = name_of(table, family)
+    return SOURCES[name] if name else table
+
+
+def _check_place(reader: Reader, hf: Layouts) -> None:
+    """See that the experts of Hugging Face are where the tree's model has them.
+
+    Raises:
+        PlanError: their layout has a place of its own.
+    """
+    if own := next((layout.key for layout in hf.values() if layout.key.startswith("{path}")), None):
+        raise PlanError(
+            f"{reader.path}: {own} is a place of its own, and between formats experts are where their model keeps them. Use "
+            f"--prefuse within the format first, and convert what comes out"
+        )
 
 
 def stored_in(reader: Reader, described: Description) -> tuple[Layouts, Layouts]:
