@@ -61,7 +61,8 @@ def model_files(path: Path, weight_map: Mapping[str, str] | None) -> list[str]:
             f"{path / INDEX}: {len(lost)} of {len(names)} shards that it names are missing, the first is {lost[0]!r}; "
             f"download or copy the rest"
         )
-    if cut := [name for name in present if name not in names and {*map(_whole, names)} & {_whole(name)} - {name}]:
+    parts = {_whole(name) for name in names if _whole(name) != name}
+    if cut := [name for name in present if name not in names and _whole(name) in parts]:
         raise InputError(
             f"{path / cut[0]}: it is cut for tensor parallelism, and the index names other parts but not this one; join the "
             f"parts first"

@@ -143,7 +143,7 @@ def _told_by(reader: Reader, described: Description, choices: Choices) -> str:
         return "the structure of the tree"
     stated = reader.config.get("model_type")
     if family.by_names and choices.source_layout:
-        return "nothing: its layout is what --source-layout says"
+        return "its layout, which --source-layout says"
     if family.by_names:
         found = f"model_type {stated!r} is not in the table" if stated else "config.json names no model_type"
         return f"the names of its experts ({found})"

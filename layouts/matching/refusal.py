@@ -24,6 +24,8 @@ _PROJECTIONS = ("wi_0", "wi_1", "wi", "wo")
 """What MaxText calls the projections of a MoE block."""
 _BOXES = ("array", "qrhs", "qvalue")
 """What stands below the name of a projection whose weights qwix or AQT has quantised."""
+_MODULES = ("moe", "routed_experts")
+"""How MaxText's modules of experts begin, in small letters."""
 _FROZEN = ("qrhs", "qlhs")
 """What AQT calls quantised weights; those of experts are below their module, numbered in the order of use: `AqtEinsum_1`.
 
@@ -60,7 +62,7 @@ def check_beside(reader: Reader, family: Family, blocks: Iterable[Block], verbat
 def _is_boxed(parts: Sequence[str]) -> bool:
     """Whether a leaf is of a projection, or of a module of experts, that qwix or AQT has quantised."""
     boxed = any(part in _PROJECTIONS and below in _BOXES for part, below in itertools.pairwise(parts))
-    return boxed or (any(part in _FROZEN for part in parts) and any(part.lower().startswith("moe") for part in parts))
+    return boxed or (any(part in _FROZEN for part in parts) and any(part.lower().startswith(_MODULES) for part in parts))
 
 
 def without_loras(family: Family, names: Sequence[str]) -> list[str]:

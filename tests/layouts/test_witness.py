@@ -47,7 +47,9 @@ def test_a_module_of_experts_whose_arrays_are_all_boxed_is_no_other_tensor(box):
         plan(MAXTEXT, found)
 
 
-@pytest.mark.parametrize("place", [BLOCK, "params.aqt.decoder.layers.MoeBlock_0"])
+@pytest.mark.parametrize(
+    "place", [BLOCK, "params.aqt.decoder.layers.MoeBlock_0", "params.aqt.decoder.layers.mlp.routed_experts"]
+)
 @pytest.mark.parametrize("apart", [True, False])
 def test_what_aqt_keeps_of_experts_elsewhere_is_seen(place, apart):
     """Its frozen weights are numbered, and those beside them may be there or not; of attention they are some other tensor."""
