@@ -97,6 +97,9 @@ class Reader:
     def unit(self, name):
         return None
 
+    def extent(self, name):
+        return None
+
 
 def in_memory(reader) -> str:
     return contents(Reader(reader), options=Verification())[0].model.sha256

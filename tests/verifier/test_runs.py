@@ -6,9 +6,12 @@ import shutil
 import pytest
 
 import convert
+from convert.options import Verification
 from convert.verifier.bits import exact
 from convert.verifier.bits.logical import Scope, blocks
 from convert.verifier.bits.together import consecutive
+from convert.verifier.content import tensors
+from convert.verifier.content.sides import content_of
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import dequantized
 from layouts.matching.describe import describe
@@ -76,6 +79,24 @@ def test_one_bit_is_found_in_a_run_and_told_as_by_itself(plain, tmp_path, monkey
     assert found.compared == equal.compared
     some = Scope(experts=frozenset({0, 2, 3}))
     assert len(_both(monkeypatch, plain, tmp_path / "out", some).differences) == ("expert 4" not in said)
+
+
+@pytest.mark.parametrize("layout", [None, "concat", "interleaved", "vllm"])
+def test_digests_of_runs_are_those_of_experts_one_by_one(plain, tmp_path, monkeypatch, layout):
+    out = plain
+    if layout:
+        convert.prefuse(plain, out := tmp_path / "out", layout=layout)
+    found = content_of(out, Verification())
+    assert (found.model.tensors, found) == (4 + 2 * EXPERTS * 12, content_of(plain, Verification()))
+    monkeypatch.setattr(tensors, "TOGETHER", 0)
+    assert content_of(out, Verification()) == found
+
+
+def test_a_self_test_sees_a_bit_in_the_middle_of_a_run(plain, tmp_path):
+    convert.prefuse(plain, tmp_path / "out")
+    found = convert.verify(plain, tmp_path / "out", gemm=False, self_test=True, content=True)
+    assert [trial.unseen for trial in found.self_test] == [()] * len(found.self_test)
+    assert any({"exact", "content"} <= set(trial.seen) for trial in found.self_test)
 
 
 def test_computed_tensors_are_compared_in_runs_too(plain, tmp_path, monkeypatch):

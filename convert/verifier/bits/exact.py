@@ -82,11 +82,7 @@ def compare_experts(
             raise too_little(memory, f"to compare the smallest part of an expert of {name} takes {2 * least:,} bytes")
     cuts = {id(one): {kind: list(_cuts((one, other), kind, work.each)) for kind in one.groups} for one, other in pairs}
     call = partial(_compare_run, cuts=cuts, scratch=Scratch())
-    chosen = [
-        (sides, run)
-        for sides in pairs
-        for run in consecutive(scope.of(range(sides[0].stored)), _at_once(sides, min(TOGETHER, work.each)))
-    ]
+    chosen = [(sides, run) for sides in pairs for run in _runs(sides, scope, min(TOGETHER, work.each))]
     mine = by_place(chosen, _places)[processes.stretch([len(run) for _, run in chosen])]
     number = {one.label: at for at, (one, _) in enumerate(pairs, start=1)}
     each = {one.label: nbytes_of(one) // max(1, one.stored) for one, _ in pairs}
@@ -126,11 +122,11 @@ def _nbytes(block: Block, kind: Kind) -> int:
     return whole // max(1, math.prod([group.sizes.get("e", 1), *(group.sizes[axis] for axis in block.scan)]))
 
 
-def _at_once(sides: Sides, most: int) -> int:
-    """How many experts are looked at together, where so many bytes may be held; what is decoded has an order of its own."""
-    if any(is_chunked(block.reader) for block in sides):
-        return 1
-    return max(1, most // max(1, sum(_held(sides, kind) for kind in sides[0].groups)))
+def _runs(sides: Sides, scope: Scope, most: int) -> Iterator[range]:
+    """The experts that are compared, as many at a time as `most` bytes hold; what is decoded has an order of its own."""
+    chunked = any(is_chunked(block.reader) for block in sides)
+    count = 1 if chunked else most // max(1, sum(_held(sides, kind) for kind in sides[0].groups))
+    return consecutive(scope.of(range(sides[0].stored)), max(1, count))
 
 
 def _least(sides: Sides, kind: Kind) -> int:

@@ -38,23 +38,23 @@ def equal_in(sides: Sides, kind: Kind, experts: range, empty: Empty) -> int | No
 
     None as well where they cannot be read together, or something is wrong with one of them: that is for who looks at each.
     """
-    if not all(_is_read(block, kind) for block in sides):
+    if not all(has_own(block, kind) for block in sides):
         return None
     try:
-        one, other = (_stacked(block, kind, experts, empty) for block in sides)
-    except ValueError:  # something in the padding of one
+        one, other = (_projections(block, kind, experts, empty) for block in sides)
+        pairs = list(zip(one, other, strict=True))
+    except ValueError:  # something in the padding of one, or one has gate and up where the other has one for both
         return None
-    pairs = list(zip(one, other, strict=True))
     return None if any(x.shape != y.shape or differing(x, y) for x, y in pairs) else sum(x.nbytes for x, _ in pairs)
 
 
-def _is_read(block: Block, kind: Kind) -> bool:
+def has_own(block: Block, kind: Kind) -> bool:
     """Whether every expert has its own bits, and tensors that are one expert's are no stack of layers."""
     placed = block.groups[kind].placed
     return "e" in placed.pattern.axes or ("e" in placed.key.slots and not block.scan)
 
 
-def _stacked(block: Block, kind: Kind, experts: range, empty: Empty) -> Sequence[NDArray[Any]]:
+def _projections(block: Block, kind: Kind, experts: range, empty: Empty) -> Sequence[NDArray[Any]]:
     """Gate and up (E, K, N), or down (E, N, K), or what both have (E, ...).
 
     Raises:
@@ -62,13 +62,17 @@ def _stacked(block: Block, kind: Kind, experts: range, empty: Empty) -> Sequence
     """
     group = block.groups[kind]
     if "g" in group.placed.key.slots:
-        return [_stack(block, kind, experts, g, empty) for g in (0, 1)]
-    found = _stack(block, kind, experts, 0, empty)
+        return [stack(block, kind, experts, g, empty) for g in (0, 1)]
+    found = stack(block, kind, experts, 0, empty)
     return list(found.swapaxes(0, 1)) if kind[0] == "wi" and "g" in group.sizes else [found]
 
 
-def _stack(block: Block, kind: Kind, experts: range, g: int, empty: Empty) -> NDArray[Any]:
-    """What one tensor has of these experts, or one for each of them."""
+def stack(block: Block, kind: Kind, experts: range, g: int, empty: Empty) -> NDArray[Any]:
+    """What one tensor has of these experts, or one for each of them, in logical axes behind that of the experts.
+
+    Raises:
+        ValueError: there is something in the padding.
+    """
     group = block.groups[kind]
     if "e" not in group.placed.key.slots:
         return turned(block, kind, *slab(block, kind, {"g": g}, experts, empty))

@@ -49,12 +49,21 @@ class Logical:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What is read at a time: it begins in `array` at `slices`, and gives some logical tensors. `nbytes` are what it holds."""
+    """What is read at a time: it begins in `array` at `slices`, and gives some logical tensors. `nbytes` are what it holds.
+
+    `others` are read with it, in the same slices.
+    """
 
     array: str
     slices: Slices
     nbytes: int
     read: Callable[[], Iterator[Logical]]
+    others: tuple[str, ...] = ()
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """All that are read."""
+        return self.array, *self.others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,7 +152,7 @@ def _with_content(trial: Trial, sides: Sides, which: int, flip: Flip, options: V
     """Whether the line of the list that this bit is part of becomes another one."""
     altered = AlteredReader(inner=sides[which], flips=(flip,))
     found = [
-        lines_of(reader, sides[1 - which], lambda unit: unit.array == flip.name and flip.within(unit.slices), options)
+        lines_of(reader, sides[1 - which], lambda unit: flip.name in unit.arrays and flip.within(unit.slices), options)
         for reader in (sides[which], altered)
     ]
     seen = bool(found[0]) and found[0] != found[1]
