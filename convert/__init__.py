@@ -94,7 +94,7 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     What is not given is found by JAX (SLURM, GKE, TPU); where `jax.distributed` is initialized already, nothing has to be.
 
     Raises:
-        UsageError: JAX cannot find it.
+        UsageError: JAX cannot find it, or `coordinator` is no HOST:PORT.
     """
     from convert.commit.processes import connect as found
 
@@ -121,8 +121,9 @@ def verify(
 
     Raises:
         InputError, PlanError: one of them cannot be read or described.
-        UsageError: a backend, a mesh, a layer or an expert that cannot be had here, or an option for another number of
-            checkpoints.
+        UsageError: a backend, a mesh, a layer or an expert that is not there, or an option for another number of checkpoints.
+        StorageError: there is too little memory, or another process has failed.
+        OSError: the disk or the store is failing.
     """
     from convert.commit.processes import ALONE
     from convert.verifier import verify_checkpoints, verify_manifest
@@ -147,11 +148,12 @@ def digest(path: str | Path, *, progress: Progress | None = None, **options: Unp
     """A sha256 of what a checkpoint holds, tensor by tensor: the same in every layout, fused or not, Hugging Face or MaxText.
 
     `Content.model.sha256` is it, and `.xxh3` the one that manifests have; `Content.state` is that of a tree's training state.
-    README has the rule.
+    `convert/verifier/README.md` has the rule.
 
     Raises:
         InputError, PlanError: it cannot be read or described, or its padding is damaged.
         UsageError: `memory` is too little.
+        OSError: the disk or the store is failing.
     """
     from convert.progress import ignore
     from convert.verifier.content.sides import content_of
@@ -171,8 +173,9 @@ def prefuse_params(
 ) -> Any:
     """Fuse gate and up in a tree of parameters, in memory: what `prefuse` does to files, with the same layouts and families.
 
-    `params` is any container of arrays (see README), and so is what is returned. Leaves have MaxText's names, `wi_0`, `wi_1`
-    and `wo`, unless `family` says otherwise, or `names` says what they are called: `{"wi_0": "gate_proj.kernel", ...}`.
+    `params` is any container of arrays (`convert/memory/README.md`), and so is what is returned: `wi_0` and `wi_1` (E, K, N)
+    become `wi` (E, K, 2N) in the layout `concat`. Leaves have MaxText's names, `wi_0`, `wi_1` and `wo`, unless `family` says
+    otherwise, or `names` says what they are called: `{"wi_0": "gate_proj.kernel", ...}`.
     `sizes` are those of axes that shapes do not tell: `e`, the experts of a family that stores them flat, or numbers two
     kinds through (of each kind); `k` and `n`, where the input is padded.
 

@@ -35,11 +35,11 @@ def plan(
     merge: bool = False,
     **options: Unpack[Planning],
 ) -> Plan | AdapterPlan:
-    """Plan a conversion from names and shapes alone, writing nothing.
+    """Plan a conversion from names and shapes alone, writing nothing; `Plan.nbytes` is the size of the output's tensors.
 
     Raises:
-        UsageError: not exactly one of `prefuse`, `split` and `merge`, or none and no `to`.
-        InputError: the checkpoint is missing or corrupt.
+        UsageError: not exactly one of `prefuse`, `split` and `merge`, or none and no `to`; or as `prefuse`.
+        InputError: the checkpoint is missing, corrupt or not complete.
         PlanError: no lossless plan exists.
     """
     if prefuse + split + merge > 1 or not (prefuse or split or merge or options.get("to")):
@@ -79,12 +79,17 @@ def prefuse(
 ) -> Report | AdapterReport:
     """Write `source` to `out` with gate and up of every expert in one tensor.
 
+    In the layout `concat` it is `wi` (E, K, 2N) beside `wo` (E, N, K); `layouts/README.md` has the others, with their sources.
     `progress` is called with the bytes that were written since the last call; if it is `convert.progress.Phased`, it is told
     before how many there will be. `processes` are those that share the work (from `connect`); each of them makes the same
     call.
 
     Raises:
-        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+        UsageError: an option that does not exist here or contradicts another one, or a path that is none.
+        InputError: `source` is missing, corrupt or not complete, or changes while it is read.
+        PlanError: no lossless plan: an unknown family or layout, experts unlike each other, nothing to do.
+        OutputError: `out` exists, is being written, or overlaps `source`.
+        StorageError: the disk is full or failing; the same call continues. `out` is absent or complete in any case.
     """
     return _convert("prefuse", source, out, processes, progress, options)
 
@@ -101,7 +106,7 @@ def split(
     """The inverse of `prefuse`: every tensor bit for bit, and for HF the original files byte for byte.
 
     Raises:
-        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+        UsageError, InputError, PlanError, OutputError, StorageError: as `prefuse`.
     """
     return _convert("split", source, out, processes, progress, options)
 
@@ -122,7 +127,7 @@ def merge(
     copied as they are, and so are the layout and the files of the base.
 
     Raises:
-        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+        UsageError, InputError, PlanError, OutputError, StorageError: as `prefuse`.
     """
     return _convert("merge", source, out, processes, progress, {**options, "base": base})
 
@@ -140,7 +145,7 @@ def reformat(
     """Write a Hugging Face checkpoint as an Orbax (MaxText) one or back, every tensor, the experts unfused.
 
     Raises:
-        InputError, PlanError, OutputError, StorageError: see `convert.errors`; `out` is absent or complete in any case.
+        UsageError, InputError, PlanError, OutputError, StorageError: as `prefuse`.
     """
     return _convert("convert", source, out, processes, progress, {**options, "to": to})
 

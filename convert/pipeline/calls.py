@@ -48,6 +48,7 @@ def load(
         InputError: the checkpoint is missing or corrupt, or changes while it is read.
         PlanError: no lossless plan exists.
         UsageError: a layout, a name, a sharding or a type that does not exist or does not fit; `memory` is too little.
+        OSError: the disk or the store is failing.
     """
     from convert.pipeline.read import read
     from convert.progress import ignore

@@ -55,7 +55,7 @@ def train(graph, params, state, steps):
 def test_training_goes_on_where_it_was_prefused():
     graph, params = nnx.split(MoE(nnx.Rngs(0)))
     params, _, losses = train(graph, params, ADAM.init(params), range(6))
-    found = guide.run(PAGE, "### Training goes on fused", NAMES | {"model": MoE(nnx.Rngs(0)), "adam": ADAM, "train": train})
+    found = guide.run(PAGE, "### Training continues, fused", NAMES | {"model": MoE(nnx.Rngs(0)), "adam": ADAM, "train": train})
     np.testing.assert_allclose(found["losses"], losses[2:], rtol=1e-5)
     assert set(found["fused"]) == {"wi", "wo", "router"}
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5), found["params"], params)
