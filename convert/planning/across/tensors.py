@@ -82,7 +82,7 @@ def _hint(sides: Sides, tree: Tree, config: Mapping[str, Any], left: Collection[
     if places and all(name.startswith(places) for name in left):
         return "; --drop-mtp leaves out blocks that predict further tokens, as these are"
     if sides.to_maxtext and any(name.endswith(_SCALES) for name in left):
-        return "; MaxText's trees have weights alone: of what is quantised, --dequantize=bf16 makes them"
+        return "; this tree has no scales of their kind: of what is quantised, --dequantize=bf16 makes weights"
     return ""
 
 
