@@ -182,4 +182,4 @@ def joined(each: Sequence[Columns]) -> Columns:
     known = {kind: number for number, kind in enumerate(dict.fromkeys(itertools.chain(*(one.kinds for one in each))))}
     kind = [np.array([known[kind] for kind in one.kinds], np.intp)[one.kind] for one in each]
     names = list(itertools.chain(*(one.names for one in each)))
-    return Columns(names=names, kinds=list(known), kind=np.concatenate(kind))
+    return Columns(names=names, kinds=list(known), kind=np.concatenate([np.empty(0, np.intp), *kind]))

@@ -99,6 +99,13 @@ def test_a_directory_in_place_of_a_file_is_refused(source, refused):
     assert f"{FIRST}: no file, but called like one of the model" in refused()
 
 
+def test_an_index_of_nothing_holds_no_experts(source, refused):
+    for file in source.glob("*.safetensors"):
+        file.unlink()
+    (source / INDEX).write_text('{"weight_map": {}}')
+    assert "no expert weights found" in refused(4)
+
+
 def edit_index(source: Path, **changes: str | None) -> None:
     index = json.loads((source / INDEX).read_text())
     index["weight_map"] = {n: s for n, s in (index["weight_map"] | changes).items() if s is not None}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layouts.disk.gather import Part, gather
+from layouts.disk.gather import Part, gather, gathered
 from layouts.disk.pread import Extent, InputFile, read_block
 from layouts.errors import InputError
 
@@ -136,6 +136,21 @@ def test_short_runs_are_read_together_and_stand_where_they_should(tmp_path, monk
         out = bytearray(b"-" * places[-1])
         gather([Part((one, two)[f], at, n, place) for (f, at, n), place in zip(starts, places, strict=False)], memoryview(out))
     assert bytes(out) == b"-" + b"".join(data[f][at : at + n] + b"-" for f, at, n in starts)
+    assert len(asked) == count
+
+
+@pytest.mark.parametrize(
+    ("gap", "cover", "count"), [(0, 1, 7), (0, 1 << 20, 5), (5, 1 << 20, 2), (1 << 20, 1 << 20, 1), (1 << 20, 12, 4)]
+)
+def test_runs_of_one_length_stand_in_the_rows_that_asked_for_them(tmp_path, monkeypatch, gap, cover, count):
+    data, starts = np.random.default_rng(0).integers(0, 255, 100, "u1"), np.array([90, 0, 4, 30, 16, 8, 25, 4])
+    asked, real = [], InputFile.read
+    monkeypatch.setattr(InputFile, "read", lambda self, view, at: (asked.append(at), real(self, view, at))[1])
+    monkeypatch.setattr(InputFile, "gap", gap)
+    monkeypatch.setattr(InputFile, "cover", cover)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    with closing(InputFile.open(tmp_path / "file")) as file:
+        assert np.array_equal(gathered(file, starts, 4), [data[at : at + 4] for at in starts])
     assert len(asked) == count
 
 
