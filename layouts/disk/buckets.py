@@ -87,14 +87,14 @@ def explained(place: str, spec: Mapping[str, Any]) -> Iterator[None]:
     """
     try:
         yield
-    except InputError as error:
-        if "NoSuchBucket" not in str(error) and "bucket does not exist" not in str(error):
-            raise
-        raise InputError(
-            f"{place}: there is no bucket {spec['bucket']!r}; correct its name, AWS_REGION or AWS_ENDPOINT_URL"
-        ) from error
-    except PermissionError as error:
-        if spec.get("aws_credentials") != {"type": "anonymous"}:
+    except (InputError, OSError) as error:
+        bucket = spec["bucket"]
+        if "Invalid" in str(error) and "bucket name" in str(error):
+            raise InputError(f"{place}: {bucket!r} is no name of a bucket; correct it") from error
+        if "NoSuchBucket" in str(error) or "bucket does not exist" in str(error):
+            ways = ", AWS_REGION or AWS_ENDPOINT_URL" if spec["driver"] == "s3" else ""
+            raise InputError(f"{place}: there is no bucket {bucket!r}; correct its name{ways}") from error
+        if not isinstance(error, PermissionError) or spec.get("aws_credentials") != {"type": "anonymous"}:
             raise
         text = "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or make ~/.aws/credentials"
         raise PermissionError(error.errno, text, error.filename) from error
