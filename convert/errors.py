@@ -12,6 +12,7 @@ Codes 0 (done, equal) and 1 (`--verify` found a difference) are results, not err
 
 import difflib
 import errno
+import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,7 +98,9 @@ def no_memory(error: MemoryError) -> str:
 
 
 def to_do(error: OSError) -> str:
-    """What to do where the system refuses, if there is something."""
+    """What to do where the system refuses, if there is something; who says more than the system says it all."""
+    if error.strerror != os.strerror(error.errno or 0):
+        return ""
     return next((f"; {words}" for codes, words in _TO_DO.items() if error.errno in codes), "")
 
 
