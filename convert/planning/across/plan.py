@@ -15,7 +15,7 @@ from convert.planning.across.computed import computed_in
 from convert.planning.across.pairs import Sides, trees_of
 from convert.planning.across.stacks import mtp_places
 from convert.planning.across.tensors import cross_targets, twins_of
-from convert.planning.across.which import has_aside, is_aside, tree_in
+from convert.planning.across.which import is_aside, tree_in
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Target
@@ -58,13 +58,13 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     if to_maxtext and (taken := next((name for name in side_files if name.partition("/")[0] == own), None)):
         raise PlanError(f"{reader.path / taken}: no place for it, because a tree keeps its own originals in {own}/; remove it")
     left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
-    if to_maxtext and sides.scan and has_aside(tree):
-        origin = replace(origin, aside=FIRST)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
     computed = computed_in(reader, tree, sides, config, choices.compute)
     origin = replace(origin, computed=choices.compute if computed.factors else None)
     targets = sorted(cross_targets(reader, tree, sides, config, left_out), key=lambda target: target.spec.name)
+    if to_maxtext and sides.scan and any(is_aside(tree, target.spec.name) for target in targets):
+        origin = replace(origin, aside=FIRST)
     return Plan(
         source=reader.path,
         out=out,

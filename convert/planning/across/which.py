@@ -31,13 +31,8 @@ def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
     return next(elsewhere, None) or _by_axis(reader, [tree for tree in alike if tree.aside == ROOT]), found is not None
 
 
-def has_aside(tree: Tree) -> bool:
-    """Whether a model of this tree may have variables that MaxText does not train."""
-    return any(row.aside for stack in tree.stacks for row in stack.rows)
-
-
 def is_aside(tree: Tree, name: str) -> bool:
-    """Whether a tensor is such a variable."""
+    """Whether a tensor is a variable that MaxText does not train."""
     rows = (row for stack in tree.stacks if not stack.copies for row in stack.rows)
     return name.startswith(tree.aside) and any(row.aside and name.endswith(f".{row.maxtext}") for row in rows)
 
@@ -64,5 +59,5 @@ def _stacked(reader: Reader, tree: Tree) -> Iterator[tuple[str, int]]:
         for row in (row for row in stack.rows if row.aside):
             name = f"{ROOT}{stack.scanned}.{row.maxtext}"
             kernel = reader.tensors.get(f"{name.rpartition('.')[0]}.kernel")
-            if name in reader.tensors and kernel and len(reader.tensors[name].shape) == 2:
+            if name in reader.tensors and kernel and kernel.shape and len(reader.tensors[name].shape) == 2:
                 yield name, kernel.shape[-1]
