@@ -153,6 +153,13 @@ class Picked(Sequence[str]):
     every: Sequence[str]
     rows: NDArray[np.intp]
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same names; two that are told to be alike may be of two checkpoints."""
+        return isinstance(other, Picked) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
     def __len__(self) -> int:
         return len(self.rows)
 

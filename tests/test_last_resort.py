@@ -89,6 +89,7 @@ def test_where_memory_is_at_its_end_a_sentence_names_the_tensor(tmp_path, monkey
     read = HFReader.read
     monkeypatch.setattr(HFReader, "read", lambda reader, name, slices, *_: read(reader, name, slices, full))
     monkeypatch.setattr("layouts.hf.reader.read_block", lambda *_: full())
+    monkeypatch.setattr("convert.verifier.bits.together.gather", lambda *_: full())
     words = command.replace("{in}", str(source)).replace("{out}", str(tmp_path / "out")).split()
     assert cli.main([*words, "--quiet"]) == 6
     told = capsys.readouterr().err

@@ -36,14 +36,18 @@ def consecutive(experts: Sequence[int], most: int) -> Iterator[range]:
 def equal_in(sides: Sides, kind: Kind, experts: range, empty: Empty) -> int | None:
     """How many bytes the first side has of a kind of tensors of these experts, if the other has the same; else None.
 
-    None as well where they cannot be read together, or something is wrong with one of them: that is for who looks at each.
+    None as well where they cannot be read together, there is no memory for all of them, or something is wrong with one of them:
+    that is for who looks at each.
     """
     if not all(has_own(block, kind) for block in sides):
         return None
     try:
         one, other = (_projections(block, kind, experts, empty) for block in sides)
         pairs = list(zip(one, other, strict=True))
-    except ValueError:  # something in the padding of one, or one has gate and up where the other has one for both
+    except (
+        ValueError,
+        MemoryError,
+    ):  # something in the padding of one, or one has gate and up where the other has one for both
         return None
     return None if any(x.shape != y.shape or differing(x, y) for x, y in pairs) else sum(x.nbytes for x, _ in pairs)
 
