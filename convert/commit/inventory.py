@@ -6,6 +6,7 @@ there, never a name that a manifest gives.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,6 +24,8 @@ from layouts.errors import InputError
 from layouts.orbax.tree import COMMITTED
 
 _STEP = 1 << 20
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What is wrong with a file itself; all else the system says is a fault of the disk, or of rights."""
 _APART = (COMMITTED, ".zarray", ".zattrs", "zarr.json")
 """Small files that have a digest each wherever they lie: Orbax's mark, and what arrays say of themselves."""
 
@@ -103,7 +106,8 @@ def read_in_pieces(path: Path) -> Iterator[bytes]:
     """The bytes of a regular file, a few at a time.
 
     Raises:
-        InputError: it is none, or cannot be read.
+        InputError: it is none, or there is none.
+        OSError: the system refuses, or the disk is failing; with the name of the file.
     """
     if isinstance(path, RemotePath):
         yield from path.pieces()
@@ -116,14 +120,17 @@ def read_in_pieces(path: Path) -> Iterator[bytes]:
             while piece := file.read(_STEP):
                 yield piece
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if error.errno in _GONE:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_card(path: Path) -> bytes | None:
     """A model card as `layouts.card` takes it: of one that is too large for a section its digest, which is no text; else None.
 
     Raises:
-        InputError: it is no regular file, or cannot be read.
+        InputError: it is no regular file.
+        OSError: the system refuses, or the disk is failing.
     """
     if not path.is_file():
         return None

@@ -135,6 +135,24 @@ def test_an_output_that_is_not_whole_any_more(one, tmp_path, capsys, spoil):
     assert prefuse(source, out) == 0
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_says_nothing_against_an_output(one, tmp_path, monkeypatch, capsys, number):
+    out, opened = tmp_path / "out", os.open
+    assert prefuse(one, out) == 0
+
+    def fails(path, *flags, **more):
+        if path == out / "config.json":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *flags, **more)
+
+    monkeypatch.setattr(inventory.os, "open", fails)
+    for arguments in (["--prefuse", one, out], ["--verify", out]):
+        assert main(["--quiet", *map(str, arguments)]) == 6
+        error = capsys.readouterr().err
+        assert f"{out / 'config.json'}: {os.strerror(number)}" in error
+        assert "remove it" not in error
+
+
 @pytest.mark.parametrize("spoil", ["manifest.ocdbt", "d", "_METADATA", "a cut file"])
 def test_an_orbax_output_that_is_not_whole_any_more(one, tmp_path, capsys, spoil):
     out = tmp_path / "out"

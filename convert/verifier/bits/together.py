@@ -36,8 +36,8 @@ def consecutive(experts: Sequence[int], most: int) -> Iterator[range]:
 def equal_in(sides: Sides, kind: Kind, experts: range, empty: Empty) -> int | None:
     """How many bytes the first side has of a kind of tensors of these experts, if the other has the same; else None.
 
-    None as well where they cannot be read together, memory does not hold them, or something is wrong with one of them: that is for
-    who looks at each.
+    None as well where they cannot be read together, memory does not hold them, or something is wrong with one of them: that is
+    for who looks at each.
     """
     if not all(has_own(block, kind) for block in sides):
         return None
