@@ -99,6 +99,10 @@ def _check_scalars(reader: Reader, described: Description, layout: str) -> None:
             )
 
 
+_MOST = 1 << 20
+"""Tensors of experts in an output: the largest models have some 300,000, scales counted. A few bytes of a header say more."""
+
+
 def _check_written(
     reader: Reader, described: Description, landings: Sequence[Landing], lora: Sequence[Target]
 ) -> tuple[int, int]:
@@ -110,6 +114,8 @@ def _check_written(
     others = [*(each.spec.name for each in lora), *described.verbatim]
     nbytes = sum(reader.tensors[name].nbytes for name in described.verbatim) + sum(each.spec.nbytes for each in lora)
     count, seen = sum(each.tensors for each in landings), set[str]()
+    if count > _MOST:
+        raise PlanError(f"{reader.path}: its experts would be {count:,} tensors; {_MOST:,} are the most that are written")
     nbytes += sum(each.tensors * each.nbytes for each in landings)
     seen.update(*(each.names() for each in landings), others)
     if len(seen) < count + len(others):

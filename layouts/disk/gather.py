@@ -64,6 +64,9 @@ def gathered(file: Ranged, starts: NDArray[np.int64], nbytes: int) -> NDArray[np
     change = far | (np.diff((near - begins) // file.cover) > 0)
     for rows in np.split(order, change.nonzero()[0] + 1):
         at = starts[rows]
+        if len(rows) == 1:
+            file.read(out[rows[0]].data, int(at[0]))
+            continue
         held = np.empty(at[-1] - at[0] + nbytes, np.uint8)
         file.read(held.data, int(at[0]))
         out[rows] = held[(at - at[0])[:, None] + np.arange(nbytes)]

@@ -83,7 +83,8 @@ def dangling(path: Path) -> str:
 
 def cause(head: bytes) -> str:
     """Why a file that begins so is no safetensors file, where that is a common thing, and what to do."""
-    words = next((words for begins, words in _HEADS if head.startswith(begins)), "")
+    cut = head[8:9] == b"{"  # a header behind its length, which may be any bytes
+    words = "" if cut else next((words for begins, words in _HEADS if head.startswith(begins)), "")
     text = " ".join(head.decode(errors="replace").split())
     if not words and text.isascii() and text.isprintable() and text.startswith(("<", "{")):
         words = f"It is text, such as the answer of a server ({text!r}): download it again"

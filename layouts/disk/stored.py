@@ -22,6 +22,10 @@ PART, AHEAD = 4 << 20, 4
 """Bytes of one request, and how many are under way for one reader: a store is slow to begin, and memory is not unlimited."""
 
 
+_LARGEST = 1 << 50
+"""Bytes of an object: no store has such large ones."""
+
+
 class _EndsBeforeError(InputError):
     """An object has fewer bytes than were asked for."""
 
@@ -134,9 +138,10 @@ def _data_size(text: bytes) -> int | None:
     """Bytes of data that a header speaks of; None where it is no header, which the parser says better."""
     try:
         entries = parsed(text)
-        return max((int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"), default=0)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
         return None
+    return max(ends, default=0) if all(type(end) is int and 0 <= end <= _LARGEST for end in ends) else None
 
 
 @contextmanager

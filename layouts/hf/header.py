@@ -98,9 +98,11 @@ def _read(path: Path, text: bytes, whole: AbstractContextManager[Any]) -> Plain:
         entries = parsed(text)
         if not isinstance(entries, dict):
             raise ValueError("the header is no object")
+        metadata = entries.pop(METADATA, None) or {}
+        if odd := next((name for name, entry in entries.items() if not _usual(entry)), None):
+            raise ValueError(f"{odd} is told in another way than by dtype, shape and data_offsets")
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a sound safetensors file: {error}{_common_cause(path)}") from None
-    metadata = entries.pop(METADATA, None) or {}
     ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
     tensors = columns({n: TensorSpec(name=n, dtype=e["dtype"], shape=tuple(e["shape"])) for n, e in ordered})
     for name, spec in tensors.items():
@@ -112,6 +114,11 @@ def _read(path: Path, text: bytes, whole: AbstractContextManager[Any]) -> Plain:
             raise InputError(f"{path}: {name} has {len(spec.shape)} dimensions; {RANK} are the most")
     begins = np.array([entry["data_offsets"][0] for _, entry in ordered], np.int64)
     return Plain(tensors=tensors, begins=begins, nbytes=sum(tensors.nbytes.values()), metadata=metadata)
+
+
+def _usual(entry: Any) -> bool:
+    """Whether an entry is an object of texts and lists: the format's own parser takes others as well."""
+    return isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
 
 
 def _header(path: Path) -> tuple[bytes, int]:

@@ -123,6 +123,7 @@ def _family(reader: Reader, override: str | None, scan_axis: int | None, layout:
 def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, ...]:
     """The groups; those of `wo` first, because it says how much of a padded `wi` is real, and weights before companions."""
     made: dict[Key, Group] = {}
+    first: dict[tuple[str, Any], Group] = {}
     tensors, stated = columns(reader.tensors), expert_counts(reader.config)
     for key in sorted(matched, key=lambda key: (key[0] == "wi", PARTS[key[1]].name not in WEIGHTS)):
         role, part, block = key
@@ -140,8 +141,8 @@ def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, 
         grid = check_grid(reader, role, place, dict(block), names, min((n for n in stated if n >= seen), default=seen))
         weight = matched.get((role, 0, block))
         scan = _scan_axes(reader, weight.placed.pattern, weight.first) if weight else None
-        beside = next((g for (r, _, b), g in made.items() if (r, b) == (role, block)), None)
-        dims, pattern, all_sizes = _fit(reader, reader.tensors[names[0]], found, sizes | grid, scan, beside, stated)
+        spec, beside = reader.tensors[names[0]], first.get((role, block))
+        dims, pattern, all_sizes = _fit(reader, spec, found, sizes | grid, scan, beside, stated)
         made[key] = Group(
             role=role,
             part=PARTS[part].name,
@@ -149,12 +150,13 @@ def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, 
             placed=Placed(place, pattern),
             index=dict(block),
             sizes=grid | all_sizes,
-            dtype=reader.tensors[names[0]].dtype,
+            dtype=spec.dtype,
             names=names,
             layout=each.layout,
             native=each.natives[each.native_of.get(names[0], 0)] if each.natives else each.layout,
             relaid=bool(each.natives),
         )
+        first.setdefault((role, block), made[key])
     return marked(reader, [made[key] for key in matched])
 
 

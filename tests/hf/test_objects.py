@@ -1,5 +1,6 @@
 """Safetensors in a store, out: the bytes of a disk, in parts, complete or absent, taken up again; against a local S3."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -289,6 +290,15 @@ def test_of_objects_sizes_are_found_and_limited(out, pieces, monkeypatch):
     monkeypatch.setitem(LIMITS, "config.json", 5001)
     with pytest.raises(InputError, match="more than 5,001 bytes"):
         read_bytes(there / "config.json")
+
+
+@pytest.mark.parametrize("end", [1e999, 10**30, 2**63 - 1, -100_000, "4", None])
+def test_an_object_whose_header_tells_odd_offsets_is_refused(out, capsys, end):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, end]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    client().put_object(Bucket=BUCKET, Key=f"{below(out)}/model.safetensors", Body=data)
+    assert main(["--inspect", out]) == 3
+    assert "model.safetensors: not a sound safetensors file" in capsys.readouterr().err
 
 
 def test_notes_that_are_none_do_not_count(local, out, monkeypatch, capsys):

@@ -70,6 +70,8 @@ DUPLICATE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype"
         (b"not json", b"", None, "not a sound safetensors file"),
         (b"\xff\xfe{}", b"", None, "not a sound safetensors file"),
         ([], b"", None, "not a sound safetensors file"),
+        ({"a": ["F32", [1], [0, 4]]}, bytes(4), None, "a is told in another way"),
+        ({"a": entry(0, 4, [1]) | {"dtype": {"F32": None}}}, bytes(4), None, "a is told in another way"),
     ],
 )
 def test_an_unsound_file_is_refused(source, refused, header, data, length, words):
@@ -85,6 +87,13 @@ def test_a_truncated_file_is_refused_at_every_length(source):
         (source / FIRST).write_bytes(whole[:length])
         with pytest.raises(InputError, match=f"{FIRST}.*Download or copy it again"):
             read_shard(source / FIRST)
+
+
+@pytest.mark.parametrize("size", [0x0280, 0x0480])
+def test_a_cut_file_whose_length_reads_as_the_head_of_a_pickle_is_called_cut(source, refused, size):
+    header = json.dumps({"a": entry(0, 8, [2])}).encode().ljust(size)
+    raw(source / FIRST, header, bytes(4), None)
+    assert "Download or copy it again" in refused()
 
 
 def test_a_git_lfs_pointer_is_called_by_its_name(source, refused):

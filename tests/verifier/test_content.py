@@ -32,6 +32,7 @@ from scripts.make_checkpoint import make_checkpoint
 from tests.layouts.test_companions import BLOCKS, FP8, FP8_PARTS, checkpoint
 from tests.layouts.test_kinds import config as kinds
 from tests.layouts.test_kinds import published
+from tests.layouts.test_mixed import idle
 from tests.tiny import HF, MemoryReader, cut, memory, restore, run, store_again
 
 E, K, N, LAYERS = 4, 8, 4, 3
@@ -130,6 +131,16 @@ def test_both_kinds_of_experts_belong_to_it():
     text, images = (f"model.layers.1.mlp.{word}.experts.wi" for word in ("text_moe", "vision_moe"))
     fused.arrays[text], fused.arrays[images] = fused.arrays[images], fused.arrays[text]
     assert in_memory(fused) != in_memory(source)
+
+
+def test_rows_of_experts_that_are_the_identity_belong_to_it():
+    source, other = idle(4), idle(4)
+    wanted = in_memory(source)
+    assert in_memory(run(source, "prefuse")) == wanted
+    name = "model.layers.11.mlp.experts.gate_up_proj"
+    other.arrays[name] = other.arrays[name].copy()
+    other.arrays[name][-1, 0, 0] += 1
+    assert in_memory(other) != wanted
 
 
 @pytest.mark.parametrize("words", [{"to": "hf"}, {"to": "hf", "split": True}, {"to": "hf", "prefuse": True}], ids=str)

@@ -99,6 +99,14 @@ def test_a_self_test_sees_a_bit_in_the_middle_of_a_run(plain, tmp_path):
     assert any({"exact", "content"} <= set(trial.seen) for trial in found.self_test)
 
 
+def test_a_self_test_sees_that_runs_are_not_looked_at(plain, tmp_path, monkeypatch):
+    convert.prefuse(plain, tmp_path / "out")
+    monkeypatch.setattr(exact, "equal_in", lambda *_: 1)
+    found = convert.verify(plain, tmp_path / "out", gemm=False, self_test=True)
+    assert any("exact" in trial.unseen for trial in found.self_test)
+    assert not found.equal
+
+
 def test_computed_tensors_are_compared_in_runs_too(plain, tmp_path, monkeypatch):
     def read(path):
         return dequantized(open_checkpoint(path))

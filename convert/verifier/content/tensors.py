@@ -45,7 +45,7 @@ def expert_units(place: list[Any], block: Block) -> Iterator[Unit]:
         first = located(block, kind, {"e": 0, "g": 0}, range(1))
         each = math.prod(first.lengths) * itemsize(group.dtype)
         together = has_own(block, kind) and not is_chunked(block.reader)
-        for run in consecutive(range(block.experts), max(1, TOGETHER // max(1, each)) if together else 1):
+        for run in consecutive(range(group.sizes.get("e", block.experts)), max(1, TOGETHER // max(1, each)) if together else 1):
             for g in halves:
                 found = located(block, kind, {"e": run.start, "g": g or 0}, run)
                 apart = [name_at(block, kind, {"e": e, "g": g or 0}) for e in run[1:]] if "e" in group.placed.key.slots else []

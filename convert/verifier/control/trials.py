@@ -75,13 +75,16 @@ def tried(verdict: Verdict, sides: Sides, options: Verification, compare: Compar
 def _asked(
     reader: Reader, description: Description, beside: list[Mapping[str, Any]], equal: list[str], options: Verification
 ) -> tuple[list[_Asked], Verification]:
-    """The bits to flip, and the options narrowed down to the layer and the expert that one of them is of."""
+    """The bits to flip, and the options narrowed down to the layer of one of them, to its expert and to one beside.
+
+    Small experts that follow one another are compared together: an expert alone would show nothing of that.
+    """
     asked, near = list[_Asked](), ""
     if "exact" in equal:
         chosen = _chosen(reader, description, options)
         asked.append(_of_expert(chosen, equal))
         near = asked[0][0].name
-        options = replace(options, layers=frozenset({chosen.block.number}), experts=frozenset({chosen.e}))
+        options = replace(options, layers=frozenset({chosen.block.number}), experts=frozenset({chosen.e, *chosen.beside}))
     if "delta" in equal and (flip := of_lora(lora_blocks(reader, description, beside).values())):
         asked.append((flip, ["delta"], {}))
     names = list(description.verbatim)
@@ -107,10 +110,14 @@ def _shared(name: str, other: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chosen:
-    """An expert of a MoE layer, and the rows of `wo` that one-hot tokens read of it; None where no GEMM runs."""
+    """An expert of a MoE layer, one `beside` it, if there is one, and the rows of `wo` that one-hot tokens read of it.
+
+    These are None where no GEMM runs.
+    """
 
     block: Block
     e: int
+    beside: frozenset[int]
     rows: NDArray[Any] | None
 
 
@@ -120,7 +127,12 @@ def _chosen(reader: Reader, description: Description, options: Verification) -> 
     layers = [b for b in blocks(reader, description).values() if wanted is None or b.number in wanted]
     every = {b.label: [e for e in range(b.experts) if options.experts is None or e in options.experts] for b in layers}
     layers = [block for block in layers if every[block.label]]
-    plain = _Chosen(block=layers[0], e=every[layers[0].label][0], rows=None)
+
+    def choose(block: Block, e: int, rows: NDArray[Any] | None) -> _Chosen:
+        near = [other for other in (e + 1, e - 1) if other in every[block.label]]
+        return _Chosen(block=block, e=e, beside=frozenset(near[:1]), rows=rows)
+
+    plain = choose(layers[0], every[layers[0].label][0], None)
     if not options.gemm:
         return plain
     from convert.verifier.gemms.operands import can_run
@@ -134,7 +146,7 @@ def _chosen(reader: Reader, description: Description, options: Verification) -> 
     routing = routing_of(reader.config, runs.experts)
     sizes = routed(runs, routing, tokens_for(runs, options.tokens)).sizes
     e = max(every[runs.label], key=lambda e: int(sizes[e]))
-    return _Chosen(block=runs, e=e, rows=rows_of(runs, options.tokens)["wo"])
+    return choose(runs, e, rows_of(runs, options.tokens)["wo"])
 
 
 def _trial(flipped: str, must: Iterable[str], again: Verdict, untried: dict[str, str]) -> Trial:
