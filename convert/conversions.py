@@ -61,11 +61,12 @@ def opened_plan(source: str | Path, out: str | Path, action: Action, choices: Ch
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place
 
+    where = destination(out)
     if action != "merge" and is_adapter(place(source)):
         from convert.adapters.write import open_and_plan as open_adapter_and_plan
 
-        return open_adapter_and_plan(place(source), destination(out), action, choices)
-    return open_and_plan(source, out, action, choices)
+        return open_adapter_and_plan(place(source), where, action, choices)
+    return open_and_plan(source, where, action, choices)
 
 
 @documented(Prefusing)

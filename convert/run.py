@@ -48,7 +48,7 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
     if action == "merge":
         from convert.adapters.merge import open_and_merge
 
-        return open_and_merge(source, destination(out), choices)
+        return open_and_merge(source, place(out), choices)
     check(choices)
     with readable(source), growing():
         return _open_and_plan(source, out, action, choices)
@@ -67,13 +67,13 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         if choices.to is not None and choices.to != reader.format:
             from convert.planning.across.plan import make_cross_plan
 
-            plan = make_cross_plan(reader, destination(out), action, choices)
+            plan = make_cross_plan(reader, place(out), action, choices)
         elif between := "--drop-mtp" if choices.drop_mtp else "--compute" if choices.compute else "":
             raise UsageError(f"{source} is {reader.format} already; {between} is for conversions between formats (--to)")
         elif action == "convert":
             raise UsageError(f"{source} is {reader.format} already; --to is for the other format")
         else:
-            plan = make_plan(reader, destination(out), action, choices)
+            plan = make_plan(reader, place(out), action, choices)
         check_formats(choices, reader.format, plan.format)
         plan = _cut_for(plan, choices)
         told = (*plan.remarks, *remarks_of(reader), *_scales(plan, reader))
@@ -121,8 +121,8 @@ def convert_checkpoint(
 ) -> Report:
     """Plan and write; see `convert.prefuse` for what it raises."""
     started = time.monotonic()
-    origin, target = place(source), destination(out)  # once, because a store is listed for it
     with processes.together():
+        origin, target = place(source), destination(out, makes=processes.first)  # once, because a store is listed for it
         if not (finished := (target / manifest.NAME).exists() and (not is_remote(target) or bool(mark_of(target)))):
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)

@@ -12,6 +12,7 @@ import pytest
 
 import convert
 from convert.cli import main, verify_main
+from convert.commit.stage import check_output, destination
 from convert.errors import UsageError
 from convert.hf.write import HFWriter
 from layouts.tables.families import FAMILIES
@@ -289,6 +290,15 @@ def test_where_nothing_may_be_made_is_said_before_the_work(source, tmp_path, cap
     assert run("--prefuse", source, tmp_path / "new" / "out", *words) == 6
     why = f"nothing may be made in {tmp_path}; ask its owner for the right, or choose another output"
     assert capsys.readouterr().err == f"convert: {tmp_path / 'new' / 'out'}: {why}\n"
+
+
+def test_of_several_processes_one_makes_the_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert destination(tmp_path / "out", makes=False) == tmp_path / "out"
+    with pytest.raises(UsageError, match="give the output by its own name"):
+        check_output(tmp_path, destination("/", makes=False), overwrite=False)
+    with pytest.raises(UsageError, match="begins or ends with a space"):
+        destination("s3://bucket/out ")
 
 
 @pytest.mark.parametrize("there", [True, False])

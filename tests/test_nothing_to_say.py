@@ -73,6 +73,7 @@ OF_ONE = (
     "--verify hf made --no-gemm --family qwen3_moe",
     "--verify made --source-layout per-expert",
     "--digest hf made --source-layout concat",
+    "--digest hf hf made --source-layout concat",
     "--digest hf orbax --scan-axis 1",
     "--inspect orbax --scan-axis 1",
 )

@@ -40,7 +40,7 @@ from convert.commit.processes import ALONE, Processes
 from convert.commit.publish import publish
 from convert.commit.store import StoreStage, store_staging
 from convert.errors import ConvertError, InputError, OutputError, StorageError, UsageError
-from layouts.disk.addresses import foreign, of_the_hub
+from layouts.disk.addresses import foreign, of_the_hub, otherwise
 from layouts.disk.buckets import DRIVERS
 from layouts.disk.mistaken import mistyped
 from layouts.disk.names import part
@@ -126,8 +126,8 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
         check_replaceable(out)
 
 
-def destination(out: str | Path) -> Path:
-    """The place to write to; what is to be made there must be meant so.
+def destination(out: str | Path, *, makes: bool = True) -> Path:
+    """The place to write to; what is to be made there must be meant so. Of several processes, one makes it.
 
     Raises:
         UsageError: the path leads through a file, is an address that is no store's, or looks as if it was meant otherwise.
@@ -138,6 +138,8 @@ def destination(out: str | Path) -> Path:
         if str(out).partition("://")[0] not in DRIVERS:
             there = "write it to a disk, then: hf upload" if of_the_hub(str(out)) else foreign(str(out))
             raise UsageError(f"{out}: {there}")
+        if why := otherwise(str(out).partition("://")[2], whole=False):
+            raise UsageError(f"{out}: {why}; choose another output")
         return place(out)
     path = Path(out)
     above = Path(os.path.abspath(path)).parents
@@ -145,8 +147,8 @@ def destination(out: str | Path) -> Path:
         raise UsageError(f"{path}: {file} is no directory, so nothing can be made in it; choose another output")
     if why := mistyped(path):
         raise UsageError(f"{path}: {why}; choose another output")
-    folder = next(each for each in above if each.is_dir())
-    if not os.path.lexists(path) and not os.access(folder, os.W_OK | os.X_OK):
+    folder = next((each for each in above if each.is_dir()), path)
+    if makes and not os.path.lexists(path) and not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path}: nothing may be made in {folder}; ask its owner for the right, or choose another output")
     return path
 

@@ -55,8 +55,8 @@ def _opened(path: Path) -> Reader:
 
 
 def said_alone(options: Verification, at: int) -> Verification:
-    """The options with what the user says of this one of two sides, as if it were alone."""
-    said = said_of(options)[at]
+    """The options with what the user says of this one of several sides, as if it were alone."""
+    said = said_of(options)[min(at, 1)]
     return replace(options, family=said.family, source_layout=said.layout, family_b=None, source_layout_b=None)
 
 
@@ -67,6 +67,8 @@ def check_places(paths: Sequence[Path], options: Verification) -> None:
         UsageError, PlanError: see `check_said`.
         InputError: one cannot be read.
     """
+    if not (options.family or options.source_layout or options.scan_axis is not None):
+        return  # nothing is said
     with ExitStack() as stack:
         check_said([stack.enter_context(closing(_opened(path))) for path in paths], options)
 

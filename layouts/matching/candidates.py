@@ -117,7 +117,10 @@ def _is_origin(text: str, record: Mapping[str, Any]) -> bool:
 
 def _check_said(reader: Reader, text: str, family: Family, recorded: Iterable[Known]) -> None:
     """See that what the user says is what the record says, of what is here or of what it was made of."""
-    table = named(text, family)
+    table = {
+        role: checked(role, each.key.replace(family.experts, "{experts}"), each.pattern)  # as `_recorded` has them
+        for role, each in named(text, family).items()
+    }
     if any(table[known.role] not in (known.layout, *known.natives) for known in recorded):
         raise PlanError(
             f"{reader.path}: its record says that its experts are in layout {record_of(reader)['layout']!r}, and neither that "
@@ -142,13 +145,24 @@ def _natives_of(reader: Reader, record: Mapping[str, Any], family: Family) -> li
 
 
 def at_home(family: Family, text: str | None) -> Family:
-    """The family with its experts at the place that a layout of the user has itself, where no model says another place.
+    """The family of a model that no table has, as a layout of the user has it: with its experts at the place of that layout.
 
-    What is made of `{path}.{l}.mlp.gate_proj` in a tree goes there, too, and not to `{path}`, which all layers share.
+    What is made of `{path}.{l}.mlp.gate_proj` in a tree goes there, too, and not to `{path}`, which all layers share. Where
+    gate and up are apart, that is how the model is published: a split has nothing else to write.
     """
-    keys = [layout.key for layout in SOURCES.get(text or "", {}).values()]
-    home = os.path.commonprefix(keys).rpartition(".")[0]  # noqa: RUF071 - up to a dot
-    return replace(family, experts=home) if not family.model_types and home.startswith("{path}") else family
+    table = SOURCES.get(text or "")
+    if table is None or family.model_types:
+        return family
+    home = os.path.commonprefix([layout.key for layout in table.values()]).rpartition(".")[0]  # noqa: RUF071 - up to a dot
+    while home.endswith("}"):  # that is the place of one expert, or of all layers
+        home = home.rpartition(".")[0]
+    placed = replace(family, experts=home) if home.startswith("{path}") else family
+    apart = "{g" in table["wi"].key
+    return replace(placed, native=tuple(placed.own(table) if apart or _has_home(each) else each for each in family.native))
+
+
+def _has_home(table: Layouts) -> bool:
+    return any(layout.key.startswith("{path}") for layout in table.values())
 
 
 def named(text: str, family: Family) -> Layouts:

@@ -135,6 +135,22 @@ def test_trees_of_trainers_are_named_by_the_user(name, config, format):  # noqa:
 
 
 @EACH_TREE
+def test_what_was_named_may_be_named_again_and_is_how_the_model_is_published(name):
+    source = MemoryReader(tree(name), config={"model_type": "new"})
+    fused = run(source, "prefuse", source_layout=name)
+    assert same(run(fused, "split", source_layout=name).arrays, source.arrays)
+    with pytest.raises(PlanError, match="nothing to split"):
+        make_plan(source, OUT, "split", Choices(source_layout=name))
+
+
+def test_the_place_of_single_experts_is_that_of_all():
+    source = MemoryReader(plain(projections(AT, *W)), config={"model_type": "new"}, format="orbax")
+    fused = run(source, "prefuse", source_layout="per-expert-in-mlp")
+    assert np.array_equal(fused.arrays[f"{AT}.experts.wi"], np.concatenate(W[:2], -1))
+    assert same(run(fused, "split").arrays, source.arrays)
+
+
+@EACH_TREE
 @pytest.mark.parametrize("format", ["hf", "orbax"])
 @pytest.mark.parametrize("sizes", [{"text_config": {"hidden_size": 6}}, {"moe_intermediate_size": 4}], ids=str)
 def test_a_named_layout_is_checked_against_the_sizes_of_the_model(name, format, sizes):  # noqa: A002

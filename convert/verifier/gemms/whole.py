@@ -26,6 +26,8 @@ from layouts.tensors import numpy_dtype
 
 TOKENS = 16
 """Tokens of a probe."""
+MODULES = (".experts", ".switch_mlp", ".switch_glu")
+"""The modules of experts beside whose names the router's begin; MLX has its own below the layer's."""
 WEIGHTS = tuple(f"{name}.weight" for name in ("gate", "router", "router.gate", "gate.wg", "router.layer", "router.classifier"))
 KERNEL = "gate.kernel"
 """MaxText's router, (K, E); in a stack of layers (K, L, E), or (L, K, E) where the layers come first."""
@@ -101,7 +103,8 @@ def _router(block: Block, experts: int, k: int) -> tuple[NDArray[Any] | None, ..
     """Weight (E, K), bias and correction (E,) of the layer's router, as far as they are there."""
     reader, group = block.reader, block.groups["wi", ""]
     name = group.names[0]
-    place = name.partition(".experts")[0] if ".experts" in name else name.removesuffix(".weight").rpartition(".")[0]
+    module = next((word for word in MODULES if word in name), None)
+    place = name.partition(module)[0] if module else name.removesuffix(".weight").rpartition(".")[0]
     if f"{place}.{HASHED}" in reader.tensors:
         return None, None, None
     weight = _named(reader, place, WEIGHTS, (experts, k))
