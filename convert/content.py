@@ -52,7 +52,7 @@ def content_of(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Any] | No
 
     None where a slice has no digest of its own, or values are computed.
     """
-    if plan.computed or plan.merging or plan.format != "hf" or any(target.role == OTHER for target in plan.targets):
+    if plan.computed or plan.merging or plan.format != "hf" or any(first.role == OTHER for first, _ in plan.targets.forms):
         return None
     lines, nbytes = list[str](), 0
     known: dict[tuple[int, str], _Slices | None] = {}

@@ -6,7 +6,6 @@ In: plans, reports. Out: text. It never prints it.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,9 @@ from convert.errors import one_line
 from convert.options.values import counted
 from convert.options.values import in_units as size
 from convert.planning.documents import report_document
+from convert.planning.forms import Form
 from convert.planning.planner import Plan
-from convert.planning.targets import LORA, OTHER, Target
+from convert.planning.targets import LORA, OTHER, Target, Way
 from layouts.language.layout import ROLES
 from layouts.language.parts import CHUNKS, EXTRA
 from layouts.language.template import Template
@@ -67,7 +67,7 @@ class Report:
             lines.append(f"{_left_out(plan)}: {', '.join(plan.left_out_files)}")
         if self.resumed:
             lines.append(f"resumed: {self.resumed} tensors were finished by an earlier run")
-        loud = plan.merging or any(target.role == LORA for target in plan.targets)
+        loud = plan.merging or any(first.role == LORA for first, _ in plan.targets.forms)
         said = plan.remarks if loud else ()  # what was taken of an adapter, and its alpha, decide on its numbers
         return _joined([*lines, *(f"note: {note}" for note in (*said, *self.notes))])
 
@@ -82,35 +82,39 @@ def _headline(plan: Plan) -> str:
             f"merge  {plan.merging.adapter} into {plan.source} ({plan.family}, layout {plan.layout}): "
             f"{len(plan.merging.names)} of {len(plan.targets)} tensors computed, all others copied as they are"
         )
-    moved = [target for target in plan.targets if target.role in ROLES]
-    experts = max((target.sizes.get("e", 0) for target in moved), default=0)
-    lora = sum(target.role == LORA for target in plan.targets)
-    others = len(plan.targets) - len(moved) - lora
-    how = "copied as they are" if all(t.role != OTHER for t in plan.targets) else "in the other format's axes"
+    forms = plan.targets.forms
+    experts = max((first.sizes.get("e", 0) for first, _ in forms if first.role in ROLES), default=0)
+    moved = sum(count for first, count in forms if first.role in ROLES)
+    lora = sum(count for first, count in forms if first.role == LORA)
+    others = len(plan.targets) - moved - lora
+    how = "copied as they are" if all(first.role != OTHER for first, _ in forms) else "in the other format's axes"
     return (
         f"{plan.action}  {plan.source} ({plan.family}) -> {plan.format}, layout {plan.layout}: "
-        f"{counted(_blocks(moved), 'MoE block')} of {counted(experts, 'expert')}, {counted(len(moved), 'expert tensor')}, "
+        f"{counted(_blocks(plan.targets), 'MoE block')} of {counted(experts, 'expert')}, {counted(moved, 'expert tensor')}, "
         f"{f'{lora} of LoRA, ' if lora else ''}{counted(others, 'other')} {how}"
     )
 
 
-def _blocks(moved: Iterable[Target]) -> int:
+def _blocks(targets: Iterable[Target]) -> int:
     """How many times the experts of a layer are there, also in stacks of layers, and as an optimizer's moments."""
-    found = {}
-    for target in (t for t in moved if t.role == "wi" and t.part in WEIGHTS):
-        place = target.target.key.text, *((axis, at) for axis, at in target.index.items() if axis not in "eg")
-        layers = (target.sizes[axis] for axis in target.target.pattern.axes if axis not in {*"ekg", *EXTRA, *CHUNKS})
-        found[place] = math.prod(layers)
+    found: dict[tuple[object, ...], int] = {}
+    ways: dict[int, tuple[tuple[str, ...], int]] = {}
+    for target in (t for t in targets if t.role == "wi" and t.part in WEIGHTS):
+        if (known := ways.get(id(target.way))) is None:
+            layers = (target.sizes[axis] for axis in target.target.pattern.axes if axis not in {*"ekg", *EXTRA, *CHUNKS})
+            known = ways[id(target.way)] = tuple(axis for axis in target.index if axis not in "eg"), math.prod(layers)
+        axes, layers_of = known
+        found[target.target.key.text, *axes, *map(target.index.get, axes)] = layers_of
     return sum(found.values())
 
 
 def describe_plan(plan: Plan, peak: int, jobs: int) -> str:
     """The plan as `--dry-run` prints it: one line per kind of tensor, with layers and experts folded into ranges."""
     lines = [_headline(plan), ""]
-    for (source, target, shape, dtype), group in _fold(plan.targets).items():
-        packed = ", packed: in and out keep their order" if group[0].packed else ""
-        sections = f", u in turns by {turns.text}" if (turns := group[0].way.turns) else ""
-        lines.append(f"  {target}  {dtype} {shape}  x{len(group)}  <- {source}{packed}{sections}")
+    for (source, target, shape, dtype), (way, count) in _fold(plan.targets.forms).items():
+        packed = ", packed: in and out keep their order" if way.packed else ""
+        sections = f", u in turns by {way.turns.text}" if way.turns else ""
+        lines.append(f"  {target}  {dtype} {shape}  x{count}  <- {source}{packed}{sections}")
     computed, told = (plan.merging.names, plan.merging.lines) if plan.merging else (frozenset[str](), ())
     lines += [*(f"  {line}" for line in told), ""]
     kept = (target for target in plan.targets if target.spec.name not in computed)
@@ -158,17 +162,14 @@ def describe_division(pieces: Sequence[tuple[str, int]], count: int) -> str:
     return _joined(lines)
 
 
-def _fold(targets: Iterable[Target]) -> dict[tuple[str, str, str, str], list[Target]]:
-    kinds: dict[tuple[Any, ...], list[Target]] = defaultdict(list)
-    for t in targets:
-        if t.role != "verbatim":
-            at = tuple(t.index.get(slot) for slot in (*t.source.key.slots, *t.target.key.slots) if len(slot) > 1)
-            kinds[t.source, t.target, t.spec.shape, t.spec.dtype, at].append(t)
-    folded: dict[tuple[str, str, str, str], list[Target]] = defaultdict(list)
-    for group in kinds.values():
-        t = group[0]
+def _fold(forms: Iterable[Form]) -> dict[tuple[str, str, str, str], tuple[Way, int]]:
+    """By what a line says of them: the way of the first targets, and how many there are."""
+    folded: dict[tuple[str, str, str, str], tuple[Way, int]] = {}
+    for t, count in (form for form in forms if form.first.role != "verbatim"):
         source, target = (f"{_bound(side.key, t)}  '{side.pattern.text}'" for side in (t.source, t.target))
-        folded[source, target, str(t.spec.shape), t.spec.dtype] += group
+        line = source, target, str(t.spec.shape), t.spec.dtype
+        way, before = folded.get(line, (t.way, 0))
+        folded[line] = way, before + count
     return folded
 
 

@@ -15,6 +15,7 @@ from convert.commit.inventory import read_in_pieces
 from convert.errors import PlanError, UsageError, readable
 from convert.options import Choices
 from convert.options.evidence import known_of
+from convert.planning.forms import Targets
 from convert.planning.planner import Merging, Plan
 from convert.planning.targets import verbatim
 from layouts.adapters.describe import Description, describe
@@ -94,7 +95,7 @@ def _planned(base: Reader, model: Model, adapter: HFReader, out: Path, choices: 
         family=model.family.name,
         layout=str(record["layout"]) if record and "layout" in record else "native",
         record=record,
-        targets=tuple(map(verbatim, base.tensors.values())),
+        targets=Targets(map(verbatim, base.tensors.values())),
         side_files=copied,
         left_out_files=left_out,
         never_copied=beside.never,

@@ -58,7 +58,7 @@ def _word(path: Path) -> str:
 
 def _are_floats(plan: Plan) -> bool:
     """Whether there is a GEMM that takes the experts: none takes integers, packed or not."""
-    weights = (target for target in plan.targets if target.role in ROLES and target.part in WEIGHTS)
+    weights = (first for first, _ in plan.targets.forms if first.role in ROLES and first.part in WEIGHTS)
     return all(not target.packed and target.spec.dtype.startswith(("F", "BF")) for target in weights)
 
 

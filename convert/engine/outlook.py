@@ -92,9 +92,9 @@ def outlook(plan: Planned, reader: Reader) -> Outlook:
     beside = sum(plan.side_files.values())
     if not isinstance(plan, Plan):
         return Outlook(read=_stored(reader) + beside, write=plan.nbytes + beside, padding=0, free=_free(plan.out), out=plan.out)
-    padded = [target for target in plan.targets if target.target.pattern.padding]
-    padding = sum(target.spec.nbytes - _real(target) for target in padded)
-    shards = next((target.target.pattern.fixed["s"] for target in padded if "s" in target.target.pattern.fixed), None)
+    padded = [(first, count) for first, count in plan.targets.forms if first.target.pattern.padding]
+    padding = sum((first.spec.nbytes - _real(first)) * count for first, count in padded)
+    shards = next((first.target.pattern.fixed["s"] for first, _ in padded if "s" in first.target.pattern.fixed), None)
     return Outlook(
         read=_read(plan, reader, plan.nbytes - padding) + beside,
         write=plan.nbytes + kept_bytes(plan) + beside,

@@ -18,6 +18,7 @@ from typing import Any
 from convert.planning.planner import Target
 from layouts.disk.names import part
 from layouts.disk.written import indented
+from layouts.hf.header import Plain, plain
 from layouts.tensors import TensorSpec, itemsize
 
 SINGLE = "model.safetensors"
@@ -80,20 +81,45 @@ def restore(headers: Mapping[str, str], specs: Iterable[TensorSpec]) -> tuple[Fi
     for name, header in headers.items():
         if not part(name, "the original files that convert_manifest.json remembers").endswith(".safetensors"):
             return None
-        offsets, end = {}, 0
         try:
-            entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
-            for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-                spec = wanted.pop(key)
-                begin, end = end, end + spec.nbytes
-                found = (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"])
-                if found != (spec.dtype, spec.shape, [begin, end]):
-                    return None
-                offsets[key] = begin
+            text = header.encode()
+            found = plain(text)
+            offsets, end = _offsets(json.loads(header), wanted) if found is None else (_begins(found, wanted), found.nbytes)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        restored.append(_with_head(name, header.encode(), offsets, end))
+        restored.append(_with_head(name, text, offsets, end))
     return None if wanted else tuple(restored)
+
+
+def _begins(found: Plain, wanted: dict[str, TensorSpec]) -> Mapping[str, int]:
+    """Where the tensors of a header of the usual form are, and takes them out of those that are `wanted`.
+
+    Raises:
+        KeyError, ValueError: it has others.
+    """
+    names, kinds = found.tensors.names, found.tensors.kinds
+    for name, number in zip(names, found.tensors.kind.tolist(), strict=True):
+        spec = wanted.pop(name)
+        if kinds[number] != (spec.dtype, spec.shape):
+            raise ValueError(name)
+    return dict(zip(names, found.begins.tolist(), strict=True))
+
+
+def _offsets(header: Mapping[str, Any], wanted: dict[str, TensorSpec]) -> tuple[Mapping[str, int], int]:
+    """The same of any header, and where the last one ends.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it has others, or is no header.
+    """
+    offsets, end = {}, 0
+    entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+    for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        spec = wanted.pop(key)
+        begin, end = end, end + spec.nbytes
+        if (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]) != (spec.dtype, spec.shape, [begin, end]):
+            raise ValueError(key)
+        offsets[key] = begin
+    return offsets, end
 
 
 def _with_head(name: str, header: bytes, offsets: Mapping[str, int], data: int) -> File:

@@ -21,6 +21,7 @@ from convert.errors import PlanError, UsageError
 from convert.memory import tree
 from convert.memory.leaves import Leaf
 from convert.pipeline.request import Request
+from convert.planning.forms import Targets
 from convert.planning.planner import Plan
 from convert.planning.targets import Target
 from layouts.disk.pread import Empty
@@ -59,7 +60,7 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
         format=like.format,
         layout=str((like.record or {}).get("layout", "native")),
         record=like.record,
-        targets=tuple(made[name] for name in like.tensors),
+        targets=Targets(made[name] for name in like.tensors),
         side_files=dict(sorted({**like.side_files.plain, **plan.side_files}.items())),
         left_out={},
         twins=(),

@@ -19,6 +19,7 @@ from convert.engine.regions import fill
 from convert.engine.twins import with_computed
 from convert.pipeline.back import TreeReader
 from convert.planning.across.computed import computed_back
+from convert.planning.forms import Targets
 from convert.planning.planner import Plan, verbatim
 from convert.planning.targets import Target
 from layouts.computing import OriginalsReader, computing
@@ -54,7 +55,7 @@ def with_values(plan: Plan, forward: Plan, tree: TreeReader, like: Reader) -> tu
         specs = {name: like.tensors[name] for name in forward.factors}
         targets = (verbatim(each.spec) if each.spec.name in specs else each for each in plan.targets)
         said = f"values are not computed: those of {', '.join(forward.computed_kinds)} are what they were"
-        plan = replace(plan, targets=tuple(targets), remarks=(*plan.remarks, said))
+        plan = replace(plan, targets=Targets(targets), remarks=(*plan.remarks, said))
         return plan, replace(tree, tensors={**tree.tensors, **specs}), _HELD if is_chunked(like) else 0
     plan = computed_back(plan, forward, computed)
     files = {name: nbytes for name, nbytes in plan.side_files.items() if name != ORIGINALS}

@@ -14,6 +14,7 @@ from convert.errors import UsageError, did_you_mean, readable
 from convert.options import Choices
 from convert.planning.across.plan import make_cross_plan
 from convert.planning.choices import check
+from convert.planning.forms import Targets
 from convert.planning.planner import Action, Plan, make_plan, plan_as_stored
 from layouts.checkpoint import FORMATS, is_adapter, open_checkpoint
 from layouts.dequantize import dequantized
@@ -79,7 +80,7 @@ def request(reader: Reader, layout: str | None, names: Names, choices: Choices) 
     with readable(reader.path):
         plan = _plan(reader, layout, kind, choices)
     if choices.params_only and is_chunked(reader) and FORMATS[plan.format].chunked:
-        plan = replace(plan, targets=tuple(target for target in plan.targets if target.spec.name.startswith(ROOT)))
+        plan = replace(plan, targets=Targets(target for target in plan.targets if target.spec.name.startswith(ROOT)))
     found = [target.spec.name for target in plan.targets]
     return Request(plan=plan, names=_called(found, called), nested=kind == "orbax" and called is None)
 

@@ -5,7 +5,7 @@ In: an open checkpoint and choices. Out: a plan. It never reads data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from convert.options import Choices
 from convert.planning.documents import plan_document
+from convert.planning.forms import Targets
 from convert.planning.landings import land
 from convert.planning.record import family_record, make_record, with_origin
+from convert.planning.relay import Landing
 from convert.planning.targets import Piece, Target, verbatim
 from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
@@ -60,7 +62,7 @@ class Plan:
     family: str
     layout: str
     record: Mapping[str, Any] | None
-    targets: tuple[Target, ...]
+    targets: Targets
     side_files: Mapping[str, int]
     """The files that are copied as they are: name -> bytes (unknown, and 0, in a store)."""
     left_out_files: Mapping[str, int] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class Plan:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data in the output."""
-        return sum(target.spec.nbytes for target in self.targets)
+        return sum(first.spec.nbytes * count for first, count in self.targets.forms)
 
     @property
     def side_bytes(self) -> int:
@@ -138,11 +140,15 @@ def plan_described(
         PlanError: no lossless plan exists, or there is nothing to do.
     """
     layout, landed = choices.layout, land(reader, described, action, choices, idle=idle)
-    experts = [(each.group.native, made) for each in landed.landings for made in each.targets()]
-    found = [*(made for _, made in experts), *landed.lora]
-    found += [verbatim(reader.tensors[name]) for name in described.verbatim]
+    landings = [(each, list(each.targets())) for each in landed.landings]
+    others = (verbatim(reader.tensors[name]) for name in described.verbatim)
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
+    if action == "split":
+        record = family_record(described.family, landed.origin)
+    else:
+        experts = [(each.group.native, target) for each, targets in landings for target in targets]
+        record = with_origin(make_record(layout, described.family, landed.wanted, experts, landed.lora), landed.origin)
     return Plan(
         source=reader.path,
         out=out,
@@ -150,10 +156,8 @@ def plan_described(
         format=reader.format,
         family=described.family.name,
         layout="native" if action == "split" else layout,
-        record=family_record(described.family, landed.origin)
-        if action == "split"
-        else with_origin(make_record(layout, described.family, landed.wanted, experts, landed.lora), landed.origin),
-        targets=_in_reading_order(reader, found),
+        record=record,
+        targets=_in_reading_order(reader, landings, [*landed.lora, *others]),
         side_files=copied,
         left_out_files=left_out_files,
         never_copied=beside.never,
@@ -164,7 +168,6 @@ def plan_described(
 
 def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
     """Every tensor as it is, whatever it is: nothing is described."""
-    targets = tuple(map(verbatim, reader.tensors.values()))
     beside = reader.side_files
     copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
     record = reader.record
@@ -176,23 +179,25 @@ def plan_as_stored(reader: Reader, choices: Choices = DEFAULTS) -> Plan:
         family=str((record or {}).get("family", "")),
         layout=str((record or {}).get("layout", "native")),
         record=record,
-        targets=targets,
+        targets=Targets(map(verbatim, reader.tensors.values())),
         side_files=copied,
         left_out_files=left_out_files,
         never_copied=beside.never,
     )
 
 
-def _in_reading_order(reader: Reader, targets: Sequence[Target]) -> tuple[Target, ...]:
+def _in_reading_order(
+    reader: Reader, landings: Iterable[tuple[Landing, Sequence[Target]]], others: Iterable[Target]
+) -> Targets:
     order = columns(reader.tensors).rows
-    known: dict[Any, int] = {}
-
-    def place(target: Target) -> tuple[int, str]:
-        if target.role == "verbatim":
-            return order[target.spec.name], target.spec.name
-        begins = id(target.way), *map(target.index.get, target.source.key.slots)  # all that its first source is told by
-        if (first := known.get(begins)) is None:
-            first = known[begins] = order[target.first_source]
-        return first, target.spec.name
-
-    return tuple(sorted(targets, key=place))
+    found: list[tuple[int, str, Target]] = []
+    for each, targets in landings:
+        if each.begin_alike:
+            first = order[targets[0].first_source] if targets else 0
+            found += [(first, target.spec.name, target) for target in targets]
+        else:
+            found += [(order[target.first_source], target.spec.name, target) for target in targets]
+    for target in others:
+        name = target.spec.name
+        found.append((order[name if target.role == "verbatim" else target.first_source], name, target))
+    return Targets(target for _, _, target in sorted(found))

@@ -34,14 +34,19 @@ class Landing(NamedTuple):
 
     def targets(self) -> Iterator[Target]:
         """The tensors: one per point of the axes in the key."""
-        named, index, dtype = self._named, self.group.index, self.group.dtype
-        for point, name in zip(itertools.product(*named.values()), self.names(), strict=True):
+        dtype, spans = self.group.dtype, {axis: (at,) for axis, at in self.group.index.items()} | self._named
+        for point, name in zip(itertools.product(*spans.values()), self.names(), strict=True):
             spec = TensorSpec(name=name, dtype=dtype, shape=self.shape)
-            yield Target(spec=spec, index={**index, **dict(zip(named, point, strict=True))}, way=self.way)
+            yield Target(spec=spec, index=dict(zip(spans, point, strict=True)), way=self.way)
 
     def names(self) -> Iterator[str]:
         """What they are called, in the same order."""
         return self.way.target.key.names(self.group.index, self._named)
+
+    @property
+    def begin_alike(self) -> bool:
+        """Whether all of them have their `first_source` in common."""
+        return not self._named.keys() & set(self.way.source.key.slots)
 
     @property
     def tensors(self) -> int:

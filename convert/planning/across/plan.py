@@ -16,6 +16,7 @@ from convert.planning.across.pairs import Sides, trees_of
 from convert.planning.across.stacks import mtp_places
 from convert.planning.across.tensors import cross_targets, twins_of
 from convert.planning.across.which import is_aside, tree_in
+from convert.planning.forms import Targets
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Target
@@ -73,7 +74,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         family=found.name,
         layout=choices.layout if fused else ("maxtext" if to_maxtext else "native"),
         record=_record(choices.layout if fused else None, sides, targets, came, origin),
-        targets=tuple(targets),
+        targets=Targets(targets),
         side_files=side_files,
         left_out_files=left_out_files,
         never_copied=beside.never,
