@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,6 +173,11 @@ class Picked(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return map(self.every.__getitem__, self.rows.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picked) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def columns(tensors: Mapping[str, TensorSpec]) -> Columns:
