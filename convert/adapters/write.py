@@ -168,7 +168,7 @@ def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], st
         **made_of(plan),
         "input": input_digest(reader),
         "remarks": list(plan.remarks),
-        "tensors": manifest.entries(plan.specs.values(), hashed),
+        "tensors": manifest.entries([*plan.specs.values()], hashed),
         "files": {name: each.json() for name, each in files.items()},
         "headers": {plan.file.name: manifest.hashed_text(plan.file.head[8:].decode())},
     }

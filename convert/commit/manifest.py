@@ -9,8 +9,10 @@ against accidents, not against an attacker. `convert.commit.recorded` looks a ma
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from convert.commit.inventory import FileEntry
 from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
 from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
-from layouts.disk.written import indented
+from layouts.disk.written import Entries, compact, indented
 from layouts.errors import InputError
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
@@ -92,7 +94,7 @@ def render(
         "input": beside.input,
         **({"content": plan.content} if plan.content else {}),
         **({"hashed": CHUNKS} if of_chunks else {}),
-        "tensors": entries((target.spec for target in plan.targets), digests),
+        "tensors": entries([target.spec for target in plan.targets], digests),
         "sources": _sources(plan, digests),
         **({"originals": dict(beside.originals)} if beside.originals else {}),
         "files": {name: entry.json() for name, entry in beside.files.items()},
@@ -101,9 +103,16 @@ def render(
     return sealed(content, original)
 
 
-def entries(specs: Iterable[TensorSpec], digests: Mapping[str, Digest]) -> dict[str, Any]:
+def entries(specs: Sequence[TensorSpec], digests: Mapping[str, Digest]) -> Entries:
     """What a manifest says of tensors."""
-    return {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape), "xxh3_128": digests[spec.name]} for spec in specs}
+    known = defaultdict[tuple[str, tuple[int, ...]], int](itertools.count().__next__)
+    return Entries(
+        names=[spec.name for spec in specs],
+        kind=[known[spec.dtype, spec.shape] for spec in specs],
+        kinds=[{"dtype": dtype, "shape": shape} for dtype, shape in known],
+        last=SEAL,
+        values=[digests[spec.name] for spec in specs],
+    )
 
 
 def sealed(content: Mapping[str, Any], original: Original | None) -> str:
@@ -115,7 +124,7 @@ def sealed(content: Mapping[str, Any], original: Original | None) -> str:
 
 def seal_of(content: Mapping[str, Any]) -> str:
     """The digest of all that a manifest says, but for this digest, in the order in which it stands there."""
-    return hashed_text(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return hashed_text(compact({key: value for key, value in content.items() if key != SEAL}))
 
 
 def hashed_text(text: str) -> str:

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from convert.commit.manifest import entries
-from convert.commit.recorded import load
+from convert.commit.recorded import TensorEntry, load
 from convert.commit.stage import AnyStage
 from convert.commit.store import StoreStage
 from convert.engine.budget import STRIP
@@ -53,7 +52,8 @@ def keep_originals(plan: Plan, reader: Reader, stage: AnyStage, progress: Progre
     file = file_of(ORIGINALS, (target.spec for target in targets.values()), {})
     notes = remove_parts(stage, (file,)) if isinstance(stage, StoreStage) else ()
     digests = _written(plan, targets, file, reader, stage, progress)
-    return entries((target.spec for target in targets.values()), digests), notes
+    specs = (target.spec for target in targets.values())
+    return {s.name: TensorEntry(dtype=s.dtype, shape=s.shape, digest=digests[s.name]).json() for s in specs}, notes
 
 
 def _written(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from layouts.disk.written import indented, quoted
+from layouts.disk.written import Entries, compact, indented, quoted
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -30,3 +30,20 @@ def test_it_is_the_text_of_the_standard_library(found, step):
 @pytest.mark.parametrize("text", ["", "plain", '"\\/\b\f\n\r\t\x00\x1f\x7f', "\u00e9\u2028\U0001f600\ud800"])
 def test_a_text_is_quoted_as_the_standard_library_does(text):
     assert quoted(text) == json.dumps(text)
+
+
+@pytest.mark.parametrize(
+    "values", [[], ["a", '\u00e9"', "c", "d"], [{"0:4": "x", "4:8": "y"}, {}, "c", [1, [2]]], ['null}"', "null", None, "\n  }"]]
+)
+def test_entries_are_written_like_the_object_that_they_are(values):
+    kinds = [{"dtype": "F32", "shape": (2, 3)}, {"dtype": "null}", "shape": []}, {}]
+    names, kind = ["m.0", 'n"\u2028', "", "null}"][: len(values)], [0, 2, 1, 0][: len(values)]
+    found = Entries(names=names, kind=kind, kinds=kinds, last="digest", values=values)
+    plain = {name: {**kinds[at], "digest": value} for name, at, value in zip(names, kind, values, strict=True)}
+    for before in ({}, {"b": 1, "c": {"d": []}}):
+        assert compact({**before, "e": found, "f": "g"}) == json.dumps({**before, "e": plain, "f": "g"})
+        for step in (1, 2):
+            assert indented({**before, "e": found, "f": {"g": found}}, step) == json.dumps(
+                {**before, "e": plain, "f": {"g": plain}}, indent=step
+            )
+    assert compact({}) == json.dumps({})
