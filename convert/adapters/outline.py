@@ -21,6 +21,7 @@ from layouts.adapters.settings import CONFIG, Scale, Settings
 from layouts.adapters.writers import STAMP
 from layouts.disk.files import RECORD, parsed, read_object
 from layouts.errors import ConvertError
+from layouts.hf.header import metadata_of
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec, itemsize
 
@@ -87,7 +88,7 @@ def record_of(described: Description, way: Way, makings: tuple[Making, ...], bef
 
 def file_for(reader: Reader, found: Mapping[str, TensorSpec], record: Mapping[str, Any]) -> File:
     """The one file, in the order of safetensors' own writer: wide types first, then by name."""
-    metadata = dict(json.loads(next(iter(reader.headers.values()))).get("__metadata__") or {})
+    metadata = dict(metadata_of(next(iter(reader.headers.values()))))
     ordered = sorted(found.values(), key=lambda spec: (-itemsize(spec.dtype), spec.name))
     return file_of(MODEL, ordered, {**metadata, RECORD: json.dumps(record)})
 

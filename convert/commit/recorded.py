@@ -6,7 +6,7 @@ file that a manifest names, and digests that leave out a part of a tensor are no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class Manifest:
     """The originals of computed tensors, which are kept beside the manifest."""
     tool: object
     """The version of this tool that wrote it, as it says."""
+
+
+Load = Callable[[Path], Manifest | None]
+"""`load`, or who keeps what it has given: a manifest may name 100,000 tensors."""
 
 
 def load(path: Path) -> Manifest | None:

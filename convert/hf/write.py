@@ -37,6 +37,7 @@ from layouts.checkpoint import growing
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.disk.places import RemotePath, is_remote, listed_anew
 from layouts.disk.upload import CLIENT, held, held_by_pieces
+from layouts.hf.header import metadata_of
 from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader, is_chunked
 from layouts.shards import unindexed
@@ -64,7 +65,7 @@ def _metadata(reader: Reader) -> dict[str, str]:
     """The `__metadata__` of the input without our record; the first shard speaks for all, as loaders take it."""
     if not reader.headers:
         return {"format": "pt"}  # what transformers writes, and wants
-    metadata: dict[str, str] = dict(json.loads(next(iter(reader.headers.values()))).get("__metadata__") or {})
+    metadata: dict[str, str] = dict(metadata_of(next(iter(reader.headers.values()))))
     metadata.pop(RECORD, None)
     return metadata
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.commit.processes import ALONE, Processes
+from convert.commit.recorded import load
 from convert.errors import UsageError, readable
 from convert.options import Verification
 from convert.options.values import in_units
@@ -76,13 +77,13 @@ def _outlook(one: Reader, other: Reader) -> str:
 
 
 def _compare(one: Reader, other: Reader, options: Verification, report: Progress, processes: Processes = ALONE) -> Verdict:
-    make = _across if _differ(one, other) else _alike
-    found = by_first(processes, lambda: compare_recorded(one, other, options, report) or _NO_RECORD)
+    make, manifest_of = _across if _differ(one, other) else _alike, cache(load)
+    found = by_first(processes, lambda: compare_recorded(one, other, options, report, manifest_of) or _NO_RECORD)
     unread = found.state == EQUAL
     about, counts, rest = make(one, other, options, report, processes, unread=unread)
     bits_and_probes = tuple(rest)
     begin(report, "files")
-    beside = by_first(processes, lambda: compare_files(one, other, counts.stacked))
+    beside = by_first(processes, lambda: compare_files(one, other, counts.stacked, manifest_of))
     noted = () if unread or found == _NO_RECORD else (found,)
     levels = *((found,) if unread else ()), *bits_and_probes, beside, *noted
     looked = sum(level.compared for level in levels if level.name in ("exact", "others", "delta"))

@@ -177,6 +177,15 @@ def plain(text: bytes) -> Plain | None:
     return Plain(tensors=tensors, begins=ends - sizes, nbytes=last, metadata=metadata)
 
 
+def metadata_of(header: str) -> Mapping[str, Any]:
+    """What a sound header says of itself; where that stands first, as usual, its tensors are not read again."""
+    if header.startswith(f"{_FIRST}{{"):
+        return dict(json.JSONDecoder().raw_decode(header, len(_FIRST))[0])
+    if METADATA not in header and "\\" not in header:
+        return {}
+    return parsed(header.encode()).get(METADATA) or {}
+
+
 def _metadata(words: str) -> tuple[Mapping[str, Any], int]:
     """What a header says of itself before its tensors, and where these begin.
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from layouts.hf.header import _read, plain
+from layouts.hf.header import _read, metadata_of, plain
 from layouts.tensors import DTYPES, itemsize
 
 ONE = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -133,3 +133,22 @@ def test_mutants_that_are_taken_are_those_that_the_parser_takes(tmp_path):
     rng = random.Random(0)
     texts = [mutant(rng, [ONE, TWO, METADATA][number % 3]).encode("utf-8", "surrogatepass") for number in range(5_000)]
     assert sum(checked(text, tmp_path) for text in set(texts)) > 50
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ('{"__metadata__":{"format":"pt"},"a":{}}', {"format": "pt"}),
+        ('{"__metadata__":{"format":"p\\u0074","x":"}"} , "a":{}}', {"format": "pt", "x": "}"}),
+        ('{"__metadata__": {"format": "pt"}}', {"format": "pt"}),
+        ('{ "a":{}, "__metadata__" : {"format":"pt"}}', {"format": "pt"}),
+        ('{"a":{},"\\u005f_metadata__":{"format":"pt"}}', {"format": "pt"}),
+        ('{"a":{"dtype":"__metadata__"}}', {}),
+        ('{"__metadata__":null,"a":{}}', {}),
+        ('{"__metadata__":{}}', {}),
+        ('{"a\\"__metadata__":{}}', {}),
+        ("{}", {}),
+    ],
+)
+def test_what_a_header_says_of_itself_is_found_wherever_it_stands(header, says):
+    assert metadata_of(header) == says == (json.loads(header).get("__metadata__") or {})

@@ -11,6 +11,7 @@ import pytest
 
 import convert
 from convert.cli import main
+from convert.commit import recorded
 from convert.commit.manifest import NAME, seal_of
 from layouts.hf import HFReader
 from scripts.make_checkpoint import make_checkpoint
@@ -190,3 +191,10 @@ def test_usage(root, capsys):
     assert "has none to flip" in capsys.readouterr().err
     assert main(["--verify", two[1], "--trust-digests", "--quiet"]) == 2
     assert "name a second one for this" in capsys.readouterr().err
+
+
+def test_a_manifest_is_read_once_for_all_levels(root, monkeypatch):
+    seen, inner = [], recorded.read
+    monkeypatch.setattr(recorded, "read", lambda path: (seen.append(path.name), inner(path))[1])
+    assert convert.verify(root / "again", root / "other", gemm=False).equal
+    assert sorted(seen) == ["again", "other"]

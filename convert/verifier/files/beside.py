@@ -11,12 +11,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert.commit.inventory import entry_of, read_card, read_in_pieces
+from convert.commit.recorded import Load, load
 from convert.verifier.files.leaves import compare_leaves, leaves_of
 from convert.verifier.files.sealed import beside_manifest
 from convert.verifier.verdict import Level
 from layouts.card import CARD, strip
 from layouts.card import alike as same_card
-from layouts.disk.files import CONFIG, MANIFEST, RECORD, parsed, read_object
+from layouts.disk.files import CONFIG, MANIFEST, RECORD, read_object
+from layouts.hf.header import metadata_of
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
@@ -35,11 +37,11 @@ def _names(reader: Reader) -> tuple[set[str], set[str]]:
     return files.plain.keys() - made - {CARD}, set(files.weights)
 
 
-def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Level:
+def compare_files(one: Reader, other: Reader, stacked: bool | None = None, manifest_of: Load = load) -> Level:
     """Compare all that a conversion hands on beside the tensors.
 
     Two formats need not have the same files: there what only one side has is named, and no difference. `stacked` says whether
-    the layers of a MaxText tree are, where its tensors have told.
+    the layers of a MaxText tree are, where its tensors have told; `manifest_of` gives the manifest in a directory.
 
     Raises:
         InputError: a file is damaged.
@@ -61,7 +63,7 @@ def compare_files(one: Reader, other: Reader, stacked: bool | None = None) -> Le
         *_words(one),
         *_words(other),
     ]
-    differences += [line for reader in (one, other) for line in beside_manifest(reader)]
+    differences += [line for reader in (one, other) for line in beside_manifest(reader, manifest_of)]
     keys = len(_plain(one.config).keys() | _plain(other.config).keys())
     shards = len(one.headers) + len(other.headers)
     leaves = leaves_of(one) + leaves_of(other)
@@ -90,7 +92,7 @@ def compare_adapter_files(one: Reader, other: Reader, own: Collection[str]) -> L
     shards, both = len(one.headers) + len(other.headers), sorted(left & right)
     differences = [f"{name} is only in {(one if name in left else other).path}" for name in sorted(left ^ right)]
     differences += [*_changed(one, other, both), *_cards(one, other, alike=True), *_metadata(one, other)]
-    differences += [line for reader in (one, other) for line in beside_manifest(reader)]
+    differences += [line for reader in (one, other) for line in beside_manifest(reader, load)]
     covered = f"{len(both)} side files by their digests, the model card, __metadata__ of {shards} files, manifests"
     return Level(name="files", covered=covered, compared=len(both) + shards, differences=tuple(differences))
 
@@ -157,8 +159,7 @@ def _metadata(one: Reader, other: Reader) -> Iterator[str]:
 
 def _of_shards(reader: Reader) -> dict[str, dict[str, Any]]:
     """What each shard says beside our record; `pt` is what all loaders take it for."""
-    headers = {name: parsed(text.encode()).get("__metadata__") or {} for name, text in sorted(reader.headers.items())}
-    return {name: {"format": "pt"} | found for name, found in headers.items()}
+    return {name: {"format": "pt"} | dict(metadata_of(header)) for name, header in sorted(reader.headers.items())}
 
 
 def _orbax(one: Reader, other: Reader, alike: bool, stacked: bool | None) -> Iterator[str]:

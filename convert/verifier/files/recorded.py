@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from convert.commit.identity import input_digest
 from convert.commit.inventory import differences
 from convert.commit.manifest import CHUNKS, NAME, Digest
-from convert.commit.recorded import Manifest, check_spans, load, spans_of
+from convert.commit.recorded import Load, Manifest, check_spans, spans_of
 from convert.errors import InputError, PlanError
 from convert.options import Verification
 from convert.progress import Progress, begin, ignore
@@ -62,16 +62,16 @@ class _Match:
         return f"{self.words}: {len(self.both)} of {len(self.reader.tensors)}"
 
 
-def compare_recorded(one: Reader, other: Reader, options: Verification, progress: Progress) -> Level | None:
+def compare_recorded(one: Reader, other: Reader, options: Verification, progress: Progress, manifest_of: Load) -> Level | None:
     """Compare recorded digests if the user trusts them, else say which there are; None where there is no manifest."""
     try:
-        return _compared(one, other, options, progress)
+        return _compared(one, other, options, progress, manifest_of)
     except (InputError, OSError) as error:  # of manifests and what stands beside them; if it is of tensors, bits meet it again
         return _not_run(f"{error}; bytes are compared")
 
 
-def _compared(one: Reader, other: Reader, options: Verification, progress: Progress) -> Level | None:
-    sides = [(reader, load(reader.path)) for reader in (one, other)]
+def _compared(one: Reader, other: Reader, options: Verification, progress: Progress, manifest_of: Load) -> Level | None:
+    sides = [(reader, manifest_of(reader.path)) for reader in (one, other)]
     if not any(found for _, found in sides):
         return None
     matches = list(_matches(sides, options))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from convert.commit.manifest import NAME, hashed_text
-from convert.commit.recorded import Manifest, load
+from convert.commit.recorded import Load, Manifest
 from convert.errors import InputError
 from convert.options import Verification
 from convert.verifier.files.digests import originals
@@ -34,10 +34,10 @@ _WITHOUT = ("0.1.0",)
 """Versions of this tool whose manifests have no digest of themselves."""
 
 
-def beside_manifest(reader: Reader) -> Iterator[str]:
+def beside_manifest(reader: Reader, manifest_of: Load) -> Iterator[str]:
     """The same of one of two that are compared, if it has a manifest that says so much; nothing of it is believed."""
     try:
-        found = load(reader.path)
+        found = manifest_of(reader.path)
     except InputError as error:
         yield str(error)
         return
