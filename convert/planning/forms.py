@@ -1,7 +1,7 @@
 """What the tensors of an output are counted by: those that differ in numbers of their names alone are of one form. Pure.
 
 In: targets. Out: the same, with their forms. There may be 100,000 tensors of a few hundred forms, so that who adds up or
-describes goes through forms. It never tells two ways apart that are one.
+describes goes through forms. It never compares ways: targets of one have the same object.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: texts, numbers, lists and objects. Out: their JSON. It never writes a file.
 
 The encoder of CPython that is written in C does not indent, and the one in Python takes 8 us for the entry of a tensor, of
-which there may be 100,000. `indented` gives the same text in about half the time, and in a tenth where they are `Entries`.
+which there may be 100,000. `indented` gives the same text in about half the time, and in a sixth where they are `Entries`.
 """
 
 from __future__ import annotations
