@@ -174,11 +174,6 @@ class Picked(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return map(self.every.__getitem__, self.rows.tolist())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Picked) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 def columns(tensors: Mapping[str, TensorSpec]) -> Columns:
     """The same as columns."""
