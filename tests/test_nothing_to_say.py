@@ -17,7 +17,7 @@ IN_VAIN = {
     "--to orbax hf out --params-only": (2, "--params-only is for the way to Hugging Face (--to=hf); this is hf to orbax"),
     "--prefuse hf out --drop-optimizer": (2, "--drop-optimizer is for an Orbax input; this is hf to hf"),
     "--prefuse hf out --keep-chunks": (2, "--keep-chunks is for Orbax to Orbax; this is hf to hf"),
-    "--prefuse hf out --align 64": (2, "layout 'concat' pads no shards; --align is for --layout=per-shard"),
+    "--prefuse hf out --align 64": (2, "layout 'concat' pads no shards; --align is for --layout=per-shard or --layout=lane"),
     "--prefuse orbax out --max-shard-size 1MB": (2, "--max-shard-size is for safetensors, and out will be Orbax"),
     "--to orbax hf out --max-shard-size 1MB": (2, "--max-shard-size is for safetensors, and out will be Orbax"),
     "--prefuse hf out --source-layout concat": (4, IN_CONCAT.format(family="qwen3_moe")),
@@ -66,6 +66,7 @@ APPLIES = (
     "--prefuse hf out --source-layout per-expert",
     "--prefuse orbax out --scan-axis 1",
     "--prefuse hf out --layout per-shard --shards 2 --align 64",
+    "--prefuse hf out --layout lane --align 128",
     "--prefuse orbax out --keep-chunks",
 )
 OF_ONE = (

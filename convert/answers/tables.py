@@ -76,7 +76,7 @@ def layouts_text(width: int = WIDTH) -> str:
     for name, table in TARGETS.items():
         lines += [*_layouts([(name, table)], width), *_wrapped(" " * 22, made_for(name) or "no program that we know of", width)]
     lines += ["", "--source-layout NAME: what checkpoints come in, besides these", "", *_layouts(SOURCES.items(), width)]
-    axes = "e expert, k embed, g gate and up, n expert mlp, s shards, c chunks; %128 is padded; l, ... layers"
+    axes = "e expert, k embed, g gate and up, n expert mlp, s shards, c chunks; %128 is padded, {pad} by --align; l, ... layers"
     return "\n".join([*lines, "", *_wrapped("", axes, width)])
 
 

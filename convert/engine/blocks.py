@@ -19,6 +19,7 @@ from convert.planning.loras import NOT_DIAGONAL
 from convert.planning.targets import HALF, Piece, Target
 from layouts.disk.pread import Empty
 from layouts.errors import InputError
+from layouts.language.cuts import with_padding
 from layouts.language.pattern import Box, Pattern
 from layouts.reader import Reader
 from layouts.tensors import bits
@@ -96,7 +97,7 @@ def _cut(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[
         InputError: it is not.
     """
     pattern, sizes = target.source.pattern, target.source_sizes
-    box = _with_padding(target, piece)
+    box = with_padding(pattern, sizes, piece.source_box) if pattern.padding else piece.source_box
     window = pattern.window(sizes, box)
     with readable(reader.path):
         read = reader.read(piece.source, window.slices, empty)
@@ -106,6 +107,7 @@ def _cut(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[
     for at, axis in enumerate(pattern.axes):
         real = len(piece.source_box[axis])
         if np.any(block[(slice(None),) * at + (slice(real, None),)]):
+            axis = "n" if axis == "c" else axis  # chunks that are padded together
             raise InputError(
                 f"{reader.path}: {piece.source} (in {reader.where(piece.source)}) should hold zeros behind the first "
                 f"{sizes[axis]} ({axis}) as '{pattern.text}' says, and does not; is it in another layout?"
@@ -123,15 +125,6 @@ def _check_beside(target: Target, piece: Piece, reader: Reader) -> None:
     beside = replace(piece, source_box={**piece.source_box, HALF: range(other, other + 1)})
     if np.any(_cut(target, beside, reader, np.empty)):
         raise InputError(f"{reader.path}: {piece.source} (in {reader.where(piece.source)}) should hold {NOT_DIAGONAL}")
-
-
-def _with_padding(target: Target, piece: Piece) -> Box:
-    pattern, sizes = target.source.pattern, target.source_sizes
-    if not pattern.padding:
-        return piece.source_box
-    stored = pattern.stored(sizes)
-    ends = {axis: stored[axis] if span.stop == sizes[axis] else span.stop for axis, span in piece.source_box.items()}
-    return {axis: range(span.start, ends[axis]) for axis, span in piece.source_box.items()}
 
 
 def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:

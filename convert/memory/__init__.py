@@ -63,7 +63,7 @@ def source_choices(choices: Choices, layout: str | Mapping[str, Any] | None) -> 
     if layout in TARGETS:
         check(replace(choices, layout=layout))
         if "{shards}" in TARGETS[layout]["wi"].pattern:
-            layout = f"{layout}:{choices.shards}:{choices.align}"
+            layout = f"{layout}:{choices.shards}{f':{choices.align}' if choices.align else ''}"
         elif "{block}" in TARGETS[layout]["wi"].pattern:
             layout = f"{layout}:{choices.glu_block}"
     chosen = replace(choices, shards=1, glu_block=BLOCK, source_layout=layout)

@@ -98,7 +98,7 @@ def check_arrays(held: Mapping[str, Held], family: Family, tables: Iterable[Layo
 
 def has_gates(names: Iterable[str], family: Family, tables: Collection[Layouts]) -> bool:
     """Whether some names are those of gate and up in one of these layouts, or in any if there are none."""
-    tables = tables or (*family.native, *(target(each, family, shards=1, align=128) for each in TARGETS))
+    tables = tables or (*family.native, *(target(each, family, shards=1, align=None) for each in TARGETS))
     keys = [table["wi"].template(family.experts) for table in tables]
     return any(key.parse(name) is not None for name in names for key in keys)
 

@@ -12,11 +12,12 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from convert.memory.turns import Joining, apart, joined
+from convert.memory.turns import Operations, apart, chunks_apart, chunks_joined, joined
 from convert.planning.loras import NOT_DIAGONAL
 from convert.planning.targets import HALF
+from layouts.language.cuts import padding
 from layouts.language.layout import Placed
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
@@ -24,22 +25,6 @@ from layouts.language.sections import ROWS, TENSOR, Turns
 from layouts.language.template import Template
 
 Sizes = tuple[tuple[str, int], ...]
-
-
-class Operations(Joining, Protocol):
-    """What a library has to do; NumPy and `jax.numpy` as they are."""
-
-    def transpose(self, array: Any, axes: Sequence[int], /) -> Any:
-        """The dimensions in this order."""
-
-    def stack(self, arrays: Sequence[Any], axis: int, /) -> Any:
-        """A new dimension, of these arrays."""
-
-    def flip(self, array: Any, axis: int, /) -> Any:
-        """A dimension last to first."""
-
-    def pad(self, array: Any, widths: Sequence[tuple[int, int]], /) -> Any:
-        """Zeros before and behind each dimension."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,15 +109,17 @@ class Relay:
             whole = library.flip(whole, order.index(axis))
         stored = pattern.stored(sizes)
         if pattern.padding:
-            whole = library.pad(whole, [(0, stored.get(axis, size) - size) for axis, size in _items(order, sizes)])
+            room = {**sizes, **stored, **({"c": 1, "n": stored["c"] * stored["n"]} if pattern.width else {})}
+            whole = library.pad(whole, [(0, room[axis] - size) for axis, size in _items(order, sizes)])
+        if pattern.width:
+            whole = chunks_apart(whole, order, pattern.width, library)
         return whole.reshape((self.target.count, *self.target.shape))
 
     def behind(self, array: Any) -> list[Any]:
         """The parts of a source that are padding, or off the diagonal, and must be zeros."""
-        sizes, stored = dict(self.source.sizes), self.source.pattern.stored(dict(self.source.sizes))
-        whole = array.reshape(tuple(stored.values()))
-        padded = [(at, sizes[axis]) for at, axis in enumerate(stored) if stored[axis] > sizes[axis]]
-        found = [whole[(slice(None),) * at + (slice(real, None),)] for at, real in padded]
+        pattern, sizes = self.source.pattern, dict(self.source.sizes)
+        whole = array.reshape(pattern.split(sizes))
+        found = [whole[tuple(cut.get(axis, slice(None)) for axis in pattern.axes)] for cut in padding(pattern, sizes)]
         return found + self._off_diagonal(whole) if self.diagonal and not self._fuses else found
 
     @property
@@ -192,11 +179,13 @@ class Relay:
         """A source with one dimension per axis, without padding, in the target's order."""
         pattern, sizes = self.source.pattern, dict(self.source.sizes)
         array = array.reshape(pattern.split(sizes))
-        if pattern.padding:
-            array = array[tuple(slice(sizes[axis]) for axis in pattern.axes)]
-        for axis in sorted(pattern.reversed):
-            array = library.flip(array, pattern.axes.index(axis))
         axes = list(pattern.axes)
+        if pattern.width:
+            array, axes = chunks_joined(array, axes, library)
+        if pattern.padding:
+            array = array[tuple(slice(sizes[axis]) for axis in axes)]
+        for axis in sorted(pattern.reversed):
+            array = library.flip(array, axes.index(axis))
         if (cut := self._chunks(self.source)) != (wanted := self._chunks(self.target)):
             others = [axis for axis in axes if axis not in CHUNKS]
             array = library.transpose(array, [axes.index(axis) for axis in (*others, *cut)])

@@ -82,9 +82,14 @@ class Choices:
         int, Option(text="tensor-parallel shards of the layouts per-shard and lane", read=values.positive, show="S")
     ] = 1
     align: Annotated[
-        int | str,
-        Option(text="per-shard: columns to pad each shard to, or maxtext, or maxtext-pow2", read=values.align, show="A"),
-    ] = 128
+        int | str | None,
+        Option(
+            text="per-shard, lane: columns to pad each shard to a multiple of, or maxtext, or maxtext-pow2 (per-shard without "
+            "it: 128; lane: no padding)",
+            read=values.align,
+            show="A",
+        ),
+    ] = None
     glu_block: Annotated[
         int,
         Option(text="glu, cutedsl: columns of gate that stand together before as many of up", read=values.positive, show="N"),

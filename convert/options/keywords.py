@@ -49,7 +49,7 @@ class Planning(_Moved, total=False):
 
     layout: str
     shards: int
-    align: int | str
+    align: int | str | None
     glu_block: int
     dequantize: Literal["bf16"] | None
 
@@ -92,7 +92,7 @@ class Unfusing(TypedDict, total=False):
     """What `split_params` takes, besides the layout."""
 
     shards: int
-    align: int | str
+    align: int | str | None
     glu_block: int
     family: str | None
 
@@ -109,7 +109,7 @@ class Syncing(TypedDict, total=False):
 
     compute: Literal["query-scale", "embedding-scale"] | None
     shards: int
-    align: int | str
+    align: int | str | None
     glu_block: int
     family: str | None
     source_layout: str | None

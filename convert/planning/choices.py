@@ -93,5 +93,5 @@ def check_formats(choices: Choices, source: str, out: str) -> None:
             raise UsageError(f"{flag} is for {what}; this is {source} to {out}")
     from layouts.tables.targets import TARGETS
 
-    if choices.align != usual.align and "{align}" not in TARGETS[choices.layout]["wi"].pattern:
-        raise UsageError(f"layout {choices.layout!r} pads no shards; --align is for --layout=per-shard")
+    if choices.align is not None and not any(word in TARGETS[choices.layout]["wi"].pattern for word in ("{align}", "{pad}")):
+        raise UsageError(f"layout {choices.layout!r} pads no shards; --align is for --layout=per-shard or --layout=lane")

@@ -155,14 +155,12 @@ def _unit(reader: Reader, group: Group, beside: Sequence[Group], axis: str, patt
 
 def _coarser(pattern: Pattern, text: str, axis: str, unit: int, whole: int) -> str:
     """A pattern for blocks of `unit` elements, from that for the elements themselves."""
-    shards = pattern.fixed.get("s", 1)
-    if axis in pattern.fixed:
-        size, word = pattern.fixed[axis], f"{axis}={pattern.fixed[axis]}"
-    elif axis in pattern.padding:
-        size = Pattern(f"{axis}%{pattern.padding[axis]}").stored({axis: whole // shards, "s": shards})[axis]
-        word = f"{axis}%{pattern.padding[axis]}"
-    else:
-        return text
-    if size % unit:
-        raise ValueError(f"a block of {unit} would lie across the end of {size} ({axis})")
-    return text.replace(word, f"{axis}{word[len(axis)]}{size // unit}")
+    given = pattern.width if axis == "n" and pattern.width else pattern.fixed.get(axis)
+    multiple, shards = pattern.padding.get(axis), pattern.fixed.get("s", 1)
+    room = Pattern(f"{axis}%{multiple}").stored({axis: whole // shards, "s": shards})[axis] if multiple else None
+    sizes = {sign: size for sign, size in (("=", given), ("%", room)) if size}
+    for size in sizes.values():
+        if size % unit:
+            raise ValueError(f"a block of {unit} would lie across the end of {size} ({axis})")
+    word = f"{axis}{f'={given}' if given else ''}{f'%{multiple}' if multiple else ''}"
+    return text.replace(word, axis + "".join(f"{sign}{size // unit}" for sign, size in sizes.items()))

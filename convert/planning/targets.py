@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from layouts.language.cuts import CUT, chunks, place
+from layouts.language.cuts import CUT, chunks, ends, place
 from layouts.language.layout import Placed
 from layouts.language.pattern import Box, identity
 from layouts.language.sections import ROWS, TENSOR, Turns
@@ -70,6 +70,11 @@ class Way:
     def whole(self) -> Box:
         """The box that is a whole tensor, padding and all."""
         return self.target.pattern.whole(self.sizes)
+
+    @cached_property
+    def ends(self) -> Mapping[str, int]:
+        """Where the axes of the target end without their padding."""
+        return ends(self.target.pattern, self.sizes)
 
     @cached_property
     def turned(self) -> frozenset[str]:
@@ -149,7 +154,7 @@ class Target:
 
         Axes that the source keeps in its names, or in another direction, are taken one by one.
         """
-        real = {axis: range(span.start, min(span.stop, self.sizes[axis])) for axis, span in box.items()}
+        real = {axis: range(span.start, min(span.stop, self.way.ends[axis])) for axis, span in box.items()}
         if not all(map(len, real.values())):
             return
         full = {axis: range(at, at + 1) for axis, at in self.index.items() if isinstance(at, int)} | real
@@ -195,17 +200,14 @@ class Target:
         if "n" not in box or not self.way.is_cut:
             yield {}, {}
             return
-        cut = self.source.pattern.axes, self.target.pattern.axes
         for run in chunks(self.target.pattern, self.sizes, box):
             start, stop = run.base + run.inside.start, run.base + run.inside.stop
-            size = self.source_sizes["n"] if any(axis in cut[0] for axis in CUT) else stop
             while start < stop:
-                number, at = divmod(start, size)
-                end = min(stop, (number + 1) * size)
-                target_n = range(start - run.base, end - run.base)
-                source = place(self.source.pattern, self.source_sizes, number)
-                yield run.chunk | {"n": target_n}, source | {"n": range(at, at + end - start)}
-                start = end
+                source = place(self.source.pattern, self.source_sizes, start)
+                at, length = source.inside.start, min(stop - start, len(source.inside))
+                target_n = range(start - run.base, start - run.base + length)
+                yield run.chunk | {"n": target_n}, source.chunk | {"n": range(at, at + length)}
+                start += length
 
 
 def verbatim(spec: TensorSpec) -> Target:

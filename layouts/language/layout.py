@@ -88,7 +88,7 @@ def checked(role: str, key: str, pattern: str) -> Layout:
     Raises:
         ValueError: an axis is missing, held twice, or unknown.
     """
-    plain = Pattern(re.sub(r"\{(shards|align|block)\}", "1", pattern))
+    plain = Pattern(re.sub(r"\{(shards|align|block)\}", "1", pattern.replace("{pad}", "")))
     axes = [*Template(words(key).replace("{experts}", "").replace("{beside}", "")).slots, *plain.axes]
     if sorted(set(axes) - _MAY) != sorted(ROLES[role]) or len(axes) != len(set(axes)):
         raise ValueError(f"{role} needs each of {sorted(ROLES[role])} once, {key} '{pattern}' has {axes}")

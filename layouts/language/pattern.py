@@ -5,10 +5,12 @@ In: a pattern's text, sizes, a block. Out: shapes and slices. It never holds dat
     e k (g n)          rank 3; the last dimension is `g` (outer) times `n`
     e ... k n          `...` stands for dimensions that only come along (MaxText's scan axes)
     e k (s=8 g n%128)  `s=8` is a fixed size; `n%128` is stored with zeros behind it, up to a multiple of 128
+    e k (c g n=64%128) `n` is padded to a multiple of 128, then cut into chunks of 64
     e (-g n) k         `-g` is stored in reverse: up first
 
 Every axis of the logical weight `W[l, e, k, g, n]` is stored either in a tensor's name or in its shape. Where `n` is cut into
-tensor-parallel shards (`s`) and chunks (`c`), the logical `n` is `s`, `c`, `n` in this order, whatever their order in memory.
+tensor-parallel shards (`s`) and chunks (`c`), the logical `n` is `s`, `c`, `n` in this order, whatever their order in
+memory. Of what is padded before it is cut into chunks, the logical `c` is 1, and `n` is what a shard has: no whole chunks.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+from layouts.language.padding import padded
+
 Box = Mapping[str, range]
 """A block of a tensor: a range of step 1 for every axis of its pattern."""
 
-_WORD = re.compile(r"(?P<minus>-)?(?P<axis>[a-z]\w*)(?:=(?P<size>[1-9]\d*)|%(?P<multiple>[1-9]\d*|maxtext))?")
+_WORD = re.compile(r"(?P<minus>-)?(?P<axis>[a-z]\w*)(?:=(?P<size>[1-9]\d*))?(?:%(?P<multiple>[1-9]\d*|maxtext))?")
 _TOKEN = re.compile(rf"\(\s*(?:{re.sub('[?]P<[a-z]+>', '?:', _WORD.pattern)}\s*)+\)|\.\.\.|[^\s()]+")
 """One stored dimension of a pattern: `(g n)`, `...` or `k`."""
-_LEAST = 256
-"""Columns that MaxText wanted each shard to have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,9 @@ class Pattern:
             raise ValueError(f"{self.text!r} is not an axis pattern")
         if len(set(self.axes)) != len(self.axes):
             raise ValueError(f"{self.text!r}: an axis is used twice")
+        both, words = self._given.keys() & self.padding, [word for _, word in self._words]
+        if both and not (both == {"n"} and "c" in words[: self.axes.index("n")]):
+            raise ValueError(f"{self.text!r}: only n can be padded and cut, into the chunks c before it")
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
@@ -81,6 +86,15 @@ class Pattern:
     @cached_property
     def fixed(self) -> Mapping[str, int]:
         """Axes whose size the pattern gives."""
+        return {a: size for a, size in self._given.items() if a not in self.padding}
+
+    @cached_property
+    def width(self) -> int:
+        """The columns of a chunk, if `n` is padded before it is cut into chunks; else 0."""
+        return self._given["n"] if "n" in self._given.keys() & self.padding.keys() else 0
+
+    @cached_property
+    def _given(self) -> Mapping[str, int]:
         return {a: int(m["size"]) for a, word in self._words if (m := _WORD.match(word)) and m["size"]}
 
     @cached_property
@@ -111,9 +125,12 @@ class Pattern:
         """The size of each axis in memory: with its padding.
 
         Raises:
-            ValueError: MaxText's padding does not come out even for this number of shards.
+            ValueError: padding does not come out even for this number of shards, or for chunks of this size.
         """
-        return {axis: _padded(self.padding.get(axis), sizes[axis], sizes.get("s", 1)) for axis in self.axes}
+        stored = {axis: padded(self.padding.get(axis), sizes[axis], sizes.get("s", 1)) for axis in self.axes}
+        if self.width and stored["n"] % self.width:
+            raise ValueError(f"n is padded to {stored['n']}; take --align={self.width} or a multiple of it")
+        return stored | ({"c": stored["n"] // self.width, "n": self.width} if self.width else {})
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The stored shape for these axis sizes."""
@@ -132,18 +149,20 @@ class Pattern:
         """
         if len(shape) != len(self.groups):
             raise ValueError(f"shape {tuple(shape)} is not of the form '{self.text}'")
-        found = {axis: size for axis, size in {**known, **self.fixed}.items() if axis in self.axes}
+        told = {**known, **self.fixed, **({"c": 1} if self.width else {})}
+        found = {axis: size for axis, size in told.items() if axis in self.axes}
         if unknown := self.padding.keys() - found.keys():
             raise ValueError(f"'{self.text}' is padded, and nothing says how many {', '.join(sorted(unknown))} are real")
         for group, size in zip(self.groups, shape, strict=True):
             free = [axis for axis in group if axis not in found]
-            held = (_padded(self.padding.get(axis), found[axis], found.get("s", 1)) for axis in group if axis in found)
+            held = (padded(self.padding.get(axis), found[axis], found.get("s", 1)) for axis in group if axis in found)
             rest = math.prod(held)
             if len(free) > 1 or (free and not rest):
                 raise ValueError(f"'{self.text}' leaves {free} open")
             if size % rest if free else size != rest:
                 raise ValueError(f"shape {tuple(shape)} is not of the form '{self.text}' with {dict(found)}")
             found.update((axis, size // rest) for axis in free)
+        self.stored(found)
         return found
 
     def whole(self, sizes: Mapping[str, int]) -> dict[str, range]:
@@ -205,26 +224,6 @@ def strips(shape: Sequence[int], limit: int, rows: range | None = None) -> Itera
 def identity(rank: int) -> Pattern:
     """The pattern of a tensor that is copied as it is: one axis per dimension."""
     return Pattern(" ".join(f"d{i}" for i in range(rank)))
-
-
-def _padded(rule: str | None, size: int, shards: int) -> int:
-    """The stored size of an axis: a multiple of a number, or the rule that MaxText had before 0.2.5 for all shards together.
-
-    Source of that rule: MaxText e591f30cb, `integration/vllm/maxtext_vllm_adapter/adapter.py`; it does without padding where
-    each shard has a multiple of 256 columns, else takes the next power of two, doubled until each shard has 256.
-    """
-    if rule is None:
-        return size
-    if rule != "maxtext":
-        return -(-size // int(rule)) * int(rule)
-    if size % _LEAST == 0:
-        return size
-    total = 1 << (size * shards - 1).bit_length()
-    while total // shards < _LEAST:
-        total *= 2
-    if total % shards:
-        raise ValueError(f"MaxText's padding of {size * shards} to {total} does not divide into {shards} shards")
-    return total // shards
 
 
 def _cover(group: Sequence[str], sizes: Mapping[str, int], box: Box) -> dict[str, range]:

@@ -166,7 +166,7 @@ def _has_home(table: Layouts) -> bool:
 
 
 def named(text: str, family: Family) -> Layouts:
-    """A layout as `--source-layout` names it: `concat`, `fused-in-out`, `per-shard:8`, `per-shard:8:128`, `glu:64`.
+    """A layout as `--source-layout` names it: `concat`, `fused-in-out`, `per-shard:8:128`, `lane:8`, `glu:64`.
 
     Raises:
         PlanError: no such layout.
@@ -176,14 +176,14 @@ def named(text: str, family: Family) -> Layouts:
         return family.own(SOURCES[name])
     if name in TARGETS and "{block}" in TARGETS[name]["wi"].pattern and len(options) == 1 and _NUMBER.fullmatch(options[0]):
         return target(name, family, shards=1, align=1, block=int(options[0]))
-    shards, align = [*options, *("1", "128")[len(options) :]][:2]
-    sound = _NUMBER.fullmatch(shards) and (_NUMBER.fullmatch(align) or align in ALIGNMENTS)
+    shards, align = [*options, *("1", None)[len(options) :]][:2]
+    sound = _NUMBER.fullmatch(shards or "") and (align is None or _NUMBER.fullmatch(align) or align in ALIGNMENTS)
     if name not in TARGETS or len(options) > 2 or not sound:
         raise PlanError(
-            f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN, glu:BLOCK; "
-            f"ALIGN is a number of columns, {' or '.join(ALIGNMENTS)}"
+            f"no layout is called {text!r}; known: {', '.join({**TARGETS, **SOURCES})}, per-shard:SHARDS:ALIGN, "
+            f"lane:SHARDS:ALIGN, glu:BLOCK; ALIGN is a number of columns, {' or '.join(ALIGNMENTS)}"
         )
-    return target(name, family, shards=int(shards), align=align)
+    return target(name, family, shards=int(shards or 1), align=align)
 
 
 def _stored(entry: Mapping[str, Any]) -> Stored:

@@ -80,7 +80,7 @@ class Refusal:
 
     def __init__(self, reader: Reader, family: Family) -> None:
         self.reader, self.family = reader, family
-        tables = {name: target(name, family, shards=1, align=128) for name in TARGETS}
+        tables = {name: target(name, family, shards=1, align=None) for name in TARGETS}
         self.fused = [(name, layout.template(family.experts)) for name, table in tables.items() for layout in table.values()]
         self.others = [Template(text) for text in family.others]
         keys = {layout.key for table in family.stored for layout in table.values() if "{part}" in layout.key}

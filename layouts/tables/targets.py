@@ -3,7 +3,7 @@
 In: a target's name, a family, options. Out: the layouts of `wi` and `wo`. It never looks at a checkpoint.
 
 A target is one line; `{experts}` is where the family keeps its experts, `...` the scan axes, if it has any. `{shards}`,
-`{align}` and `{block}` are the user's.
+`{align}`, `{block}` and `{pad}` are the user's; `{pad}` is `%` and `{align}` where the user says it, and else nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ TARGETS: Mapping[str, Layouts] = {
     "glu": layouts(wi=("{experts}.wi{part}", "e ... k (c g n={block})"), wo=_WO),
     # tpu-inference GMM_TP, MaxText and Tunix PER_SHARD_INTERLEAVE: each shard has its own gate and up, padded; wo is not
     "per-shard": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} g n%{align})"), wo=_WO),
-    # Tunix lane interleave: gate and up in turn inside each shard, 128 columns each
-    "lane": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} c g n=128)"), wo=_WO),
+    # Tunix lane interleave: gate and up in turn inside each shard, 128 columns each, padded if that is asked for
+    "lane": layouts(wi=("{experts}.wi{part}", "e ... k (s={shards} c g n=128{pad})"), wo=_WO),
     # tpu-inference GMM_EP: as concat, each half padded
     "gmm-ep": layouts(wi=("{experts}.wi{part}", "e ... k (g n%128)"), wo=_WO),
     # tpu-inference FUSED_MOE: w13 (E, 2, K', N'), w2 (E, N', K')
@@ -93,14 +93,17 @@ IN_MAXTEXT = frozenset(name for name, table in TARGETS.items() if table["wi"].ke
 """Targets that a MaxText tree has a place for: it calls its fused leaf `wi`, (E, ..., K, columns), whatever the columns are."""
 
 
+ALIGN = 128
+"""To which multiple columns are padded where nobody says to which, in a layout that is always padded."""
 BLOCK = 64
 """Columns of gate that stand together before as many of up, where nobody says how many."""
 
 
-def target(name: str, family: Family, *, shards: int, align: int | str, block: int = BLOCK) -> Layouts:
+def target(name: str, family: Family, *, shards: int, align: int | str | None, block: int = BLOCK) -> Layouts:
     """A target as this family and these options make it."""
     table = (family.transformers if name == "transformers" else None) or TARGETS[name]
-    words = {"{shards}": str(shards), "{align}": ALIGNMENTS.get(str(align), str(align)), "{block}": str(block)}
+    to = ALIGNMENTS.get(str(align), str(align or ALIGN))
+    words = {"{shards}": str(shards), "{align}": to, "{block}": str(block), "{pad}": f"%{to}" if align else ""}
     words |= {} if family.scan_axis else {"e ...": "... e"}
     keys = {role: only(layout.key, MAXTEXT_PART) if family.by_structure else layout.key for role, layout in table.items()}
     return {role: Layout(keys[role], _fill(layout.pattern, words)) for role, layout in table.items()}

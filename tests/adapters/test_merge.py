@@ -91,10 +91,13 @@ def test_merging_commutes_with_fusing_and_splitting(layout, tmp_path):
     assert back == wanted
 
 
-@pytest.mark.parametrize(("layout", "more"), [("glu32", []), ("lane", ["--shards", "2"])])
-def test_chunks_of_columns(layout, more, tmp_path):
+@pytest.mark.parametrize(
+    ("n", "layout", "more"),
+    [(256, "glu32", []), (256, "lane", ["--shards", "2"]), (300, "lane", ["--shards", "2", "--align", "256"])],
+)
+def test_chunks_of_columns(n, layout, more, tmp_path):
     """Wide enough for chunks of 128 columns in two shards, and cut into many strips."""
-    n, k = 256, 3
+    k = 3
     rng = np.random.default_rng(0)
     shapes = {"gate_proj": (n, k), "up_proj": (n, k), "down_proj": (k, n)}
     tensors, update = {}, {}

@@ -88,6 +88,17 @@ def test_fp8_blocks_fuse_with_their_weights():
     assert round_trip(reader, layout="fused-moe")[f"{PLACE}.w13_scale_inv"].shape == (E, 2, 4, 2)
 
 
+def test_blocks_are_padded_and_take_turns_with_their_weights():
+    """Five blocks of 64 columns: two to a turn of 128, and one in the last turn."""
+    parts = {**FP8_PARTS, "weight_scale_inv": lambda o, i: (-(-o // 64), -(-i // 64))}
+    reader = checkpoint(parts, FP8, n=320, config={"quantization_config": {"weight_block_size": [64, 64]}})
+    gate, up = (np.pad(w.swapaxes(1, 2), ((0, 0), (0, 0), (0, 1))) for w in pair(reader, "weight_scale_inv"))
+    turns = [w[..., at : at + 2] for at in (0, 2, 4) for w in (gate, up)]
+    found = round_trip(reader, layout="lane", align=128)
+    assert np.array_equal(found[f"{PLACE}.wi_scale_inv"], np.concatenate(turns, -1))
+    assert found[f"{PLACE}.wi"].shape[-1] == 2 * 384
+
+
 @pytest.mark.parametrize(
     ("n", "config", "choices", "words"),
     [
@@ -95,6 +106,7 @@ def test_fp8_blocks_fuse_with_their_weights():
         (N, BLOCKS, {"layout": "per-shard", "shards": 4}, "n = 2 does not divide into s = 4"),
         (N, BLOCKS, {"layout": "interleaved"}, "takes gate and up in turn"),
         (N, BLOCKS, {"layout": "glu32"}, "a block of 128 would lie across"),
+        (300, BLOCKS, {"layout": "lane", "align": 128}, "a block of 128 would lie across gate and up: n is 300"),
         (N, {}, {}, "config.json states no weight_block_size"),
         (N, {"quantization_config": {"weight_block_size": [64, 128]}}, {}, "no weight_block_size that explains them"),
     ],

@@ -229,7 +229,7 @@ def test_any_layout_becomes_any_other(layout, other):
         ({"layout": "per-shard", "shards": 7}, "n = 96 does not divide into s = 7"),
         (
             {"layout": "lane", "shards": 1},
-            "n = 96 does not divide into n = 128; what takes turns is never padded, --layout=per-shard pads",
+            "n = 96 does not divide into n = 128; --layout=lane is padded with --align=128",
         ),
         ({"layout": "per-shard", "shards": 6, "align": "maxtext-pow2"}, "does not divide into 6 shards"),
     ],

@@ -85,7 +85,7 @@ def test_the_fused_product_is_that_of_gate_and_of_up(kind, layout):
 @pytest.mark.parametrize("scan", [None, 0, 1])
 def test_it_comes_back(kind, scan):
     params = tree(kind, scan)
-    for layout in [("concat",), ("per-shard", 2, 3)]:
+    for layout in [("concat",), ("per-shard", 2, 3), ("lane", 2, 128)]:
         fused = convert.prefuse_params(params, **asked(layout))
         same(convert.split_params(fused, convert.layout_of(params, **asked(layout))), params)
         same(convert.prefuse_params(params, source_layout="maxtext", **asked(layout)), fused)

@@ -95,7 +95,8 @@ def maxtext(make=np.asarray, *, wo: bool = True):
 @pytest.mark.parametrize(
     ("layout", "options", "columns"),
     [("concat", {}, 400), ("interleaved", {}, 400), ("gmm-ep", {}, 512)]
-    + [("per-shard", {"shards": 4, "align": align}, columns) for align, columns in ((1, 400), (128, 1024), ("maxtext", 2048))],
+    + [("per-shard", {"shards": 4, "align": align}, columns) for align, columns in ((1, 400), (128, 1024), ("maxtext", 2048))]
+    + [("lane", {"shards": shards, "align": align}, columns) for shards, align, columns in ((4, 128, 1024), (1, 384, 768))],
 )
 def test_a_layout_that_is_named_is_split_without_a_record(layout, options, columns):
     params = maxtext()

@@ -22,6 +22,7 @@ FORMS = {
     "interleaved": {},
     "glu32": {},
     "per-shard": {"shards": 4, "align": 24},
+    "lane": {"shards": 2, "align": 128},
     "fused-moe": {},
     "gmm-ep": {},
 }

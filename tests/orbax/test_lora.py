@@ -140,11 +140,13 @@ def test_what_was_trained_fused_is_compared_by_its_products():
     assert "30 of them by their products in float64" in found.covered
 
 
-def test_padding_that_holds_something_is_seen():
+@pytest.mark.parametrize(("layout", "align"), [("per-shard", 3), ("lane", 128)])
+def test_padding_that_holds_something_is_seen(layout, align):
     source = flat(model())
-    fused = converted(source, "prefuse", layout="per-shard", shards=2, align=3)
+    fused = converted(source, "prefuse", layout=layout, shards=2, align=align)
+    assert delta(source, fused).state == "equal"
     b_of(fused)[0, 0, 0, 4] = 1
-    assert "params.moe, layer 0, expert 0: more than zeros behind" in delta(source, fused).differences[0]
+    assert "params.moe, layer 0, expert 0: there is more than zeros behind" in delta(source, fused).differences[0]
     with pytest.raises(InputError, match="zeros behind"):
         converted(fused, "split")
 

@@ -94,11 +94,11 @@ def test_every_family_is_loaded_as_it_is_converted(family):
             assert np.array_equal(out, wanted[target.spec.name][index])
 
 
-@pytest.mark.parametrize(("shards", "align"), [(2, 3), (4, 5)])
-def test_parts_that_cut_through_composed_and_padded_dimensions(source, shards, align):
+@pytest.mark.parametrize(("layout", "shards", "align"), [("per-shard", 2, 3), ("per-shard", 4, 5), ("lane", 2, 128)])
+def test_parts_that_cut_through_composed_and_padded_dimensions(source, layout, shards, align):
     """Devices cut as shardings say; here any two cuts of any dimension."""
     reader = open_checkpoint(source)
-    plan = make_plan(reader, tiny.Path("out"), "prefuse", Choices(layout="per-shard", shards=shards, align=align))
+    plan = make_plan(reader, tiny.Path("out"), "prefuse", Choices(layout=layout, shards=shards, align=align))
     for target in (target for target in plan.targets if target.moved):
         whole = tiny.fill(target, reader)
         for strip in (64, 1 << 20):  # bytes at a time

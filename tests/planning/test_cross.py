@@ -38,7 +38,8 @@ def across(
     trees = trees_of(family, "memory")
     tree, scan = (trees[version], scan) if to_maxtext else tree_in(source, trees)
     where = maxtext(axis)
-    stored = target(fused or "concat", where, shards=2, align=64) if fused or is_fused else where.native[0]
+    align = None if fused == "lane" else 64
+    stored = target(fused or "concat", where, shards=2, align=align) if fused or is_fused else where.native[0]
     sides = Sides(family=family, tree=where, hf=family.native[0], maxtext=stored, scan=scan, to_maxtext=to_maxtext, real=real)
     targets = cross_targets(source, tree, sides, source.config)
     arrays = {target.spec.name: fill(target, source) for target in targets}

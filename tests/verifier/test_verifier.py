@@ -90,7 +90,7 @@ def test_equal_checkpoints_are_equal_in_any_layout(pair, tmp_path, layout):
 
 LAYOUTS = {
     "vllm": {}, "flashinfer": {}, "interleaved": {}, "gmm-ep": {}, "fused-moe": {},
-    "per-shard": {"shards": 4, "align": 3}, "concat": {},
+    "per-shard": {"shards": 4, "align": 3}, "lane": {"shards": 2, "align": 256}, "concat": {},
 }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ apart, with NumPy and einops, so that a mistake of one of the two shows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,7 +27,10 @@ ORDER = {"wi": ("g", "k", "s", "c", "n", "d", "u"), "wo": ("n", "k", "d", "u")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """An axis as it is stored: `size` without and `stored` with its padding."""
+    """An axis as it is stored: `size` without and `stored` with its padding.
+
+    Of `n` that is padded before it is cut into chunks `c`, all real columns are the size, and `c` has size 1.
+    """
 
     name: str
     size: int
@@ -51,6 +55,8 @@ def dimensions(text: str, sizes: Mapping[str, int]) -> list[list[Axis]]:
 def _dimensions(text: str, known: tuple[tuple[str, int], ...]) -> Sequence[Sequence[Axis]]:
     """A pattern is read once for all experts: there may be 100,000 tensors, and a few patterns."""
     sizes, inside = dict(known), False
+    turn = re.search(r"\bn=(\d+)%(\w+)", text)
+    width, columns = (int(turn[1]), _padded(sizes["n"], turn[2], sizes.get("s", 1))) if turn else (0, 0)
     found: list[list[Axis]] = []
     for word in text.replace("(", " ( ").replace(")", " ) ").split():
         if word in "()":
@@ -58,6 +64,8 @@ def _dimensions(text: str, known: tuple[tuple[str, int], ...]) -> Sequence[Seque
             found += [[]] if inside else []
             continue
         axis = _axis(word, sizes)
+        if turn and axis.name in "cn":
+            axis = replace(axis, stored=columns // width if axis.name == "c" else width)
         if inside:
             found[-1].append(axis)
         else:
@@ -103,6 +111,8 @@ def arranged(block: NDArray[Any], dims: Sequence[Sequence[Axis]], wanted: Sequen
     """
     axes = [axis for dimension in dims for axis in dimension]
     split = block.reshape([axis.stored for axis in axes])
+    if any(axis.name == "c" and axis.stored > axis.size for axis in axes):
+        split, axes = _joined(split, axes)
     for at, axis in enumerate(axes):
         here = (slice(None),) * at
         if axis.stored > axis.size:
@@ -115,6 +125,15 @@ def arranged(block: NDArray[Any], dims: Sequence[Sequence[Axis]], wanted: Sequen
     cut = [name for name in order if name in ("s", "c", "n")]
     right = [f"({' '.join(cut)})" if cut and name == cut[-1] else name for name in order if name not in cut[:-1]]
     return np.asarray(rearrange(split, f"{' '.join(names)} -> {' '.join(right)}"))
+
+
+def _joined(split: NDArray[Any], axes: Sequence[Axis]) -> tuple[NDArray[Any], list[Axis]]:
+    """With chunks of `n` behind one another, as one axis."""
+    names = [axis.name for axis in axes]
+    right = [f"({'c n' if name == 'n' else name})" for name in names if name != "c"]
+    joined = np.asarray(rearrange(split, f"{' '.join(names)} -> {' '.join(right)}"))
+    kept = [axis for axis in axes if axis.name != "c"]
+    return joined, [replace(axis, stored=size) for axis, size in zip(kept, joined.shape, strict=True)]
 
 
 def positions(turns: Turns, tensor: int) -> NDArray[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.errors import InputError, PlanError
+from convert.verifier.bits.stored import Axis, arranged, dimensions
 from layouts.adapters.trees import Axes, axes, found
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
@@ -89,16 +90,11 @@ class LoraBlock:
     def _parted(self, b: Bits) -> tuple[Bits, Bits]:
         """The columns of gate and of up in their logical order: shards, then chunks, then what is in each."""
         pattern = self.columns or Pattern("(g n)")
-        sizes = {"g": 2, **pattern.fixed}
+        sizes = {"g": 2, **pattern.fixed, **({"c": 1} if pattern.width else {})}
         free = next(axis for axis in ("c", "n") if axis in pattern.axes and axis not in sizes)
         sizes[free] = self.n // math.prod(size for axis, size in sizes.items() if axis != "g")
-        split = b.reshape(len(b), *pattern.split(sizes))
-        order = [axis for axis in ("g", *CHUNKS) if axis in pattern.axes]
-        split = split.transpose(1 + pattern.axes.index("g"), 0, *(1 + pattern.axes.index(axis) for axis in order[1:]))
-        real = split[(slice(None), slice(None), *(slice(sizes[axis]) for axis in order[1:]))]
-        if np.count_nonzero(split) > np.count_nonzero(real):
-            raise ValueError(f"more than zeros behind the first {sizes} of '{pattern.text}'")
-        one, other = real.reshape(2, len(b), self.n)[:: -1 if "g" in pattern.reversed else 1]
+        rank = Axis(name="r", size=len(b), stored=len(b), reverse=False)
+        one, other = arranged(b, [[rank], *dimensions(pattern.text, sizes)], ("g", "r", *CHUNKS))
         return one, other
 
 

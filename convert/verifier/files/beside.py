@@ -194,7 +194,7 @@ def _words(reader: Reader) -> Iterator[str]:
     family = next((family for family in families_of(reader.format) if family.name == name), None)
     if word is None or family is None:
         return
-    known = target(word, family, shards=1, align=128) if word in TARGETS else None
+    known = target(word, family, shards=1, align=None) if word in TARGETS else None
     for role, layout in (known or {}).items():
         if _axes(str(record[role]["pattern"])) != _axes(layout.pattern):
             yield f"{reader.path}: the record calls its layout {word!r}, but {role} is stored as {record[role]['pattern']!r}"

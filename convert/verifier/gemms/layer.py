@@ -170,6 +170,11 @@ def cut(h: jax.Array, columns: Columns) -> Sequence[jax.Array]:
     """Gate and up (M, N), from the columns of one GEMM; padding falls away."""
     names = [name for name, *_ in columns]
     h = h.reshape(h.shape[0], *(stored for _, _, stored, _ in columns))
+    if any(name == "c" and stored > size for name, size, stored, _ in columns):  # padded before it was cut into chunks
+        h = jnp.moveaxis(h, 1 + names.index("c"), names.index("n"))
+        h = h.reshape(*h.shape[: names.index("n")], -1, *h.shape[names.index("n") + 2 :])
+        columns = tuple(column for column in columns if column[0] != "c")
+        names = [name for name, *_ in columns]
     for at, (_, size, _, reverse) in enumerate(columns, start=1):
         h = jax.lax.slice_in_dim(h, 0, size, axis=at)
         h = jnp.flip(h, at) if reverse else h

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layouts.adapters.forms import Form
 from layouts.adapters.units import Unit
+from layouts.language.cuts import lengths
 from layouts.language.parts import CHUNKS
 from layouts.language.pattern import Pattern
 from layouts.language.slots import Index
@@ -101,7 +102,7 @@ def _wanted(site: Site, place: Mapping[str, _Numbers], at: Mapping[str, int], sp
         if axis in at:
             mask &= numbers == at[axis]
         elif axis in site.pattern.padding:
-            mask &= numbers < site.sizes[axis]
+            mask &= (_inside(site, place) if axis == "n" else numbers) < site.sizes[axis]
     return np.flatnonzero(mask)
 
 
@@ -120,11 +121,13 @@ def _number(site: Site, place: Mapping[str, _Numbers], axis: str) -> _Numbers:
     """The number along a logical axis; `n` may be cut into shards and chunks."""
     if axis != "n":
         return place[axis]
-    found: Any = 0
-    for each in CHUNKS:
-        if each in place:
-            found = found * site.sizes[each] + place[each]
-    return np.asarray(found)
+    inside = _inside(site, place)
+    return inside + lengths(site.pattern, site.sizes)[1] * place["s"] if "s" in place else inside
+
+
+def _inside(site: Site, place: Mapping[str, _Numbers]) -> _Numbers:
+    """The number along `n` in a shard."""
+    return place["n"] + lengths(site.pattern, site.sizes)[0] * place["c"] if "c" in place else place["n"]
 
 
 def check_pattern(pattern: Pattern, axes: tuple[str, str], index: Index) -> str | None:
