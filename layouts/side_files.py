@@ -51,14 +51,16 @@ class SideFiles:
     weights: Mapping[str, int] = field(default_factory=dict)
     never: tuple[str, ...] = ()
 
-    def chosen(self, *, copy_all: bool) -> tuple[dict[str, int], dict[str, int]]:
+    def chosen(self, *, copy_all: bool, gate: bool = True) -> tuple[dict[str, int], dict[str, int]]:
         """What is carried over, and what is left out because nobody has asked for it: name -> bytes.
+
+        Without `gate` names are only told.
 
         Raises:
             InputError: what would be carried over has a name that no output may have.
         """
         taken = dict(sorted({**self.plain, **self.weights}.items())) if copy_all else dict(self.plain)
-        for name in taken:
+        for name in taken if gate else ():
             parts(name, "side files")
         return taken, {} if copy_all else dict(self.weights)
 

@@ -61,7 +61,7 @@ def inspected(path: str | Path, choices: Choices) -> Inspection:
 def _facts(path: str | Path, reader: Reader) -> dict[str, Any]:
     """What needs no family."""
     dtypes = columns(reader.tensors).nbytes
-    carried, left_out = reader.side_files.chosen(copy_all=False)
+    carried, left_out = reader.side_files.chosen(copy_all=False, gate=False)
     return {
         "path": str(path),
         "format": reader.format,

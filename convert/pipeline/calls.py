@@ -112,6 +112,9 @@ def sync_plan(
     The result is in the containers and shardings of `target`, and in its element types: these may differ only with `cast`.
     Call it within your own jit, or take `jitted(donate=True)`, which is compiled with the target's shardings.
 
+    Copies of embedding and head that Hugging Face has once more (DeepSeek's MTP blocks) are not compared, unlike in
+    `load`: nobody looks at values.
+
     Raises:
         PlanError: a leaf of the target is not made, a leaf of the source has no place, or shapes or types differ.
         InputError, UsageError: as `load`.

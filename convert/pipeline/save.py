@@ -13,7 +13,7 @@ from typing import Any
 from convert.commit.identity import fingerprint, state_of
 from convert.commit.processes import ALONE
 from convert.commit.stage import check_output, staging
-from convert.errors import InputError, readable
+from convert.errors import InputError, UsageError, readable
 from convert.options import Running
 from convert.pipeline.back import TreeReader, checked, reversed_plan
 from convert.pipeline.computed import with_values
@@ -35,7 +35,10 @@ def write(params: Any, asked: Request, like: Reader, out: Path, running: Running
         tree = TreeReader(inner=like, leaves=leaves, tensors={target.spec.name: target.spec for target in asked.plan.targets})
         plan, reader, held = with_values(plan, asked.plan, tree, like)
     begin(progress, "saving", plan.nbytes + kept_bytes(plan))
-    writer = writer_of(plan, reader, replace(running, memory=running.memory - held), ALONE, like)
+    try:
+        writer = writer_of(plan, reader, replace(running, memory=running.memory - held), ALONE, like)
+    except UsageError as error:
+        raise UsageError(f"{error}; computed values take {held >> 20} MiB of what was given") if held else error from None
     state = state_of(like.path, plan.never_copied)
     # Another tree may have been saved there before, and nothing tells the two apart: nothing is resumed.
     with staging(out, fingerprint(plan, {}, state), resume=False, overwrite=running.overwrite) as stage:

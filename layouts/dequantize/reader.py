@@ -109,7 +109,9 @@ def dequantized(reader: Reader) -> DequantizingReader:
         PlanError: it is not quantised, not in a way that is known here, or it is one that this tool has fused already.
         InputError: data without scales, scales without data, or a grid that does not fit.
     """
-    if reader.record:
+    if reader.format == "orbax":
+        raise PlanError(f"{reader.path}: scales of a tree are not computed; convert it with --to=hf, then dequantise that")
+    if "layout" in (reader.record or {}):
         raise PlanError(f"{reader.path}: its experts are fused already; split it first, then dequantise")
     found = recipes(reader)
     gone, first = hidden(reader, found), {recipe.data: recipe for recipe in found.values()}

@@ -55,7 +55,7 @@ def cross_targets(
         lost = next(name for name in names if name not in have)
         raise InputError(f"{reader.path}: {lost} is missing; {count} of {len(names)} such tensors are there")
     if tree.scales:
-        _check_scales(reader, [pair for pair, _ in pairs], config)
+        _check_scales(reader, have, [pair for pair, _ in pairs], config)
     moved = (item for item in pairs if not (item[0].twin and sides.to_maxtext))
     return [target for pair, names in moved for target in _targets(reader, pair, names)]
 
@@ -75,13 +75,15 @@ def twins_of(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]
 
 _SCALES = tuple(f".{part.word}" for part in PARTS if part.name not in ("", "bias"))
 """How the names of tensors end that stand beside quantised weights."""
+_UNCOMPUTED = ".scales"
+"""Those of MLX, GPTQ and AWQ, of which no weights are computed here."""
 
 
 def _hint(sides: Sides, tree: Tree, config: Mapping[str, Any], left: Collection[str]) -> str:
     places = mtp_places(tree, config) if sides.to_maxtext else ()
     if places and all(name.startswith(places) for name in left):
         return "; --drop-mtp leaves out blocks that predict further tokens, as these are"
-    if sides.to_maxtext and any(name.endswith(_SCALES) for name in left):
+    if sides.to_maxtext and any(name.endswith(_SCALES) and not name.endswith(_UNCOMPUTED) for name in left):
         return "; this tree has no scales of their kind: of what is quantised, --dequantize=bf16 makes weights"
     return ""
 
@@ -96,7 +98,7 @@ def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_scales(reader: Reader, pairs: Sequence[Pair], config: Mapping[str, Any]) -> None:
+def _check_scales(reader: Reader, have: Collection[str], pairs: Sequence[Pair], config: Mapping[str, Any]) -> None:
     """See that what is quantised has a scale for each block of it, and that a block stays in one piece.
 
     Raises:
@@ -104,7 +106,8 @@ def _check_scales(reader: Reader, pairs: Sequence[Pair], config: Mapping[str, An
         PlanError: blocks are not whole, or experts are cut or padded, and nobody says how a model would take their scales.
     """
     is_hf, block = reader.format == "hf", block_of(config)
-    for name, spec in reader.tensors.items():
+    for name in (name for name in reader.tensors if name in have):
+        spec = reader.tensors[name]
         grid = reader.tensors.get(scale := f"{name}_{'scale_inv' if is_hf else MAXTEXT_PART}")
         if spec.dtype == "F8_E4M3" and grid is None:
             raise InputError(f"{reader.path}: {name} is {spec.dtype}, and its scales ({scale}) are missing")
