@@ -144,14 +144,14 @@ def _natives_of(reader: Reader, record: Mapping[str, Any], family: Family) -> li
     return [Known(role=role, layout=native) for role, native in dict.fromkeys(found)]
 
 
-def at_home(family: Family, text: str | None) -> Family:
+def at_home(family: Family, text: str | None, record: Mapping[str, Any]) -> Family:
     """The family of a model that no table has, as a layout of the user has it: with its experts at the place of that layout.
 
     What is made of `{path}.{l}.mlp.gate_proj` in a tree goes there, too, and not to `{path}`, which all layers share. Where
     gate and up are apart, that is how the model is published: a split has nothing else to write.
     """
     table = SOURCES.get(text or "")
-    if table is None or family.model_types:
+    if table is None or family.model_types or _is_origin(str(text), record):
         return family
     home = os.path.commonprefix([layout.key for layout in table.values()]).rpartition(".")[0]  # noqa: RUF071 - up to a dot
     while home.endswith("}"):  # that is the place of one expert, or of all layers

@@ -67,7 +67,7 @@ def describe(
         InputError: experts are missing, or differ in shape or element type.
     """
     check_counts(reader)
-    found = at_home(_family(reader, family, scan_axis, source_layout), source_layout)
+    found = at_home(_family(reader, family, scan_axis, source_layout), source_layout, record_of(reader))
     known = candidates(reader, found, source_layout, like)
     matched, rest = sort_names(reader, found, known.known)
     verbatim = without_loras(found, rest)
