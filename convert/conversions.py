@@ -62,10 +62,12 @@ def opened_plan(source: str | Path, out: str | Path, action: Action, choices: Ch
     from layouts.disk.places import place
 
     where = destination(out)
-    if action != "merge" and is_adapter(place(source)):
-        from convert.adapters.write import open_and_plan as open_adapter_and_plan
+    if action != "merge":
+        source = place(source)  # once, because a store is listed for it
+        if is_adapter(source):
+            from convert.adapters.write import open_and_plan as open_adapter_and_plan
 
-        return open_adapter_and_plan(place(source), where, action, choices)
+            return open_adapter_and_plan(source, where, action, choices)
     return open_and_plan(source, where, action, choices)
 
 
@@ -166,8 +168,10 @@ def _convert(
     from layouts.disk.places import place
 
     choices, running = complete(Choices, given), complete(Running, given)
-    if action != "merge" and is_adapter(place(source)):
-        from convert.adapters.write import convert_adapter
+    if action != "merge":
+        source = place(source)  # once, because a store is listed for it
+        if is_adapter(source):
+            from convert.adapters.write import convert_adapter
 
-        return convert_adapter(place(source), destination(out), action, choices, running, processes or ALONE, progress)
+            return convert_adapter(source, destination(out), action, choices, running, processes or ALONE, progress)
     return convert_checkpoint(source, out, action, choices, running, processes or ALONE, progress)

@@ -122,7 +122,7 @@ def convert_checkpoint(
     """Plan and write; see `convert.prefuse` for what it raises."""
     started = time.monotonic()
     with processes.together():
-        origin, target = place(source), destination(out, makes=processes.first)  # once, because a store is listed for it
+        origin, target = place(source), destination(out, makes=processes.first)
         if not (finished := (target / manifest.NAME).exists() and (not is_remote(target) or bool(mark_of(target)))):
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)

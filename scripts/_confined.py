@@ -102,9 +102,9 @@ def _give_up_rights() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST, _LARGEST))
     if os.geteuid() == 0:
-        header, word = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0), 0xFFFFFFFF
+        header = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0)
         sets = (ctypes.c_uint32 * 6)()
         libc = ctypes.CDLL(None)
         if libc.capget(header, sets) == 0:  # effective, permitted, inheritable; then the upper words of the three
-            sets[0] &= _PASSES & word
+            sets[0] &= _PASSES
             libc.capset(header, sets)

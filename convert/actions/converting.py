@@ -48,17 +48,15 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
 
 def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: str, given: Mapping[str, Any]) -> Answer:
     from convert.commit.processes import Processes
-    from convert.commit.stage import destination
     from convert.conversions import opened_plan
     from convert.engine.outlook import outlook
     from convert.planning.planner import Plan
     from convert.report import describe_division, describe_plan
     from convert.run import writer_of
 
-    where = destination(out)
     choices = {each.name for each in named(Choices)}
     chosen = {name: value for name, value in given.items() if name in choices}
-    reader, planned = opened_plan(source, where, action, complete(Choices, chosen))
+    reader, planned = opened_plan(source, out, action, complete(Choices, chosen))
     with readable(source), closing(reader):
         ahead = outlook(planned, reader)
         ahead.check()

@@ -20,8 +20,6 @@ from layouts.errors import InputError
 
 PART, AHEAD = 4 << 20, 4
 """Bytes of one request, and how many are under way for one reader: a store is slow to begin, and memory is not unlimited."""
-
-
 _LARGEST = 1 << 50
 """Bytes of an object: no store has such large ones."""
 

@@ -52,14 +52,14 @@ class HFReader:
     """Those of one shard behind those of the other."""
     format: str = "hf"
     remarks: tuple[str, ...] = ()
-    _ends: tuple[int, ...] = field(init=False)
-    """Where the tensors of each shard end among all."""
+    _firsts: tuple[int, ...] = field(init=False)
+    """Where the tensors of each shard begin among all."""
     _files: dict[str, Ranged] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _side: SideFiles | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        self._ends = tuple(itertools.accumulate(len(shard.tensors) for shard in self.shards))
+        self._firsts = tuple(itertools.accumulate((len(shard.tensors) for shard in self.shards[:-1]), initial=0))
 
     @classmethod
     def open(cls, path: Path) -> HFReader:
@@ -116,8 +116,8 @@ class HFReader:
 
     def _home(self, row: int) -> tuple[Shard, int]:
         """The shard of a tensor, and its place in there."""
-        number = bisect_right(self._ends, row)
-        return self.shards[number], row - self._ends[number] + len(self.shards[number].tensors)
+        number = bisect_right(self._firsts, row) - 1
+        return self.shards[number], row - self._firsts[number]
 
     def unit(self, name: str) -> None:  # noqa: ARG002
         """Any part can be read alone."""
@@ -153,11 +153,11 @@ class HFReader:
     def extents(self, names: Sequence[str]) -> Iterator[Extents]:
         """The same of many, file by file."""
         rows = np.fromiter(map(self.tensors.rows.__getitem__, names), np.intp, len(names))
-        home = np.searchsorted(self._ends, rows, side="right")
+        home = np.searchsorted(self._firsts, rows, side="right") - 1
         for number in np.bincount(home).nonzero()[0].tolist():
             shard, places = self.shards[number], (home == number).nonzero()[0]
             file = self._files.get(shard.name) or self._open(shard.name)
-            yield Extents(file, places, shard.begins[rows[places] - self._ends[number] + len(shard.tensors)])
+            yield Extents(file, places, shard.begins[rows[places] - self._firsts[number]])
 
     def _open(self, shard: str) -> Ranged:
         """A file that is not open yet, unless another thread has just opened it."""

@@ -44,10 +44,7 @@ def equal_in(sides: Sides, kind: Kind, experts: range, empty: Empty) -> int | No
     try:
         one, other = (_projections(block, kind, experts, empty) for block in sides)
         pairs = list(zip(one, other, strict=True))
-    except (
-        ValueError,
-        MemoryError,
-    ):  # something in the padding of one, or one has gate and up where the other has one for both
+    except (ValueError, MemoryError):  # something in a padding, or gate and up on one side and one for both on the other
         return None
     return None if any(x.shape != y.shape or differing(x, y) for x, y in pairs) else sum(x.nbytes for x, _ in pairs)
 
