@@ -16,7 +16,7 @@ from convert.commit import manifest
 from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
 from convert.commit.stage import check_output, destination, staging
-from convert.commit.store import mark_of
+from convert.commit.store import forget_notes, mark_of
 from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
@@ -137,6 +137,7 @@ def convert_checkpoint(
             plan = explained(plan, reader.format, choices, running)
             if finished and not running.overwrite:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
+                forget_notes(target)
                 plan, seconds = replace(plan, content=proof.content), time.monotonic() - started
                 return Report(plan=plan, seconds=seconds, resumed=len(plan.targets), proof=proof.said)
             check_output(plan.source, target, overwrite=running.overwrite)

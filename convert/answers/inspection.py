@@ -107,7 +107,8 @@ class Inspection:
         if self.quantisation or not self.problem:
             yield "quantised", self.quantisation or "no"
         yield "complete", self._complete()
-        carried = f"{counted(len(self.side_files), 'file')}, {size(sum(self.side_files.values()))}"
+        nbytes = sum(self.side_files.values())  # which a store does not tell
+        carried = counted(len(self.side_files), "file") + (f", {size(nbytes)}" if nbytes else "")
         yield "beside", carried + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
         yield "--prefuse", self.prefuse
         yield "--split", self.split

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ from layouts.disk.upload import write_pieces
 from layouts.orbax.tree import COMMITTED, METADATA
 
 _JOURNAL, _RUN, _WAY = "journal", "run", "way"
+_MARK = re.compile(r"[0-9a-f]{16}")
+"""A fingerprint; the marker of an output may be anybody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,16 @@ def mark_of(out: Path) -> str:
     return _text(marker).strip() if marker.is_file() else ""
 
 
+def forget_notes(out: Path) -> None:
+    """Remove the notes of a run that was killed when its output in a store was complete already."""
+    if isinstance(out, RemotePath) and _MARK.fullmatch(mark := mark_of(cast(Path, out))):
+        _home(out, mark).remove()
+
+
+def _home(out: RemotePath, mark: str) -> RemotePath:
+    return cast(RemotePath, place(f"{out}.partial-{mark}"))
+
+
 @contextmanager
 def store_staging(out: RemotePath, mark: str, *, resume: bool, processes: Processes = ALONE) -> Iterator[StoreStage]:
     """Fill a place in a store; on success mark it as complete, on failure leave it to be resumed.
@@ -173,8 +186,7 @@ def store_staging(out: RemotePath, mark: str, *, resume: bool, processes: Proces
         OutputError: something else is there, or another run has begun to write it.
         StorageError: the store fails, or another process has failed.
     """
-    home = place(f"{out}.partial-{mark}")
-    assert isinstance(home, RemotePath)
+    home = _home(out, mark)
     try:
         if processes.first:
             _begin(out, home, resume)

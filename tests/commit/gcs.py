@@ -4,6 +4,9 @@ Source: https://cloud.google.com/storage/docs/json_api/v1/objects (names, precon
 """
 
 import json
+import os
+import signal
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -21,6 +24,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Calls)
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.generation = 0
+        self.written = 0
+        self.kill: tuple[int, int] | None = None
+        """A process that ends as soon as so many objects more were written: its number, and how many."""
 
 
 class _Calls(BaseHTTPRequestHandler):
@@ -32,6 +38,10 @@ class _Calls(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def handle(self) -> None:
+        with suppress(ConnectionResetError):  # the process that asked was killed
+            super().handle()
 
     def do_GET(self) -> None:
         key, query = self._asked()
@@ -68,6 +78,9 @@ class _Calls(BaseHTTPRequestHandler):
             return
         self.server.generation += 1
         self.server.objects[name] = data, self.server.generation
+        self.server.written += 1
+        if self.server.kill and self.server.written == self.server.kill[1]:
+            os.kill(self.server.kill[0], signal.SIGKILL)
         self._json(self._about(name))
 
     def do_DELETE(self) -> None:

@@ -1,5 +1,6 @@
 """`gs://`, in and out, against a local server with the calls of its API: no account is needed."""
 
+import signal
 import threading
 
 import pytest
@@ -38,6 +39,7 @@ def test_there_and_back(server, local, tmp_path, form):
     assert f"runs/{form}/commit_success.txt" in server.objects or form == "orbax"
     assert convert.verify(local, there, gemm=False).equal
     assert convert.verify(there).equal
+    assert not any(line.endswith(" 0 B") for line in str(convert.inspect(there)).splitlines()), "a store tells no sizes"
     assert convert.digest(there).model == convert.digest(local).model
     convert.split(there, tmp_path / "back", to="hf" if form == "orbax" else None)
     back = tree(tmp_path / "back")
@@ -63,6 +65,43 @@ def test_a_run_that_stops_is_taken_up_again(server, local, monkeypatch):
         convert.inspect(there)
     assert convert.prefuse(local, there, max_shard_size="200").written
     assert convert.verify(local, there, gemm=False).equal
+
+
+CHILD = "import sys\nfrom convert.cli import main\nsys.exit(main(sys.argv[1:]))"
+
+
+def killed(server, forks, local, there, form, at):
+    """Whether a conversion ended at the write with this number: it left no checkpoint or a whole one, and is taken up again."""
+    command = ("--prefuse", local, there, "--to", form, "--quiet", "--jobs", "1")
+    server.written = 0
+    running = forks.start(CHILD, *command)
+    server.kill = running[0], at
+    ended = forks.end(*running)
+    server.kill = None
+    if ended.returncode == 0:
+        return False
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert main(["--inspect", there, "--quiet"]) == 3 or convert.verify(local, there, gemm=False).equal, at
+    again = forks.run(CHILD, *command)
+    assert again.returncode == 0, (at, again.stderr)
+    assert convert.verify(there).equal
+    assert convert.verify(local, there, gemm=False).equal
+    assert [name for name in server.objects if ".partial" in name] == []
+    return True
+
+
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_a_killed_run_is_taken_up_again(server, forks, local, form):
+    assert killed(server, forks, local, f"gs://{BUCKET}/killed/{form}", form, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_killed_at_every_write(server, forks, local, form):
+    at = 1
+    while killed(server, forks, local, f"gs://{BUCKET}/every/{form}/{at}", form, at):
+        at += 1
+    assert at > 10, "it writes more objects than that"
 
 
 @pytest.mark.parametrize(
