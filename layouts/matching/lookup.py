@@ -25,7 +25,14 @@ _ALL: Mapping[str, Layouts] = {**TARGETS, **SOURCES}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _KINDS = 1_000
 """Kinds of names that a hint looks at: a model has dozens, and a header of 50,000 odd names must not cost seconds."""
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts")
+EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_routed_experts",
+    "moe_num_experts",
+    "moe_num_primary_experts",
+)
 """The names under which `config.json` gives the number of experts, at any depth; a cross-check of what the tensors say."""
 
 _KINDS_OF = "moe_num_experts"

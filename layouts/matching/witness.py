@@ -1,7 +1,8 @@
 """What else says how many experts and layers there are: routers, `config.json`, the names of leaves beside the experts.
 
 In: a described checkpoint. Out: remarks for the plan, or an error. It never changes what was found.
-Sources: `configuration_*.py` of transformers 5.24 for the words that say which layers have experts.
+Sources: `configuration_*.py` of transformers 5.24 for the words that say which layers have experts; for those that share them
+`megrez_moe.py` of sii-research/InnoMegrez2.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ SPARSE: Mapping[str, str] = {
     "mlp_layer_types": "named",
 }
 """Words of `config.json`, and how each says which layers have experts: see `_says`. A layer has them if all words say so."""
+_SHARED = "experts_shared_frequency"
+"""How many of these layers, one behind the other, share the experts that the first of them holds (Megrez 2)."""
 _OTHER = ("dense", "sparse", "moe_layer", "expert_layer", "layer_type", "block_type", "interval", "hybrid", "enable_moe")
 """Parts of words that may say more about it; where such a word is not in the table, `config.json` counts as silent."""
 _LAYERS = "num_hidden_layers"
@@ -134,7 +137,10 @@ def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
     Raises:
         InputError: a layer has none.
     """
-    found = {int(group.index["l"]) for group in groups if "l" in group.index}
+    places: dict[Any, set[int]] = {}
+    for group in (group for group in groups if "l" in group.index):
+        places.setdefault(group.index.get("path"), set()).add(int(group.index["l"]))
+    found = max(places.values(), key=len, default=set())  # those beside it (MTP) have numbers of their own
     if not found or (reader.format != "hf" and not reader.config):
         return ()
     parts = list(_parts(reader.config))
@@ -200,9 +206,11 @@ def _wanted(config: Mapping[str, Any], count: int) -> set[int] | None:
         return None
     if not SPARSE.keys() & words.keys():
         return None
-    rules = [(how, words[word]) for word, how in SPARSE.items() if word in words]
+    rules, step = [(how, words[word]) for word, how in SPARSE.items() if word in words], words.get(_SHARED, 1)
+    if type(step) is not int or step < 1:
+        return None
     try:
-        return {layer for layer in range(count) if all(_says(how, value, layer) for how, value in rules)}
+        return set([layer for layer in range(count) if all(_says(how, value, layer) for how, value in rules)][::step])
     except (TypeError, IndexError, ZeroDivisionError):
         return None
 

@@ -26,7 +26,9 @@ _MAXTEXT_BIASES = ("{path}.wi_{g:0,1}_bias", "{path}.wo_bias")
 FAMILIES: tuple[Family, ...] = (
     *APART,
     *TOGETHER,
-    # Told by their names alone: these words have one meaning in every model that we know.
+    # Told by their names alone: these words have one meaning in every model that we know. Sources for two that publish their
+    # code with the weights alone: Megrez 2, sii-research/InnoMegrez2 demo/vllm/megrez_moe.py; TeleChat3-MoE, mindformers
+    # telechat3/utils.py, and ms-swift, which takes it as DeepSeek-V3.
     Family(name="per-expert", experts=ANYWHERE, native=(PER_EXPERT,)),
     Family(name="per-expert-w123", experts=ANYWHERE, native=(PER_EXPERT_W123,), unfused=()),
     Family(name="mlx", experts=ANYWHERE, native=(located(MLX, ANYWHERE),), unfused=()),  # mlx-lm `SwitchGLU`, `SwitchLinear`

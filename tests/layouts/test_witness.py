@@ -113,6 +113,32 @@ def test_layers_that_should_have_experts_have_some():
     assert described(tensors(QWEN, layers=(1, 2, 3, 4)) | dense, **said).remarks == ()  # MTP
 
 
+@pytest.mark.parametrize(
+    ("step", "layers", "said"),
+    [(3, (1, 4), ""), (3, (1,), "7 layers, 2 of them with experts, but layer 4 has none"), (2, (1, 4), "layer 3 has none"),
+     (0, (1, 4), "which of 7 layers"), ("3", (1, 4), "which of 7 layers")],
+)  # fmt: skip
+def test_layers_may_share_the_experts_of_the_first_of_them(step, layers, said):
+    """Megrez 2: of each three layers the first holds them, and all have a router."""
+    stated = {"num_hidden_layers": 7, "first_k_dense_replace": 1, "moe_layer_freq": 1, "experts_shared_frequency": step}
+    routers = {f"model.layers.{layer}.mlp.gate.weight": np.zeros((E, K), "u4") for layer in range(7)}
+    try:
+        told = described(tensors(QWEN, layers=layers) | routers, **stated).remarks
+    except InputError as error:
+        told = (str(error),)
+    assert said in "".join(told)
+    assert bool(said) == bool(told)
+
+
+def test_a_block_beside_the_layers_is_none_of_them():
+    """Qwen3-Next has its MTP block below `mtp.layers.0`."""
+    said = {"num_hidden_layers": 3, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    beside = {n.replace("model.layers.1", "mtp.layers.0"): a for n, a in tensors(QWEN, layers=(1,)).items()}
+    with pytest.raises(InputError, match="layer 0 has none"):
+        described(tensors(QWEN) | beside, **said)
+    assert described(tensors(QWEN, layers=(0, 1, 2)) | beside, **said).remarks == ()
+
+
 def test_where_config_json_is_silent_a_layer_may_be_dense_but_not_absent():
     dense = {f"model.layers.{layer}.mlp.up_proj.weight": np.zeros((3, 2), "u4") for layer in (0, 3)}
     (remark,) = described(tensors(QWEN) | dense, num_hidden_layers=4).remarks
