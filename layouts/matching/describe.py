@@ -95,7 +95,7 @@ def describe(
         *told,
         *(unsure if source_layout and fresh else ()),
         *counted,
-        *check_layers(reader, groups),
+        *check_layers(reader, groups, found.banks),
         *lookalikes(verbatim),
     )
     return Description(family=found, groups=groups, verbatim=tuple(verbatim), loras=tuple(loras), remarks=remarks)

@@ -131,11 +131,13 @@ def _beside(group: Group) -> Iterator[str]:
         yield from (".".join([*parts[:depth], f"{name}_{kind}" if kind else name]) for name in ROUTERS)
 
 
-def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
+def check_layers(reader: Reader, groups: Sequence[Group], banks: str | None = None) -> tuple[str, ...]:
     """Compare the layers that have experts with those that `config.json` says should; what the plan should say of it.
 
+    Where layers share banks of experts, `banks` is the word for how many there are, and numbers are those of banks.
+
     Raises:
-        InputError: a layer has none.
+        InputError: a layer, or a bank, has none.
     """
     places: dict[Any, set[int]] = {}
     for group in (group for group in groups if "l" in group.index):
@@ -147,13 +149,16 @@ def check_layers(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
     if len(parts) != 1:
         said = f"speaks of {len(parts)} models with experts" if parts else "does not say how many layers and experts there are"
         return (f"config.json {said}, so that nobody has looked whether layers are missing; {len(found)} have experts",)
-    config, count = parts[0], parts[0][_LAYERS]
-    wanted = _wanted(config, count)
-    if lost := sorted((wanted or set()) - found) or _absent(reader, groups, found, count):
+    config, unit = parts[0], "bank" if banks else "layer"
+    count = config.get(banks or _LAYERS)
+    if type(count) is not int or (banks and not 0 < count <= _MOST):
+        return (f"config.json does not say how many banks of experts there are ({banks}); there are {len(found)}",)
+    wanted = set(range(count)) if banks else _wanted(config, count)
+    if lost := sorted((wanted or set()) - found) or (not banks and _absent(reader, groups, found, count)):
         more = f", and so it is with {len(lost) - 1} others" if len(lost) > 1 else ""
         raise InputError(
-            f"{reader.path}: config.json says {count} layers, {len(wanted) if wanted else 'some'} of them with experts, but "
-            f"layer {lost[0]} has none{more}. Get the files that are missing"
+            f"{reader.path}: config.json says {count} {unit}s, {len(wanted) if wanted else 'some'} of them with experts, but "
+            f"{unit} {lost[0]} has none{more}. Get the files that are missing"
         )
     if wanted is None:
         return (f"config.json does not say which of {count} layers have experts; {len(found)} have them",)

@@ -23,6 +23,7 @@ from layouts.tables.natives import (
     PER_EXPERT_SPELT,
     PER_EXPERT_W123,
     W1_FUSED,
+    WEIGHT_FIRST,
 )
 
 APART: tuple[Family, ...] = (
@@ -96,6 +97,12 @@ APART: tuple[Family, ...] = (
         model_types=("yuan2", "yuan"),
         experts=MLP,
         native=(W1_FUSED,),
+    ),
+    Family(  # LinearGLUExperts: `down(act(gate(x)) * up(x))`, lists of parameters that F.linear takes
+        name="llama_moe",
+        model_types=("llama_moe",),
+        experts="{path}.{l}.mlp.calculator.experts",
+        native=(WEIGHT_FIRST,),
     ),
     w123("mixtral"),
     w123("phimoe"),

@@ -10,6 +10,8 @@ from __future__ import annotations
 from layouts.tables.family import FEED, MLP, SPARSE, Family, fused
 from layouts.tables.natives import (
     FC,
+    FC1_FUSED,
+    FC_PROJ,
     FLAT,
     FUSED,
     FUSED_IN_MLP,
@@ -73,7 +75,20 @@ TOGETHER: tuple[Family, ...] = (
     ),
     fused("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
     fused("lara_mini"),
-    fused("zaya"),
+    Family(  # the first half of linear_fc1 is gate (SGLang zaya.py); transformers has them in one tensor
+        name="zaya",
+        model_types=("zaya",),
+        experts="{path}.{l}.{moe:mlp,zaya_block}.experts",
+        native=(FUSED, FC1_FUSED),
+    ),
+    Family(  # SGLang interns2_mobius.py: layers share `num_blocks` banks of experts; the first half of rows is gate
+        name="interns2_mobius",
+        model_types=("interns2_mobius", "interns2_mobius_text"),
+        experts="{path}.meta_mlp.{l}.experts",
+        native=(FUSED,),
+        banks="num_blocks",
+    ),
+    fused("iquest_q1", native=FC_PROJ),  # the first half of fc is gate (SGLang iquest_q1.py)
     fused("mistral4"),
     fused("muse_spark", "muse_spark_text", others=("{path}.{l}.mlp.experts.post_expert_norm.weight",)),
     fused("granitemoe_swa", experts=SPARSE),

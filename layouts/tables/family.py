@@ -42,6 +42,8 @@ class Family:
     """What quantisers save whatever the family publishes: they take the experts apart into modules of three projections."""
     transformers: Layouts | None = None
     """What transformers 5 loads, where that is not its fused form at the place of the experts."""
+    banks: str | None = None
+    """The word of `config.json` for how many banks of experts there are, where layers share them: `{l}` is that of a bank."""
     changed_in: int | None = None
     """The major version of transformers since which the second native layout stands under the keys of the first."""
     format: str = "hf"

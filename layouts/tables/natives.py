@@ -72,6 +72,10 @@ W1_FUSED = layouts(
     wi=("{experts}.{e}.w1.{part}", "(g n) k"),
     wo=("{experts}.{e}.w2.{part}", "k n"),
 )
+FC1_FUSED = layouts(
+    wi=("{experts}.local_experts.{e}.linear_fc1.{part}", "(g n) k"),
+    wo=("{experts}.local_experts.{e}.linear_fc2.{part}", "k n"),
+)
 GATE_UP = layouts(
     wi=("{experts}.{e}.gate_up_proj.{part}", "(g n) k"),
     wo=("{experts}.{e}.down_proj.{part}", "k n"),
@@ -95,6 +99,14 @@ FUSED_IN_OUT = layouts(
 FUSED_INTERLEAVED = layouts(
     wi=("{experts}.gate_up_proj{part}", "e k (n g)"),
     wo=("{experts}.down_proj{part}", "e n k"),
+)
+FC_PROJ = layouts(
+    wi=("{experts}.fc", "e (g n) k"),
+    wo=("{experts}.proj", "e k n"),
+)
+WEIGHT_FIRST = layouts(
+    wi=("{experts}.weight_{g:gate,up}.{e}", "n k"),
+    wo=("{experts}.weight_down.{e}", "k n"),
 )
 PROJECTION_FIRST = layouts(
     wi=("{experts}.{g:gate_proj,up_proj}.{e}.{part}", "n k"),
@@ -184,6 +196,7 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert-lists": PER_EXPERT_LISTS,  # DBRX of ModelOpt: which of these two, the version that wrote it knows
     "per-expert-lists-in-out": PER_EXPERT_LISTS_IN_OUT,
     "per-expert-w1": W1_FUSED,  # Yuan 2
+    "per-expert-fc1": FC1_FUSED,  # ZAYA1 as its makers publish it
     "per-expert-gate-up": GATE_UP,
     "per-expert-paddle-kinds": PADDLE_KINDS,  # ERNIE 4.5 VL of Paddle
     "per-expert-paddle": PADDLE,  # ERNIE 4.5: gate first, in spite of the name
@@ -191,6 +204,7 @@ SOURCES: Mapping[str, Layouts] = {
     "per-expert-in-mlp": PER_EXPERT_IN_MLP,  # Step and Mistral Large 4 of transformers, quantised
     "per-expert-up-first": UP_FIRST,
     "projection-first": PROJECTION_FIRST,  # some NVFP4 checkpoints of ModelOpt
+    "weight-first": WEIGHT_FIRST,  # LLaMA-MoE
     "stacked": STACKED,
     "stacked-bare": STACKED_BARE,  # VeOmni
     "stacked-flat": FLAT,
@@ -199,6 +213,7 @@ SOURCES: Mapping[str, Layouts] = {
     "fused-interleaved": FUSED_INTERLEAVED,
     "fused-linear": LINEAR,
     "fused-fc": FC,
+    "fused-fc-proj": FC_PROJ,  # IQuest Q1
     "fused-below": FUSED_BELOW,  # Granite and JetMoE as transformers holds them
     "fused-in-mlp": FUSED_IN_MLP,  # Step and Mistral Large 4 as transformers holds them
     "w13-interleaved": W13_INTERLEAVED,

@@ -9,7 +9,19 @@ from convert.errors import ConvertError, InputError, PlanError
 from convert.options import Choices
 from convert.planning.planner import make_plan
 from tests.layouts.by_hand import weights
-from tests.layouts.by_hand.styles import automodel, gate_up, mlx, paddle, projections, spelt, switch, yuan
+from tests.layouts.by_hand.styles import (
+    automodel,
+    fc1,
+    fc_proj,
+    gate_up,
+    mlx,
+    paddle,
+    projections,
+    spelt,
+    switch,
+    weight_first,
+    yuan,
+)
 from tests.tiny import MemoryReader, run, same
 
 OUT, AT = Path("out"), "model.layers.2.mlp"
@@ -27,7 +39,8 @@ def refused(arrays, config, words, **choices):
 
 
 @pytest.mark.parametrize(
-    "style", [yuan, paddle, automodel, spelt("gate", "up", "down"), spelt("linear", "linear_v", "linear_1")]
+    "style",
+    [yuan, paddle, automodel, spelt("gate", "up", "down"), spelt("linear", "linear_v", "linear_1"), fc1, weight_first, fc_proj],
 )
 @pytest.mark.parametrize("config", [{}, {"model_type": "somebodys_moe"}], ids=["no config", "unknown"])
 def test_words_of_one_family_tell_nothing_of_an_unknown_model(style, config):

@@ -17,7 +17,7 @@ OTHERS = (
     "mixtral", "deepseek_v4", "lfm2_moe", "mistral_large4", "gpt_oss", "llama4", "aria", "qwen3_vl_moe", "gemma4", "hy_v4",
     "inkling", "openai_privacy_filter", "qwen3_5_moe", "hunyuan", "granitemoe_swa", "granitemoe", "jetmoe", "step3p5",
     "step of transformers", "dbrx", "smallthinker", "grok-1", "yuan2", "lara_mini", "zaya", "mistral4", "muse_spark",
-    "hy_v4_vl",
+    "hy_v4_vl", "llama_moe", "zaya as published", "interns2_mobius", "iquest_q1",
 )  # fmt: skip
 WORDS = {"granitemoe": "input_linear.weight", "aria": "experts.fc1.weight"}
 

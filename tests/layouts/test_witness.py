@@ -130,6 +130,19 @@ def test_layers_may_share_the_experts_of_the_first_of_them(step, layers, said):
     assert bool(said) == bool(told)
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(3, ()), (4, "bank 3 has none"), (0, "does not say how many banks"), (None, "does not")]
+)
+def test_layers_may_share_banks_of_experts(count, said):
+    family = next(family for family in FAMILIES if family.banks)
+    stated = config(family) | {"num_hidden_layers": 9, "num_blocks": count}
+    try:
+        told = describe(MemoryReader(tensors(family, layers=(0, 1, 2)), config=stated)).remarks
+    except InputError as error:
+        told = (str(error),)
+    assert told == said if not said else said in told[0]
+
+
 def test_a_block_beside_the_layers_is_none_of_them():
     """Qwen3-Next has its MTP block below `mtp.layers.0`."""
     said = {"num_hidden_layers": 3, "mlp_only_layers": [], "decoder_sparse_step": 1}

@@ -1,6 +1,19 @@
 """Families that publish single experts, by hand; see `tests.layouts.by_hand`."""
 
-from tests.layouts.by_hand.styles import FEED, MLP, SPARSE, Model, fc132, paddle, shared, spelt, up_first, w123, yuan
+from tests.layouts.by_hand.styles import (
+    FEED,
+    MLP,
+    SPARSE,
+    Model,
+    fc132,
+    paddle,
+    shared,
+    spelt,
+    up_first,
+    w123,
+    weight_first,
+    yuan,
+)
 
 _BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 _ROUTED = (*shared(MLP), "model.layers.{}.mlp.gate.weight", _BIAS)
@@ -147,6 +160,12 @@ APART = {
         types=("time_moe",),
         at="model.layers.{}.ffn_layer",
         beside=("model.layers.{}.ffn_layer.shared_expert.up_proj.weight", "model.layers.{}.ffn_layer.gate.weight"),
+    ),
+    "llama_moe": Model(
+        types=("llama_moe",),
+        style=weight_first,
+        at="model.layers.{}.mlp.calculator",
+        beside=("model.layers.{}.mlp.gate.gate_network.0.weight",),
     ),
     "sarvam": Model(
         types=("sarvam_moe", "sarvam_mla"),

@@ -84,6 +84,30 @@ def yuan(at: str, gate, up, down) -> Arrays:
     return found
 
 
+def fc1(at: str, gate, up, down) -> Arrays:
+    """ZAYA1 as published: linear_fc1 [2N, K] of each expert, its first rows are gate; linear_fc2 [K, N]."""
+    found = {}
+    for e in range(len(gate)):
+        found[f"{at}.experts.local_experts.{e}.linear_fc1.weight"] = np.concatenate((gate[e].T, up[e].T))
+        found[f"{at}.experts.local_experts.{e}.linear_fc2.weight"] = down[e].T
+    return found
+
+
+def weight_first(at: str, gate, up, down) -> Arrays:
+    """LLaMA-MoE: parameters in lists, experts.weight_gate.{e} [N, K], weight_up, weight_down [K, N]."""
+    found = {}
+    for e in range(len(gate)):
+        for word, weight in (("gate", gate), ("up", up), ("down", down)):
+            found[f"{at}.experts.weight_{word}.{e}"] = weight[e].T
+    return found
+
+
+def fc_proj(at: str, gate, up, down) -> Arrays:
+    """IQuest Q1: fc [E, 2N, K], its first rows are gate; proj [E, K, N]."""
+    rows = np.concatenate((gate, up), -1).swapaxes(1, 2)
+    return {f"{at}.experts.fc": rows, f"{at}.experts.proj": down.swapaxes(1, 2)}
+
+
 def paddle(at: str, gate, up, down) -> Arrays:
     """ERNIE 4.5 of Paddle: up_gate_proj [K, 2N], gate first in spite of its name; down_proj [N, K]."""
     found = {}
