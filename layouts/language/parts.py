@@ -6,6 +6,7 @@ A layout states where a projection's weight is. Its companions lie beside it and
 contracted axis, a block scale has one element for a block of the weight. So they need no layout of their own, only this table.
 
 Sources: DeepSeek-V3 `weight_scale_inv`; compressed-tensors `weight_packed`, `weight_shape`, ...; ModelOpt `weight_scale_2`;
+transformers `finegrained_fp8.py` (`activation_scale`) and `fbgemm_fp8.py` (scales of rows beside [in, out] weights);
 Inkling2-Loop `weight_amax`; AutoGPTQ / AutoAWQ `qweight`, `qzeros`, `scales`, `g_idx`; gpt-oss `_blocks`, `_scales`;
 ModelOpt `unified_export_hf` (block scales of four dimensions, one number for a stacked tensor); MLX `QuantizedSwitchLinear`;
 vllm-ascend `quantization/methods/`.
@@ -36,7 +37,8 @@ class Part:
     `dims` are the dimensions it may have, tried in order: `out` and `in`, `one` (a dimension of size 1, behind the word before
     it), `rest` (one of any size), or none; `both` is one number for gate and up together, `all` one for all experts, too.
     `turned` parts are stored with in and out exchanged against the family's weights. Those that are `packed` hold several
-    values in an element whatever their type, so that in and out keep their order.
+    values in an element whatever their type, so that in and out keep their order. Where `types` are given it has one of these:
+    what is called so in another type is packed otherwise.
     """
 
     name: str
@@ -44,10 +46,11 @@ class Part:
     dims: tuple[str, ...] = ("out in",)
     turned: bool = False
     packed: bool = False
+    types: tuple[str, ...] = ()
 
 
 _SCALAR = ("one", "", "both", "both one", "all", "all one")
-_BLOCKS = ("out one in one", "out in", "out")
+_BLOCKS = ("out one in one", "out in", "out one", "out")
 _SCALE = (*_SCALAR, *_BLOCKS)
 """From few numbers to many: one for gate and one for up is not taken for a row of outputs."""
 
@@ -59,6 +62,7 @@ PARTS: Sequence[Part] = (
     Part(name="scale_2", word="weight_scale_2", dims=_SCALAR),
     Part(name="global_scale", word="weight_global_scale", dims=_SCALAR),
     Part(name="input_scale", word="input_scale", dims=_SCALAR),
+    Part(name="activation_scale", word="activation_scale", dims=_SCALAR),
     Part(name="input_global_scale", word="input_global_scale", dims=_SCALAR),
     Part(name="amax", word="weight_amax", dims=_SCALAR),
     Part(name="outer_scale_denominator", word="weight_outer_scale_denominator", dims=_SCALAR),
@@ -71,8 +75,8 @@ PARTS: Sequence[Part] = (
     Part(name="qscale_act", word="qscale_act", dims=_SCALAR),
     Part(name="pre_quant_scale", word="pre_quant_scale", dims=("in",)),
     Part(name="input_zero_point", word="input_zero_point", dims=_SCALAR),
-    Part(name="qweight", word="qweight", turned=True, packed=True),
-    Part(name="qzeros", word="qzeros", turned=True, packed=True),
+    Part(name="qweight", word="qweight", turned=True, packed=True, types=("I32", "U32")),
+    Part(name="qzeros", word="qzeros", turned=True, packed=True, types=("I32", "U32")),
     Part(name="g_idx", word="g_idx", dims=("in",)),
     Part(name="scales", word="scales", turned=True),
     Part(name="blocks", word="blocks", dims=("out in rest",), turned=True, packed=True),

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES
-from layouts.language.parts import AXES
+from layouts.language.parts import AXES, CHUNKS, Part
 from layouts.language.slots import Index
 from layouts.language.template import Template
 from layouts.matching.lookup import expert_counts, idle_experts
-from layouts.matching.packing import WEIGHTS, hidden_sizes
+from layouts.matching.packing import INTEGERS, WEIGHTS, hidden_sizes
 from layouts.reader import Reader
 from layouts.tensors import TensorSpec
 
@@ -45,6 +45,35 @@ def check_equal(reader: Reader, specs: Sequence[TensorSpec], part: str = "") -> 
                 f"{reader.path}: experts of one layer must be alike, but {first.name} is {first.dtype} {first.shape} and "
                 f"{spec.name} (in {reader.where(spec.name)}) is {spec.dtype} {spec.shape}; no stacked tensor can hold both"
             )
+
+
+def check_type(reader: Reader, spec: TensorSpec, part: Part) -> None:
+    """See that what packs values by its name has a type in which it is packed as we know it.
+
+    Raises:
+        PlanError: it has another.
+    """
+    if part.types and spec.dtype not in part.types:
+        raise PlanError(
+            f"{reader.path}: {spec.name} (in {reader.where(spec.name)}) is {spec.dtype}, but {part.word} of GPTQ and AWQ is "
+            f"{part.types[0]}: others store under this name what is packed otherwise (AWQ's GEMVFast, FP-Quant). Take the "
+            f"checkpoint it was made from"
+        )
+
+
+def ungridded(weight: Group, sizes: Mapping[str, int]) -> str:
+    """Why scales of these sizes are no grid of equal blocks, or of rows, over a weight of one value in each element."""
+    if weight.part or weight.dtype in INTEGERS:
+        return ""
+    inner, outer = AXES[weight.role]
+    own = {axis: math.prod(sizes.get(cut, 1) for cut in (CHUNKS if axis == "n" else axis)) for axis in (inner, outer)}
+    for axis, count in own.items():
+        whole, rows = weight.total(axis), axis == outer and inner not in sizes
+        if not 0 < count <= whole or (count < whole if rows else -(-whole // -(-whole // count)) != count):
+            return f"{count} scales for {whole} values ({axis}): blocks of one size are another number"
+    if own[outer] == 1 < weight.total(outer) and own[inner] == weight.total(inner) > 1:
+        return f"a scale for each of {own[inner]} inputs ({inner}), and one for all outputs"
+    return ""
 
 
 def check_grid(reader: Reader, role: str, key: Template, index: Index, names: Sequence[str], experts: int) -> dict[str, int]:

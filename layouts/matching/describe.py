@@ -18,7 +18,7 @@ from layouts.language.layout import Placed
 from layouts.language.parts import PARTS, forms
 from layouts.language.pattern import Pattern
 from layouts.matching.candidates import Candidates, at_home, candidates, record_of
-from layouts.matching.checks import check_blocks, check_equal, check_grid, check_said
+from layouts.matching.checks import check_blocks, check_equal, check_grid, check_said, check_type, ungridded
 from layouts.matching.group import Group
 from layouts.matching.kinds import check_kinds, filled
 from layouts.matching.lookup import expert_counts, find_family
@@ -142,6 +142,7 @@ def _groups(reader: Reader, matched: Sorted, known: Candidates) -> tuple[Group, 
         weight = matched.get((role, 0, block))
         scan = _scan_axes(reader, weight.placed.pattern, weight.first) if weight else None
         spec, beside = reader.tensors[names[0]], first.get((role, block))
+        check_type(reader, spec, PARTS[part])
         dims, pattern, all_sizes = _fit(reader, spec, found, sizes | grid, scan, beside, stated)
         made[key] = Group(
             role=role,
@@ -190,6 +191,9 @@ def _fit(
                 raise ValueError(f"shape {spec.shape} is not of the form '{form.text}' behind {scan} scan axes")
             pattern = form.expand(len(spec.shape))
             sizes = pattern.sizes(spec.shape, {"g": 2, **flat, **known})
+            if weight and len(found) > 1 and "out" in dims.split() and (why := ungridded(weight, sizes)):
+                problems.insert(0, ValueError(why))
+                continue
         except ValueError as error:
             problems.append(error)
             continue

@@ -26,7 +26,7 @@ WEIGHTS = ("", "packed", "qweight", "blocks")
 """The parts that are weights; every role of a block has one."""
 HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim")
 """The words for the size that experts take in and give out, at any depth."""
-_INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _OTHER = {"wi": "wo", "wo": "wi"}
 
 
@@ -54,7 +54,7 @@ def marked(reader: Reader, groups: Sequence[Group]) -> tuple[Group, ...]:
 def _is_packed(reader: Reader, group: Group, other: Group | None) -> bool:
     if group.part:
         return group.part in PACKED
-    if group.dtype not in _INTEGERS:
+    if group.dtype not in INTEGERS:
         return False
     axis = AXES[group.role][0]
     own, most = group.total(axis), 8 * itemsize(group.dtype)

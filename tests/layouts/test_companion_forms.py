@@ -136,6 +136,13 @@ CASES = {
     "llama-4 fp8 channels": (
         LLAMA, fused(**{"": ("F8_E4M3", lambda i, o: (E, i, o)), "_scale": ("F32", lambda _, o: (E, 1, o))}),
         {"wi": W, "wi_scale": (E, 1, 2 * N)}),
+    "llama-4 fp8 as transformers saves FBGEMM's": (
+        LLAMA, fused(**{"": ("F8_E4M3", lambda i, o: (E, i, o)),
+                        "_scale": ("F32", lambda i, o: (E, 1, o) if i == K else (E, o, 1))}),
+        {"wi": W, "wi_scale": (E, 1, 2 * N), "wo_scale": (E, K)}),
+    "fp8 of transformers, static": (
+        PER_EXPERT, apart(weight=FP8, weight_scale_inv=SCALAR, activation_scale=SCALAR),
+        {"wi": W, "wi_scale_inv": (E, 2), "wi_activation_scale": (E, 2), "wo_activation_scale": (E,)}),
     "step: gate and up stacked, a scalar each": (
         STEP, stacked(weight=("F8_E4M3", lambda o, i: (E, o, i)), weight_scale=("F32", lambda *_: (E,))),
         {"wi": W, "wi_scale": (E, 2)}),
@@ -226,12 +233,19 @@ def test_what_is_no_experts_is_copied(word, tmp_path):
         (apart(weight=FP8, weight_scale=("F32", lambda o, i: (o // 128, 1, i // 128, 1))), PER_EXPERT, PlanError,
          "states no weight_block_size"),
         (apart(weight=("BF16", lambda o, _: (o, 0))), PER_EXPERT, InputError, "has no elements"),
+        (apart(weight=FP8, weight_scale=("F32", lambda _, i: (i, 1))), PER_EXPERT, PlanError, "256 scales for 128 values"),
+        (apart(weight=FP8, weight_scale=("F32", lambda o, _: (o * 3 // 4, 1))), PER_EXPERT, PlanError,
+         "192 scales for 256 values .k.: blocks of one size"),
+        (apart(weight=FP8, weight_scale=("F32", lambda _, i: (1, i))), PER_EXPERT, PlanError, "and one for all outputs"),
+        (apart(qweight=("I16", lambda o, i: (o // 4, i)), qzeros=("F16", lambda o, i: (i // 128, o)),
+               scales=("F16", lambda o, i: (i // 128, o))), PER_EXPERT, PlanError, "is (I16|F16), but q(weight|zeros) of GPTQ"),
         (fused(**{"": ("F8_E4M3", lambda i, o: (E, i, o)), "_weight_scale": ("F32", lambda *_: (2,))}), LLAMA, InputError,
          "is of 2 experts"),
         (fused(**{"": ("F8_E4M3", lambda i, o: (E, i, o)), "_weight_scale_3": SCALAR}), LLAMA, PlanError, "does not know"),
         (fused(_weight=("BF16", lambda i, o: (E, i, o))), LLAMA, PlanError, "does not know"),
     ],
-    ids=["odd columns", "too many", "floats", "four other dims", "no block size", "empty", "two of three", "third", "word"],
+    ids=["odd columns", "too many", "floats", "four other dims", "no block size", "empty", "finer", "no blocks", "inputs",
+         "gemv", "two of three", "third", "word"],
 )  # fmt: skip
 def test_what_only_looks_like_it_is_refused(tensors, config, error, words, tmp_path):
     place = f"model.layers.2.{PLACES[config['model_type']]}"

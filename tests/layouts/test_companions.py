@@ -60,7 +60,8 @@ def round_trip(reader, **choices) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("word", ["weight", "weight_packed", "qweight"])
 def test_the_summary_counts_blocks_whatever_their_weights_are_called(word):
-    plan = make_plan(checkpoint({word: lambda out, into: (out, into // 8)}, {word: "U8"}), Path("out"), "prefuse")
+    code = "I32" if word == "qweight" else "U8"
+    plan = make_plan(checkpoint({word: lambda out, into: (out, into // 8)}, {word: code}), Path("out"), "prefuse")
     assert ": 1 MoE block of 12 experts" in str(Report(plan=plan, seconds=1, resumed=0))
 
 
