@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from layouts.errors import PlanError
+from layouts.language.layout import Layouts
 from layouts.language.template import Template
 from layouts.matching.group import Block
 from layouts.matching.lookup import fitting, knows, rows_fitting, told_by_names
@@ -75,6 +76,10 @@ def _of_projection(part: str) -> bool:
     return any(part == name or part.startswith(f"{name}_") for name in _PROJECTIONS)
 
 
+_SEPARATORS = re.compile(r"[.:]")
+"""Between parts of names; torchao puts a colon before what it takes a tensor apart into."""
+
+
 class Refusal:
     """What must not pass as "some other tensor, copied as it is"."""
 
@@ -105,26 +110,34 @@ class Refusal:
                 f"checkpoint nor --source-layout says so. Shapes cannot tell layouts with the same names apart: name it with "
                 f"--source-layout"
             )
-        if _is_like_an_expert(name) or any(stem.parse(name) is not None for stem in self.stems):
+        beside = any(stem.parse(name) is not None for stem in self.stems)
+        if beside or _is_like_an_expert(name):
             expected = self.family.native[0]["wi"].key.replace("{experts}", self.family.experts)
+            told = (
+                "it is called as what stands beside a weight, and no table says how it is fused with it"
+                if beside
+                else f"expected names such as {expected}{hint(self.reader, self.family, name)}"
+            )
             raise PlanError(
                 f"{self.reader.path}: {name} (in {self.reader.where(name)}) is an expert tensor that family "
-                f"{self.family.name} does not know; expected names such as {expected}{hint(self.reader, self.family)}"
+                f"{self.family.name} does not know; {told}"
             )
 
     def _foreign(self, name: str) -> None:
-        """See that the name is not one of an expert in a form that belongs to another library.
+        """See that the name is not one of an expert in a form that belongs to another library, and none in its module is.
 
         Raises:
             PlanError: it is.
         """
-        parts = name.split(".")
-        found = next((WORDS[part] for part in parts if part in WORDS), None)
-        if found and (_is_like_an_expert(name) or any(part.endswith("_exps") for part in parts)):
-            raise PlanError(
-                f"{self.reader.path}: {name} (in {self.reader.where(name)}) belongs to {found[0]}, which no layout of "
-                f"plain weights can hold: {found[1]}"
-            )
+        if not (_is_like_an_expert(name) or any(part.endswith("_exps") for part in name.split("."))):
+            return
+        module = name.rpartition(".")[0] + "."
+        for each in (name, *(other for other in self.reader.tensors if other.startswith(module))):
+            if found := next((WORDS[part] for part in _SEPARATORS.split(each) if part in WORDS), None):
+                raise PlanError(
+                    f"{self.reader.path}: {each} (in {self.reader.where(each)}) belongs to {found[0]}, which no layout of "
+                    f"plain weights can hold: {found[1]}"
+                )
 
 
 _MATRICES = re.compile(
@@ -149,13 +162,18 @@ def lookalikes(names: Iterable[str]) -> tuple[str, ...]:
     return (f"names of {len(odd)} tensors hold letters that may look like others, first {odd[0]!a}",) if odd else ()
 
 
-def hint(reader: Reader, family: Family) -> str:
-    """What to try when none of the names is one of the family's."""
+def hint(reader: Reader, family: Family, odd: str | None = None) -> str:
+    """What to try when none of the names is one of the family's, or this `odd` one is not."""
     told = told_by_names(reader.tensors, reader.format)
     others = [*fitting(reader.tensors, reader.format)[:6], *([told] if told else [])]
     said = ""
     if others and not knows(family, reader.tensors):
         said = f"; there are names as in {', '.join(f.name for f in others)}: if it is one of these, say so with --family"
-    if rows := rows_fitting(reader.tensors, family):
+    rows = [row for row in rows_fitting(reader.tensors, family) if odd is None or _has(SOURCES[row], family, odd)]
+    if rows:
         said += f"; if they are stored so, say it with --source-layout: {', '.join(rows)}"
     return said
+
+
+def _has(table: Layouts, family: Family, name: str) -> bool:
+    return any(layout.template(family.experts).parse(name) is not None for layout in table.values())

@@ -4,8 +4,9 @@ In: nothing. Out: `FOREIGN`. It never looks at a checkpoint.
 
 What stands in such tensors is coded for the kernels of one library, or belongs to another file format, or is half of a sum.
 
-Sources: bitsandbytes `functional.QuantState`; exllamav2 `ext.make_q_matrix`, exllamav3 `modules/quant/exl3.py`; gguf-py
-`constants.py`; PEFT `tuners/lora/layer.py`; HQQ `HQQLinear`; AQLM `QuantizedLinear`; optimum-quanto; VPTQ; torchao.
+Sources: transformers `integrations/` (EETQ, FP-Quant, HIGGS, Metal, SpQR); bitsandbytes `functional.QuantState`; exllamav2
+`ext.make_q_matrix`, exllamav3 `modules/quant/exl3.py`; gguf-py `constants.py`; PEFT `tuners/lora/layer.py`; HQQ `HQQLinear`;
+AQLM `QuantizedLinear`; compressed-tensors `compressors/`; optimum-quanto; VPTQ; torchao.
 """
 
 from __future__ import annotations
@@ -30,9 +31,22 @@ FOREIGN: Mapping[tuple[str, str], tuple[str, ...]] = {
         "base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save",
         "original_module", "hada_w1_a", "lokr_w1", "vera_lambda_b", "oft_R", "ia3_l",
     ),
+    ("compressed-tensors' 2:4 sparsity", "values and their places; decompress it with compressed-tensors"): (
+        "bitmask", "compressed", "scale_packed",
+    ),
+    ("EETQ", f"its weights are [in, out], in an order of its kernels; {_PUBLISHED}"): ("weight_scales",),
+    ("FP-Quant", f"weights were rotated before they were rounded; {_PUBLISHED}"): (
+        "forward_hadamard_matrix", "backward_hadamard_matrix", "act_global_scale", "dqweight",
+    ),
+    ("HIGGS", f"weights are places in a table, in an order of its kernels; {_PUBLISHED}"): ("tables", "tables2"),
+    ("SpQR", f"outliers stand apart; {_PUBLISHED}"): ("dense_weights", "col_vals", "in_perm"),
+    ("transformers' Metal quantisation", f"what it calls scales GPTQ calls so, too; {_PUBLISHED}"): ("qbiases",),
+    ("a quantiser's own state", "export it first (export_hf_checkpoint of ModelOpt, the safetensors export of Quark)"): (
+        "weight_quantizer", "input_quantizer", "output_quantizer",
+    ),
     ("HQQ", f"it packs along another axis by its own settings; {_PUBLISHED}"): ("W_q", "W_nbits"),
     ("AQLM or VPTQ", f"weights are sums of code words; {_PUBLISHED}"): ("codes", "codebooks", "centroids", "res_centroids"),
-    ("QuIP#", f"weights are code words of a lattice; {_PUBLISHED}"): ("Qidxs", "SU", "SV"),
+    ("QuIP# or QTIP", f"weights are code words of a lattice; {_PUBLISHED}"): ("Qidxs", "SU", "SV"),
     ("optimum-quanto or torchao", f"a tensor subclass taken apart; {_PUBLISHED}, or save it dequantised"): (
         "_data", "_scale", "_shift", "_weight_qdata", "_weight_scale", "tensor_impl",
     ),

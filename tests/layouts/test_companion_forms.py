@@ -198,11 +198,19 @@ def test_a_flipped_bit_in_one_number_is_seen(layout, tmp_path):
         ("1.up_proj.W_q", "HQQ"),
         ("1.up_proj.codebooks", "AQLM"),
         ("1.up_proj.weight._data", "optimum-quanto"),
+        ("1.up_proj.weight:_data:int_data", "optimum-quanto or torchao"),
+        ("1.up_proj.compressed", "compressed-tensors' 2:4"),
+        ("1.up_proj.weight_scales", "EETQ"),
+        ("1.up_proj.act_global_scale", "FP-Quant"),
+        ("1.up_proj.tables", "HIGGS"),
+        ("1.up_proj.col_vals", "SpQR"),
+        ("1.up_proj.qbiases", "transformers' Metal"),
+        ("1.up_proj.weight_quantizer._amax", "a quantiser's own state.*export it"),
         ("gate_up_proj.lora_B.weight", "adapter inside a model"),
     ],
 )
 def test_other_libraries_forms_are_refused_by_name(name, words, tmp_path):
-    tensors = apart(weight=("BF16", WHOLE)) | {name: ("U8", (4,))}
+    tensors = apart(weight=("BF16", WHOLE)) | {f"{name.partition('_proj')[0]}_proj.a_word": ("U8", (4,)), name: ("U8", (4,))}
     source = write(tmp_path / "in", {f"model.layers.2.mlp.experts.{n}": entry for n, entry in tensors.items()}, PER_EXPERT)
     with pytest.raises(PlanError, match=f"belongs to (an )?{words}"):
         convert.plan(source, tmp_path / "out", prefuse=True)
