@@ -26,7 +26,7 @@ from layouts.tensors import numpy_dtype
 
 _MOST, _AFAR = 1 << 14, 64
 """Pairs of a kind that are looked at, on a disk and in a store: no store is asked a thousand times for a plan."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E8M0", "F8_E4M3", "F8_E5M2")
 _WORDS = {part.name: part.word for part in PARTS}
 
 
@@ -106,8 +106,11 @@ def _line(word: str, reader: Reader, held: Sequence[Scales], most: int) -> str:
     if not ratios.size:
         return f"{word} of gate and up: none of {pairs} differs"
     sound = np.isfinite(ratios) & (ratios > 0)
-    most_apart = f"by a factor of up to {ratios.max():.4g}" if sound.all() else "some of them zero, negative or no number"
-    return f"{word} of gate and up: {differ.sum():,} of {pairs} differ, {most_apart}; kernels with one for both need them equal"
+    odd = ratios.size - int(sound.sum())
+    apart = [f"by a factor of up to {ratios[sound].max():.4g}"] if odd < ratios.size else []
+    apart += [f"{odd:,} of them zero, negative, infinite or no number on one side"] if odd else []
+    told = f"{ratios.size:,} of {pairs} differ, {', '.join(apart)}; kernels with one for both need them equal"
+    return f"{word} of gate and up: {told}"
 
 
 def _every(step: int, held: Iterable[Scales]) -> Iterator[tuple[Scales, range]]:

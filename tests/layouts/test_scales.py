@@ -39,10 +39,14 @@ TABLE = [
     (one_apart, "weight_scale_2 of gate and up: 1 of 24 pairs differ, by a factor of up to 1.25; kernels"),
     (lambda layer, e, kind: e + layer, "weight_scale_2 of gate and up: none of 24 pairs differs"),
     (lambda layer, e, kind: {"gate": 4.0, "up": 1.0, "down": 0}[kind], "24 of 24 pairs differ, by a factor of up to 4;"),
-    (lambda layer, e, kind: float(kind == "up" and e == 3), "2 of 24 pairs differ, some of them zero, negative or no number"),
+    (lambda layer, e, kind: float(kind == "up" and e == 3), "2 of 24 pairs differ, 2 of them zero, negative, infinite or no"),
     (lambda layer, e, kind: np.nan, "none of 24 pairs differs"),
-    (lambda layer, e, kind: -1.0 if kind == "up" else 1.0, "24 of 24 pairs differ, some of them zero, negative or no number"),
-]
+    (lambda layer, e, kind: np.inf, "none of 24 pairs differs"),
+    (lambda layer, e, kind: -0.0 if kind == "up" else 0.0, "none of 24 pairs differs"),
+    (lambda layer, e, kind: -1.0 if kind == "up" else 1.0, "24 of 24 pairs differ, 24 of them zero, negative, infinite or no"),
+    (lambda layer, e, kind: [np.nan, np.inf, 0, -2, 8, 2][e % 6] if kind == "up" else 2.0,
+     "20 of 24 pairs differ, by a factor of up to 4, 16 of them zero, negative, infinite or no number on one side; kernels"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("numbers", "said"), TABLE)
@@ -59,6 +63,17 @@ def test_pairs_that_differ_are_counted(tmp_path, numbers, said, shape):
 def test_every_kind_of_number_is_told_by_its_name(tmp_path, word, code):
     source = checkpoint(tmp_path / "in", one_apart, word, code=code)
     assert f"{word} of gate and up: 1 of 24 pairs" in "\n".join(convert.plan(source, tmp_path / "out", prefuse=True).remarks)
+
+
+@pytest.mark.parametrize(("code", "four", "one"), [("F8_E8M0", 129, 127), ("F8_E4M3", 0x48, 0x38)])
+def test_scales_of_eight_bits_are_numbers_too(tmp_path, code, four, one):
+    source = checkpoint(tmp_path / "in", lambda layer, e, kind: four if kind == "gate" else one, "weight_scale", code="u1")
+    data = (source / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].replace(b'"dtype":"U8","shape":[],', b'"dtype":"%s","shape":[],' % code.encode())
+    (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    said = str(convert.plan(source, tmp_path / "out", prefuse=True).remarks)
+    assert "weight_scale of gate and up: 24 of 24 pairs differ, by a factor of up to 4;" in said
 
 
 def test_scales_of_rows_are_no_pairs(tmp_path):
