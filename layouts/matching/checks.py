@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from layouts.matching.group import Group
 
 _WIDTH = "moe_intermediate_size"
+_WIDTHS = (_WIDTH, "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+"""The words for the sizes of mlps, those of experts and others."""
 _WHOLE = frozenset("kgnd")
 """Axes along which blocks are copied as wholes. Along the others (experts, stacked layers, shards) it goes step by step."""
 _MOST = 1 << 24
@@ -185,6 +187,19 @@ def _check_companions(reader: Reader, role: str, weight: Group, held: Iterable[G
                 )
 
 
+def check_turned(reader: Reader, groups: Sequence[Group]) -> None:
+    """See that what the table of a family says is not contradicted by both sizes of its experts (Paddle exports any model so).
+
+    Raises:
+        PlanError: what would be the embed dim has the size of an mlp, and what would be the mlp dim has that of the model.
+    """
+    wide, narrow = set(hidden_sizes(reader.config)), set(hidden_sizes(reader.config, _WIDTHS))
+    for group in _plain(groups):
+        k, n = group.total("k"), group.total("n")
+        if n in wide and k in narrow - wide:
+            raise _turned(reader, group, "hidden size", n)
+
+
 def check_said(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
     """See that a layout that may be the other way round is not, as far as `config.json` tells; what it does not tell.
 
@@ -195,18 +210,26 @@ def check_said(reader: Reader, groups: Sequence[Group]) -> tuple[str, ...]:
     """
     wide, narrow = set(hidden_sizes(reader.config)), set(hidden_sizes(reader.config, (_WIDTH,)))
     unsure: dict[tuple[int, int], str] = {}
-    for group in (group for group in groups if group.role == "wi" and not group.part and not group.packed):
+    for group in _plain(groups):
         k, n = group.total("k"), group.total("n")
         if (n in wide and k not in wide) or (not wide and k in narrow and n not in narrow):
-            word, size = ("hidden size", n) if wide else (_WIDTH, k)
-            raise PlanError(
-                f"{reader.path}: in this layout {group.names[0]} takes {k} inputs and gives {n}, but config.json says that the "
-                f"model's {word} is {size}: it is stored the other way round. Name its "
-                f"layout with --source-layout, or its model with --family"
-            )
+            raise _turned(reader, group, *(("hidden size", n) if wide else (_WIDTH, k)))
         if k == n or not (k in wide or (not wide and n in narrow)):
             unsure.setdefault((k, n), group.names[0])
     return tuple(
         f"{name}: that it takes {k} inputs and gives {n} is what you say; config.json does not tell it from the other way round"
         for (k, n), name in unsure.items()
+    )
+
+
+def _plain(groups: Iterable[Group]) -> Iterator[Group]:
+    """The weights of gate and up that hold one value in an element."""
+    return (group for group in groups if group.role == "wi" and not group.part and not group.packed)
+
+
+def _turned(reader: Reader, group: Group, word: str, size: int) -> PlanError:
+    return PlanError(
+        f"{reader.path}: in this layout {group.names[0]} takes {group.total('k')} inputs and gives {group.total('n')}, but "
+        f"config.json says that the model's {word} is {size}: it is stored the other way round. Name its layout with "
+        f"--source-layout, or its model with --family"
     )

@@ -18,7 +18,7 @@ from layouts.language.layout import Placed
 from layouts.language.parts import PARTS, forms
 from layouts.language.pattern import Pattern
 from layouts.matching.candidates import Candidates, at_home, candidates, record_of
-from layouts.matching.checks import check_blocks, check_equal, check_grid, check_said, check_type, ungridded
+from layouts.matching.checks import check_blocks, check_equal, check_grid, check_said, check_turned, check_type, ungridded
 from layouts.matching.group import Group
 from layouts.matching.kinds import check_kinds, filled
 from layouts.matching.lookup import expert_counts, find_family
@@ -91,6 +91,8 @@ def describe(
     fresh = not record_of(reader)
     told = (f"family told by names: {found.name}",) if found.by_names and not (family or source_layout) and fresh else ()
     unsure = check_said(reader, groups) if source_layout or told or (found.both_ways and fresh) else ()
+    if fresh:
+        check_turned(reader, groups)
     remarks = (
         *told,
         *(unsure if source_layout and fresh else ()),

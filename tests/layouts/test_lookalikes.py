@@ -106,6 +106,22 @@ def test_a_router_that_an_expert_has_the_word_of_is_still_looked_at():
     refused(style(at, *W) | router, config, "is for 13: experts are missing")
 
 
+@pytest.mark.parametrize("width", ["moe_intermediate_size", "intermediate_size"])
+def test_both_sizes_of_config_json_speak_louder_than_a_table(width):
+    """Paddle exports any model as [in, out]; one size alone may be that of another part."""
+    turned = {name: array.T for name, array in projections(AT, *W).items()}
+    stated = {"model_type": "qwen3_moe", "hidden_size": 6, width: 4}
+    refused(turned, stated, "takes 4 inputs and gives 6, .* hidden size is 6: it is stored the other way round")
+    make_plan(MemoryReader(plain(turned), config=stated), OUT, "prefuse", Choices(source_layout="per-expert-in-out"))
+    for said in (
+        {"hidden_size": 6},
+        {width: 4},
+        {"hidden_size": 4, width: 6},
+        {"hidden_size": 4, "vision": {"hidden_size": 6}},
+    ):
+        make_plan(MemoryReader(plain(turned), config={"model_type": "qwen3_moe", **said}), OUT, "prefuse", Choices())
+
+
 def test_names_alone_are_checked_against_the_sizes_of_the_model():
     """Single matrices that are [in, out]: no table has them, and names do not say it."""
     turned = {name: array.T for name, array in projections(AT, *W).items()}
