@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 PACKED = frozenset(part.name for part in PARTS if part.packed)
 WEIGHTS = ("", "packed", "qweight", "blocks")
 """The parts that are weights; every role of a block has one."""
-HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim")
-"""The words for the size that experts take in and give out, at any depth."""
+HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "moe_hidden_size", "routed_expert_hidden_size")
+"""The words for the size that experts take in and give out, at any depth; the last two are of experts of a narrower space.
+
+Source: transformers `MuseSparkExperts`, SGLang `kimi_k3.py`.
+"""
 INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _OTHER = {"wi": "wo", "wo": "wi"}
 

@@ -127,6 +127,8 @@ def test_names_alone_are_checked_against_the_sizes_of_the_model():
     turned = {name: array.T for name, array in projections(AT, *W).items()}
     refused(turned, {"hidden_size": 6}, "stored the other way round")
     make_plan(MemoryReader(plain(projections(AT, *W)), config={"hidden_size": 6}), OUT, "prefuse", Choices())
+    narrower = {"hidden_size": 9, "routed_expert_hidden_size": 6, "vision_config": {"hidden_size": 4}}
+    make_plan(MemoryReader(plain(projections(AT, *W)), config=narrower), OUT, "prefuse", Choices())
 
 
 TREES = {
