@@ -104,7 +104,9 @@ class Refusal:
         self._foreign(name)
         alike = [layout for layout, key in self.fused if key.parse(name) is not None]
         if alike:
-            whole = rows_fitting(self.reader.tensors, self.family, {**TARGETS, **SOURCES})
+            tables = {**TARGETS, **SOURCES}
+            fit = rows_fitting(self.reader.tensors, self.family, tables)
+            whole = [row for row in fit if _has(tables[row], self.family, name)]
             raise PlanError(
                 f"{self.reader.path}: {name} looks like layout {' or '.join(map(repr, whole or alike))}, but neither the "
                 f"checkpoint nor --source-layout says so. Shapes cannot tell layouts with the same names apart: name it with "

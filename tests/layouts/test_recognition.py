@@ -115,6 +115,11 @@ def test_names_with_several_meanings_or_none_do_not(arrays, config):
     assert error.value.exit_code == 4
 
 
+def test_an_error_names_only_layouts_that_know_the_tensor_it_is_about():
+    with pytest.raises(PlanError, match=r"looks like layout 'transformers' or 'fused-out-in' or (?!.*per-expert)"):
+        plan(HALF_FUSED, {"model_type": "somebodys_moe"}, family="per-expert")
+
+
 @pytest.mark.parametrize("part", ["text_config", "llm_config"])
 def test_a_part_without_a_gate_is_refused_only_where_there_is_none(part):
     config = {"model_type": "nemo", part: {"model_type": "nemotron_h"}}
