@@ -73,7 +73,7 @@ _COMMAND: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
 _DO: Mapping[str, str] = {
     "--prefuse": "write CKPT_IN to CKPT_OUT with one fused tensor wi",
     "--split": "write CKPT_IN to CKPT_OUT with separate gate and up",
-    "--merge": "write --base CKPT with the adapter CKPT_IN in it to CKPT_OUT",
+    "--merge": "write --base CKPT with the adapter ADAPTER in it to CKPT_OUT",
     "--verify": "compare two checkpoints, or re-check one's digests",
     "--digest": "print two digests of what checkpoints hold (sha256, xxh3), the same in every layout",
     "--inspect": "say what a checkpoint is, from its headers, and what could be done with it",
@@ -94,16 +94,18 @@ _GROUPS: Mapping[str, str] = {
 _VERIFY = "verify"
 
 
-_PATHS: Mapping[str, str] = {
-    **dict.fromkeys(("--prefuse", "--split", "--merge", "--to"), "CKPT_IN CKPT_OUT"),
-    "--verify": "CKPT [CKPT]",
-    "--digest": "CKPT [CKPT ...]",
-    "--inspect": "CKPT",
-    "--families": "[NAME]",
-    "--layouts": "",
-    "--version": "",
+_PATHS: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("--prefuse", "--split", "--to"), ("CKPT_IN CKPT_OUT", "input and output")),
+    "--merge": ("ADAPTER CKPT_OUT", "the adapter, and the output"),
+    "--verify": ("CKPT [CKPT]", "the two to compare, or the one to re-check"),
+    "--digest": ("CKPT [CKPT ...]", "one or more"),
+    "--inspect": ("CKPT", "the one to look at"),
+    "--families": ("[NAME]", argparse.SUPPRESS),
+    "--layouts": ("", argparse.SUPPRESS),
+    "--version": ("", argparse.SUPPRESS),
 }
-"""What each action takes besides options, for its help."""
+"""What each action takes besides options, and what its help says of that."""
+_ANY = ("[CKPT ...]", "input and output, or the two to compare")
 
 
 class _Help(argparse.Action):
@@ -111,6 +113,7 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, given: object, values: Any, option_string: str | None = None) -> None:
         """Print it and leave."""
+        values = None if f"{option_string}{values}" == "-help" else values
         flag = f"--{values}".replace("----", "--") if values else None
         if flag and flag not in _EVERY:
             parser.error(f"argument {option_string}: no action is called {values!r}{did_you_mean(flag, _EVERY)}")
@@ -125,9 +128,10 @@ def parser() -> Parser:
 
 def _made(only: str | None) -> Parser:
     """All options, or those of one action."""
+    shown, paths = _PATHS[only] if only else _ANY
     found = Parser(
         prog="convert",
-        usage=" ".join(filter(None, ("convert", only or "ACTION", _PATHS.get(only or "", "[CKPT ...]"), "[options]"))),
+        usage=" ".join(filter(None, ("convert", only or "ACTION", shown, "[options]"))),
         allow_abbrev=False,
         add_help=False,
         description=f"{ABOUT}\n\n{_examples(only)}",
@@ -135,11 +139,11 @@ def _made(only: str | None) -> Parser:
         formatter_class=Format,
     )
     do = found.add_argument_group("do")
-    paths = argparse.SUPPRESS if only in _TABLES else "input and output, or the two to compare"
     given = do.add_argument("paths", nargs="*", metavar="CKPT", help=paths)
     given.completer = paths_or_families  # type: ignore[attr-defined]
-    shown = "show this, or the options of one action"
-    asked = do.add_argument("-h", "--help", nargs="?", metavar="ACTION", action=_Help, help=shown)
+    asked = do.add_argument(
+        "-h", "--help", nargs="?", metavar="ACTION", action=_Help, help="show this, or the options of one action"
+    )
     asked.completer = lambda **_: [each[2:] for each in _EVERY]  # type: ignore[attr-defined]
     action = do.add_mutually_exclusive_group()
     for flag, text in _DO.items():
@@ -148,7 +152,7 @@ def _made(only: str | None) -> Parser:
     home = {name: groups[title] for title, names in _GROUPS.items() for name in names.split()}
     for each, actions in _taken().values():
         if only is None or only in actions:
-            _add(home.get(each.name, groups[_VERIFY]), each, "--verify: " if actions == ["--verify"] else "")
+            _add(home.get(each.name, groups[_VERIFY]), each, actions == ["--verify"])
     for flag, takers, words in _COMMAND:
         if only is None or only in takers:
             home[flag[2:].replace("-", "_")].add_argument(flag, **{"action": Once, **_read(words)})
@@ -169,8 +173,8 @@ def _taken() -> dict[str, tuple[Named, list[str]]]:
     return found
 
 
-def _add(parser: argparse._ArgumentGroup, each: Named, before: str) -> None:
-    option, text = each.option, f"{before}{each.sentence if before else each.sentence.removeprefix('of two: ')}"
+def _add(parser: argparse._ArgumentGroup, each: Named, of_verify: bool) -> None:
+    option, text = each.option, each.sentence if of_verify else each.sentence.removeprefix("of two: ")
     if each.is_switch and (each.default or option.either):
         flag = f"--{each.name.replace('_', '-')}"
         parser.add_argument(flag, action=OnceSwitch, default=argparse.SUPPRESS, help=text)

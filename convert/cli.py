@@ -34,15 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _signals():
             return _run(arguments)
     except _Stopped as stopped:
-        print(f"convert: interrupted; run the same command again to go on (signal {stopped.signal})", file=sys.stderr)
-        return 128 + stopped.signal
+        text = f"interrupted; run the same command again to go on (signal {stopped.signal})"
+        return _failed(arguments, text, 128 + stopped.signal, debug=False)
     except BrokenPipeError:
         return _reader_left()
     except Exception as error:
-        text, code = _told(error)
-        if arguments.json:
-            print(envelope(action_of(arguments), code, None, text))
-        return _complain(text, code, arguments.debug)
+        return _failed(arguments, *_told(error), debug=arguments.debug)
+
+
+def _failed(arguments: argparse.Namespace, text: str, code: int, *, debug: bool) -> int:
+    """Say why there is no answer, to programs on stdout, too."""
+    if arguments.json:
+        print(envelope(action_of(arguments), code, None, text))
+    return _complain(text, code, debug)
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
@@ -51,7 +55,7 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     try:
         return _completed(found).parse_intermixed_args(words)
     except SystemExit:
-        if found.said and "--json" in words:
+        if found.said and any(word.partition("=")[0] == "--json" for word in words):
             print(envelope(next((word[2:] for word in words if word in ACTIONS), "none"), 2, None, found.said))
         raise
 
@@ -72,7 +76,8 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.paths and action_of(arguments) == "none":
-        print(f"convert: say what to do; convert --help shows all\n\n{EXAMPLES}", end="", file=sys.stderr)
+        _failed(arguments, "say what to do; convert --help shows all", 2, debug=False)
+        print(f"\n{EXAMPLES}", end="", file=sys.stderr)
         return 2
     answer = act(arguments)
     shown = answer.document if arguments.json else fitted(printable(answer.text), columns(sys.stdout))

@@ -56,7 +56,7 @@ def opened_plan(source: str | Path, out: str | Path, action: Action, choices: Ch
     Raises:
         InputError, PlanError: see `plan`.
     """
-    from convert.commit.stage import destination
+    from convert.commit.publish import destination
     from convert.run import open_and_plan
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place
@@ -162,7 +162,7 @@ def _convert(
     given: Mapping[str, Any],
 ) -> Report | AdapterReport:
     from convert.commit.processes import ALONE
-    from convert.commit.stage import destination
+    from convert.commit.publish import destination
     from convert.run import convert_checkpoint
     from layouts.checkpoint import is_adapter
     from layouts.disk.places import place

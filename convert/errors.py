@@ -56,6 +56,8 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
     "gmm-tp": ("per-shard",),
     "gpt-oss": ("interleaved",),
     "w13": ("vllm",),
+    "gate_up_proj": ("transformers",),
+    "wi": ("concat",),
     "gpt_oss": ("interleaved",),
     "default": ("concat",),
 }

@@ -25,18 +25,21 @@ class Parser(argparse.ArgumentParser):
         if word in IMAGES:
             message = OTHER_PROGRAM
         elif word:
-            message += f" ({MEANT[word]})" if word in MEANT else self._nearest(word)
+            known = MEANT.get(word) or MEANT.get(word.lower().replace("_", "-"))
+            message += f" ({known})" if known else self._nearest(word)
         self.said = f"{self._in_our_words(message)}; {self.prog} --help shows all options"
         self.exit(2, f"{self.prog}: {self.said}\n")
 
     def _nearest(self, word: str) -> str:
-        bare = {flag.lstrip("-"): flag for flag in self._option_string_actions}
+        no = word.startswith("--no-")  # the nearest of these must not be the opposite of what was meant
+        bare = {flag.lstrip("-"): flag for flag in self._option_string_actions if flag.startswith("--no-") or not no}
         return did_you_mean(word.lstrip("-"), bare).replace("did you mean ", "did you mean --")
 
     def _in_our_words(self, message: str) -> str:
         """What argparse says of a value, as the library says it, and with what to do."""
         about, chosen, others = message.partition(" (choose from ")
-        flag = about.removeprefix("argument ").partition(":")[0].rpartition("/")[2]
+        flags = about.removeprefix("argument ").partition(":")[0].replace("/", ", ")
+        flag = flags.rpartition(", ")[2]
         if chosen:  # "argument --to: invalid choice: 'maxtext' (choose from 'hf', 'orbax')"
             known, wrong = others.strip(")").replace("'", "").split(", "), about.rpartition(": ")[2].strip("'")
             return f"argument {flag}: {wrong!r} is none of {', '.join(known)}{did_you_mean(wrong, known)}"
@@ -46,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             return f"argument {flag}: it takes a value: {flag} {shown}"
         if action and "ignored explicit argument" in message:
             value = message.rpartition("ignored explicit argument ")[2]
-            return f"argument {flag}: it takes no value; put a space in the place of = before {value}, or leave it out"
+            return f"argument {flags}: it takes no value; put a space in the place of = before {value}, or leave it out"
         return message
 
 

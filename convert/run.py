@@ -5,6 +5,7 @@ In: two paths and options. Out: a report, and the output on the disk. Formats ar
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -15,8 +16,9 @@ from convert.card import explained
 from convert.commit import manifest
 from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
-from convert.commit.stage import check_output, destination, staging
-from convert.commit.store import forget_notes, mark_of
+from convert.commit.publish import check_output, destination, is_finished
+from convert.commit.stage import staging
+from convert.commit.store import forget_notes
 from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
@@ -55,7 +57,7 @@ def open_and_plan(source: str | Path, out: str | Path, action: Action, choices: 
 
 
 def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices: Choices) -> tuple[Reader, Plan]:
-    reader: Reader = open_checkpoint(source)
+    reader = _opened(source, out)
     try:
         if choices.dequantize:
             reader = plain = dequantized(reader)
@@ -85,6 +87,16 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
     except BaseException:
         reader.close()
         raise
+
+
+def _opened(source: str | Path, out: str | Path) -> Reader:
+    """The input; who has given the two in the wrong order is told so."""
+    try:
+        return open_checkpoint(source)
+    except InputError as error:
+        if is_remote(source) or os.path.lexists(source) or not os.path.lexists(out):
+            raise
+        raise InputError(f"{error}. But {out} is there: the input comes first, then the output") from error
 
 
 def _cut_for(plan: Plan, choices: Choices) -> Plan:
@@ -123,7 +135,7 @@ def convert_checkpoint(
     started = time.monotonic()
     with processes.together():
         origin, target = place(source), destination(out, makes=processes.first)
-        if not (finished := (target / manifest.NAME).exists() and (not is_remote(target) or bool(mark_of(target)))):
+        if not (finished := is_finished(target)):
             check_output(origin, target, overwrite=running.overwrite)
         reader, plan = open_and_plan(origin, target, action, choices)
         hashed = sum(spec.nbytes for spec in reader.tensors.values()) if running.content and processes.first else 0

@@ -6,6 +6,7 @@ In: a path. Out: a `Reader` of whichever format lies there. It never reads tenso
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def is_adapter(path: Path) -> bool:
     Raises:
         InputError: it holds several Orbax checkpoints.
     """
-    if is_remote(path) or not path.is_dir() or not any((path / name).is_file() for name in ADAPTER_FILES):
+    if is_remote(path) or not os.path.isdir(path) or not any((path / name).is_file() for name in ADAPTER_FILES):
         return False
     names = unindexed(all_files(path))
     return not is_named(path) and set(names) <= {*ADAPTER_FILES} and find_item(path) is None

@@ -12,7 +12,7 @@ import pytest
 
 import convert
 from convert.cli import main, verify_main
-from convert.commit.stage import check_output, destination
+from convert.commit.publish import check_output, destination
 from convert.errors import UsageError
 from convert.hf.write import HFWriter
 from layouts.tables.families import FAMILIES
@@ -139,7 +139,7 @@ def test_verify_says_equal_or_what_differs(source, tmp_path, capsys):
         (["--prefuse", "{in}/assets", "{in}"], 5, "must not contain one another"),
         (["--prefuse", "{in}", "{link}/out"], 5, "must not contain one another"),
         (["--prefuse", "{in}", "{there}"], 5, "{there} exists already"),
-        (["--prefuse", "{in}", "{dangling}"], 5, "{dangling} exists already"),
+        (["--prefuse", "{in}", "{dangling}"], 5, "{dangling} is a link"),
         (["--prefuse", "{in}", "{in}.txt/out"], 2, "is no directory, so nothing can be made in it"),
     ],
 )

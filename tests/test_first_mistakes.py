@@ -1,6 +1,8 @@
 """What a new user does wrong first gets an answer of its own: what it is, where, what to do. Exact texts."""
 
 import json
+import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from safetensors.numpy import save_file
 
 import convert
 from convert.cli import main
+from convert.errors import printable
 from scripts.make_checkpoint import make_checkpoint
 
 OUT = "out"
@@ -47,6 +50,41 @@ FOLDERS = {
     ("snapshots/1/x", "snapshots/2/x"): "2 snapshots are here; give one of them: {0}/snapshots/1, {0}/snapshots/2",
     ("config.json",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here: it has a config.json and no "
     "weights; download them, too",
+    ("model-Q4_K_M.gguf", "a/b/model.safetensors"): "the checkpoint is not here, but below; give {0}/a/b",
+    ("run/checkpoints/1000/items/_METADATA",): "the checkpoint is not here, but below; give {0}/run/checkpoints/1000/items",
+    tuple(f"{n}/model.safetensors" for n in "abcdefghi"): "the checkpoint is not here, but below; give one of {0}/a, {0}/b, "
+    "{0}/c, {0}/d, {0}/e, {0}/f, {0}/g, {0}/h, ... (9)",
+    ("a/b/c/d/e/model.safetensors",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here",
+    (".git/x/model.safetensors",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here",
+    **{
+        (*others, name): f"no safetensors and no Orbax checkpoint, but {name}: {words}"
+        for words, files in {
+            "a checkpoint of DeepSpeed: join its parts with its zero_to_fp32.py, and save the model as safetensors": (
+                ("global_step10",),
+                ("latest", "zero_to_fp32.py"),
+                ("mp_rank_00_model_states.pt",),
+            ),
+            "a checkpoint of Megatron-LM: export it to Hugging Face's safetensors first": (
+                ("iter_0000100", "latest_checkpointed_iteration.txt"),
+                ("mp_rank_00",),
+                ("model_optim_rng.pt",),
+            ),
+            "an archive of NeMo: export it to Hugging Face's safetensors first": (("model.nemo",),),
+            "an engine of TensorRT: take the safetensors that it was built from": (("config.json", "rank0.engine"),),
+            "PyTorch pickles, which run code when they are read: save the model as safetensors with transformers' "
+            "save_pretrained": (("model.pkl",), ("last.ckpt",)),
+            "Flax or TensorFlow weights: take the safetensors of the same model": (("saved_model.pb",), ("m.ckpt.index",)),
+            "an archive: unpack it, and give the directory": (("model.safetensors.xz",), ("model.safetensors.gz",)),
+        }.items()
+        for *others, name in files
+    },
+    ("manifests/x", "blobs/sha256-1"): "no safetensors and no Orbax checkpoint, but sha256-1: a store of Ollama, which keeps "
+    "GGUF: take the safetensors of the same model",
+    **{
+        (name,): f"neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here: it has a {name} and no weights; "
+        "download them, too"
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    },
     ("README.md",): "neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here",
 }
 """Files that are there -> what is said of their directory."""
@@ -100,7 +138,26 @@ def test_what_is_no_directory(said, tmp_path):
     )
 
 
+GONE = "nothing is fetched from there; download it, and give the directory"
+REMOTE = "this is on another machine; mount it, or copy it here"
+GGUF = "no such directory; this is a model of Ollama or llama.cpp (GGUF); take its safetensors"
+YOURS = "no such directory; this stands for a path of yours; put that in its place"
 ADDRESSES = {
+    "https://huggingface.co/a/b/blob/main/model-00001-of-00016.safetensors": "download it first: hf download a/b --local-dir b",
+    "https://huggingface.co/a/b/tree/v2": "download it first: hf download a/b --revision v2 --local-dir b",
+    **dict.fromkeys(("a/b/tree/main", "git@hf.co:a/b"), "no such directory; download it first: hf download a/b --local-dir b"),
+    **dict.fromkeys(
+        ("https://huggingface.co/datasets/a/b", "hf://spaces/a/b", "https://modelscope.cn/models/a/b", "ftp://x/y"), GONE
+    ),
+    **dict.fromkeys(("ssh://host/x", "scp://host/x", "sftp://host/x"), REMOTE),
+    **dict.fromkeys(("host:/x", "me@host:x", "git@github.com:a/b.git", "dbfs:/x"), f"no such directory; {REMOTE}"),
+    **dict.fromkeys(("qwen3:30b", "qwen3:latest", "a/b:Q4_K_M", "a/b-GGUF:F16"), GGUF),
+    **dict.fromkeys(("/path/to/checkpoint", "path/to/x", "<ckpt>"), YOURS),
+    "wandb://a/b": "the stores that are known are gs:// and s3://; copy it there, or to a disk",
+    "-": "no such directory; a checkpoint is a directory; - is none",
+    "models\\x": "no such directory; \\ separates no folders here; write /",
+    "\u201cckpt\u201d": "no such directory; its quotes belong to the name; leave them out",
+    "a/\xabckpt\xbb": "no such directory; its quotes belong to the name; leave them out",
     "https://huggingface.co/Qwen/Qwen3-30B-A3B/tree/main": "download it first: hf download Qwen/Qwen3-30B-A3B --local-dir "
     "Qwen3-30B-A3B",
     "hf://a/b": "download it first: hf download a/b --local-dir b",
@@ -148,6 +205,15 @@ OUTPUTS = {
     "out ": "its name begins or ends with a space",
     "here/'out'": "its quotes belong to the name; leave them out",
     "gs:/bucket/out": "an address begins with gs://",
+    "-": "a checkpoint is a directory; - is none",
+    "/path/to/out": "this stands for a path of yours; put that in its place",
+    "<out>": "this stands for a path of yours; put that in its place",
+    "\u201cout\u201d": "its quotes belong to the name; leave them out",
+    "a\\out": "\\ separates no folders here; write /",
+    "me@host:out": "this is on another machine; mount it, or copy it here",
+    "x\udcff": "its name holds bytes that are no characters",
+    "n" * 240: "File name too long, or that of " + "n" * 240 + ".partial-... beside it",
+    "/".join(["n" * 200] * 30): "File name too long, or that of " + "n" * 200 + ".partial-... beside it",
     "C:\\out": "this is a path of Windows; in WSL, C:\\ is /mnt/c/",
     "me@host:/out": "this is on another machine; mount it, or copy it here",
 }
@@ -155,11 +221,64 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("action", ["--prefuse", "--split"])
-@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("out", OUTPUTS, ids=lambda out: ascii(out[:20]))
 def test_an_output_is_not_made_where_nobody_means_it(said, tmp_path, out, action):
     for words in ((), ("--dry-run",)):
-        assert said(action, "in", out, *words) == (2, f"convert: {out}: {OUTPUTS[out]}; choose another output")
+        shown = printable(out)
+        assert said(action, "in", out, *words) == (2, f"convert: {shown}: {OUTPUTS[out]}; choose another output")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.safetensors", "out.bin", "out.Json"])
+def test_an_output_is_not_called_like_a_file(said, name):
+    why = f"the output is a directory, and this is the name of a file; leave out .{name.partition('.')[2]}"
+    assert said("--prefuse", "in", f"a/{name}") == (2, f"convert: a/{name}: {why}")
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_what_stands_in_the_place_of_the_output(said, tmp_path, words):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "letter").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "link").symlink_to("nowhere")
+    kinds = {"file": "no directory", "full": "no checkpoint", "link": "a link"}
+    for name, what in kinds.items():
+        for more in ((), ("--overwrite",)):
+            assert said("--prefuse", "in", name, *words, *more) == (
+                5,
+                f"convert: {name} is {what}, and --overwrite replaces only a checkpoint; remove it yourself, or choose "
+                "another output",
+            )
+    assert said("--prefuse", "in", "empty", *words) == (
+        5,
+        "convert: empty exists already; remove it, choose another output, or pass --overwrite",
+    )
+    assert said("--prefuse", "in", "in/out", *words)[0] == said("--prefuse", "in", ".", *words)[0] == 5
+    assert (tmp_path / "full" / "letter").read_text() == "dear"
+
+
+@pytest.mark.parametrize("words", [(), ("--overwrite",), ("--dry-run",)])
+def test_the_wrong_order_removes_nothing(said, tmp_path, words):
+    make_checkpoint(tmp_path / "ckpt", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    before = sorted(tmp_path.rglob("*"))
+    there = (
+        "no such directory; give the directory that holds the checkpoint. But ckpt is there: the input comes first, then the "
+    )
+    assert said("--prefuse", "new", "ckpt", *words) == (3, f"convert: new: {there}output")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_what_is_replaced_lies_where_something_may_be_made(said, tmp_path, monkeypatch, words):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    make_checkpoint(tmp_path / "old", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    assert said("--prefuse", "in", "old", "--overwrite", *words) == (
+        6,
+        f"convert: old: nothing may be made in {tmp_path}; ask its owner for the right, or choose another output",
+    )
 
 
 def test_an_output_that_is_no_store_says_so(said):
@@ -332,7 +451,8 @@ COMMANDS = {
         "--memory",
         "8",
         "GB",
-    ): "give an input and an output checkpoint; found 3 paths: a b GB; a size is one word: write GB without a space before it",
+    ): "give an input and an output checkpoint; found 3 paths: a b GB; a size is one word: write 'GB' "
+    "without a space before it",
     ("--prefuse", "a", "b", "--layout", "vllm", "--layout", "concat"): "argument --layout: it is given twice, and says two "
     "things; give it once; convert --help shows all options",
     (
@@ -370,6 +490,89 @@ COMMANDS = {
         "a/model.safetensors",
     ): "--report: 'a/model.safetensors' is no name of a page; end it in .html (--json is for programs)",
     ("--prefuse", "a", "b", "--coordinator", "host0"): "--coordinator: 'host0' is no HOST:PORT, such as host0:1234",
+    **{
+        tuple(words.split()): f"did you mean: convert {meant}"
+        for words, meant in {
+            "fuse a b": "--prefuse a b",
+            "Pre-fuse a b": "--prefuse a b",
+            "unfuse a b": "--split a b",
+            "compare a fused": "--verify a fused",
+            "info a": "--inspect a",
+            "list": "--families",
+            "a b prefuse": "--prefuse a b",
+            "help verify": "--help verify",
+            "to orbax a b": "--to orbax a b",
+            "\u2013-prefuse a b": "--prefuse a b",
+            "/?": "--help",
+        }.items()
+    },
+    ("prefuse a b",): "did you mean: convert --prefuse a b",
+    ("--prefuse a b",): "did you mean: convert --prefuse a b",
+    **{
+        ("--prefuse", "a", *words.split()): f"give an input and an output checkpoint; found {words.count(' ') + 2} paths: "
+        f"{shlex.join(['a', *words.split()])}; {why}"
+        for words, why in {
+            "b \u2013layout x": "'\u2013layout' begins with a dash that a page has made; type --",
+            "b \u2014dry-run": "'\u2014dry-run' begins with a dash that a page has made; type --",
+            "b \u201c--dry-run\u201d": "'\u201c--dry-run\u201d' begins with a quote that a page has made; type it anew",
+            "b scan_layers=False": "'scan_layers=False' is no option; they begin with --, such as --layout concat",
+            "b model_name=x": "'model_name=x' is no option; they begin with --, such as --layout concat",
+            "b yes": "a switch takes no value; leave out 'yes'",
+            "b True": "a switch takes no value; leave out 'True'",
+            "to b": "leave out 'to'",
+            "into b": "leave out 'into'",
+        }.items()
+    },
+    ("--inspect", "a", "and", "b"): "--inspect takes one checkpoint; found 3 paths: a and b; leave out 'and'",
+    (
+        "--prefuse",
+        "a",
+        "b",
+        "--resume=true",
+    ): "argument --resume, --no-resume: it takes no value; put a space in the place of = "
+    "before 'true', or leave it out; convert --help shows all options",
+    ("--prefuse", "a", "b", "--layout", "gate_up_proj"): "no layout is called 'gate_up_proj' (did you mean transformers?); "
+    "known: concat, transformers, vllm, cutlass, flashinfer, cutedsl, interleaved-rows, interleaved, glu32, glu64, glu, "
+    "per-shard, lane, gmm-ep, fused-moe",
+    **{
+        ("--prefuse", "a", "b", word): f"unrecognized arguments: {word} ({said}); convert --help shows all options"
+        for said, words in {
+            "the output is the second path": "--outfile --output_dir --save-path --maxtext-model-path --local-dir",
+            "the input is the first path": "--ckpt_path --model_name_or_path --base-model-path --load-dir --checkpoint",
+            "the input is never modified; give a second path": "--in-place --inplace --delete-original",
+            "types stay as they are; --dequantize computes bfloat16 of quantised weights": "--outtype=f16 --torch_dtype=x "
+            "--bf16 --fp8 --quantization=x --load-in-4bit",
+            "did you mean --shards?": "--tensor_parallel=4 --tensor-model-parallel-size=4 --target-tensor-parallel-size=4",
+            "who loads experts divides them; leave it out (--mesh expert=4 cuts the chunks of an Orbax output so)": "--ep=4 "
+            "--ep-size=4 --expert-model-parallel-size=4",
+            "did you mean --max-shard-size?": "--split-max-size=5G --out-shard-size=5B --shard-size=1",
+            "did you mean --family?": "--model_size=x --model-size=x --model-type=x",
+            "did you mean --scan?": "--scan_layers=true",
+            "did you mean --to?": "--saver=mcore",
+            "did you mean --dry-run?": "--plan --simulate --test --what-if --check-only -n",
+            "did you mean --quiet?": "--silent -s",
+            "did you mean --progress none?": "--no-progress",
+            "did you mean --help?": "-? --usage --help-all",
+            "did you mean --jobs?": "--nproc=4 --parallel=4 --max-workers=8",
+            "did you mean --memory?": "--mem=8GB --low-cpu-memory --max_memory=8GB",
+            "did you mean --overwrite?": "--exist-ok --FORCE",
+            "did you mean --digest?": "--sha256",
+            "nothing is replaced without --overwrite; leave it out": "--no-overwrite",
+            "nothing is verified without --verify; leave it out": "--no-verify --skip-verify",
+            "weights are compared bit for bit; leave it out": "--rtol=1 --atol=1 --tolerance=1",
+            "tensors are always streamed, within --memory; leave it out": "--lazy --no-lazy --lazy-unpickle "
+            "--lazy_load_tensors=1",
+            "tokenizer and config come along; leave it out": "--copy-tokenizer --tokenizer=x --vocab-only",
+            "no code of a model is run; leave it out": "--trust-remote-code",
+            "nothing is downloaded here; hf download does": "--hf-token=x --cache-dir=x --repo-type=x --include=x --revision=x",
+            "nothing is uploaded here; hf upload does": "--push-to-hub --private",
+            "conversions use no GPU or TPU; --verify takes what JAX finds (JAX_PLATFORMS)": "--cpu --num-gpus=8 "
+            "--simulated_cpu_devices_count=16",
+            "the input and the output are two words": "->",
+        }.items()
+        for word in words.split()
+    },
+    ("--prefuse", "a", "b", "--no-quiet"): "unrecognized arguments: --no-quiet; convert --help shows all options",
     **{
         ("--prefuse", "a", "b", f"--{name}", value): f"argument --{name}: {why}; convert --help shows all options"
         for name, value, why in (
@@ -429,6 +632,23 @@ def test_no_words_at_all_show_examples(monkeypatch, capsys):
     text = capsys.readouterr().err
     assert text.startswith("convert: say what to do; convert --help shows all\n\nexamples:\n  convert --inspect ckpt ")
     assert len(text.splitlines()) < 17
+    assert main(["--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["action"], found["exit_code"], found["error"]) == ("none", 2, "say what to do; convert --help shows all")
+
+
+def test_help_with_one_dash_is_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["-help"])
+    assert capsys.readouterr().out.startswith("usage: convert ACTION [CKPT ...] [options]")
+
+
+def test_a_name_that_is_too_long_is_no_input(said):
+    name = "n" * 300
+    assert said("--prefuse", name, OUT) == (
+        3,
+        f"convert: {name}: File name too long; give the directory that holds the checkpoint",
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from convert.actions.answer import Answer
 from convert.actions.asking import families, inspect, layouts, version
 from convert.actions.converting import convert_with
 from convert.actions.proving import digest, verify
-from convert.answers.words import IMAGES, OTHER_PROGRAM
+from convert.answers.words import IMAGES, OTHER_PROGRAM, SAME
 from convert.arguments import ACTIONS
 from convert.errors import UsageError
 
@@ -47,14 +47,20 @@ def _nothing_to_do(paths: Sequence[str]) -> UsageError:
     """What to say to a command without an action."""
     if any(Path(path).suffix.lower() in IMAGES for path in paths):
         return UsageError(OTHER_PROGRAM)
-    paths = paths[1:] if paths[0] == "convert" and paths[1:] else paths
-    if f"--{paths[0]}" in (*ACTIONS, "--families", "--layouts", "--version", "--help"):
-        return UsageError(f"did you mean: {shlex.join(['convert', f'--{paths[0]}', *paths[1:]])}")
+    words = paths[0].split() if len(paths) == 1 else list(paths)
+    words = words[1:] if words[0] == "convert" and words[1:] else words
+    flags = [f"--{word.lstrip(_BEFORE).lower()}" for word in words]
+    flags[0] = SAME.get(flags[0], flags[0])
+    if (at := next((at for at, flag in enumerate(flags) if flag in _EVERY), None)) is not None:
+        return UsageError(f"did you mean: {shlex.join(['convert', flags[at], *words[:at], *words[at + 1 :]])}")
     return UsageError(
         "say what to do: --prefuse, --split, --merge, --verify, --digest, --inspect, --families, or --to the other format"
     )
 
 
+_EVERY = frozenset((*ACTIONS, "--families", "--layouts", "--version", "--help"))
+_BEFORE = "-/\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+"""What stands before the name of an action that was meant: dashes that a page has made of two, and what Windows has."""
 _DOING: Mapping[str, Callable[[argparse.Namespace], Answer]] = {
     "inspect": inspect,
     "families": families,

@@ -6,14 +6,15 @@ In: parsed arguments. Out: values. Nothing here prints or exits.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import convert
+from convert.answers.words import STRAY
 from convert.errors import ConvertError, UsageError, printable
-from convert.options.values import UNITS
 
 if TYPE_CHECKING:
     from convert.commit.processes import Processes
@@ -59,18 +60,15 @@ def two_paths(paths: Sequence[str]) -> tuple[str, str]:
         UsageError: there are not two.
     """
     if len(paths) != 2:
-        why = ""
-        if paths and paths[0] == "convert":
-            why = "; leave out the second word 'convert'"
-        elif unit := next((path for path in paths if len(path) > 1 and path.lower().removesuffix("b") in UNITS), None):
-            why = f"; a size is one word: write {unit} without a space before it"
-        raise UsageError(f"give an input and an output checkpoint; found {counted(paths)}{why}")
+        raise UsageError(f"give an input and an output checkpoint; found {counted(paths)}")
     return paths[0], paths[1]
 
 
 def counted(paths: Sequence[str]) -> str:
-    """How many paths these are, and which."""
-    return f"{len(paths)} path{'s' * (len(paths) != 1)}{f': {printable(shlex.join(paths))}' if paths else ''}"
+    """How many paths these are, and which; and what to do, where one of them is none."""
+    stray = (words.format(repr(path)) for path in paths for begin, words in STRAY if re.match(begin, path))
+    why = next((f"; {words}" for words in stray), "") if len(paths) > 1 else ""
+    return f"{len(paths)} path{'s' * (len(paths) != 1)}{f': {printable(shlex.join(paths))}' if paths else ''}{why}"
 
 
 def no_paths(arguments: argparse.Namespace, action: str) -> None:

@@ -48,6 +48,7 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
 
 def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: str, given: Mapping[str, Any]) -> Answer:
     from convert.commit.processes import Processes
+    from convert.commit.publish import check_output, is_finished
     from convert.conversions import opened_plan
     from convert.engine.outlook import outlook
     from convert.planning.planner import Plan
@@ -58,6 +59,8 @@ def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: st
     chosen = {name: value for name, value in given.items() if name in choices}
     reader, planned = opened_plan(source, out, action, complete(Choices, chosen))
     with readable(source), closing(reader):
+        if given.get("overwrite") or not is_finished(planned.out):
+            check_output(planned.source, planned.out, overwrite=bool(given.get("overwrite")))
         ahead = outlook(planned, reader)
         ahead.check()
         found = {"plan": planned.to_dict(), "peak_bytes": None, "workers": None, **ahead_json(ahead)}

@@ -17,12 +17,10 @@ from pathlib import Path
 from convert.commit import journal
 from convert.commit.below import files
 from convert.commit.files import Folder
-from convert.errors import InputError, OutputError
-from layouts.hf import is_checkpoint
-from layouts.orbax.tree import find_item
+from convert.errors import OutputError
 
 NEW = "new"
-_OTHER = "choose another output"
+OTHER = "choose another output"
 
 
 @contextmanager
@@ -36,7 +34,7 @@ def opened_home(parent: Folder, name: str, *, make: bool) -> Iterator[Folder]:
         parent.make(name)
     found = parent.stat(name)
     if found is not None and not stat.S_ISDIR(found.st_mode):
-        raise OutputError(f"{parent.path / name} is no directory, but this run needs its name; remove it, or {_OTHER}")
+        raise OutputError(f"{parent.path / name} is no directory, but this run needs its name; remove it, or {OTHER}")
     with parent.below(name) as home:
         yield home
 
@@ -96,7 +94,7 @@ def check_ours(home: Folder) -> None:
         begun = json.dumps(mark).encode()[:-1]
         ours = {*names} <= {NEW, journal.NAME} and begun.startswith(notes[: len(begun)]) and not _holds(home, NEW)
     if not ours:
-        raise OutputError(f"{home.path} was not made by this tool, or is a copy of what it made; remove it, or {_OTHER}")
+        raise OutputError(f"{home.path} was not made by this tool, or is a copy of what it made; remove it, or {OTHER}")
     for name, found in files(home):
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise OutputError(f"{home.path / name} is a link or no file, and this tool makes neither; remove {home.path}")
@@ -145,21 +143,3 @@ def discard(parent: Folder, home: Folder) -> None:
     with suppress(OSError):
         clear(home)
         parent.remove_empty(home.path.name)
-
-
-def check_replaceable(out: Path) -> None:
-    """See that an output that is to be replaced is a checkpoint, or an empty directory.
-
-    Raises:
-        OutputError: it is something else, which nobody means to lose.
-    """
-    if out.is_symlink() or not out.is_dir():
-        what = "a link" if out.is_symlink() else "no directory"
-    else:
-        try:
-            if not os.listdir(out) or is_checkpoint(out) or find_item(out) is not None:
-                return
-            what = "no checkpoint"
-        except InputError:
-            what = "several checkpoints"
-    raise OutputError(f"{out} is {what}, and --overwrite replaces only a checkpoint; remove it yourself, or {_OTHER}")

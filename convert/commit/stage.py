@@ -27,7 +27,6 @@ from convert.commit.home import (
     NEW,
     check_others,
     check_ours,
-    check_replaceable,
     clear,
     discard,
     hold,
@@ -39,12 +38,9 @@ from convert.commit.home import (
 from convert.commit.processes import ALONE, Processes
 from convert.commit.publish import publish
 from convert.commit.store import StoreStage, store_staging
-from convert.errors import ConvertError, InputError, OutputError, StorageError, UsageError
-from layouts.disk.addresses import foreign, of_the_hub, otherwise
-from layouts.disk.buckets import DRIVERS
-from layouts.disk.mistaken import mistyped
+from convert.errors import ConvertError, StorageError
 from layouts.disk.names import part
-from layouts.disk.places import RemotePath, is_remote, place
+from layouts.disk.places import RemotePath
 
 _WAY = ".convert_way"
 
@@ -100,64 +96,6 @@ class Stage:
 
 
 AnyStage = Stage | StoreStage
-
-
-def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that would hurt something; what a store holds there is looked at when it is opened.
-
-    Raises:
-        OutputError: it exists (and `overwrite` is off, or it is no checkpoint), or one of the two paths contains the other.
-        UsageError: something in a store is to be replaced, or the path has no name of its own.
-    """
-    here, there = f"{_resolved(source, InputError)}/", f"{_resolved(out, OutputError)}/"
-    if here.startswith(there) or there.startswith(here):
-        raise OutputError(f"{out}: input {source} and output must not contain one another; choose another output")
-    if isinstance(out, RemotePath):
-        if overwrite or not out.root.spec["path"]:
-            raise UsageError(
-                f"{out}: in a store nothing can be replaced at once; give the place of a new checkpoint in a bucket"
-            )
-        return
-    if out.name in ("", ".."):
-        raise UsageError(f"{out}: give the output by its own name, so that it can be made beside what it replaces")
-    if os.path.lexists(out):
-        if not overwrite:
-            raise OutputError(f"{out} exists already; remove it, choose another output, or pass --overwrite")
-        check_replaceable(out)
-
-
-def destination(out: str | Path, *, makes: bool = True) -> Path:
-    """The place to write to; what is to be made there must be meant so. Of several processes, one makes it.
-
-    Raises:
-        UsageError: the path leads through a file, is an address that is no store's, or looks as if it was meant otherwise.
-        StorageError: nothing may be made where it is to be.
-        OSError: a store is failing.
-    """
-    if is_remote(out):
-        if str(out).partition("://")[0] not in DRIVERS:
-            there = "write it to a disk, then: hf upload" if of_the_hub(str(out)) else foreign(str(out))
-            raise UsageError(f"{out}: {there}")
-        if why := otherwise(str(out).partition("://")[2], whole=False):
-            raise UsageError(f"{out}: {why}; choose another output")
-        return place(out)
-    path = Path(out)
-    above = Path(os.path.abspath(path)).parents
-    if file := next((each for each in above if os.path.lexists(each) and not each.is_dir()), None):
-        raise UsageError(f"{path}: {file} is no directory, so nothing can be made in it; choose another output")
-    if why := mistyped(path):
-        raise UsageError(f"{path}: {why}; choose another output")
-    folder = next((each for each in above if each.is_dir()), path)
-    if makes and not os.path.lexists(path) and not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{path}: nothing may be made in {folder}; ask its owner for the right, or choose another output")
-    return path
-
-
-def _resolved(path: Path, fault: type[ConvertError]) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:  # Python 3.12 and before call a loop of links a RuntimeError
-        raise fault(f"{path}: cannot be followed: {error}; give the directory itself") from None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from convert.commit.inventory import read_in_pieces
 from convert.commit.processes import ALONE, Processes
-from convert.errors import OutputError, StorageError
+from convert.errors import InputError, OutputError, StorageError, UsageError
 from layouts.disk.files import parsed, read_bytes
 from layouts.disk.names import key
 from layouts.disk.places import RemotePath, is_remote, kvstore_of, place
@@ -184,6 +184,7 @@ def store_staging(out: RemotePath, mark: str, *, resume: bool, processes: Proces
 
     Raises:
         OutputError: something else is there, or another run has begun to write it.
+        UsageError: there is no such bucket.
         StorageError: the store fails, or another process has failed.
     """
     home = _home(out, mark)
@@ -215,7 +216,10 @@ def _begin(out: RemotePath, home: RemotePath, resume: bool) -> None:
     for last in (COMMITTED, METADATA):  # of a run that ended while it published: it is no checkpoint until this one has
         for name in [name for name in out.below() if name.rpartition("/")[2] == last]:
             (out / name).remove()
-    (home / _RUN).write_bytes(uuid.uuid4().hex.encode())
+    try:
+        (home / _RUN).write_bytes(uuid.uuid4().hex.encode())
+    except InputError as error:  # no bucket: `gs://` lists one that is not there as if it was empty
+        raise UsageError(str(error)) from error
 
 
 def _publish(out: RemotePath, mark: str) -> None:

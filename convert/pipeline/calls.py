@@ -82,7 +82,7 @@ def save(
     """
     from contextlib import closing
 
-    from convert.commit.stage import destination
+    from convert.commit.publish import destination
     from convert.pipeline.request import opened, request
     from convert.pipeline.save import write
     from convert.progress import ignore

@@ -12,7 +12,8 @@ from typing import Any
 
 from convert.commit.identity import fingerprint, state_of
 from convert.commit.processes import ALONE
-from convert.commit.stage import check_output, staging
+from convert.commit.publish import check_output
+from convert.commit.stage import staging
 from convert.errors import InputError, UsageError, readable
 from convert.options import Running
 from convert.pipeline.back import TreeReader, checked, reversed_plan

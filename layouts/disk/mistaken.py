@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from layouts.disk.addresses import is_hub_id, of_the_hub, otherwise
+from layouts.disk.addresses import is_hub_id, of_others, of_the_hub, otherwise
 from layouts.disk.names import part
 from layouts.errors import InputError
 
@@ -23,14 +23,23 @@ _NAME = 200
 _GIVE = "give the directory that holds the checkpoint"
 OTHERS: Mapping[tuple[str, ...], str] = {
     ("*.gguf",): "GGUF files, for llama.cpp: take the safetensors of the same model",
-    ("pytorch_model*.bin", "*.pt", "*.pth"): "PyTorch pickles, which run code when they are read: save the model as "
-    "safetensors with transformers' save_pretrained",
+    ("blobs/sha256-*",): "a store of Ollama, which keeps GGUF: take the safetensors of the same model",
+    ("zero_to_fp32.py", "global_step*", "*_model_states.pt"): "a checkpoint of DeepSpeed: join its parts with its "
+    "zero_to_fp32.py, and save the model as safetensors",
+    ("latest_checkpointed_iteration.txt", "iter_*", "mp_rank_*", "model_optim_rng.pt"): "a checkpoint of Megatron-LM: export "
+    "it to Hugging Face's safetensors first",
+    ("*.nemo",): "an archive of NeMo: export it to Hugging Face's safetensors first",
+    ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"): "PyTorch pickles, which run code when they are "
+    "read: save the model as safetensors with transformers' save_pretrained",
+    ("*.engine", "*.plan"): "an engine of TensorRT: take the safetensors that it was built from",
     ("*.distcp",): "a torch.distributed.checkpoint: save the model as safetensors, or convert it with "
     "torch.distributed.checkpoint.format_utils first",
-    ("*.msgpack", "*.h5"): "Flax or TensorFlow weights: take the safetensors of the same model",
+    ("*.msgpack", "*.h5", "saved_model.pb", "*.ckpt.index", "*.tflite"): "Flax or TensorFlow weights: "
+    "take the safetensors of the same model",
     ("*.onnx",): "an ONNX graph: take the safetensors that it was exported from",
     ("*.npz",): "NumPy archives, as MLX once wrote them: take the safetensors of the same model",
-    ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.zst"): "an archive: unpack it, and give the directory",
+    ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.zst", "*.gz", "*.xz", "*.bz2"): "an archive: unpack it, and give the "
+    "directory",
     ("*.incomplete", "*.part", "*.crdownload", "*.aria2", ".cache/huggingface/download/*.incomplete"): "a download that has "
     "not finished: run it again",
 }
@@ -43,6 +52,10 @@ _HEADS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ((bytes(40),), "It begins with zeros, as what a download has not filled: download or copy it again"),
 )
 """How files begin that are called *.safetensors and are none -> what they are, and what to do."""
+_BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json")
+"""What models have beside their weights."""
+_DEEP, _MOST, _SHOWN = 4, 500, 8
+"""Levels below a directory at which a checkpoint is looked for, folders of a level, and how many are shown."""
 
 
 def meant(path: Path) -> Path:
@@ -51,8 +64,11 @@ def meant(path: Path) -> Path:
     Raises:
         InputError: there is no such directory, a file stands there, or there are several snapshots.
     """
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # such as a name that is longer than any may be
+        raise InputError(f"{path}: {error.strerror}; {_GIVE}") from None
     if path.exists():
         words = next((words for names, words in OTHERS.items() if any(fnmatchcase(path.name, name) for name in names)), None)
         raise InputError(f"{path}: {words or f'this is a file; {_GIVE}: {path.parent}'}")
@@ -60,7 +76,8 @@ def meant(path: Path) -> Path:
         raise InputError(f"{path}: {dangling(path)}; {_GIVE}")
     if not is_hub_id(str(path)):
         download = of_the_hub(str(path))
-        hint = f"download it first: {download}" if download else mistyped(path) or f"{_GIVE}{_near(path)}"
+        hint = f"download it first: {download}" if download else mistyped(path) or of_others(str(path))
+        hint = hint or f"{_GIVE}{_near(path)}"
         raise InputError(f"{path}: no such directory; {hint}")
     found = snapshot(_cache() / f"{_MODEL}{str(path).replace('/', '--')}")
     if found is None:
@@ -124,28 +141,40 @@ def snapshot(path: Path) -> Path | None:
 
 def explained(path: Path) -> str:
     """What is in a directory without a checkpoint, in one sentence."""
+    if inner := _below(path):
+        places = ", ".join(map(str, inner[:_SHOWN])) + f", ... ({len(inner)})" * (len(inner) > _SHOWN)
+        return f"{path}: the checkpoint is not here, but below; give {places if len(inner) == 1 else f'one of {places}'}"
     for patterns, words in OTHERS.items():
         if found := next((file for pattern in patterns for file in sorted(path.glob(pattern))), None):
             return f"{path}: no safetensors and no Orbax checkpoint, but {found.name}: {words}"
-    inner = sorted(child for child in path.iterdir() if child.is_dir() and _holds(child))
-    if inner:
-        places = ", ".join(map(str, inner))
-        return f"{path}: the checkpoint is not here, but below; give {places if len(inner) == 1 else f'one of {places}'}"
     here = sorted(child.name for child in path.iterdir())
     if capital := next((name for name in here if name.lower().endswith(".safetensors")), None):
         return f"{path}: {capital} would be read under a name that ends in .safetensors, in small letters; rename it"
-    what = (
-        ": it has a config.json and no weights; download them, too"
-        if "config.json" in here
-        else ""
-        if here
-        else ": it is empty"
-    )
+    beside = next((name for name in _BESIDE if name in here), None)
+    what = f": it has a {beside} and no weights; download them, too" if beside else "" if here else ": it is empty"
     return f"{path}: neither *.safetensors files nor an Orbax checkpoint (_METADATA) found here{what}"
 
 
+def _below(path: Path) -> list[Path]:
+    """The folders below that hold a checkpoint, of the first level that has any."""
+    level = [path]
+    for _ in range(_DEEP):
+        level = [child for folder in level for child in _folders(folder)][:_MOST]
+        if found := [folder for folder in level if _holds(folder)]:
+            return found
+    return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those that somebody may have put a checkpoint into; of a folder that cannot be listed, none."""
+    try:
+        return sorted(child for child in folder.iterdir() if child.name[0] != "." and child.is_dir() and not child.is_symlink())
+    except OSError:
+        return []
+
+
 def _holds(folder: Path) -> bool:
-    return (folder / "_METADATA").is_file() or next(folder.glob("*.safetensors"), None) is not None
+    return os.path.isfile(folder / "_METADATA") or next(folder.glob("*.safetensors"), None) is not None
 
 
 def _cache() -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def test_every_answer_is_one_document_of_the_schema(places, what, monkeypatch, c
         assert printed.err.count("\n") == bool(ends)
     else:
         assert printed.err == f"convert: {found['error']}\n"
+
+
+def test_a_run_that_is_interrupted_has_a_document(places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    monkeypatch.setattr("convert.cli.act", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert main(["--prefuse", "hf", "new", "--json"]) == 143
+    found = json.loads(capsys.readouterr().out)
+    VALIDATOR.validate(found)
+    assert (found["action"], found["exit_code"]) == ("prefuse", 143)
+    assert found["error"] == "interrupted; run the same command again to go on (signal 15)"
 
 
 def test_what_is_written_is_in_numbers(places, monkeypatch, capsys):

@@ -53,7 +53,8 @@ def test_an_existing_output_is_refused_and_kept(source, tmp_path, capsys, old):
     out = tmp_path / "out"
     {"directory": out.mkdir, "file": out.touch, "dangling link": lambda: out.symlink_to("nowhere")}[old]()
     assert prefuse(source, out) == 5
-    assert "exists already" in capsys.readouterr().err
+    said = {"directory": "exists already", "file": "is no directory", "dangling link": "is a link"}
+    assert said[old] in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["out"]
 
 

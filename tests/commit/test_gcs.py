@@ -105,13 +105,15 @@ def test_killed_at_every_write(server, forks, local, form):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "said", "code"),
     [
-        (["--prefuse", "{in}", "gs://bucket-2/out"], "there is no bucket 'bucket-2'; correct its name\n"),
-        (["--inspect", "gs://bucket-2/in"], "no such directory"),
-        (["--inspect", "gs://B/in"], "'B' is no name of a bucket; correct it\n"),
+        (["--prefuse", "{in}", "gs://bucket-2/out"], "there is no bucket 'bucket-2'; correct its name\n", 2),
+        (["--prefuse", "gs://B/in", "{in}-out"], "'B' is no name of a bucket; correct it\n", 3),
+        (["--prefuse", "{in}", "gs://B/out"], "'B' is no name of a bucket; correct it\n", 2),
+        (["--inspect", "gs://bucket-2/in"], "no such directory", 3),
+        (["--inspect", "gs://B/in"], "'B' is no name of a bucket; correct it\n", 3),
     ],
 )
-def test_a_wrong_bucket_is_one_sentence(server, local, words, said, capsys):
-    assert main([word.replace("{in}", str(local)) for word in words]) == 3
+def test_a_wrong_bucket_is_one_sentence(server, local, words, said, code, capsys):
+    assert main([word.replace("{in}", str(local)) for word in words]) == code
     assert said in capsys.readouterr().err

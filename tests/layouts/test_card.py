@@ -13,6 +13,10 @@ CARDS = {
     "no final newline": b"# A model",
     "many final newlines": b"# A model\n\n\n",
     "CRLF": b"---\r\nlicense: mit\r\n---\r\n# A model\r\n",
+    "BOM": b"\xef\xbb\xbf---\nlicense: mit\n---\n# A model\n",
+    "rules in the body": b"---\nlicense: mit\n---\n# A model\n\n---\nmore\n---\n",
+    "front matter that is no YAML": b"---\nlicense: [mit\n---\n",
+    "front matter without an end": b"---\nlicense: mit\n",
     "an unfinished comment": b"<!-- moe-convert ",
     "a foreign section": b"text\n\n" + FOREIGN,
     "nothing but a foreign section": FOREIGN,
@@ -26,6 +30,7 @@ CARDS = {
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_a_section_goes_in_and_out(card):
     made = add(card, "## one\n")
+    assert b"\n---" not in made[len(card or b"") :], "it would end front matter that has no end"
     assert made.startswith(card or (b"<!-- " if card is None else b"\n\n<!-- "))
     assert b"## one\n" in made
     assert strip(made) == card
