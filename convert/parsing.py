@@ -6,11 +6,13 @@ In: words. Out: a namespace, or exit code 2. It knows no option of this tool.
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from typing import Any, NoReturn
 
 from convert.answers.words import IMAGES, MEANT, OTHER_PROGRAM
 from convert.errors import did_you_mean
+from convert.terminal import columns, fitted
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             known = MEANT.get(word) or MEANT.get(word.lower().replace("_", "-"))
             message += f" ({known})" if known else self._nearest(word)
         self.said = f"{self._in_our_words(message)}; {self.prog} --help shows all options"
-        self.exit(2, f"{self.prog}: {self.said}\n")
+        self.exit(2, fitted(f"{self.prog}: {self.said}", columns(sys.stderr)) + "\n")
 
     def _nearest(self, word: str) -> str:
         no = word.startswith("--no-")  # the nearest of these must not be the opposite of what was meant

@@ -136,7 +136,7 @@ def convert_checkpoint(
     with processes.together():
         origin, target = place(source), destination(out, makes=processes.first)
         if not (finished := is_finished(target)):
-            check_output(origin, target, overwrite=running.overwrite)
+            check_output(origin, target, overwrite=running.overwrite, makes=processes.first)
         reader, plan = open_and_plan(origin, target, action, choices)
         hashed = sum(spec.nbytes for spec in reader.tensors.values()) if running.content and processes.first else 0
         begin(progress or ignore, "", hashed + (plan.nbytes + kept_bytes(plan)) // processes.count)
@@ -152,7 +152,7 @@ def convert_checkpoint(
                 forget_notes(target)
                 plan, seconds = replace(plan, content=proof.content), time.monotonic() - started
                 return Report(plan=plan, seconds=seconds, resumed=len(plan.targets), proof=proof.said)
-            check_output(plan.source, target, overwrite=running.overwrite)
+            check_output(plan.source, target, overwrite=running.overwrite, makes=processes.first)
             resumed, (said, content) = _write(plan, reader, running, processes, told)
             plan = replace(plan, content=content)
     seconds, process = time.monotonic() - started, (processes.index, processes.count)

@@ -15,9 +15,9 @@ _GAP = re.compile(r"(?<=\S) {2,}(?=\S)|^ +|^(?:verify|wrote|load|split|merge|not
 """What stands before a column of text."""
 _DEEPEST, _LEAST = 24, 4
 """Columns: the deepest that further lines of a text begin, and the least."""
-_WHOLE = re.compile(r"(?<!\w)'[^']{1,40}'(?!\w)|\d [kMGT]?i?B\b")
-"""Axes, and sizes with their unit."""
-_PASTED = ("convert --", "hf download ", "pip ")
+_WHOLE = re.compile(r"(?<!\w)'[^']{1,40}'(?!\w)|\d [kMGT]?i?B\b|convert --help")
+"""Axes, sizes with their unit, and the short command."""
+_PASTED = re.compile(r"convert --(?!help)|hf download |pip ")
 """How commands begin; a line with one stays whole, so that it can be copied."""
 _TIED = "\u00a0"
 
@@ -43,7 +43,7 @@ def fitted(text: str, width: int | None) -> str:
 
 
 def _lines(line: str, width: int) -> list[str]:
-    if len(line) <= width or " " not in line.strip() or any(word in line for word in _PASTED):
+    if len(line) <= width or " " not in line.strip() or _PASTED.search(line):
         return [line]
     gaps = [gap.end() for gap in _GAP.finditer(line) if gap.end() <= _DEEPEST]
     indent = " " * max([_LEAST, *gaps])

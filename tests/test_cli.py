@@ -13,7 +13,7 @@ import pytest
 import convert
 from convert.cli import main, verify_main
 from convert.commit.publish import check_output, destination
-from convert.errors import UsageError
+from convert.errors import StorageError, UsageError
 from convert.hf.write import HFWriter
 from layouts.tables.families import FAMILIES
 from layouts.tables.natives import PER_EXPERT, PER_EXPERT_W123
@@ -292,9 +292,13 @@ def test_where_nothing_may_be_made_is_said_before_the_work(source, tmp_path, cap
     assert capsys.readouterr().err == f"convert: {tmp_path / 'new' / 'out'}: {why}\n"
 
 
-def test_of_several_processes_one_makes_the_output(tmp_path, monkeypatch):
+def test_of_several_processes_one_makes_the_output(source, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert destination(tmp_path / "out", makes=False) == tmp_path / "out"
+    check_output(source, tmp_path / "old", overwrite=True, makes=False)
+    with pytest.raises(StorageError, match="nothing may be made"):
+        check_output(source, tmp_path / "old", overwrite=True)
     with pytest.raises(UsageError, match="give the output by its own name"):
         check_output(tmp_path, destination("/", makes=False), overwrite=False)
     with pytest.raises(UsageError, match="begins or ends with a space"):

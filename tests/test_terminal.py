@@ -11,6 +11,7 @@ import pytest
 
 from convert.answers.tables import families_text, layouts_text
 from convert.arguments import ACTIONS, _made
+from convert.cli import main
 from convert.terminal import at_most, columns, fitted
 from scripts.make_checkpoint import make_checkpoint
 
@@ -52,6 +53,15 @@ def test_a_line_goes_on_below_its_text(line):
 def test_a_file_has_no_width():
     assert columns(io.StringIO()) is None
     assert at_most(100, io.StringIO()) == 100
+
+
+@pytest.mark.parametrize("words", [["--ep-size=4"], ["--layout"], ["--jobs", "0"]])
+def test_what_is_wrong_with_words_fits(words, monkeypatch, capsys):
+    monkeypatch.setattr("convert.parsing.columns", lambda _: 60)
+    with pytest.raises(SystemExit):
+        main(["--prefuse", "a", "b", *words])
+    said = capsys.readouterr().err
+    assert 1 < said.count("\n") == len([line for line in said.splitlines() if len(line) <= 60])
 
 
 @pytest.mark.parametrize("action", [None, *ACTIONS])

@@ -89,8 +89,10 @@ def is_finished(out: Path) -> bool:
     return (out / manifest.NAME).exists() and (not is_remote(out) or bool(mark_of(out)))
 
 
-def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
+def check_output(source: Path, out: Path, *, overwrite: bool, makes: bool = True) -> None:
     """Refuse an output that would hurt something; what a store holds there is looked at when it is opened.
+
+    Of several processes one makes the output, and needs the rights for it.
 
     Raises:
         OutputError: it exists (and `overwrite` is off, or it is no checkpoint), or one of the two paths contains the other.
@@ -112,7 +114,7 @@ def check_output(source: Path, out: Path, *, overwrite: bool) -> None:
         check_replaceable(out)
         if not overwrite:
             raise OutputError(f"{out} exists already; remove it, {OTHER}, or pass --overwrite")
-        _check_rights(out, Path(os.path.abspath(out)).parents, makes=True)
+        _check_rights(out, Path(os.path.abspath(out)).parents, makes=makes)
 
 
 def _is_there(source: Path) -> bool:
