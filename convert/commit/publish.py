@@ -126,10 +126,13 @@ def _is_there(source: Path) -> bool:
 
 
 def _resolved(path: Path, fault: type[ConvertError]) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:  # Python 3.12 and before call a loop of links a RuntimeError
-        raise fault(f"{path}: cannot be followed: {error}; give the directory itself") from None
+    if not isinstance(path, RemotePath):
+        try:
+            os.stat(path)
+        except OSError as error:  # from Python 3.13 on, resolve() says nothing of a loop
+            if error.errno == errno.ELOOP:
+                raise fault(f"{path}: cannot be followed: {error.strerror}; give the directory itself") from None
+    return path.resolve()
 
 
 def check_replaceable(out: Path) -> None:
