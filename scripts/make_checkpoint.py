@@ -4,8 +4,8 @@
 
 Hugging Face ones are sharded as transformers shards them (down, gate and up of a layer lie together, so gate and up of one
 expert are routinely in different files), with index, config and side files. Orbax ones are laid out as MaxText lays them out
-and saved by Orbax itself. Values are never all zero; `identity` gives each element a hash of its place, so that misplacement
-shows.
+and saved by Orbax itself (`pip install .[orbax]`). Values are never all zero; `identity` gives each element a hash of its
+place, so that misplacement shows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """What an installation is: which packages a conversion needs, whose packages `convert` and `layouts` are, completion."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import moe_convert
@@ -16,6 +18,9 @@ LIGHT = ("einops", "ml_dtypes", "numpy", "safetensors", "tqdm", "xxhash")
 """What a machine needs that only converts, inspects and hashes safetensors."""
 ORBAX = ("tensorstore", "zstandard")
 """What it needs besides for Orbax checkpoints and stores."""
+EXTRAS = ("completion", "s3", "tokamax")
+WITH_THEM = {"absl", "botocore", "flax"}
+"""What is imported where somebody has installed an extra, with what comes along, or has arrays of flax."""
 ONLY = """
 import importlib.metadata, sys
 from importlib.machinery import PathFinder
@@ -115,6 +120,19 @@ def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path, name, how):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"convert: {home / name / '__init__.py'} is of another package that is called {name!r}")
     assert "\n" not in done.stderr.strip()
+
+
+def test_what_is_required_is_what_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = {
+        name: project["dependencies"] if name == "" else project["optional-dependencies"][name] for name in ("", *EXTRAS)
+    }
+    named = {name: {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in those} for name, those in packages.items()}
+    text = "\n".join(file.read_text() for folder in ("convert", "layouts") for file in (ROOT / folder).rglob("*.py"))
+    found = {one or other for one, other in re.findall(r"^\s*(?:import (\w+)|from (\w+)[\w.]* import)", text, re.M)}
+    found -= {*sys.stdlib_module_names, "convert", "layouts", "moe_convert"}
+    assert found - named[""] == set().union(*(named[name] for name in EXTRAS)) | WITH_THEM
+    assert named[""] <= found
 
 
 def test_our_own_packages_are_ours():
