@@ -100,7 +100,7 @@ def _lines(plan: Plan, before: str, choices: Choices, running: Running) -> Itera
     yield f"- To load it: {_loading(plan)}."
     back = "" if before == plan.format else f" --to {before}"
     back += f" --compute {choices.compute}" if choices.compute else ""
-    yield f"- To have gate and up apart again, as they were before: `convert --split{back} OUT BACK`; this section goes, too."
+    yield f"- To get gate and up apart again, as they were before: `convert --split{back} OUT BACK`; this section goes, too."
     bits = "all bits, computed ones with the originals or by their rule" if plan.computed else "all bits"
     pair = f"; `convert --verify IN OUT` compares {bits}" if comparable(plan.computed, choices) else ""
     yield f"- To check it: `convert --verify OUT` compares the digests in its manifest{pair}."

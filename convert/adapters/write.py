@@ -113,7 +113,7 @@ Made by moe-convert {manifest.TOOL}; OUT is this adapter, and IN what it was mad
 
     {command(plan.action, choices, running)}
 
-- To have gate and up apart again, as they were before: `convert --split OUT BACK`; this section goes, too.
+- To get gate and up apart again, as they were before: `convert --split OUT BACK`; this section goes, too.
 - To check it: `convert --verify OUT` compares the digests in its manifest; `convert --verify IN OUT` what it adds to weights.
 """
 
