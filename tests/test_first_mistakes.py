@@ -637,6 +637,14 @@ def test_no_words_at_all_show_examples(monkeypatch, capsys):
     assert (found["action"], found["exit_code"], found["error"]) == ("none", 2, "say what to do; convert --help shows all")
 
 
+def test_a_family_that_is_none_is_not_to_be_said_again(said, tmp_path):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    assert said("--prefuse", "in", OUT, "--family", "qwen3") == (
+        4,
+        "convert: in: 'qwen3' is no known MoE family (nearest: qwen3_moe); --family takes one that convert --families lists",
+    )
+
+
 def test_help_with_one_dash_is_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["-help"])

@@ -144,6 +144,8 @@ def _unknown(
     spelt = list(known) if said or not fit else [alias for family in fit for alias in (family.name, *family.model_types)]
     near = get_close_matches(str(stated), spelt, n=1) or [family.name for family in fit][:6]
     hint = f" (nearest: {', '.join(near)})" if near else ""
+    if said:
+        return PlanError(f"{where}: {seen} no known MoE family{hint}; --family takes one that convert --families lists")
     more = f", or how it does with --source-layout: {', '.join(dict.fromkeys(rows))}" if rows else ""
     return PlanError(
         f"{where}: {seen} no known MoE family{hint}. convert --families lists the known ones. If it stores its experts as one "
