@@ -1,5 +1,6 @@
 """What a new user does wrong first gets an answer of its own: what it is, where, what to do. Exact texts."""
 
+import errno
 import json
 import os
 import shlex
@@ -635,6 +636,15 @@ def test_no_words_at_all_show_examples(monkeypatch, capsys):
     assert main(["--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert (found["action"], found["exit_code"], found["error"]) == ("none", 2, "say what to do; convert --help shows all")
+
+
+def test_a_place_where_nobody_may_look_asks_for_the_right(said, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    why = "Permission denied; ask its owner for the right, or take another place"
+    assert said("--inspect", "closed/in") == (6, f"convert: closed/in: {why}")
 
 
 def test_a_family_that_is_none_is_not_to_be_said_again(said, tmp_path):

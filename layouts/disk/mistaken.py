@@ -8,6 +8,7 @@ Source of the cache's form: huggingface_hub, `models--OWNER--NAME/{refs/REF, sna
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -63,11 +64,14 @@ def meant(path: Path) -> Path:
 
     Raises:
         InputError: there is no such directory, a file stands there, or there are several snapshots.
+        OSError: nobody may look there.
     """
     try:
         if path.is_dir():
             return path
-    except OSError as error:  # such as a name that is longer than any may be
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # the system refuses, or fails
+            raise
         raise InputError(f"{path}: {error.strerror}; {_GIVE}") from None
     if path.exists():
         words = next((words for names, words in OTHERS.items() if any(fnmatchcase(path.name, name) for name in names)), None)
