@@ -36,7 +36,7 @@ from layouts.checkpoint import FORMATS, growing, open_checkpoint
 from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.matching.scales import Scales, notes
-from layouts.reader import Reader, ReadLimits, is_chunked, remarks_of
+from layouts.reader import Reader, ReadLimits, held_by, is_chunked, remarks_of
 from layouts.windows import Windows
 
 
@@ -237,4 +237,4 @@ def _budget(plan: Plan, reader: Reader, memory: int, jobs: int | None, base: int
         return replace(found, base=found.base + base, each=each)
     if plan.merging:
         base, each = base + plan.merging.base, each + plan.merging.each
-    return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), base=base, each=each)
+    return make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), base=base, each=each + held_by(reader))

@@ -128,3 +128,13 @@ def is_chunked(reader: Reader) -> bool:
 def remarks_of(reader: Reader) -> tuple[str, ...]:
     """What is to be told of the files that a checkpoint was read from, for those who read some."""
     return tuple(getattr(reader, "remarks", ()))
+
+
+def is_scattered(reader: Reader, name: str) -> bool:
+    """Whether a tensor is computed into what `empty` gives, whatever its strides: nobody needs to copy it from there."""
+    return name in getattr(reader, "scattered", ())
+
+
+def held_by(reader: Reader) -> int:
+    """Bytes that each thread that reads holds beside what `empty` gives."""
+    return int(getattr(reader, "held", 0))

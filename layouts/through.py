@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts.disk.pread import Extent
-from layouts.reader import Reader, ReadLimits, ReadUnit, remarks_of
+from layouts.reader import Reader, ReadLimits, ReadUnit, held_by, remarks_of
 from layouts.side_files import SideFiles
 from layouts.windows import Windows
 
@@ -66,6 +66,11 @@ class Through:
     def remarks(self) -> tuple[str, ...]:
         """As they are."""
         return remarks_of(self.inner)
+
+    @property
+    def held(self) -> int:
+        """As the checkpoint does."""
+        return held_by(self.inner)
 
     @property
     def windows(self) -> Windows:

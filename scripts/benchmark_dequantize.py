@@ -6,7 +6,8 @@ Makes a matrix [2048, 7168] (an expert of Kimi-K2) of random bits in each format
 as bfloat16 with one thread, again and again, into the same memory. Each round is a process of its own for each tree, in turn.
 Prints the best read of all by its CPU seconds, which other programs on the machine change least. With `--other`, another
 checkout of this repository runs in the same rounds. With `--experts`, a layer of so many experts in each format is prefused
-instead (`--prefuse --dequantize bf16 --jobs 1`): what is printed then are bytes of the output by CPU seconds of the command.
+instead (`--prefuse --dequantize bf16 --jobs 1`): what is printed then are bytes of the output by CPU seconds of the command,
+less those of its `--dry-run`, which a checkpoint of hundreds of GB does not notice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,17 @@ def whole(tree: Path, source: Path, out: Path) -> float:
     """GB/s of bfloat16 that a tree's command writes."""
     shutil.rmtree(out, ignore_errors=True)
     words = ["--quiet", "--prefuse", "--dequantize", "bf16", "--jobs", "1", str(source), str(out)]
-    environment, before = os.environ | {"PYTHONPATH": str(tree)}, os.times()
-    subprocess.run([sys.executable, "-m", "convert", *words], env=environment, cwd=tree, check=True, stdout=subprocess.DEVNULL)
-    seconds = sum(os.times()[2:4]) - sum(before[2:4])
+    seconds = cpu(tree, words) - cpu(tree, [*words, "--dry-run"])
     nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
     return nbytes / seconds / 1e9
+
+
+def cpu(tree: Path, words: Sequence[str]) -> float:
+    """CPU seconds of a tree's command."""
+    environment, before = os.environ | {"PYTHONPATH": str(tree)}, os.times()
+    subprocess.run([sys.executable, "-m", "convert", *words], env=environment, cwd=tree, check=True, stdout=subprocess.DEVNULL)
+    return sum(os.times()[2:4]) - sum(before[2:4])
 
 
 def layer(tensors: Mapping[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from layouts.disk.pread import Empty
 from layouts.errors import InputError
 from layouts.language.cuts import with_padding
 from layouts.language.pattern import Box, Pattern
-from layouts.reader import Reader
+from layouts.reader import Reader, is_scattered
 from layouts.tensors import bits
 
 SLAB = 32 << 20
@@ -45,8 +46,22 @@ def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty,
         out[...] = 0
     for piece in pieces:
         for part in _slabs(target, piece, out.itemsize):
-            copy_block(out[_inside(target, part, box)], _read(target, part, reader, slab))
+            into = out[_inside(target, part, box)]
+            direct = is_scattered(reader, part.source) and not target.source.pattern.padding
+            block = _read(target, part, reader, partial(_there, target, into, slab) if direct else slab)
+            if not (direct and np.may_share_memory(block, into)):
+                copy_block(into, block)
     return out
+
+
+def _there(target: Target, into: NDArray[Any], slab: Empty, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Where a block of a source goes, ordered as the source; a slab if more is read than goes there, or in other dimensions."""
+    source, wanted = target.source.pattern.axes, target.target.pattern.axes
+    turned = into.transpose([wanted.index(axis) for axis in source if axis in wanted] + [
+        at for at, axis in enumerate(wanted) if axis not in source
+    ])  # fmt: skip
+    alike = [size for size in turned.shape if size > 1] == [size for size in shape if size > 1]
+    return turned.reshape(shape) if alike else slab(shape, dtype)
 
 
 def lies_alike(target: Target, piece: Piece) -> int | None:

@@ -27,7 +27,7 @@ from layouts.disk.places import listed_anew
 from layouts.orbax.arrays import CHUNKS
 from layouts.orbax.digest import stored_digest
 from layouts.orbax.tree import DATABASE, PROCESS
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader, held_by, is_chunked
 from layouts.side_files import ORIGINALS
 
 
@@ -67,7 +67,7 @@ def written_again(
     if is_chunked(reader):
         budget = reading_budget(memory, jobs, plan, reader)
     else:
-        budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets))
+        budget = make_budget(memory, jobs, len(reader.tensors) + len(plan.targets), each=held_by(reader))
     return remade(targets, wanted, reader, budget, progress)
 
 

@@ -32,7 +32,7 @@ from layouts.disk.upload import CLIENT, held, held_by_pieces
 from layouts.orbax.arrays import NODES
 from layouts.orbax.malloc import KEPT, keep_below
 from layouts.orbax.stream import WINDOW
-from layouts.reader import Reader, ReadLimits, ReadUnit, is_chunked
+from layouts.reader import Reader, ReadLimits, ReadUnit, held_by, is_chunked
 from layouts.side_files import ORIGINALS
 from layouts.tensors import itemsize
 from layouts.windows import Windows
@@ -210,7 +210,7 @@ def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> _Reading:
     sizes = target.target.pattern.stored(target.sizes)
     size, block = itemsize(target.spec.dtype), chunking.largest * itemsize(target.spec.dtype)
     if not is_chunked(reader):
-        return _Reading(budget.jobs * (SLAB + 2 * block), 0)
+        return _Reading(budget.jobs * (SLAB + 2 * block + held_by(reader)), 0)
     spans = {axis: range(min(length, sizes[axis])) for axis, length in chunking.box.items()}
     decoded = loaded = streamed = 0
     for piece in target.pieces(spans):

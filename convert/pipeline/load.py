@@ -29,7 +29,7 @@ from convert.options import Running
 from convert.pipeline.kinds import Kind
 from convert.planning.planner import Plan
 from convert.progress import Progress, stoppable
-from layouts.reader import Reader, is_chunked
+from layouts.reader import Reader, held_by, is_chunked
 from layouts.tensors import bits
 
 _ALIGNED = 64
@@ -62,7 +62,7 @@ class Loader:
 
                 budget = reading_budget(most, running.jobs, plan, reader)
             else:
-                budget = make_budget(most, running.jobs, len(reader.tensors) + len(plan.targets))
+                budget = make_budget(most, running.jobs, len(reader.tensors) + len(plan.targets), each=held_by(reader))
         except UsageError as error:
             raise UsageError(f"{error}; give a third more, as a quarter is for blocks on their way to devices") from None
         return cls(reader=reader, budget=budget, limit=(running.memory - budget.peak) // budget.jobs)

@@ -1,8 +1,8 @@
 """A block of one matrix, computed: bytes to values, times scales, to bfloat16.
 
-In: a recipe, ranges. Out: bits. It never computes more than it was asked for, but for whole groups at the ends.
+In: a recipe, ranges. Out: bits. It never reads more than whole groups at the ends of what it was asked for.
 
-Where scales have one byte there are 65,536 products at most, and each is looked up; else values are looked up, and multiplied.
+What goes out in the other order than it is stored in is turned while it is bytes, of which there are fewer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layouts.dequantize.formats import Format
-from layouts.dequantize.values import PER_BYTE, floats, products, rounded, unpacked
+from layouts.dequantize.values import KINDS, TILE, Room, codes, floats, numbers, put
+from layouts.disk.pread import Empty
 from layouts.reader import Reader
 from layouts.tensors import itemsize
 
 GROUP = 16
 """Bytes of the last dimension of what is folded."""
+_WIDE = 256
+"""Columns of a tile that is turned (measured)."""
+_NARROW = 32
+"""Columns below which a tile has no more rows: each has room behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,59 +55,116 @@ class Recipe:
         """Of the tensor."""
         return (*self.lead, *((self.columns, self.rows) if self.format.folded else (self.rows, self.columns)))
 
+    @property
+    def group(self) -> int:
+        """Columns that one scale is for, where a row has several; else 1."""
+        return self.block[1] if self.block[1] < self.columns else 1
 
-def matrix(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range) -> NDArray[Any]:
-    """A block of one of its matrices as bits of bfloat16."""
-    per = PER_BYTE[recipe.format.values]
+    @property
+    def weight(self) -> float:
+        """Bytes that a value takes in a `Block`."""
+        return 1 / KINDS[self.format.values].per + (1 + bool(self.zero)) * 4 / self.block[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Some rows of one matrix as they are stored, `columns` of it, of which the first begins a group.
+
+    `raw` (rows, bytes); `scales` and `zeros`, if there are some, (rows or 1, groups).
+    """
+
+    recipe: Recipe
+    columns: range
+    raw: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.float32] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.raw.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+
+def load(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range, empty: Empty = np.empty) -> Block:
+    """Read a block of one of its matrices; its bytes, into what `empty` gives."""
+    per = KINDS[recipe.format.values].per
     held = per * itemsize(reader.tensors[recipe.data].dtype)
-    unit = math.lcm(held, recipe.block[1]) if recipe.block[1] < recipe.columns else held
+    unit, wide = math.lcm(held, recipe.group), recipe.block[1]
     first = columns.start // unit * unit
     stop = min(-(-columns.stop // unit) * unit, -(-recipe.columns // held) * held)
-    raw = _bytes(reader, recipe, point, rows, range(first // per, stop // per))
-    code = reader.tensors[recipe.scale].dtype
-    down, along = (range(s.start // b, -(-s.stop // b)) for s, b in zip((rows, range(first, stop)), recipe.block, strict=True))
-    along = range(along.start, min(along.stop, -(-recipe.columns // recipe.block[1])))
-    stored = _grid(reader, recipe, recipe.scale, point, down, along)
-    second = _second(reader, recipe, point)
-    if itemsize(code) == 1 and recipe.block[0] == 1:
-        words = products(recipe.format.values, code, second, divides=recipe.format.divides)
-        index = raw.reshape(*stored.shape, -1) | (stored.astype(np.uint16) << 8)[..., None]
-        found: NDArray[Any] = np.take(words, index).view(np.uint16).reshape(len(rows), -1)
+    raw = _bytes(reader, recipe, point, rows, range(first // per, stop // per), empty)
+    stop = min(stop, recipe.columns)
+    down = range(rows.start // recipe.block[0], -(-rows.stop // recipe.block[0]))
+    along = range(first // wide, -(-stop // wide))
+    scales = floats(_grid(reader, recipe, recipe.scale, point, down, along), reader.tensors[recipe.scale].dtype)
+    if (second := _second(reader, recipe, point)) is not None:
+        scales = scales / second if recipe.format.divides else scales * second
+    zeros = _zeros(reader, recipe, point, down, along) if recipe.zero else None
+    if recipe.block[0] > 1 and len(scales) > 1:
+        each = np.arange(rows.start, rows.stop) // recipe.block[0] - down.start
+        scales, zeros = scales[each], None if zeros is None else zeros[each]
+    return Block(recipe=recipe, columns=range(first, stop), raw=raw, scales=scales, zeros=zeros)
+
+
+def compute(block: Block, columns: range, out: NDArray[Any], room: Room) -> None:
+    """Fill `out` (rows, columns), whatever its strides, with bits of bfloat16: all rows of a block, and some of its columns."""
+    recipe, kind, turned = block.recipe, KINDS[block.recipe.format.values], is_turned(out)
+    unit = math.lcm(kind.per, recipe.group)
+    step = max(unit, (_WIDE if turned else TILE) // unit * unit)
+    step = min(step, -(-block.columns.stop // unit) * unit - columns.start // unit * unit)
+    high = min(len(out), max(1, TILE // max(step, _NARROW)))
+    room.hold(high * step, high)
+    for first in range(columns.start // unit * unit, columns.stop, step):
+        span = range(first, min(first + step, block.columns.stop))
+        wanted = range(max(first, columns.start), min(first + step, columns.stop))
+        for top in range(0, len(out), high):
+            rows = slice(top, top + high)
+            values = _tile(block, rows, span, room, turned=turned)
+            into = out[rows, wanted.start - columns.start : wanted.stop - columns.start]
+            cut = slice(wanted.start - first, wanted.stop - first)
+            put(values[cut] if turned else values[:, cut], into.T if turned else into)
+
+
+def is_turned(out: NDArray[Any]) -> bool:
+    """Whether the rows of a matrix lie nearer to one another than its columns."""
+    return out.strides[0] < out.strides[1]
+
+
+def _tile(block: Block, rows: slice, span: range, room: Room, *, turned: bool) -> NDArray[np.float32]:
+    """(rows, columns) of the values, or (columns, rows) if they are `turned`."""
+    recipe, kind = block.recipe, KINDS[block.recipe.format.values]
+    wide, begin = recipe.block[1], block.columns.start
+    first = (span.start - begin) // kind.per
+    found = codes(block.raw[rows, first : first + -(-len(span) // kind.per)], kind, room, turned=turned)
+    values = numbers(found[: len(span)] if turned else found[:, : len(span)], kind, room)
+    along = slice((span.start - begin) // wide, -(-(span.stop - begin) // wide))
+    for do, grid in ((np.subtract, block.zeros), (np.multiply, block.scales)):
+        if grid is not None:
+            _each(do, values, (grid[rows] if len(grid) > 1 else grid)[:, along], wide, turned=turned)
+    return values
+
+
+def _each(do: np.ufunc, values: NDArray[Any], grid: NDArray[Any], wide: int, *, turned: bool) -> None:
+    """Do something to values in place, with a grid (rows or 1, groups) of one number for so many columns."""
+    count = values.shape[0 if turned else 1]
+    if grid.shape[1] == 1:
+        do(values, grid.T if turned else grid, out=values)
+    elif count == grid.shape[1] * wide:
+        parts = values.reshape((-1, wide, values.shape[1]) if turned else (len(values), -1, wide))
+        do(parts, np.ascontiguousarray(grid.T)[:, None] if turned else grid[..., None], out=parts)
     else:
-        values = unpacked(raw, recipe.format.values)
-        if recipe.zero:
-            _each(np.subtract, values, _zeros(reader, recipe, point, down, along), rows, recipe.block)
-        with np.errstate(all="ignore"):
-            _each(np.multiply, values, floats(stored, code), rows, recipe.block)
-        found = rounded(values)
-    return found[:, columns.start - first : columns.stop - first]
+        each = np.repeat(grid, wide, 1)[:, :count]
+        do(values, each.T if turned else each, out=values)
 
 
-def _each(do: np.ufunc, values: NDArray[Any], grid: NDArray[Any], rows: range, block: tuple[int, int]) -> None:
-    """Do something to values (rows, columns) in place, with a grid of one number for a block; the first column begins one."""
-    high, wide = block
-    if high == 1 and values.shape[1] == grid.shape[1] * wide:
-        parts = values.reshape(*grid.shape, wide)
-        do(parts, grid[..., None], out=parts)
-        return
-    each = np.repeat(grid, wide, 1)[:, : values.shape[1]] if grid.shape[1] > 1 else grid
-    if high == 1:
-        do(values, each, out=values)
-        return
-    start = rows.start // high * high - rows.start
-    for number, line in enumerate(each):
-        part = values[max(0, start + number * high) : start + (number + 1) * high]
-        do(part, line, out=part)
-
-
-def _bytes(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, span: range) -> NDArray[Any]:
+def _bytes(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, span: range, empty: Empty) -> NDArray[np.uint8]:
     """(rows, bytes) of the data of one matrix."""
     at = tuple(slice(each, each + 1) for each in point)
     size = itemsize(reader.tensors[recipe.data].dtype)
     last = (slice(span.start // GROUP, span.stop // GROUP), slice(None)) if recipe.format.folded else (
         slice(span.start // size, span.stop // size),
     )  # fmt: skip
-    read = reader.read(recipe.data, (*at, slice(rows.start, rows.stop), *last))
+    read = reader.read(recipe.data, (*at, slice(rows.start, rows.stop), *last), empty)
     return np.ascontiguousarray(read).reshape(len(rows), -1).view(np.uint8)
 
 
@@ -121,7 +183,7 @@ def _zeros(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, co
     """(rows, columns) of the zero points of one matrix; where they are packed, a word has those of several rows."""
     if recipe.format.zeros == "I8":
         return _grid(reader, recipe, recipe.zero, point, rows, columns).view(np.int8).astype(np.float32)
-    held = 4 * PER_BYTE[recipe.format.values]
+    held = 4 * KINDS[recipe.format.values].per
     width = 32 // held
     words = range(rows.start // held, -(-rows.stop // held))
     at = tuple(slice(each, each + 1) for each in point)
@@ -133,9 +195,10 @@ def _zeros(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, co
     return low - np.float32(2 ** (width - 1))
 
 
-def _second(reader: Reader, recipe: Recipe, point: Sequence[int]) -> float | None:
+def _second(reader: Reader, recipe: Recipe, point: Sequence[int]) -> np.float32 | None:
     if not recipe.second:
         return None
     spec = reader.tensors[recipe.second]
     found = floats(reader.read(recipe.second, (slice(None),) * len(spec.shape)), spec.dtype)
-    return float(found.reshape(-1)[0] if found.size == 1 else found.reshape(recipe.lead)[tuple(point)])
+    one: np.float32 = found.reshape(-1)[0] if found.size == 1 else found.reshape(recipe.lead)[tuple(point)]
+    return one

@@ -12,7 +12,7 @@ import numpy as np
 
 from layouts.dequantize.compute import GROUP, Recipe
 from layouts.dequantize.formats import BESIDE, FORMATS, LEFT, ZERO, Format
-from layouts.dequantize.values import PER_BYTE
+from layouts.dequantize.values import KINDS
 from layouts.errors import InputError, PlanError
 from layouts.quantisation import block_of, weights_of
 from layouts.reader import Reader
@@ -93,7 +93,7 @@ def _fitted(reader: Reader, row: Format, stem: str, scale: str) -> Recipe | None
     if len(shape) < 2 or not math.prod(shape):
         return None
     *lead, rows, stored = shape
-    held = PER_BYTE[row.values] * itemsize(reader.tensors[data].dtype)
+    held = KINDS[row.values].per * itemsize(reader.tensors[data].dtype)
     columns = stored * held
     if row.shape:
         told = _told(reader, stem + row.shape)
@@ -107,7 +107,7 @@ def _fitted(reader: Reader, row: Format, stem: str, scale: str) -> Recipe | None
             if spread := _spread(grid, tuple(lead), rows, columns, block):
                 name = stem if row.folded else f"{stem}.weight"
                 along = -(-columns // block[1])
-                zero = _zero(reader, row, stem, (*lead, -(-rows // (4 * PER_BYTE[row.values])), along), grid)
+                zero = _zero(reader, row, stem, (*lead, -(-rows // (4 * KINDS[row.values].per)), along), grid)
                 return Recipe(name=name, format=row, data=data, scale=scale, second=second, lead=tuple(lead), rows=rows,
                               columns=columns, block=block, spread=spread, zero=zero)  # fmt: skip
     return None

@@ -6,17 +6,20 @@ In: an open quantised checkpoint. Out: a reader of its bfloat16 form. It never w
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layouts.dequantize.compute import Recipe, matrix
+from layouts.dequantize.compute import Block, Recipe, compute, is_turned, load
 from layouts.dequantize.find import hidden, recipes
-from layouts.disk.pread import Empty
+from layouts.dequantize.values import ROOM, Room
+from layouts.disk.pread import Empty, Extent
 from layouts.errors import PlanError
 from layouts.quantisation import FILES, without
 from layouts.reader import Reader, ReadUnit
@@ -24,8 +27,20 @@ from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits
 from layouts.through import Through
 
-_PART = 1 << 17
-"""Elements computed at a time: they stay in the cache."""
+HELD = 32 << 20
+"""Bytes of blocks that a thread holds, those that it read last: gate and up, which a strip of the output takes in turn."""
+_MOST = HELD // 2
+"""Bytes of each."""
+_READ = 1 << 20
+"""Bytes that are read at a time where nothing is held: they stay in the cache."""
+
+
+class _Own(threading.local):
+    """What one thread holds: blocks by matrix and rows, and memory to compute in."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[Any, ...], Block] = {}
+        self.room = Room()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +49,17 @@ class DequantizingReader(Through):
 
     tensors: Mapping[str, TensorSpec]
     quantized: Mapping[str, Recipe]
+    _own: _Own = field(default_factory=_Own, repr=False, compare=False)
+
+    @property
+    def held(self) -> int:
+        """Blocks, and memory to compute in."""
+        return HELD + ROOM
+
+    @property
+    def scattered(self) -> Mapping[str, Recipe]:
+        """What is computed."""
+        return self.quantized
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -79,6 +105,10 @@ class DequantizingReader(Through):
         """The place of the quantised data."""
         return self.inner.where(self._data(name))
 
+    def extent(self, name: str) -> Extent | None:
+        """None of what is computed: it may not be read past `read`."""
+        return None if name in self.quantized else self.inner.extent(name)
+
     def _data(self, name: str) -> str:
         return self.quantized[name].data if name in self.quantized else name
 
@@ -93,13 +123,30 @@ class DequantizingReader(Through):
             return out
         into = out.swapaxes(-1, -2) if recipe.format.folded else out
         *lead, rows, columns = [*spans[:-2], spans[-1], spans[-2]] if recipe.format.folded else spans
-        step = max(1, _PART // len(columns))
-        for point in itertools.product(*lead):
-            place = into[tuple(at - span.start for at, span in zip(point, lead, strict=True))]
-            for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                place[start : start + len(part)] = matrix(self.inner, recipe, point, part, columns)
+        with np.errstate(all="ignore"):
+            for point in itertools.product(*lead):
+                place = into[tuple(at - span.start for at, span in zip(point, lead, strict=True))]
+                turned = is_turned(place)
+                step = max(1, int((_MOST if turned else _READ) / (recipe.weight * len(columns))))
+                for start in range(0, len(rows), step):
+                    part = rows[start : start + step]
+                    read = self._kept if turned else partial(load, self.inner, empty=self._own.room.empty)
+                    block = read(recipe, point, part, columns)
+                    compute(block, columns, place[start : start + len(part)], self._own.room)
         return out
+
+    def _kept(self, recipe: Recipe, point: Sequence[int], rows: range, columns: range) -> Block:
+        """Some rows of a matrix, with the columns that come next: reading some of them passes over the rest anyway."""
+        blocks, key = self._own.blocks, (recipe.name, *point, rows)
+        block = blocks.pop(key, None)
+        if block is None or columns.start < block.columns.start or columns.stop > block.columns.stop:
+            more = int(_MOST / (recipe.weight * len(rows)))
+            wide = range(columns.start, min(max(columns.stop, columns.start + more), recipe.columns))
+            while blocks and sum(each.nbytes for each in blocks.values()) > HELD - _MOST:
+                del blocks[next(iter(blocks))]
+            block = load(self.inner, recipe, point, rows, wide)
+        blocks[key] = block  # the last one used stands last
+        return block
 
 
 def dequantized(reader: Reader) -> DequantizingReader:

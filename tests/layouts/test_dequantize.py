@@ -15,8 +15,9 @@ from convert.cli import main
 from convert.errors import InputError, PlanError
 from layouts.checkpoint import open_checkpoint
 from layouts.dequantize import dequantized
-from layouts.dequantize.compute import matrix
+from layouts.dequantize.compute import compute
 from layouts.dequantize.values import FP4
+from layouts.disk.pread import InputFile
 from layouts.tensors import TensorSpec
 from tests.tiny import MemoryReader
 
@@ -70,7 +71,8 @@ def test_fp8_blocks(shape, code):
 
 
 def test_large_reads_are_computed_in_parts(monkeypatch):
-    monkeypatch.setattr("layouts.dequantize.reader._PART", 1000)
+    monkeypatch.setattr("layouts.dequantize.compute.TILE", 1000)
+    monkeypatch.setattr("layouts.dequantize.reader._READ", 7000)
     tensors, wanted = fp8(200, 300)
     assert np.array_equal(dequantized(reader(tensors)).read("x.weight", (slice(3, 199), slice(5, 300))), wanted[3:199, 5:])
 
@@ -162,10 +164,24 @@ def test_on_the_disk_and_in_the_manifest(source, tmp_path):
 def test_every_value_is_computed_once(source, tmp_path, monkeypatch):
     """Digests of what sources would be would take it twice, and no manifest has them."""
     seen = []
-    monkeypatch.setattr("layouts.dequantize.reader.matrix", lambda *given: seen.append(matrix(*given)) or seen[-1])
+    monkeypatch.setattr("layouts.dequantize.reader.compute", lambda *given: seen.append(given[2].size) or compute(*given))
     convert.prefuse(source, tmp_path / "out", dequantize="bf16")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert sum(block.size for block in seen) == sum(array.size for name, array in found.items() if name != "model.norm.weight")
+    assert sum(seen) == sum(array.size for name, array in found.items() if name != "model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    "more", [{}, *({"layout": each} for each in ("transformers", "interleaved", "glu32")), {"layout": "per-shard", "shards": 2}]
+)
+def test_every_byte_is_read_once_and_no_value_is_copied(source, tmp_path, monkeypatch, more):
+    """Whatever part of its rows a strip takes; bytes are read that lie between them."""
+    seen = []
+    monkeypatch.setattr("convert.engine.blocks.copy_block", None)
+    monkeypatch.setattr("convert.engine.budget.STRIP", 16 << 10)
+    monkeypatch.setattr(InputFile, "read", lambda *given, read=InputFile.read: seen.append(len(given[1])) or read(*given))
+    convert.prefuse(source, tmp_path / "out", dequantize="bf16", jobs=1, **more)
+    with closing(open_checkpoint(source)) as opened:
+        assert sum(seen) <= 1.02 * sum(spec.nbytes for spec in opened.tensors.values())
 
 
 def test_the_same_again_computes_all_and_compares(source, tmp_path):

@@ -147,6 +147,29 @@ def test_bit_for_bit_whole_and_in_parts(case):
     assert any("left out  x.input_scale" in line for line in plain.computed)
 
 
+@pytest.mark.parametrize(("case", "zeros"), [*((case, False) for case in CASES), *((case, True) for case in ZEROS)])
+def test_what_goes_out_by_columns_is_turned_as_bytes(case, zeros):
+    """As a conversion asks for it: into columns of the output, strip by strip, all of it from what was read first."""
+    tensors, config, wanted = (with_zeros if zeros else made)(case)
+    source = reader(tensors, config)
+    plain, read, begun = dequantized(source), source.read, []
+    source.read = lambda name, *more: begun.append(name) or read(name, *more)
+    out = np.zeros((K, 2, N), "u2")
+    for first in range(0, K, 24):
+        there = out[first : first + 24, 1]
+        cut = (slice(0, N), slice(first, min(first + 24, K)))
+        assert np.may_share_memory(plain.read("x.weight", cut, lambda *_, there=there: there.T), out)
+    equal(out[:, 1], wanted.T)
+    assert not out[:, 0].any()
+    assert begun.count("x.weight_packed" if "x.weight_packed" in tensors else "x.weight") == 1
+
+
+def test_threads_that_flush_subnormals_compute_the_same(monkeypatch):
+    tensors, config, wanted = made("mxfp8")
+    monkeypatch.setattr("layouts.dequantize.values._LEAST", np.zeros(1, "f4"))
+    equal(dequantized(reader(tensors, config)).read("x.weight", (slice(None), slice(None))), wanted)
+
+
 @pytest.mark.parametrize("case", ["fp8 channels", "nvfp4 of modelopt", "mxfp8", "fp8 tensor"])
 def test_stacks_of_matrices(case):
     tensors, config, wanted = made(case, lead=(3,))
