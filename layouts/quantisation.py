@@ -12,15 +12,19 @@ from typing import Any
 
 PLACES = ("quantization_config", "compression_config")
 """Where it stands, at any depth: a model of several parts says it of one of them."""
+BESIDE = ("expert_dtype",)
+"""Words beside those places: DeepSeek-V4's config says it of experts alone."""
 FILES = ("hf_quant_config.json",)
 """Files that say the same beside `config.json`."""
+PARAMS, QUANTIZATION = "params.json", "quantization"
+"""Mistral's own config of a model, and the word in it."""
 ALGORITHMS: Mapping[str, tuple[int, int]] = {"FP8_PB_WO": (128, 128)}
 """Names of ModelOpt that stand for a size of blocks."""
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config that does not say it, at any depth."""
-    return {k: without(v) if isinstance(v, Mapping) else v for k, v in config.items() if k not in PLACES}
+    return {k: without(v) if isinstance(v, Mapping) else v for k, v in config.items() if k not in (*PLACES, *BESIDE)}
 
 
 def stated(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

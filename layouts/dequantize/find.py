@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from layouts.dequantize.compute import GROUP, Recipe
-from layouts.dequantize.formats import BESIDE, FORMATS, LEFT, ZERO, Format
+from layouts.dequantize.formats import BESIDE, FLOATS, FORMATS, LEFT, ZERO, Format
 from layouts.dequantize.values import KINDS
 from layouts.errors import InputError, PlanError
 from layouts.quantisation import block_of, weights_of
@@ -19,8 +20,15 @@ from layouts.reader import Reader
 from layouts.tensors import itemsize, numpy_dtype
 
 _ENDS = sorted({end for row in FORMATS for end in row.scale}, key=len, reverse=True)
-_SMALL = ("F8_E4M3", "F8_E5M2")
-"""Types of weights that are always quantised."""
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+"""Types of which no matrix of a model that is not quantised is."""
+
+
+class _Said(NamedTuple):
+    """What `config.json` says: the columns of groups, of any module, and rows and columns of a block."""
+
+    groups: tuple[int, ...]
+    block: tuple[int, int] | None
 
 
 def recipes(reader: Reader) -> dict[str, Recipe]:
@@ -31,9 +39,11 @@ def recipes(reader: Reader) -> dict[str, Recipe]:
         PlanError: something is quantised in another way.
     """
     found: dict[str, Recipe] = {}
+    sizes = {weights.get("group_size") for weights in weights_of(reader.config)}
+    said = _Said(tuple(sorted(size for size in sizes if type(size) is int and size > 0)), block_of(reader.config))
     for name in reader.tensors:
         end = next((end for end in _ENDS if name.endswith(end)), None)
-        if end and (recipe := _recipe(reader, name, name.removesuffix(end), end)):
+        if end and (recipe := _recipe(reader, said, name, name.removesuffix(end), end)):
             if recipe.name in found or (recipe.name in reader.tensors and recipe.name != recipe.data):
                 raise InputError(f"{reader.path}: {name} and another tensor both say what {recipe.name} is; remove one")
             found[recipe.name] = recipe
@@ -50,7 +60,7 @@ def hidden(reader: Reader, found: Mapping[str, Recipe]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _recipe(reader: Reader, scale: str, stem: str, end: str) -> Recipe | None:
+def _recipe(reader: Reader, said: _Said, scale: str, stem: str, end: str) -> Recipe | None:
     rows = [row for row in FORMATS if end in row.scale]
     here = [row for row in rows if stem + row.data in reader.tensors]
     code = reader.tensors[scale].dtype
@@ -62,15 +72,17 @@ def _recipe(reader: Reader, scale: str, stem: str, end: str) -> Recipe | None:
             f"{reader.path}: {scale} (in {reader.where(scale)}) is for {stem}{rows[0].data}, which is not there: "
             f"it has no {stem}{rows[0].data} beside it"
         )
-    fit = [row for row in kinds if code in row.scales and (not row.second or stem + row.second in reader.tensors)]
+    near = [row for row in kinds if code in row.scales]
+    fit = [row for row in near if not row.second or _dtype(reader, stem + row.second) in FLOATS]
     if not fit:
-        data = stem + here[0].data
+        data, seconds = stem + here[0].data, [stem + row.second for row in near]
         stored = f"{data} is {reader.tensors[data].dtype} with {code} in {scale}"
-        raise PlanError(f"{reader.path}: {stored}; no such format is computed")
+        beside = "".join(f" and {_dtype(reader, name) or 'no number'} in {name}" for name in seconds)
+        raise PlanError(f"{reader.path}: {stored}{beside}; no such format is computed")
     for row in fit:
-        if recipe := _fitted(reader, row, stem, scale):
+        if recipe := _fitted(reader, said, row, stem, scale):
             return recipe
-    data, block = stem + fit[0].data, block_of(reader.config)
+    data, block = stem + fit[0].data, said.block
     if block is None and "block" in fit[0].grain and end != ".weight_scale":
         raise PlanError(
             f"{reader.path}: config.json states no quantization_config.weight_block_size, and a grid does not tell it ({scale})"
@@ -82,7 +94,12 @@ def _recipe(reader: Reader, scale: str, stem: str, end: str) -> Recipe | None:
     )
 
 
-def _fitted(reader: Reader, row: Format, stem: str, scale: str) -> Recipe | None:
+def _dtype(reader: Reader, name: str) -> str:
+    """Of a tensor, or nothing."""
+    return reader.tensors[name].dtype if name in reader.tensors else ""
+
+
+def _fitted(reader: Reader, said: _Said, row: Format, stem: str, scale: str) -> Recipe | None:
     """The recipe of a format, if the sizes are such."""
     data, second = stem + row.data, row.second and stem + row.second
     shape, grid = reader.tensors[data].shape, reader.tensors[scale].shape
@@ -103,13 +120,17 @@ def _fitted(reader: Reader, row: Format, stem: str, scale: str) -> Recipe | None
     if second and reader.tensors[second].shape not in ((), (1,), tuple(lead), (*lead, 1)):
         return None
     for grain in row.grain:
-        for block in _blocks(reader, grain, rows, columns):
-            if spread := _spread(grid, tuple(lead), rows, columns, block):
-                name = stem if row.folded else f"{stem}.weight"
-                along = -(-columns // block[1])
-                zero = _zero(reader, row, stem, (*lead, -(-rows // (4 * KINDS[row.values].per)), along), grid)
-                return Recipe(name=name, format=row, data=data, scale=scale, second=second, lead=tuple(lead), rows=rows,
-                              columns=columns, block=block, spread=spread, zero=zero)  # fmt: skip
+        every = [(block, _spread(grid, tuple(lead), rows, columns, block)) for block in _blocks(said, grain, rows, columns)]
+        fit = [(block, spread) for block, spread in every if spread]
+        if len(fit) > 1 and fit[0][0][1] < columns:
+            sizes = " and ".join(str(block[1]) for block, _ in fit)
+            raise PlanError(f"{reader.path}: {scale} fits groups of {sizes} columns; config.json has modules with each")
+        for block, spread in fit[:1]:
+            name = stem if row.folded else f"{stem}.weight"
+            along = -(-columns // block[1])
+            zero = _zero(reader, row, stem, (*lead, -(-rows // (4 * KINDS[row.values].per)), along), grid)
+            return Recipe(name=name, format=row, data=data, scale=scale, second=second, lead=tuple(lead), rows=rows,
+                          columns=columns, block=block, spread=spread, zero=zero)  # fmt: skip
     return None
 
 
@@ -131,15 +152,14 @@ def _zero(reader: Reader, row: Format, stem: str, packed: Sequence[int], grid: S
     return spec.name
 
 
-def _blocks(reader: Reader, grain: int | str, rows: int, columns: int) -> Iterator[tuple[int, int]]:
+def _blocks(said: _Said, grain: int | str, rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """What one scale may be for, rows and columns."""
     if isinstance(grain, int):
         yield from [(1, grain)] * (columns % grain == 0)
     elif grain == "group":
-        sizes = {weights.get("group_size") for weights in weights_of(reader.config)}
-        yield from ((1, size) for size in sizes if type(size) is int and size > 0)
+        yield from ((1, size) for size in said.groups)
     elif grain == "block":
-        yield from filter(None, [block_of(reader.config)])
+        yield from filter(None, [said.block])
     else:
         yield (1, columns) if grain == "channel" else (rows, columns)
 
@@ -170,12 +190,12 @@ def _check_left(reader: Reader, found: Mapping[str, Recipe]) -> None:
     for name, spec in reader.tensors.items():
         if name in gone or not spec.nbytes:
             continue
-        if spec.dtype in _SMALL and spec.shape:
+        if spec.shape and spec.dtype.startswith("F8_"):
             stem = name.removesuffix(".weight") + ".weight_scale"
             raise InputError(
                 f"{reader.path}: {name} (in {reader.where(name)}) is {spec.dtype} and has no {stem}_inv beside it, nor {stem}"
             )
-        if name.endswith(LEFT):
+        if name.endswith(LEFT) or (name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype in _INTEGERS):
             raise PlanError(f"{reader.path}: {name} (in {reader.where(name)}) belongs to no format that is computed")
         if name.endswith("_blocks"):
             lost = name.removesuffix("_blocks") + "_scales"

@@ -41,7 +41,9 @@ class Format:
     folded: bool = False
 
 
-_FP8, _FLOATS, _POWERS = ("F8_E4M3",), ("F32", "BF16", "F16"), ("U8", "F8_E8M0")
+FLOATS = ("F32", "BF16", "F16")
+"""Types of scales that are numbers, and of what they are multiplied by."""
+_FP8, _POWERS = ("F8_E4M3",), ("U8", "F8_E8M0")
 _ANY = (".weight_scale_inv", ".weight_scale", ".scale")
 _ONE = (".weight_scale", ".qscale_weight")
 _WS = (".weight_scale",)
@@ -55,17 +57,17 @@ def _row(name: str, data: str, codes: _W, values: str, scale: _W, scales: _W, *g
 
 
 FORMATS: tuple[Format, ...] = (
-    _row("FP8 blocks", ".weight", _FP8, "e4m3", _ANY, (*_FLOATS, *_POWERS), "block"),
+    _row("FP8 blocks", ".weight", _FP8, "e4m3", _ANY, (*FLOATS, *_POWERS), "block"),
     _row("MXFP8", ".weight", _FP8, "e4m3", _ANY, _POWERS, 32),
-    _row("FP8", ".weight", _FP8, "e4m3", _ONE, _FLOATS, "channel", "tensor"),
-    _row("INT8", ".weight", ("I8",), "int8", _WS, _FLOATS, "channel", "tensor", "group", zeros="I8"),
+    _row("FP8", ".weight", _FP8, "e4m3", _ONE, FLOATS, "channel", "tensor"),
+    _row("INT8", ".weight", ("I8",), "int8", _WS, FLOATS, "channel", "tensor", "group", zeros="I8"),
     _row("NVFP4", ".weight", ("U8",), "e2m1", _WS, _FP8, 16, second=".weight_scale_2"),
     _row("NVFP4", ".weight_packed", ("U8",), "e2m1", _WS, _FP8, 16, second=".weight_global_scale", divides=True),
     _row("MXFP4", ".weight", ("U8",), "e2m1", _WS, _POWERS, 32),
     _row("MXFP4", ".weight_packed", ("U8",), "e2m1", _WS, _POWERS, 32),
     _row("FP4 of DeepSeek-V4", ".weight", ("I8",), "e2m1", (".scale",), _POWERS, 32),
-    _row("INT4", ".weight_packed", ("I32",), "int4", _WS, _FLOATS, "group", "channel", shape=".weight_shape", zeros="I32"),
-    _row("INT8", ".weight_packed", ("I32",), "int8+128", _WS, _FLOATS, "group", "channel", shape=".weight_shape", zeros="I32"),
+    _row("INT4", ".weight_packed", ("I32",), "int4", _WS, FLOATS, "group", "channel", shape=".weight_shape", zeros="I32"),
+    _row("INT8", ".weight_packed", ("I32",), "int8+128", _WS, FLOATS, "group", "channel", shape=".weight_shape", zeros="I32"),
     _row("MXFP4 of gpt-oss", "_blocks", ("U8",), "e2m1", ("_scales",), ("U8",), 32, folded=True),
 )
 ZERO = ".weight_zero_point"

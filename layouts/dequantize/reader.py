@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from layouts.dequantize.compute import Block, Recipe, compute, is_turned, load
 from layouts.dequantize.find import hidden, recipes
 from layouts.dequantize.values import ROOM, Room
+from layouts.disk.files import read_object
 from layouts.disk.pread import Empty, Extent
 from layouts.errors import PlanError
-from layouts.quantisation import FILES, without
-from layouts.reader import Reader, ReadUnit
+from layouts.quantisation import FILES, PARAMS, QUANTIZATION, without
+from layouts.reader import Reader, ReadUnit, remarks_of
 from layouts.side_files import SideFiles
 from layouts.tensors import TensorSpec, bits
 from layouts.through import Through
@@ -96,6 +97,14 @@ class DequantizingReader(Through):
         kinds = Counter((recipe.format.name, _folded(name)) for name, recipe in self.quantized.items())
         lines = [f"{kind}  {name}  x{count}" for (kind, name), count in sorted(kinds.items())]
         return (*lines, *(f"left out  {name}  x{count}" for name, count in sorted(Counter(map(_folded, gone)).items())))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Also that a file which is carried over as it is says how the model was quantised."""
+        told = remarks_of(self.inner)
+        if PARAMS in self.side_files.plain and QUANTIZATION in read_object(self.path / PARAMS):
+            told += (f"{PARAMS} is carried over as it is, and says how the model was quantised: take {QUANTIZATION!r} out",)
+        return told
 
     def unit(self, name: str) -> ReadUnit | None:
         """As the quantised data is read."""

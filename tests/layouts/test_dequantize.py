@@ -161,6 +161,19 @@ def test_on_the_disk_and_in_the_manifest(source, tmp_path):
     assert np.array_equal(again["model.layers.1.mlp.experts.3.up_proj.weight"].view("u2"), up)
 
 
+def test_what_else_says_that_it_is_quantised(source, tmp_path):
+    """DeepSeek-V4's config says it of experts beside quantization_config; Mistral's own config is carried over, and told of."""
+    (source / "config.json").write_text(json.dumps(CONFIG | {"expert_dtype": "fp4", "text_config": {"expert_dtype": "fp4"}}))
+    (source / "params.json").write_text('{"dim": 4096}')
+    assert not any(
+        "params.json" in told for told in convert.plan(source, tmp_path / "out", prefuse=True, dequantize="bf16").remarks
+    )
+    (source / "params.json").write_text('{"quantization": {"qformat_weight": "fp8_e4m3"}}')
+    plan = convert.prefuse(source, tmp_path / "out", dequantize="bf16").plan
+    assert any("take 'quantization' out" in told for told in plan.remarks)
+    assert "expert_dtype" not in (tmp_path / "out" / "config.json").read_text()
+
+
 def test_every_value_is_computed_once(source, tmp_path, monkeypatch):
     """Digests of what sources would be would take it twice, and no manifest has them."""
     seen = []
