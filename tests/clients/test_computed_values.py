@@ -49,6 +49,7 @@ SCHEMES = {
         "naive_quantized", "NaiveQuantizationCompressor", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
     "int8": ("naive_quantized", "NaiveQuantizationCompressor", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "nvfp4 of compressed-tensors": ("nvfp4", "NVFP4PackedCompressor", {"num_bits": 4, "type": "float", **_NVFP4}),
+    "mxfp4 of compressed-tensors": ("mxfp4", "MXFP4PackedCompressor", {"num_bits": 4, "type": "float", **_MX}),
     "mxfp8": ("mxfp8", "MXFP8QuantizationCompressor", {"num_bits": 8, "type": "float", **_MX}),
 }  # fmt: skip
 """Our cases, and the compressor that reads them; those whose scales are F32 or BF16: theirs rounds F16 twice."""

@@ -48,6 +48,7 @@ CASES = {
     "nvfp4 of modelopt": ("e2m1", "U8", K // 2, "weight_scale", "F8_E4M3", (N, K // 16), (1, 16), {}, "weight_scale_2", 0),
     "nvfp4 of compressed-tensors": ("e2m1", "U8", K // 2, "weight_scale", "F8_E4M3", (N, K // 16), (1, 16), {},
                                     "weight_global_scale", 1),
+    "mxfp4 of compressed-tensors": ("e2m1", "U8", K // 2, "weight_scale", "U8", (N, K // 32), (1, 32), {}, "", 0),
     "mxfp4": ("e2m1", "U8", K // 2, "weight_scale", "U8", (N, K // 32), (1, 32), {}, "", 0),
     "fp4 of deepseek-v4": ("e2m1", "I8", K // 2, "scale", "F8_E8M0", (N, K // 32), (1, 32), {}, "", 0),
     "int4": ("q4", "I32", K // 2, "weight_scale", "BF16", (N, K // 32), (1, 32), INT4, "", 0),
@@ -62,7 +63,7 @@ def made(case, lead=(), k=K):
     rng = np.random.default_rng(5)
     raw = rng.integers(0, 256, (*lead, N, width), dtype="u1")
     raw.reshape(-1)[:256] = np.arange(256)[: raw.size]
-    packed = second == "weight_global_scale" or code == "I32"
+    packed = case.endswith("of compressed-tensors") or code == "I32"
     shape = (*lead, *shape) if shape else shape
     if scale_code in ("U8", "F8_E8M0"):
         stored = rng.integers(90, 160, shape, dtype="u1")
