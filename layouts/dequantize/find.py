@@ -39,8 +39,9 @@ def recipes(reader: Reader) -> dict[str, Recipe]:
         PlanError: something is quantised in another way.
     """
     found: dict[str, Recipe] = {}
-    sizes = {weights.get("group_size") for weights in weights_of(reader.config)}
-    said = _Said(tuple(sorted(size for size in sizes if type(size) is int and size > 0)), block_of(reader.config))
+    stated = [weights.get("group_size") for weights in weights_of(reader.config)]
+    sizes = {size for size in stated if type(size) is int and size > 0}  # config.json may say anything
+    said = _Said(tuple(sorted(sizes)), block_of(reader.config))
     for name in reader.tensors:
         end = next((end for end in _ENDS if name.endswith(end)), None)
         if end and (recipe := _recipe(reader, said, name, name.removesuffix(end), end)):
