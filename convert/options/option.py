@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from convert.errors import UsageError, did_you_mean
@@ -90,11 +91,18 @@ def workers(jobs: int | None) -> int:
     return jobs or min(8, len(os.sched_getaffinity(0)))
 
 
-def named(kind: type[Any]) -> Iterator[Named]:
+def named(kind: type[Any]) -> tuple[Named, ...]:
     """The options of one of these dataclasses, in their order."""
+    return _named(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
+@cache  # annotations are text, and to read those of all options takes longer than many a command
+def _named(kind: type[Any]) -> tuple[Named, ...]:
     hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        yield Named(name=field.name, default=field.default, option=hints[field.name].__metadata__[0])
+    return tuple(
+        Named(name=field.name, default=field.default, option=hints[field.name].__metadata__[0])
+        for field in dataclasses.fields(kind)
+    )
 
 
 def complete(kind: type[_Options], given: Mapping[str, Any], *, of: int | None = None) -> _Options:
