@@ -10,6 +10,7 @@ import atexit
 import faulthandler
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -29,6 +31,15 @@ LIMIT = 180
 _TEXT = 1 << 20
 """Bytes of a text that are looked at."""
 ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+ONCE = (
+    "--prefuse {0}/in {0}/out",
+    "--split {0}/out {0}/new --dry-run",
+    "--to orbax {0}/in {0}/new --dry-run",
+    "--verify {0}/in {0}/out --no-gemm",
+    "--verify {0}/out",
+)
+"""What the process that forks has done before: no thread of it is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +110,7 @@ def _text(path: Path) -> str:
 
 
 def load() -> None:
-    """Import every module of the tool, and work out what each fork would again: options, patterns of the tables.
+    """Import every module of the tool, and let it work once: what tables and options say is not found out again in each fork.
 
     What is there is kept from the collector, which would copy all memory in each fork.
     """
@@ -107,10 +118,13 @@ def load() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):  # that would run it
                 importlib.import_module(module.name)
-    importlib.import_module("convert.arguments").parser()
-    for family in importlib.import_module("layouts.tables.families").FAMILIES:
-        for layout in (layout for table in family.native for layout in table.values()):
-            layout.place(family.experts).key.match("")
+    main, make = map(pkgutil.resolve_name, ("convert.cli:main", "scripts.make_checkpoint:make_checkpoint"))
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        make(Path(folder, "in"), family="qwen3_moe", experts=2, layers=1)
+        for words in ONCE:
+            assert not main(words.format(folder).split()), words
+    atexit.unregister(pkgutil.resolve_name("jax._src.api:clean_up"))  # which empties caches that no fork has filled
+    atexit.register(pkgutil.resolve_name("jax.distributed:shutdown"))  # and does this
     gc.collect()
     gc.freeze()
 
