@@ -9,8 +9,10 @@ from hypothesis import settings
 
 from scripts._forked import Forks
 
-# Here XLA compiles for much longer than it computes. Processes that tests start have this from them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Here XLA compiles for much longer than it computes. Processes that tests start have this from them. The flag of the emitters
+# is gone in JAX 0.12, where XLA would end the process for it.
+_EMITTERS = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true{_EMITTERS}")
 
 # Meshes are tried on simulated devices, which have to be there before JAX begins.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -175,14 +175,24 @@ def test_what_goes_forth_comes_back_as_the_derivative(layout, options):
         np.testing.assert_array_equal(found[key], jnp.where(back[key] == 0, 1, back[key]))
 
 
+SMALLEST = """
+import sys
+from functools import partial
+import jax, jax.numpy as jnp, ml_dtypes, numpy as np
+import convert
+
+asked = {"layout": sys.argv[1], **({"shards": 2, "align": 4096} if sys.argv[1] == "per-shard" else {})}
+gate, up = np.arange(1 << 16, dtype="u2").reshape(2, 2, 4, 4096).view("bfloat16")
+wanted = convert.prefuse_params({"m": {"wi_0": gate, "wi_1": up}}, **asked)["m"]["wi"]
+held = {"m": {"wi_0": jnp.asarray(gate), "wi_1": jnp.asarray(up)}}
+for call in (partial(convert.prefuse_params, **asked), jax.jit(partial(convert.prefuse_params, **asked))):
+    assert np.asarray(call(held)["m"]["wi"]).tobytes() == np.ascontiguousarray(wanted).tobytes()
+"""
+
+
 @pytest.mark.parametrize("layout", ["concat", "per-shard"])
-def test_the_smallest_numbers_and_nans_of_two_bytes_pass_as_they_are(layout):
-    """A CPU picks between floats of 16 bits as floats of 32, and makes zeros of the smallest."""
-    words = np.arange(1 << 16, dtype="u2").reshape(2, 2, 4, 4096)
-    gate, up = words.view("bfloat16")
-    asked = {"layout": layout, **({"shards": 2, "align": 4096} if layout == "per-shard" else {})}
-    wanted = convert.prefuse_params({"m": {"wi_0": gate, "wi_1": up}}, **asked)["m"]["wi"]
-    held = {"m": {"wi_0": jnp.asarray(gate), "wi_1": jnp.asarray(up)}}
-    for call in (convert.prefuse_params, jax.jit(partial(convert.prefuse_params, **asked))):
-        found = call(held, **(asked if call is convert.prefuse_params else {}))
-        assert np.asarray(found["m"]["wi"]).tobytes() == np.ascontiguousarray(wanted).tobytes()
+def test_the_smallest_numbers_and_nans_of_two_bytes_pass_as_they_are(forks, layout, monkeypatch):
+    """A CPU picks between floats of 16 bits as floats of 32, and makes zeros of the smallest: as XLA compiles for users."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    done = forks.run(SMALLEST, layout)
+    assert done.returncode == 0, done.stderr

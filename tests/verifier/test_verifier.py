@@ -1,6 +1,7 @@
 """The verifier must not be vacuous: every kind of damage is caught, by the level that is there for it, and named."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_every_layout_is_run_as_its_kernel_does(pair, tmp_path, layout):
     verdict = convert.verify(pair[0], tmp_path / "other")
     assert verdict.equal, verdict
     assert verdict.levels[3].covered.startswith("grouped GEMM (ragged_dot): 'e g k n' against 'e ")
+
+
+def test_xla_may_compile_as_it_does_for_users(forks, pair, monkeypatch):
+    """For all other tests `tests/conftest.py` says that it shall compile fast."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    code = "import sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = forks.run(code, "--verify", *pair, "--layers", "1", "--quiet")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^gradients +equal", done.stdout, re.MULTILINE)
 
 
 def test_what_stands_in_the_padding_is_found(pair, tmp_path):
