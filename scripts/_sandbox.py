@@ -118,12 +118,16 @@ def _short(path: str) -> str:
     return shown if len(shown) < 90 else f"{shown[:80]}..."
 
 
+def in_memory(room: int) -> Path | None:
+    """The root of a disk in memory, if there is one that has more than so many bytes free."""
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > room else None
+
+
 @contextmanager
 def room() -> Iterator[Path]:
     """A directory for sandboxes: in memory where there is such a disk, because they are made and removed all the time."""
-    memory = Path("/dev/shm")
-    enough = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM
-    with tempfile.TemporaryDirectory(dir=memory if enough else None) as name:
+    with tempfile.TemporaryDirectory(dir=in_memory(_ROOM)) as name:
         try:
             yield Path(name)
         finally:

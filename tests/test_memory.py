@@ -18,6 +18,12 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 MEMORY = 256 << 20
 
 
+@pytest.fixture
+def tmp_path(disk):
+    """These are large, and written past the page cache."""
+    return disk
+
+
 def peak(action: str, source: Path, out: Path) -> int:
     command = [sys.executable, "-c", CHILD.format(action=action), str(source), str(out), str(MEMORY)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)

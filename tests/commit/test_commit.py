@@ -98,12 +98,13 @@ def test_a_second_run_is_kept_off_by_a_lock(source, wanted, tmp_path, monkeypatc
 CALLS = ("posix_fallocate", "pwrite", "copy_file_range", "fsync", "rename")
 
 
-def test_every_call_that_can_meet_a_full_disk_may(source, wanted, tmp_path, monkeypatch, capsys):
+def test_every_call_that_can_meet_a_full_disk_may(source, wanted, disk, monkeypatch, capsys):
     """The n-th system call fails, for every n: exit 6, no output; the same command again ends in the same bytes."""
     monkeypatch.setattr(direct, "LEAST", direct.PAGE)  # so that these small blocks go past the page cache, too
+    source = shutil.copytree(source, disk / "in")
     n, failures = 0, 0
     while True:
-        out = tmp_path / str(n) / "out"
+        out = disk / str(n) / "out"
         out.parent.mkdir()
         with monkeypatch.context() as patch:
             calls = count_calls(patch, fail_at=n)
