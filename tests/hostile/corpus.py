@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tests.hostile import configs, databases, headers, manifests, names, places, records, specials, stages, stores
 from tests.hostile.variants import Table, Variant
@@ -22,6 +23,7 @@ class Batch:
     cases: Sequence[tuple[Variant, str]]
 
 
+@cache
 def tables() -> list[Table]:
     """All kinds with their variants."""
     return [table for module in MODULES for table in module.variants()]
