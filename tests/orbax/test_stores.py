@@ -315,7 +315,7 @@ def test_streamed_chunks_are_what_tensorstore_reads(name, piece, tmp_path, monke
     store = stored(tmp_path, STORES[name], array, (3, 4, 5))
     assert streamable(store.spec().to_json()["metadata"])
     streams = ChunkStreams.of(store)
-    for _ in range(60):
+    for _ in range(60 if piece > 1 else 20):  # byte by byte takes long
         ends = [sorted(RANDOM.integers(0, size + 1, 2)) for size in array.shape]
         block = tuple(slice(int(a), int(b)) for a, b in ends)
         assert np.array_equal(streams.read(block, array.dtype), array[block]), block
