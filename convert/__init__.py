@@ -76,7 +76,7 @@ _VALUES = {
     "Plan": ("planning.planner", "Plan"),
     "Report": ("report", "Report"),
     "Verdict": ("verifier.verdict", "Verdict"),
-    "__version__": ("commit.manifest", "TOOL"),
+    "__version__": ("version", "TOOL"),
 }
 """What calls give, and where it is defined: imported when somebody asks, because `import convert` is light."""
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from convert.commit.inventory import read_card
-from convert.commit.manifest import TOOL
 from convert.options import Choices, Running
 from convert.options.option import named
 from convert.planning.across.computed import originals_of
 from convert.planning.choices import comparable
 from convert.planning.planner import Plan
+from convert.version import TOOL
 from layouts.card import CARD, MOST, add, strip, takes_section
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS

@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, requires
 from types import FrameType
 
 from convert.actions import act, action_of
@@ -131,6 +130,8 @@ def _told(error: Exception) -> tuple[str, int]:
 
 def _wanted(package: str) -> str:
     """A package with the versions that this tool works with, as `pip` takes it."""
+    from importlib.metadata import PackageNotFoundError, requires  # which import email, sockets and archives
+
     with suppress(PackageNotFoundError):
         for each in requires("moe-convert") or ():
             if re.match(rf"{package}\b", each.replace("-", "_")):

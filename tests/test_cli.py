@@ -241,19 +241,32 @@ def test_progress_goes_to_stderr_and_the_summary_to_stdout(source, tmp_path, cap
     assert printed.out.splitlines()[1].startswith(f"wrote  {tmp_path / 'fused'}: ")
 
 
-def test_help_takes_a_blink():
-    """Measured by what is imported, because time is not to be relied on."""
-    code = """
-import sys
+def test_what_reads_nothing_takes_a_blink(tmp_path):
+    """Measured by what is imported, because time is not to be relied on; `--inspect` then starts no threads for products."""
+    source = checkpoint(tmp_path / "in", tensors(QWEN), config(QWEN))
+    code = f"""
+import os, sys
 from convert.cli import main
-try:
-    main(["--help"])
-except SystemExit as stopped:
-    assert stopped.code == 0
-heavy = {"jax", "orbax", "numpy", "safetensors", "tensorstore", "ml_dtypes", "einops", "tqdm", "torch"} & set(sys.modules)
-sys.exit(f"imported: {heavy}" if heavy else 0)
+
+def run(*words, code=0, without=()):
+    try:
+        assert main(words) == code
+    except SystemExit as stopped:
+        assert stopped.code == code
+    loaded = set(without) & set(sys.modules)
+    assert not loaded, (words, loaded)
+
+heavy = ["jax", "orbax", "safetensors", "tensorstore", "ml_dtypes", "einops", "tqdm", "torch", "email", "importlib.metadata"]
+run("--help", without=[*heavy, "numpy", "layouts.tables", "convert.planning"])
+run("--version", without=[*heavy, "numpy", "layouts.tables", "convert.planning"])
+run("--no-such-option", code=2, without=[*heavy, "numpy", "layouts.tables", "convert.planning"])
+run("--layouts", without=[*heavy, "numpy", "layouts.matching"])
+run("--families", without=[*heavy, "numpy", "layouts.matching"])
+run("--inspect", {str(source)!r}, without=heavy)
+assert len(os.listdir("/proc/self/task")) == 1 and "OPENBLAS_NUM_THREADS" not in os.environ
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "exit codes: 0 done" in done.stdout
 

@@ -14,7 +14,6 @@ import pytest
 import convert
 from convert.arguments import ACTIONS, parser
 from convert.cli import main
-from convert.commit.manifest import TOOL
 from convert.options import Choices, Running, Verification
 from convert.options.keywords import (
     Digesting,
@@ -31,6 +30,7 @@ from convert.options.keywords import (
 )
 from convert.options.option import complete, named
 from convert.run import check
+from convert.version import TOOL
 
 ROOT = Path(__file__).parents[1]
 WORDS = {"memory", "max_shard_size", "layers", "experts", "mesh", "base", "sharding"}

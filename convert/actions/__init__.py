@@ -6,8 +6,10 @@ In: parsed arguments. Out: an `Answer`. Nothing here prints or exits, and nothin
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from convert.actions.answer import Answer
@@ -30,11 +32,23 @@ def act(arguments: argparse.Namespace) -> Answer:
     if "" in arguments.paths:
         raise UsageError("a path is empty; if it is a variable of your shell, it is not set")
     action = action_of(arguments)
-    if action in _DOING:
-        return _DOING[action](arguments)
     if action == "none":
         raise _nothing_to_do(arguments.paths)
-    return convert_with(arguments, action)
+    with nullcontext() if action == "verify" else _no_products():
+        return _DOING[action](arguments) if action in _DOING else convert_with(arguments, action)
+
+
+@contextmanager
+def _no_products() -> Iterator[None]:
+    """What multiplies no matrices: OpenBLAS starts a thread on each core when NumPy is imported, and each spins for a while."""
+    word = "OPENBLAS_NUM_THREADS"
+    said = os.environ.get(word)
+    os.environ.setdefault(word, "1")
+    try:
+        yield
+    finally:
+        if said is None:
+            del os.environ[word]
 
 
 def action_of(arguments: argparse.Namespace) -> str:

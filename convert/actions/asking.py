@@ -6,7 +6,6 @@ In: parsed arguments. Out: an `Answer`. Nothing here prints or exits.
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 import sys
 
@@ -16,6 +15,7 @@ from convert.answers.envelope import envelope
 from convert.arguments import options
 from convert.errors import UsageError
 from convert.terminal import at_most
+from convert.version import TOOL
 
 
 def inspect(arguments: argparse.Namespace) -> Answer:
@@ -55,9 +55,7 @@ def layouts(arguments: argparse.Namespace) -> Answer:
 
 def version(arguments: argparse.Namespace) -> Answer:
     """The version of this tool."""
-    from convert.commit.manifest import TOOL
-
     options(arguments, "--version")
     no_paths(arguments, "--version")
-    found = {"tool": TOOL, "python": platform.python_version()}
+    found = {"tool": TOOL, "python": sys.version.split()[0]}
     return Answer(text=f"moe-convert {TOOL} (Python {found['python']})", document=envelope("version", 0, found))

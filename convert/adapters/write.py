@@ -32,6 +32,7 @@ from convert.errors import InputError, UsageError, readable
 from convert.hf.look import look
 from convert.options import Choices, Running
 from convert.progress import Progress, announce, begin, ignore
+from convert.version import TOOL
 from layouts.adapters.forms import FORMS
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.adapters.settings import CONFIG
@@ -109,7 +110,7 @@ def _card(plan: AdapterPlan, choices: Choices, running: Running) -> str:
 
 LoRA `A` and `B` of gate and up are one pair each, in form `{plan.layout}`: {FORMS[plan.layout].text}.
 
-Made by moe-convert {manifest.TOOL}; OUT is this adapter, and IN what it was made of:
+Made by moe-convert {TOOL}; OUT is this adapter, and IN what it was made of:
 
     {command(plan.action, choices, running)}
 
@@ -120,7 +121,7 @@ Made by moe-convert {manifest.TOOL}; OUT is this adapter, and IN what it was mad
 
 def _mark(plan: AdapterPlan, state: State) -> str:
     """Sixteen hex digits that tell this conversion from another."""
-    said = (manifest.TOOL, "adapter", plan.action, plan.layout, plan.record, sorted(plan.texts.items()), *state)
+    said = (TOOL, "adapter", plan.action, plan.layout, plan.record, sorted(plan.texts.items()), *state)
     digest = hashlib.sha256(repr(said).encode())
     digest.update(plan.file.head)
     digest.update(repr(sorted(plan.side_files)).encode())
@@ -165,7 +166,7 @@ def _manifest(plan: AdapterPlan, reader: HFReader, hashed: Mapping[str, str], st
     check_copied(stage.path, plan.side_files, files)
     content: dict[str, Any] = {
         "version": manifest.VERSION,
-        "tool": manifest.TOOL,
+        "tool": TOOL,
         **made_of(plan),
         "input": input_digest(reader),
         "remarks": list(plan.remarks),

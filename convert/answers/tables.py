@@ -11,8 +11,7 @@ from typing import Any
 
 from convert.errors import UsageError, did_you_mean
 from layouts.language.layout import Layouts
-from layouts.matching.origin import name_of
-from layouts.tables.families import FAMILIES, NOT_GATED, Family
+from layouts.tables.families import FAMILIES, NOT_GATED, Family, name_of
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import LOADED_BY, TAKEN_BY, TARGETS
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from convert.commit.inventory import read_in_pieces
-from convert.commit.manifest import NAME, TOOL
+from convert.commit.manifest import NAME
 from convert.planning.planner import Plan
+from convert.version import TOOL
 from layouts.disk.files import CONFIG, INDEX
 from layouts.disk.places import files_of, is_remote
 from layouts.disk.written import quoted

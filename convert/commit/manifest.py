@@ -22,6 +22,7 @@ import xxhash
 from convert.commit.inventory import FileEntry
 from convert.planning.across.computed import originals_of
 from convert.planning.planner import Plan
+from convert.version import TOOL
 from layouts.disk.files import CONFIG, INDEX, MANIFEST, read_object
 from layouts.disk.written import Entries, compact, indented
 from layouts.errors import InputError
@@ -34,8 +35,6 @@ SEAL = "xxh3_128"
 """Under which the digest of the manifest itself stands in it."""
 SOURCE = "source:"
 """What stands before the name of a source tensor where digests of sources and targets are kept together."""
-TOOL = "0.2.0"
-"""This tool's version, written into every manifest."""
 
 MADE = ("action", "format", "family", "layout", "record", "computed", "mesh", "sharding")
 """What a manifest says of the conversion, but for its tensors."""

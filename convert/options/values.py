@@ -9,8 +9,6 @@ import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 
-from layouts.tables.targets import ALIGNMENTS
-
 UNITS = {"": 1} | {f"{each}{i}": base**n for n, each in enumerate("kmgtp", 1) for i, base in (("", 1000), ("i", 1024))}
 _SHOWN = 60
 """Letters of a wrong value that are shown: a slip of the hand may paste a page."""
@@ -93,6 +91,8 @@ def align(value: object) -> int | str:
     Raises:
         ValueError: it is neither.
     """
+    from layouts.tables.targets import ALIGNMENTS  # all tables, which a look at the options needs not
+
     return value if isinstance(value, str) and value in ALIGNMENTS else positive(value)
 
 

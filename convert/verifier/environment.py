@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from convert.commit.manifest import TOOL
+from convert.version import TOOL
 
 _LIBRARIES = ("jax", "numpy", "safetensors", "tensorstore", "ml_dtypes", "einops", "xxhash")
 NO_DEVICE = "none: no GEMM ran"

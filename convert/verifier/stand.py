@@ -26,8 +26,9 @@ from layouts.language.pattern import Pattern
 from layouts.matching.candidates import record_of
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
-from layouts.matching.origin import name_of, origin_of
+from layouts.matching.origin import origin_of
 from layouts.reader import Reader
+from layouts.tables.families import name_of
 
 _AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}
 

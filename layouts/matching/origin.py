@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from layouts.errors import InputError, PlanError
-from layouts.language.layout import Layouts
 from layouts.matching.candidates import ORIGIN, record_of
 from layouts.reader import Reader
-from layouts.tables.families import Family, families_of
+from layouts.tables.families import families_of
 from layouts.tables.maxtext import RULES
 from layouts.tables.natives import SOURCES
 
@@ -75,8 +74,3 @@ def _is_known(found: Mapping[str, Any]) -> bool:
 def hf_name(family: object) -> str | None:
     """The name of a family of Hugging Face by any of its names; None for what is none."""
     return next((f.name for f in families_of("hf") if family == f.name or family in f.model_types), None)
-
-
-def name_of(layouts: Layouts, family: Family) -> str | None:
-    """What `SOURCES` calls these layouts of a family."""
-    return next((name for name, table in SOURCES.items() if layouts in (table, family.own(table))), None)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from layouts.language.layout import located
+from layouts.language.layout import Layouts, located
 from layouts.tables.families_apart import APART
 from layouts.tables.families_fused import TOGETHER
 from layouts.tables.family import ANYWHERE, Family
-from layouts.tables.natives import MAXTEXT, MAXTEXT_AXIS_0, MLX, PER_EXPERT, PER_EXPERT_W123
+from layouts.tables.natives import MAXTEXT, MAXTEXT_AXIS_0, MLX, PER_EXPERT, PER_EXPERT_W123, SOURCES
 
-__all__ = ["FAMILIES", "NOT_GATED", "Family", "families_of", "maxtext"]
+__all__ = ["FAMILIES", "NOT_GATED", "Family", "families_of", "maxtext", "name_of"]
 
 _MAXTEXT_BIASES = ("{path}.wi_{g:0,1}_bias", "{path}.wo_bias")
 """They stay apart there, whatever the weights are."""
@@ -42,6 +42,11 @@ FAMILIES: tuple[Family, ...] = (
 def families_of(format: str) -> list[Family]:  # noqa: A002
     """The families of one format."""
     return [family for family in FAMILIES if family.format == format]
+
+
+def name_of(layouts: Layouts, family: Family) -> str | None:
+    """What `SOURCES` calls these layouts of a family."""
+    return next((name for name, table in SOURCES.items() if layouts in (table, family.own(table))), None)
 
 
 def maxtext(scan_axis: int | None = None) -> Family:

@@ -4,7 +4,7 @@ import pytest
 
 from convert.arguments import parser
 from convert.cli import main
-from convert.commit.manifest import TOOL
+from convert.version import TOOL
 from layouts.tables.families import FAMILIES, NOT_GATED
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import LOADED_BY, TAKEN_BY, TARGETS

@@ -10,8 +10,7 @@ import pytest
 from convert.errors import ConvertError, PlanError
 from convert.planning.planner import make_plan
 from layouts.matching.describe import describe
-from layouts.matching.origin import name_of
-from layouts.tables.families import FAMILIES, NOT_GATED
+from layouts.tables.families import FAMILIES, NOT_GATED, name_of
 from layouts.tables.natives import SOURCES
 from tests.layouts.by_hand import APART, CASES, MODELS, SAID, config, tensors, weights
 from tests.layouts.by_hand.styles import out_in

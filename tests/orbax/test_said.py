@@ -19,9 +19,8 @@ from convert.verifier.bits.across import formats_of, layers_of
 from convert.verifier.bits.exact import compare_experts
 from convert.verifier.bits.logical import Scope
 from layouts.checkpoint import open_checkpoint
-from layouts.matching.origin import name_of
 from layouts.orbax.reader import OrbaxReader
-from layouts.tables.families import families_of
+from layouts.tables.families import families_of, name_of
 from scripts.make_checkpoint import make_checkpoint
 from tests.tiny import tree
 

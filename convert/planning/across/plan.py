@@ -27,11 +27,11 @@ from layouts.language.pattern import Pattern
 from layouts.matching.candidates import candidates, record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.lookup import find_family
-from layouts.matching.origin import FIRST, Origin, name_of, origin_of
+from layouts.matching.origin import FIRST, Origin, origin_of
 from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
 from layouts.side_files import ORIGINALS
-from layouts.tables.families import Family, maxtext
+from layouts.tables.families import Family, maxtext, name_of
 from layouts.tables.maxtext import MTP, ROOT, Tree
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import IN_MAXTEXT, TARGETS, target
