@@ -2,6 +2,6 @@
 
 import sys
 
-from convert.cli import main
+from convert.cli import command
 
-sys.exit(main())
+sys.exit(command())

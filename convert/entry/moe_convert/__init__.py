@@ -35,7 +35,7 @@ def main() -> int:
     if problem := shadowed():
         sys.stderr.write(f"convert: {problem}\n")
         return 2
-    from convert.cli import main as command
+    from convert.cli import command
 
     return command()
 
