@@ -37,6 +37,7 @@ from layouts.dequantize import RULE, dequantized
 from layouts.disk.places import is_remote, place
 from layouts.matching.scales import Scales, notes
 from layouts.reader import Reader, ReadLimits, held_by, is_chunked, remarks_of
+from layouts.tensors import total_bytes
 from layouts.windows import Windows
 
 
@@ -138,7 +139,7 @@ def convert_checkpoint(
         if not (finished := is_finished(target)):
             check_output(origin, target, overwrite=running.overwrite, makes=processes.first)
         reader, plan = open_and_plan(origin, target, action, choices)
-        hashed = sum(spec.nbytes for spec in reader.tensors.values()) if running.content and processes.first else 0
+        hashed = total_bytes(reader.tensors) if running.content and processes.first else 0
         begin(progress or ignore, "", hashed + (plan.nbytes + kept_bytes(plan)) // processes.count)
         told = processes.watched(progress or ignore)
         with closing(reader):

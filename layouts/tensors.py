@@ -184,6 +184,11 @@ def columns(tensors: Mapping[str, TensorSpec]) -> Columns:
     return Columns(names=list(tensors), kinds=list(known), kind=kind)
 
 
+def total_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """Bytes of all: of many tensors there are few kinds."""
+    return sum(columns(tensors).nbytes.values())
+
+
 def joined(each: Sequence[Columns]) -> Columns:
     """The tensors of several, one behind the other."""
     known = {kind: number for number, kind in enumerate(dict.fromkeys(itertools.chain(*(one.kinds for one in each))))}

@@ -33,7 +33,7 @@ from layouts.hf import HFReader
 from layouts.matching.describe import Description as Model
 from layouts.matching.describe import describe as describe_model
 from layouts.reader import Reader
-from layouts.tensors import TensorSpec
+from layouts.tensors import TensorSpec, total_bytes
 
 _USUAL = Choices()
 _ALLOWED = frozenset({"base", "family", "source_layout", "from_writer", "copy_all"})
@@ -103,7 +103,7 @@ def _planned(base: Reader, model: Model, adapter: HFReader, out: Path, choices: 
         computed="; ".join((RULE, f"adapter xxh3_128 {_digest(adapter.path)}", *described.remarks)),
         merging=Merging(
             adapter=adapter.path,
-            nbytes=sum(spec.nbytes for spec in adapter.tensors.values()),
+            nbytes=total_bytes(adapter.tensors),
             names=frozenset(sites),
             lines=tuple(_lines(sites, base.tensors)),
             base=any_rate,

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from layouts.disk.files import CONFIG, INDEX
 from layouts.disk.places import files_of, is_remote
 from layouts.disk.written import quoted
 from layouts.reader import Reader
+from layouts.tensors import columns
 
 _PIECE, _PIECES = 4096, 16
 """Of a file of data: bytes of a piece that is looked at, and how many of these, at even places from the first to the last."""
@@ -87,10 +87,10 @@ def input_digest(reader: Reader) -> str:
     digest = xxhash.xxh3_128()
     for name, header in sorted(reader.headers.items()):
         digest.update(_line(name, header))
-    for name, spec in sorted(reader.tensors.items(), key=itemgetter(0)):
-        unit = reader.unit(name)
-        chunk = list(unit.shape) if unit else "null"
-        digest.update(f"[{quoted(name)}, {quoted(spec.dtype)}, {list(spec.shape)}, {chunk}]".encode())
+    tensors = columns(reader.tensors)
+    kinds = [f"{quoted(each.dtype)}, {list(each.shape)}" for each in tensors.kinds]
+    ordered = sorted(zip(tensors.names, tensors.kind.tolist(), strict=True))
+    digest.update("".join(f"[{quoted(name)}, {kinds[kind]}, {_chunk(reader, name)}]" for name, kind in ordered).encode())
     for name, _, _ in sorted(files_of(reader.path, reader.side_files.never)):
         path = PurePosixPath(name)
         if path.name in _SPEAKING or path.parent.name in _FOLDERS:
@@ -98,6 +98,11 @@ def input_digest(reader: Reader) -> str:
             for piece in read_in_pieces(reader.path / name):
                 digest.update(piece)
     return digest.hexdigest()
+
+
+def _chunk(reader: Reader, name: str) -> str:
+    """The shape in which a tensor is read, as JSON."""
+    return str(list(unit.shape)) if (unit := reader.unit(name)) else "null"
 
 
 def _line(*words: Any) -> bytes:

@@ -23,6 +23,7 @@ from convert.planning.targets import Target
 from layouts.checkpoint import FORMATS
 from layouts.disk.places import is_remote
 from layouts.reader import Reader, is_chunked
+from layouts.tensors import total_bytes
 from layouts.through import Through
 
 RATE = 1_000_000_000
@@ -116,7 +117,7 @@ def _read(plan: Plan, reader: Reader, real: int) -> int:
 
 
 def _stored(reader: Reader) -> int:
-    return sum(spec.nbytes for spec in reader.tensors.values())
+    return total_bytes(reader.tensors)
 
 
 def _real(target: Target) -> int:

@@ -22,7 +22,7 @@ from layouts.matching.group import Group
 from layouts.matching.origin import Origin, origin_of
 from layouts.reader import Reader
 from layouts.tables.targets import TAKE_SCALARS, target
-from layouts.tensors import columns
+from layouts.tensors import total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def _check_written(
         raise _twice(reader, itertools.chain(*(each.names() for each in landings), others))
     ways = _ways(landings, lora)
     padded = any(way.diagonal or way.source.pattern.padding or way.target.pattern.padding for way in ways)
-    bytes_in = sum(columns(reader.tensors).nbytes.values())
+    bytes_in = total_bytes(reader.tensors)
     if bytes_in != nbytes and not padded:
         raise PlanError(f"{reader.path}: the plan reads {bytes_in} bytes but writes {nbytes}; this is a bug, report it")
     return count, nbytes

@@ -35,6 +35,7 @@ from convert.verifier.sides import check_said, described_alike, opened, said_of
 from convert.verifier.stand import attested
 from convert.verifier.verdict import EQUAL, Level, Verdict
 from layouts.reader import Reader
+from layouts.tensors import total_bytes
 
 if TYPE_CHECKING:
     from convert.verifier.bits.across import Formats
@@ -61,7 +62,7 @@ def verify_checkpoints(
     """
     report, options = processes.watched(progress or ignore), options or Verification()
     with processes.together(), readable(f"{a} against {b}"), opened(a, b) as (one, other):
-        agree(processes, options, *(list(reader.tensors.values()) for reader in (one, other)))
+        agree(processes, lambda: (options, *(list(reader.tensors.values()) for reader in (one, other))))
         if options.trust_digests and options.self_test:
             raise UsageError("--trust-digests reads no bits, so that --self-test has none to flip; leave out one of them")
         check_said((one, other), options)
@@ -72,7 +73,7 @@ def verify_checkpoints(
 
 
 def _outlook(one: Reader, other: Reader) -> str:
-    sizes = (in_units(sum(spec.nbytes for spec in reader.tensors.values())) for reader in (one, other))
+    sizes = (in_units(total_bytes(reader.tensors)) for reader in (one, other))
     return f"compare  {' with '.join(sizes)} of tensors at the most; --dry-run tells how long that takes here"
 
 

@@ -18,7 +18,7 @@ from convert.verifier.bits import exact
 from convert.verifier.bits.logical import Block, Scope, pair
 from convert.verifier.bits.order import experts_held, places_of
 from layouts.reader import Reader
-from layouts.tensors import itemsize
+from layouts.tensors import itemsize, total_bytes
 
 if TYPE_CHECKING:
     from convert.verifier.gemms.gemm import How
@@ -90,7 +90,7 @@ def _hashing(readers: Iterable[Reader]) -> float:
     started = time.perf_counter()
     hashlib.sha256(block).digest()
     each = (time.perf_counter() - started) / len(block)
-    return each * sum(spec.nbytes for reader in readers for spec in reader.tensors.values()) / workers(None)
+    return each * sum(total_bytes(reader.tensors) for reader in readers) / workers(None)
 
 
 def _first(a: Mapping[str, Block], b: Mapping[str, Block]) -> tuple[dict[str, Block], dict[str, Block]]:

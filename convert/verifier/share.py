@@ -27,14 +27,14 @@ def joined(processes: Processes, lines: Sequence[str], *amounts: int) -> tuple[l
     return [line for found in every for line in found[-1]], sums
 
 
-def agree(processes: Processes, *seen: object) -> None:
-    """See that all processes look at the same.
+def agree(processes: Processes, seen: Callable[[], object]) -> None:
+    """See that all processes look at the same, if there are several.
 
     Raises:
         UsageError: one sees something else.
     """
     if processes.count > 1:
-        processes.agree("verify", xxh3_128_hexdigest(repr(seen).encode()))
+        processes.agree("verify", xxh3_128_hexdigest(repr(seen()).encode()))
 
 
 def merged(processes: Processes, own: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:

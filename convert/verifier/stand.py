@@ -29,6 +29,7 @@ from layouts.matching.group import Group
 from layouts.matching.origin import origin_of
 from layouts.reader import Reader
 from layouts.tables.families import name_of
+from layouts.tensors import total_bytes
 
 _AXES = {"e": "expert", "k": "embed", "n": "expert mlp", "g": "gate, up", "s": "shard", "c": "chunk", "d": "pack"}
 
@@ -61,8 +62,8 @@ def stood(
     found: list[Content] = []
     levels = verdict.levels
     if options.content:
-        total = sum(spec.nbytes for reader in readers for spec in reader.tensors.values())
-        begin(progress, "digests of what is held", total // processes.count)
+        nbytes = sum(total_bytes(reader.tensors) for reader in readers)
+        begin(progress, "digests of what is held", nbytes // processes.count)
         try:
             found = contents(*readers, options=options, progress=progress, processes=processes)
             other = found[1].to_dict() if len(found) > 1 else wanted

@@ -34,7 +34,7 @@ from layouts.disk.places import RemotePath
 from layouts.disk.pread import InputFile
 from layouts.disk.stored import stored_header
 from layouts.errors import InputError
-from layouts.tensors import DTYPES, Columns, Kind, TensorSpec, columns
+from layouts.tensors import DTYPES, Columns, Kind, TensorSpec, columns, total_bytes
 
 RANK = 64
 """Dimensions of a tensor at most: NumPy has no more."""
@@ -113,7 +113,7 @@ def _read(path: Path, text: bytes, whole: AbstractContextManager[Any]) -> Plain:
         if len(spec.shape) > RANK:
             raise InputError(f"{path}: {name} has {len(spec.shape)} dimensions; {RANK} are the most")
     begins = np.array([entry["data_offsets"][0] for _, entry in ordered], np.int64)
-    return Plain(tensors=tensors, begins=begins, nbytes=sum(tensors.nbytes.values()), metadata=metadata)
+    return Plain(tensors=tensors, begins=begins, nbytes=total_bytes(tensors), metadata=metadata)
 
 
 def _usual(entry: Any) -> bool:

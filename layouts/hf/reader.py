@@ -31,7 +31,7 @@ from layouts.hf.header import Shard, read_shard
 from layouts.reader import ReadLimits
 from layouts.shards import all_files, compare_index, model_files, read_index
 from layouts.side_files import SideFiles, files_below, sort_files
-from layouts.tensors import Columns, bits, joined
+from layouts.tensors import Columns, bits, joined, total_bytes
 from layouts.windows import Windows
 
 
@@ -77,7 +77,7 @@ class HFReader:
             compare_index(path, index.weight_map, {name: shard.name for shard in shards for name in shard.tensors})
         config = read_object(path / CONFIG) if (path / CONFIG).exists() else {}
         records = recorded | _records(shards, expected=bool(config.get(RECORD)))
-        said = index.remarks(sum(tensors.nbytes.values())) if index else ()
+        said = index.remarks(total_bytes(tensors)) if index else ()
         return cls(path=path, shards=shards, config=config, records=records, tensors=tensors, remarks=said)
 
     @classmethod

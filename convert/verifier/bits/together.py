@@ -87,11 +87,14 @@ def _read(reader: Reader, names: Sequence[str], empty: Empty) -> NDArray[Any]:
     """Tensors of one shape, one behind the other: where they lie in files, neighbours are read together."""
     spec = reader.tensors[names[0]]
     out = empty((len(names), *spec.shape), bits(spec.dtype))
-    places = [place for name in names if (place := reader.extent(name)) is not None]
-    if len(places) < len(names):  # computed
+    if (extents := reader.extents(names)) is None:  # computed
         for at, name in enumerate(names):
             out[at] = reader.read(name, tuple(slice(0, size) for size in spec.shape))
     elif spec.nbytes:
-        parts = (Part(file, start, spec.nbytes, at * spec.nbytes) for at, (file, start) in enumerate(places))
+        parts = (
+            Part(each.file, start, spec.nbytes, at * spec.nbytes)
+            for each in extents
+            for start, at in zip(each.starts.tolist(), each.places.tolist(), strict=True)
+        )
         gather(parts, out.reshape(-1).view(np.uint8).data)
     return out

@@ -55,11 +55,11 @@ def _verdict(path: Path, progress: Progress, options: Verification, processes: P
     found = load(path) if path.is_dir() else None
     if found is None:
         raise InputError(f"{path}: no {manifest.NAME} here, so there are no digests to check; give two checkpoints to compare")
-    agree(processes, found, options)
+    agree(processes, lambda: (found, options))
     begin(progress, "files")
     files = by_first(processes, lambda: _files(path, found))
     with closing(open_checkpoint(path)) as reader:
-        agree(processes, list(reader.tensors.values()))
+        agree(processes, lambda: list(reader.tensors.values()))
         check_said((reader,), options)
         hold_strips(reader, found.tensors, options.memory)
         itself = by_first(processes, lambda: compare_manifest(reader, found))

@@ -47,11 +47,12 @@ class _Match:
     @cached_property
     def both(self) -> list[str]:
         """The tensors of which both have a whole digest."""
-        return [name for name in sorted(self.reader.tensors) if self._whole(name)]
+        known = self.wanted if self.have is None else self.wanted.keys() & self.have.keys()
+        return [name for name in sorted(self.reader.tensors) if name in known and self._whole(name)]
 
     def _whole(self, name: str) -> bool:
-        if name not in self.wanted or (self.have is not None and name not in self.have):
-            return False
+        if isinstance(self.wanted[name], str):
+            return True
         try:
             check_spans(self.wanted[name], self.reader.tensors[name].shape)
         except ValueError:
