@@ -16,6 +16,7 @@ from convert.planning.loras import adapted
 from convert.planning.relay import Landing, landing
 from convert.planning.targets import Target, Way
 from layouts.errors import PlanError
+from layouts.language.alike import NUMBER
 from layouts.language.layout import Layouts
 from layouts.matching.describe import Description
 from layouts.matching.group import Group
@@ -113,13 +114,12 @@ def _check_written(
     """
     others = [*(each.spec.name for each in lora), *described.verbatim]
     nbytes = sum(reader.tensors[name].nbytes for name in described.verbatim) + sum(each.spec.nbytes for each in lora)
-    count, seen = sum(each.tensors for each in landings), set[str]()
+    count = sum(each.tensors for each in landings)
     if count > _MOST:
         raise PlanError(f"{reader.path}: its experts would be {count:,} tensors; {_MOST:,} are the most that are written")
     nbytes += sum(each.tensors * each.nbytes for each in landings)
-    seen.update(*(each.names() for each in landings), others)
-    if len(seen) < count + len(others):
-        raise _twice(reader, itertools.chain(*(each.names() for each in landings), others))
+    if not _apart(landings, others):
+        _check_names(reader, itertools.chain(*(each.names() for each in landings), others))
     ways = _ways(landings, lora)
     padded = any(way.diagonal or way.source.pattern.padding or way.target.pattern.padding for way in ways)
     bytes_in = total_bytes(reader.tensors)
@@ -132,7 +132,26 @@ def _ways(landings: Sequence[Landing], lora: Sequence[Target]) -> list[Way]:
     return [each.way for each in landings] + [each.way for each in lora]
 
 
-def _twice(reader: Reader, names: Iterable[str]) -> PlanError:
+def _apart(landings: Iterable[Landing], others: Sequence[str]) -> bool:
+    """Whether forms and keys tell that all names differ: those of a form are of one key, and differ where it does not count."""
+    homes: dict[str, object] = {NUMBER.sub("0", name): None for name in others}
+    places = set[object]()
+    for each in landings:
+        key, place = each.place
+        if (key, place) in places or any(homes.setdefault(NUMBER.sub("0", name), key) != key for name in each.firsts()):
+            return False
+        places.add((key, place))
+    return len({*others}) == len(others)
+
+
+def _check_names(reader: Reader, names: Iterable[str]) -> None:
+    """See that no name is given twice.
+
+    Raises:
+        PlanError: one is.
+    """
     seen = set[str]()
-    name = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-    return PlanError(f"{reader.path}: two tensors of the output would be called {name}")
+    for name in names:
+        if name in seen:
+            raise PlanError(f"{reader.path}: two tensors of the output would be called {name}")
+        seen.add(name)

@@ -43,6 +43,17 @@ class Landing(NamedTuple):
         """What they are called, in the same order."""
         return self.way.target.key.names(self.group.index, self._named)
 
+    def firsts(self) -> Iterator[str]:
+        """Those in which every number that is counted is 0: all others differ from one of these in numbers alone."""
+        key = self.way.target.key
+        return key.names(self.group.index, {axis: at if axis in key.choices else at[:1] for axis, at in self._named.items()})
+
+    @property
+    def place(self) -> tuple[object, object]:
+        """The key with the axes that are counted in it, and what else stands in its names."""
+        key, named = self.way.target.key, self._named
+        return (key.text, *named), tuple(self.group.index.get(slot) for slot in key.slots if slot not in named)
+
     @property
     def begin_alike(self) -> bool:
         """Whether all of them have their `first_source` in common."""

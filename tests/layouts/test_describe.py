@@ -10,8 +10,9 @@ import pytest
 
 from convert.errors import ConvertError, InputError, PlanError
 from convert.options import Choices
-from convert.planning.landings import _check_written, land
+from convert.planning.landings import _apart, _check_written, land
 from convert.planning.planner import make_plan
+from layouts.language.layout import Placed
 from layouts.language.template import Template
 from layouts.matching.describe import describe
 from layouts.matching.lookup import find_family, fitting
@@ -292,6 +293,14 @@ def test_a_plan_that_would_lose_or_overwrite_something_is_refused():
     name = next(landed.landings[0].names())
     with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
         _check_written(reader, described, [*landed.landings, landed.landings[0]], ())
+    way, layer = landed.landings[0].way, landed.landings[0].group.index["l"]
+    key = Template(way.target.key.text.replace("{l}", str(layer)))  # the same names by another key
+    again = landed.landings[0]._replace(way=replace(way, target=Placed(key, way.target.pattern)))
+    assert list(again.names()) == list(landed.landings[0].names())
+    assert _apart(landed.landings, described.verbatim)
+    assert not _apart([*landed.landings, again], described.verbatim)
+    with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
+        _check_written(reader, described, [*landed.landings, again], ())
     more = MemoryReader({**tensors(QWEN), name: np.zeros(1)}, config=reader.config, format="hf")
     with pytest.raises(PlanError, match=f"would be called {re.escape(name)}"):
         _check_written(more, replace(described, verbatim=(*described.verbatim, name)), landed.landings, ())
