@@ -91,9 +91,13 @@ def workers(jobs: int | None) -> int:
     return jobs or min(8, len(os.sched_getaffinity(0)))
 
 
-@cache  # annotations are text: to read those of all options takes longer than many a command
 def named(kind: type[Any]) -> tuple[Named, ...]:
     """The options of one of these dataclasses, in their order."""
+    return _named(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
+@cache  # annotations are text: to read those of all options takes longer than many a command
+def _named(kind: type[Any]) -> tuple[Named, ...]:
     hints = get_type_hints(kind, include_extras=True)
     return tuple(
         Named(name=field.name, default=field.default, option=hints[field.name].__metadata__[0])

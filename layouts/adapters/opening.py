@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from layouts.adapters.settings import CONFIG
 from layouts.disk.files import ADAPTER_FILES, RECORD, manifest_record, read_object
 from layouts.errors import InputError
 from layouts.hf import HFReader
@@ -21,7 +20,8 @@ from layouts.hf.header import read_shard
 
 ADAPTER = "adapter"
 """The format of its reader."""
-MODEL, OLD = ADAPTER_FILES[1], "adapter_model.bin"
+CONFIG, MODEL = ADAPTER_FILES
+OLD = "adapter_model.bin"
 _NAMED = re.compile(r"(?P<stem>.*\.lora_(?:[AB]|embedding_[AB]))\.(?P<name>[^.]+)(?P<end>\.weight|\.bias|)", re.DOTALL)
 _OTHERS: Mapping[str, str] = {
     "*adapters.safetensors": "an adapter of mlx-lm, which has a scale where PEFT has alpha, and names of its own; make a model "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from layouts.language.parts import words
 from layouts.language.pattern import Pattern
@@ -88,8 +88,12 @@ def checked(role: str, key: str, pattern: str) -> Layout:
     Raises:
         ValueError: an axis is missing, held twice, or unknown.
     """
-    plain = Pattern(re.sub(r"\{(shards|align|block)\}", "1", pattern.replace("{pad}", "")))
-    axes = [*Template(words(key).replace("{experts}", "").replace("{beside}", "")).slots, *plain.axes]
+    axes = [*Template(words(key).replace("{experts}", "").replace("{beside}", "")).slots, *_axes(pattern)]
     if sorted(set(axes) - _MAY) != sorted(ROLES[role]) or len(axes) != len(set(axes)):
         raise ValueError(f"{role} needs each of {sorted(ROLES[role])} once, {key} '{pattern}' has {axes}")
     return Layout(key, pattern)
+
+
+@cache  # of 100 rows, most have one of a dozen patterns
+def _axes(pattern: str) -> tuple[str, ...]:
+    return Pattern(re.sub(r"\{(shards|align|block)\}", "1", pattern.replace("{pad}", ""))).axes

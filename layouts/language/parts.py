@@ -114,16 +114,20 @@ def words(key: str) -> str:
     dotted = key[: found.start()].endswith((".", "_"))
     own = VOCABULARIES.get(found[1] or "", {})
     choice = [own.get(part.name, part.word) if dotted else part.name and f"_{part.name}" for part in PARTS]
-    kept = [word if takes(key, part.name) else _ABSENT + word for part, word in zip(PARTS, choice, strict=True)]
+    kept = [word if _has(found[1], part.name) else _ABSENT + word for part, word in zip(PARTS, choice, strict=True)]
     return _SLOT.sub(f"{{part:{','.join(kept)}}}", key)
 
 
 def takes(key: str, name: str) -> bool:
     """Whether a key has a place for a companion, or for the weight."""
     found = _SLOT.search(key)
+    return _has(found[1], name) if found else not name
+
+
+def _has(vocabulary: str | None, name: str) -> bool:
     if not name:
-        return not found or found[1] != "beside"
-    return bool(found and (found[1] is None or name in VOCABULARIES.get(found[1], ())))
+        return vocabulary != "beside"
+    return vocabulary is None or name in VOCABULARIES.get(vocabulary, ())
 
 
 def only(key: str, name: str) -> str:
