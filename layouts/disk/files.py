@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ HEADER = 100_000_000
 """Bytes of a shard's header: the limit of the format (safetensors 0.4, `MAX_HEADER_SIZE`)."""
 DEPTH = 64
 """How deep JSON may be nested; trees of models are some 20 deep."""
+_ESCAPE = re.compile(rb"\\u")  # where backslashes are many, quicker than `in`
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """What the system says of a file that is not there, or is none; all else is no fault of the checkpoint."""
 
@@ -108,7 +110,7 @@ def parsed(data: bytes) -> Any:
         ValueError, RecursionError: it is no such JSON.
     """
     found = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    escaped = b"\\u" in data
+    escaped = _ESCAPE.search(data)
     for depth, level in enumerate(_levels(found)):
         if depth > DEPTH:
             raise ValueError(f"it is nested more than {DEPTH} deep")
