@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layouts.disk import faults
 from layouts.disk.faults import answer, told
 from layouts.errors import InputError
 
@@ -23,6 +24,8 @@ _SIGNS = (
     *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
 )
 """Without one of these, a file, or a machine of Amazon's, nobody knows us, and TensorStore would log where it looked."""
+_ANY = "config.json"
+"""What is asked for first, there or not, to see whether anybody answers."""
 _TELLING = ("_METADATA", "manifest.ocdbt", ".zarray", ".json", ".safetensors")
 """How files end that are written anew whenever a checkpoint is."""
 
@@ -56,7 +59,9 @@ class Root:
             spec |= {"aws_credentials": {"type": kind}} if kind else {}
         text = f"{scheme}://{rest}"
         with explained(text, spec), told(text, "the list of its objects"):
-            store = answer(ts.KvStore.open(spec))
+            store = answer(ts.KvStore.open(spec), faults.AT_FIRST)
+            with suppress(ValueError):  # what is wrong, the list says better
+                answer(store.read(_ANY, byte_range=slice(0, 1)), faults.AT_FIRST)
             keys = [key.decode() for key in answer(store.list())]
         files = {key for key in keys if not key.endswith("/")}  # these are what consoles show as folders
         return cls(text=text, spec=spec, store=store, files=files)

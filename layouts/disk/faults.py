@@ -20,6 +20,8 @@ from layouts.errors import InputError
 
 PATIENCE = 600.0
 """Seconds in which a store must have answered."""
+AT_FIRST = 60.0
+"""The same for the first question: who gives no answer at all is called by a wrong name, or there is no way there."""
 BEHIND = "OUT_OF_RANGE"
 """What TensorStore says of bytes behind the end of an object."""
 WIDTH = 200
@@ -35,17 +37,18 @@ _SYSTEM = (
 """What messages of the system's faults hold, and the error that it is; the first that fits."""
 
 
-def answer(future: Any) -> Any:
-    """The result of something that TensorStore does.
+def answer(future: Any, patience: float | None = None) -> Any:
+    """The result of something that TensorStore does, within `PATIENCE` or so many seconds.
 
     Raises:
         TimeoutError: a store has not answered in time.
         ValueError: it failed; see `told`.
     """
+    seconds = patience or PATIENCE
     try:
-        return future.result(timeout=PATIENCE)
+        return future.result(timeout=seconds)
     except TimeoutError:
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {PATIENCE:.0f} seconds") from None
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:.0f} seconds") from None
 
 
 @contextmanager

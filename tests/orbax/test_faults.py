@@ -139,7 +139,7 @@ def silent():
 
 
 def test_a_place_in_a_store_that_does_not_answer_is_exit_6(monkeypatch, tmp_path, capfd, silent):
-    monkeypatch.setattr(faults, "PATIENCE", 0.2)
+    monkeypatch.setattr(faults, "AT_FIRST", 0.2)
     stated = {"AWS_ENDPOINT_URL": silent, "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     for name, value in stated.items():
         monkeypatch.setenv(name, value)
