@@ -22,7 +22,7 @@ from convert.commit.store import forget_notes
 from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
-from convert.engine.twins import compare_twins, with_computed
+from convert.engine.twins import check_exact, compare_twins, with_computed
 from convert.engine.writer import Writer, Written
 from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
@@ -83,7 +83,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         plan, reader = with_computed(replace(plan, remarks=told), reader)
         if choices.dequantize:
             rule = f"{RULE}; {plan.computed}" if plan.computed else RULE
-            plan = replace(plan, computed=rule, computed_kinds=(*kinds, *plan.computed_kinds))
+            plan = replace(plan, computed=rule, exact=False, computed_kinds=(*kinds, *plan.computed_kinds))
         return reader, plan
     except BaseException:
         reader.close()
@@ -182,6 +182,7 @@ def _write(plan: Plan, reader: Reader, running: Running, processes: Processes, p
     """Execute a plan into a staging directory and publish it; how many tensors were there, and what came of it."""
     with readable(plan.source):
         compare_twins(plan.twins, reader)
+        check_exact(plan, reader)
     writer = writer_of(plan, reader, running, processes)
     state = _state(plan)
     mark = fingerprint(plan, {"max_shard_size": running.max_shard_size}, state)

@@ -63,7 +63,8 @@ class MemoryReader:
     def __init__(self, tensors: Mapping[str, np.ndarray], code="F32", *, config=None, record=None, format="hf"):  # noqa: A002
         self.path, self.format, self.config, self.record = Path("memory"), format, config or {}, record
         self.arrays = dict(tensors)
-        self.tensors = {name: TensorSpec(name=name, dtype=code, shape=a.shape) for name, a in tensors.items()}
+        codes = {np.dtype("i8"): "I64"}
+        self.tensors = {n: TensorSpec(name=n, dtype=codes.get(a.dtype, code), shape=a.shape) for n, a in tensors.items()}
         self.records: dict[str, object] = {}
         self.side_files = SideFiles()
 

@@ -137,7 +137,7 @@ def _sources(plan: Plan, digests: Mapping[str, Digest]) -> dict[str, Digest]:
     A tensor that is copied as it is has the digest of its copy. One that is taken apart into several (`--split`) has none here:
     it would have to be read twice, and the input's own manifest has it. Neither has a conversion that computed values.
     """
-    if plan.computed:
+    if plan.computed or plan.values:
         return {}  # what was hashed on the way are computed values, not what the input holds
     copied = {t.spec.name: digests[t.spec.name] for t in plan.targets if not t.moved}
     fused = {key.removeprefix(SOURCE): value for key, value in digests.items() if key.startswith(SOURCE)}
@@ -172,7 +172,8 @@ def original_of(plan: Plan, reader: Reader) -> Original | None:
     """What a later way back needs; a checkpoint that we made keeps what it remembers."""
     if plan.merging:  # what the base remembers of names and files is as true of the output
         return original_files(plan.source) if plan.record else None
-    if (plan.computed and not originals_of(plan) and plan.action != "save") or (plan.format == "hf" and plan.record is None):
+    comes_back = not plan.computed or plan.exact or originals_of(plan) or plan.action == "save"
+    if not comes_back or (plan.format == "hf" and plan.record is None):
         return None
     if (reader.record or not reader.headers) and (kept := original_files(plan.source)):
         return kept

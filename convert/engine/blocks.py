@@ -66,8 +66,8 @@ def _there(target: Target, into: NDArray[Any], slab: Empty, shape: Sequence[int]
 
 def lies_alike(target: Target, piece: Piece) -> int | None:
     """Where a piece begins in its source, in elements; None unless it lies there in one piece, ordered as in the target."""
-    pattern = target.source.pattern
-    start = first_of(pattern.axes, pattern.stored(target.source_sizes), piece.source_box)
+    pattern, sizes = target.way.stored[piece.number]
+    start = first_of(pattern.axes, pattern.stored(sizes), piece.source_box)
     alike = _long(pattern, piece.source_box) == _long(target.target.pattern, piece.target_box)
     return start if alike and not pattern.padding else None
 
@@ -95,7 +95,7 @@ def _inside(target: Target, piece: Piece, box: Box) -> tuple[slice, ...]:
 
 def _read(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[Any]:
     """A piece in the target's axes: read where it is stored, split, cut, transposed; no value is touched."""
-    source, wanted = target.source.pattern, target.target.pattern.axes
+    source, wanted = target.way.stored[piece.number][0], target.target.pattern.axes
     if HALF in source.axes:
         _check_beside(target, piece, reader)
     block = _cut(target, piece, reader, empty)
@@ -111,7 +111,7 @@ def _cut(target: Target, piece: Piece, reader: Reader, empty: Empty) -> NDArray[
     Raises:
         InputError: it is not.
     """
-    pattern, sizes = target.source.pattern, target.source_sizes
+    pattern, sizes = target.way.stored[piece.number]
     box = with_padding(pattern, sizes, piece.source_box) if pattern.padding else piece.source_box
     window = pattern.window(sizes, box)
     with readable(reader.path):
@@ -144,21 +144,22 @@ def _check_beside(target: Target, piece: Piece, reader: Reader) -> None:
 
 def _slabs(target: Target, piece: Piece, itemsize: int) -> Iterator[Piece]:
     """Cut a piece along the first source axes that have a range, so that each part spans at most `SLAB` bytes of the source."""
-    axes = target.source.pattern.axes
+    pattern, sizes = target.way.stored[piece.number]
+    axes = pattern.axes
     cut = next((i for i, axis in enumerate(axes) if len(piece.source_box[axis]) > 1), None)
     if cut is None:
         yield piece
         return
     inner = itemsize
-    stored = target.source.pattern.stored(target.source_sizes)
+    stored = pattern.stored(sizes)
     for axis in axes[cut + 1 :]:
         inner *= stored[axis]
     axis, step = axes[cut], max(1, SLAB // max(1, inner))
     whole = piece.source_box[axis]
     for start in range(whole.start, whole.stop, step):
         part = range(start, min(start + step, whole.stop))
-        slab = Piece(
-            source=piece.source,
+        slab = replace(
+            piece,
             source_box={**piece.source_box, axis: part},
             target_box={**piece.target_box, axis: _shifted(part, piece.target_box[axis].start - whole.start)},
         )

@@ -50,7 +50,7 @@ def in_order(targets: Sequence[Target], reader: Reader) -> list[Target]:
         if not target.spec.nbytes:
             return -1, ()
         piece = _first_piece(target)
-        slices = target.source.pattern.window(target.source_sizes, piece.source_box).slices
+        slices = _slices(target, piece)
         number = windows.number(piece.source, slices)
         return (order[piece.source], number) if number else (-1, ())
 
@@ -61,11 +61,16 @@ def _first_piece(target: Target) -> Piece:
     return next(target.pieces(target.target.pattern.whole(target.sizes)))
 
 
+def _slices(target: Target, piece: Piece) -> Slices:
+    pattern, sizes = target.way.stored[piece.number]
+    return pattern.window(sizes, piece.source_box).slices
+
+
 def _blocks(target: Target, box: Box) -> dict[str, Slices]:
     """The blocks of the sources that a box of the target is made from."""
     found: dict[str, Slices] = {}
     for piece in target.pieces(box):
-        slices = target.source.pattern.window(target.source_sizes, piece.source_box).slices
+        slices = _slices(target, piece)
         have = found.get(piece.source, slices)
         found[piece.source] = tuple(
             slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(have, slices, strict=True)

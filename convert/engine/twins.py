@@ -1,4 +1,4 @@
-"""See that tensors hold what they have to, where others stand for them: twins, and originals of computed tensors.
+"""See that tensors hold what they have to, where others stand for them: twins, ones, and originals of computed tensors.
 
 In: names, the open input. Out: nothing, a name, or an error. It runs before anything is written.
 
@@ -20,7 +20,7 @@ from convert.options.values import in_units
 from convert.planning.across.computed import kept_bytes, originals_of
 from convert.planning.planner import Plan
 from layouts.checkpoint import FORMATS
-from layouts.computing import OriginalsReader, computing, open_originals
+from layouts.computing import NOTHING, OriginalsReader, Values, computing, ones, open_originals
 from layouts.language.pattern import strips
 from layouts.reader import Reader, ReadLimits
 from layouts.side_files import ORIGINALS
@@ -48,6 +48,25 @@ def compare_twins(twins: Iterable[tuple[str, str]], reader: Reader) -> None:
             )
 
 
+def check_exact(plan: Plan, reader: Reader) -> None:
+    """See that the other format has each value that is converted, and that what are to be ones are ones.
+
+    Raises:
+        InputError: it has not, or they are not: nobody could tell on the way back, or something would be dropped.
+    """
+    if plan.values.types or plan.values.ones:
+        reader.hold(_READ, Windows())
+    for name in (*plan.values.types, *plan.values.ones):
+        spec = reader.tensors[name]
+        for part in strips(spec.shape, _STRIP):
+            block = reader.read(name, part)  # which refuses what cannot be converted
+            if name in plan.values.ones and not np.array_equal(block, ones(block.shape, spec.dtype)):
+                raise InputError(
+                    f"{reader.path}: {name} (in {reader.where(name)}) is not all ones, and no checkpoint of Hugging Face has "
+                    f"a place for it; what it was trained or changed to would be lost"
+                )
+
+
 def _equal(reader: Reader, one: str, other: str, part: tuple[slice, ...]) -> bool:
     return np.array_equal(reader.read(one, part), reader.read(other, part))
 
@@ -58,26 +77,30 @@ def with_computed(plan: Plan, reader: Reader) -> tuple[Plan, Reader]:
     Raises:
         InputError: what is kept is not what was written.
     """
-    if FORMATS[plan.format].chunked or not plan.factors:
+    if plan.exact and not FORMATS[plan.format].chunked:
+        said = f"values are what they were before they were computed, bit for bit ({plan.computed})"
+        back = replace(plan, computed=None, computed_kinds=(), remarks=(*plan.remarks, said))
+        return back, computing(reader, plan.values)
+    if FORMATS[plan.format].chunked or not plan.values.factors:
         kept = originals_of(plan)
         size, where = in_units(kept_bytes(plan)), f"kept in {ORIGINALS} for the way back"
         said = f"the originals of computed values are {where}: {len(kept)} tensors, {size}"
         plan = replace(plan, remarks=(*plan.remarks, said)) if kept else plan
-        return plan, computing(reader, plan.factors)
+        return plan, computing(reader, plan.values)
     originals, why = open_originals(reader), f"no originals are kept ({ORIGINALS})"
     if originals is not None:
         try:
-            why = _unlike(reader, originals, plan.factors)
+            why = _unlike(reader, originals, plan.values.factors)
         except BaseException:
             originals.close()
             raise
         if not why:
             said = f"values are not computed back: of {ORIGINALS} the rule makes all that the tree has of them, so it is taken"
-            back = replace(plan, computed=None, computed_kinds=(), factors={}, remarks=(*plan.remarks, said))
-            return back, OriginalsReader(inner=reader, kept=originals, names=frozenset(plan.factors))
+            back = replace(plan, computed=None, computed_kinds=(), values=NOTHING, remarks=(*plan.remarks, said))
+            return back, OriginalsReader(inner=reader, kept=originals, names=frozenset(plan.values.factors))
         originals.close()
     said = f"values are computed back, and bits may not come back: {why}"
-    return replace(plan, remarks=(*plan.remarks, said)), computing(reader, plan.factors)
+    return replace(plan, remarks=(*plan.remarks, said)), computing(reader, plan.values)
 
 
 def _unlike(tree: Reader, kept: Reader, factors: Mapping[str, float]) -> str:
@@ -96,7 +119,7 @@ def _unlike(tree: Reader, kept: Reader, factors: Mapping[str, float]) -> str:
         )
     found = load(tree.path)
     digests = {name: entry.digest for name, entry in found.originals.items()} if found else {}
-    again = computing(kept, {name: 1 / factor for name, factor in factors.items()})
+    again = computing(kept, Values(factors={name: 1 / factor for name, factor in factors.items()}))
     tree.hold(_READ, Windows())
     for name in factors:
         if name not in kept.tensors:

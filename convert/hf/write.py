@@ -130,7 +130,7 @@ class HFWriter:
     def write(self, stage: AnyStage, progress: Progress, processes: Processes) -> Written:
         """Shards by all processes; the first one adds what stands beside them."""
         plan, files, original = self.plan, self.files, self.original
-        reader, sources = self.reader, not plan.computed
+        reader, sources = self.reader, not (plan.computed or plan.values)
         own = [files[number] for number in processes.mine([file.size for file in files])]
         names = {name for file in own for name in file.offsets}
         targets = in_order([target for target in plan.targets if target.spec.name in names], reader)

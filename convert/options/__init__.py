@@ -137,11 +137,12 @@ class Choices:
         Option(text="compute FP8, NVFP4, MXFP4, MXFP8 and INT4 weights as bfloat16 (not lossless)", choices=("bf16",)),
     ] = None
     compute: Annotated[
-        Literal["query-scale", "embedding-scale"] | None,
+        Literal["query-scale", "embedding-scale", "exact-values"] | None,
         Option(
-            text="between formats: make what MaxText has of Mixtral's queries (over the root of the head width) or of Gemma "
-            "4's embedding (times the root of the embed width), or what these were (not lossless)",
-            choices=("query-scale", "embedding-scale"),
+            text="between formats: make what MaxText has of Mixtral's queries (over the root of the head width), of Gemma 4's "
+            "embedding (times the root of the embed width; both not lossless), or of DeepSeek-V4's table of experts (float32) "
+            "and scales that are ones; or what these were",
+            choices=("query-scale", "embedding-scale", "exact-values"),
         ),
     ] = None
     from_writer: _FromWriter = None

@@ -39,7 +39,7 @@ class _Tree(TypedDict, total=False):
 class _Moved(_Tree, total=False):
     to: Format | None
     keep_chunks: bool
-    compute: Literal["query-scale", "embedding-scale"] | None
+    compute: Literal["query-scale", "embedding-scale", "exact-values"] | None
     from_writer: str | None
     base: str | Path | None
 
@@ -65,7 +65,7 @@ class Splitting(_Moved, _Running, total=False):
 class Reformatting(_Tree, _Running, total=False):
     """What `reformat` takes, besides the format."""
 
-    compute: Literal["query-scale", "embedding-scale"] | None
+    compute: Literal["query-scale", "embedding-scale", "exact-values"] | None
     dequantize: Literal["bf16"] | None
 
 
@@ -107,7 +107,7 @@ class Fusing(Unfusing, total=False):
 class Syncing(TypedDict, total=False):
     """What `sync_plan` takes, besides the layout."""
 
-    compute: Literal["query-scale", "embedding-scale"] | None
+    compute: Literal["query-scale", "embedding-scale", "exact-values"] | None
     shards: int
     align: int | str | None
     glu_block: int

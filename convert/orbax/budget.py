@@ -214,7 +214,7 @@ def _reading(budget: OrbaxBudget, target: Target, reader: Reader) -> _Reading:
     spans = {axis: range(min(length, sizes[axis])) for axis, length in chunking.box.items()}
     decoded = loaded = streamed = 0
     for piece in target.pieces(spans):
-        shape = target.source.pattern.shape({a: max(1, len(span)) for a, span in piece.source_box.items()})
+        shape = target.way.stored[piece.number][0].shape({a: max(1, len(span)) for a, span in piece.source_box.items()})
         window, unit = budget.windows.shapes.get(piece.source), reader.unit(piece.source)
         assert unit is not None
         count, elements = touched(reader.tensors[piece.source].shape, unit.shape, window or shape)

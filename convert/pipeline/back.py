@@ -22,10 +22,12 @@ from convert.memory import tree
 from convert.memory.leaves import Leaf
 from convert.pipeline.request import Request
 from convert.planning.forms import Targets
-from convert.planning.planner import Plan
+from convert.planning.planner import Plan, verbatim
 from convert.planning.targets import Target
+from layouts.computing import NOTHING
 from layouts.disk.pread import Empty
-from layouts.language.sections import ROWS, TENSOR
+from layouts.language.layout import Placed
+from layouts.language.sections import TENSOR
 from layouts.reader import Reader, ReadLimits
 from layouts.tensors import TensorSpec, bits, numpy_dtype
 from layouts.through import Through
@@ -44,10 +46,11 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
     made: dict[str, Target] = {}
     for target in plan.targets:
         for piece in target.pieces(target.target.pattern.whole(target.sizes)):
-            if piece.source not in made:
+            if piece.source in like.tensors and piece.source not in made:
                 made[piece.source] = _reversed(target, like.tensors[piece.source])
         if not target.spec.nbytes and target.role == "verbatim":
             made[target.spec.name] = target
+    made |= {name: verbatim(spec) for name, spec in plan.values.ones.items() if name in like.tensors}
     made |= {twin: replace(made[other], spec=like.tensors[twin]) for twin, other in plan.twins}
     if lost := [name for name in like.tensors if name not in made]:
         raise PlanError(
@@ -66,17 +69,18 @@ def reversed_plan(plan: Plan, like: Reader, out: Path) -> Plan:
         twins=(),
         computed=None,
         computed_kinds=(),
-        factors={},
+        exact=False,
+        values=NOTHING,
         scanned=None,
     )
 
 
 def _reversed(target: Target, spec: TensorSpec) -> Target:
     index = {**target.index, **(target.source.key.parse(spec.name) or {})}
-    way, sizes = target.way, target.source_sizes
-    if way.turns and TENSOR in way.source.key.slots:
-        sizes = {**sizes, ROWS: way.turns.size(int(index[TENSOR]))}
-    back = replace(way, sizes=sizes, source_sizes=way.sizes, source=way.target, target=way.source)
+    way = target.way
+    pattern, sizes = way.stored[int(index[TENSOR]) if len(way.stored) > 1 else 0]
+    placed = Placed(way.source.key, pattern)
+    back = replace(way, sizes=sizes, source_sizes=way.sizes, source=way.target, target=placed)
     return replace(target, spec=spec, index=index, way=back)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.commit.identity import state_of
 from convert.engine.reading import in_order
-from convert.engine.twins import compare_twins, with_computed
+from convert.engine.twins import check_exact, compare_twins, with_computed
 from convert.errors import InputError, readable
 from convert.options import Choices, Running
 from convert.pipeline.kinds import kinds_of
@@ -43,6 +43,8 @@ def read(
             compare_twins(asked.plan.twins, reader)
         _, reader = with_computed(asked.plan, reader)
         until.callback(reader.close)
+        with readable(reader.path):
+            check_exact(asked.plan, reader)
         loader = Loader.make(asked.plan, reader, running)
         kinds = kinds_of({asked.names[each.spec.name]: each for each in in_order(asked.plan.targets, reader)}, sharding, dtype)
         if lazy:

@@ -99,6 +99,8 @@ def plan_sync(
     tensors = {name: spec_of(name, leaf) for name, leaf in held.items()}
     reader = Tree(tensors=tensors, format="hf" if hf else "orbax", record=None, config=config)
     asked = request(cast(Reader, reader), layout, names, choices)
+    if asked.plan.exact:
+        raise PlanError(f"sync_plan does not compute {asked.plan.computed}; convert or save a checkpoint, and load it")
     moves = tuple(_moves(asked))
     wanted = _leaves_of(target)
     _check(asked, wanted, held, moves, cast_types=cast_types)
@@ -140,7 +142,7 @@ def _moves(asked: Request) -> Iterator[_Move]:
                 turns=first.way.turns,
                 tensor=int(first.index[TENSOR]) if TENSOR in first.index else None,
             ),
-            factor=asked.plan.factors.get(first.first_source),
+            factor=asked.plan.values.factors.get(first.first_source),
         )
 
 

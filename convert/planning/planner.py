@@ -18,6 +18,7 @@ from convert.planning.landings import land
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.relay import Landing
 from convert.planning.targets import Piece, Target, verbatim
+from layouts.computing import NOTHING, Values
 from layouts.matching.describe import Description, describe
 from layouts.reader import Reader
 from layouts.tensors import columns
@@ -85,10 +86,12 @@ class Plan:
     """What could not be told of the input."""
     computed: str | None = None
     """By which rule values were computed; None where only bits are moved."""
+    exact: bool = False
+    """Whether what is computed comes back bit for bit by itself."""
     computed_kinds: tuple[str, ...] = ()
     """Which tensors they are, a line for each kind."""
-    factors: Mapping[str, float] = field(default_factory=dict)
-    """By what the values of tensors of the input are multiplied."""
+    values: Values = NOTHING
+    """What is computed of tensors of the input."""
     merging: Merging | None = None
     content: Mapping[str, Any] | None = None
     """The digest of what the input holds, and so the output, if it was asked for (`convert.verifier.content`)."""

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from layouts.language.cuts import CUT, chunks, ends, place
 from layouts.language.layout import Placed
-from layouts.language.pattern import Box, identity
+from layouts.language.pattern import Box, Pattern, identity
 from layouts.language.sections import ROWS, TENSOR, Turns
 from layouts.language.slots import Index
 from layouts.language.template import Template
@@ -29,11 +29,15 @@ HALF = "half"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One block copy: `source_box` of the tensor `source` goes to `target_box` of the target. The boxes have equal lengths."""
+    """One block copy: `source_box` of the tensor `source` goes to `target_box` of the target. The boxes have equal lengths.
+
+    Of sources that take turns it is the one with this `number` (`Way.stored`).
+    """
 
     source: str
     source_box: Box
     target_box: Box
+    number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,8 @@ class Way:
     There may be 100,000 tensors, and a few hundred ways. `sizes` are those of a tensor's axes, `source_sizes` the sources'.
     `role` is `wi`, `wo`, `verbatim`, or `other` for tensors that only the other format has otherwise; `part` names a companion,
     such as a bias or a scale. If several values are in an element, it is `packed`: in and out keep their order. With `turns`,
-    one side has several tensors of what the other has as one; `source_sizes` are those of the first.
+    one side has several tensors of what the other has as one; `source_sizes` are those of the first, `parts` their patterns
+    where these differ.
     """
 
     role: str
@@ -55,6 +60,16 @@ class Way:
     target: Placed
     packed: bool = False
     turns: Turns | None = None
+    parts: tuple[Pattern, ...] = ()
+
+    @cached_property
+    def stored(self) -> tuple[tuple[Pattern, Mapping[str, int]], ...]:
+        """How sources are stored, with their sizes: all alike, or each of those that take turns."""
+        if not self.turns or TENSOR not in self.source.key.slots:
+            return ((self.source.pattern, self.source_sizes),)
+        several = range(len(self.turns.parts))
+        patterns = self.parts or (self.source.pattern,) * len(several)
+        return tuple((patterns[at], {**self.source_sizes, ROWS: self.turns.size(at)}) for at in several)
 
     @cached_property
     def moved(self) -> bool:
@@ -172,10 +187,12 @@ class Target:
             for in_target, in_source in self._runs(here):
                 target_box, source_box = {**here, **in_target}, {**there, **in_source}
                 at = {axis: source_box[axis].start for axis in slots if axis in source_box}
+                number = at.get(TENSOR, 0)
                 yield Piece(
                     source=self.source.key.render({**self.index, **at}),
-                    source_box={axis: source_box[axis] for axis in self.source.pattern.axes},
+                    source_box={axis: source_box[axis] for axis in self.way.stored[number][0].axes},
                     target_box={axis: target_box[axis] for axis in self.target.pattern.axes},
+                    number=number,
                 )
 
     @property

@@ -7,6 +7,7 @@ In: a text, sizes. Out: which row of which tensor is which row of the joined one
 are two tensors: the first holds three sections behind one another, the second one more. The length of a section is the product
 of its axes. Each is cut into `a` groups of one length; the joined tensor holds the first group of each, then the second.
 So Qwen3.5 has queries, keys and values of all heads, and gates apart; MaxText has the four of each head of keys together.
+An axis `1` has that size: `1: w | w | w w` are three tensors that stand behind one another in the joined one.
 
 In patterns the rows are the axis `u`, and in the key of the several tensors `{t:qkv,z}` says which. Every row has one place on
 the other side by construction: a group has the rows of its parts, and nothing between them.
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-ROWS, TENSOR = "u", "t"
-"""The axis of the rows, and the slot that says which tensor."""
+ROWS, TENSOR, ONE = "u", "t", "1"
+"""The axis of the rows, the slot that says which tensor, and the axis whose size is 1."""
 
 
 class Stretch(NamedTuple):
@@ -48,7 +49,7 @@ class Sections:
         by, colon, _ = self.text.partition(": ")
         axes = [axis for tensor in self._tensors for section in tensor for axis in section]
         full = len(self._tensors) > 1 and all(map(len, itertools.chain(*self._tensors)))
-        if not colon or not full or not all(axis.isalpha() and len(axis) == 1 for axis in (by, *axes)):
+        if not colon or not full or not all((axis.isalpha() or axis == ONE) and len(axis) == 1 for axis in (by, *axes)):
             raise ValueError(f"{self.text!r}: sections are written 'a: a m + b y | b y', of two tensors or more")
 
     @cached_property
@@ -62,7 +63,7 @@ class Sections:
             KeyError: an axis has none.
             ValueError: one is not positive, or a section does not divide into so many groups.
         """
-        by = self.text[0]
+        by, sizes = self.text[0], {**sizes, ONE: 1}
         groups, parts = sizes[by], []
         for tensor in self._tensors:
             lengths = [math.prod(sizes[axis] for axis in section) for section in tensor]

@@ -17,10 +17,11 @@ from layouts.matching.candidates import ORIGIN, record_of
 from layouts.reader import Reader
 from layouts.tables.families import families_of
 from layouts.tables.maxtext import RULES
+from layouts.tables.maxtext_trees import TREES
 from layouts.tables.natives import SOURCES
 
 FIRST = "first"
-_WORDS = ("layout", "without", "computed", "aside")
+_WORDS = ("layout", "without", "computed", "aside", "names")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,8 @@ class Origin:
     """What is known of it: the names of a family and of a row of `SOURCES`, and what was left out on the way (`mtp`).
 
     `computed` is the rule by which values were made others (`layouts.tables.maxtext.RULES`). `aside` is `first` where layers of
-    variables that MaxText does not train are stacked along the first axis (`layouts.tables.maxtext.Tree`).
+    variables that MaxText does not train are stacked along the first axis, and `names` which ones it had, where it may have had
+    others (`layouts.tables.maxtext.Tree`).
     """
 
     family: str | None = None
@@ -36,6 +38,7 @@ class Origin:
     without: str | None = None
     computed: str | None = None
     aside: str | None = None
+    names: str | None = None
 
     @property
     def words(self) -> dict[str, str]:
@@ -68,7 +71,8 @@ def _is_known(found: Mapping[str, Any]) -> bool:
     family, layout = found.get("family"), found.get("layout")
     known = (family is None or hf_name(family) is not None) and (layout is None or layout in list(SOURCES))
     known = known and found.get("without") in (None, "mtp") and found.get("aside") in (None, FIRST)
-    return known and found.get("computed") in [None, *RULES]
+    known = known and found.get("names") in [None, *(tree.names for trees in TREES.values() for tree in trees if tree.names)]
+    return known and found.get("computed") in [None, *(rule.word for rule in RULES.values())]
 
 
 def hf_name(family: object) -> str | None:

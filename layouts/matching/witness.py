@@ -45,6 +45,8 @@ _OTHER = ("dense", "sparse", "moe_layer", "expert_layer", "layer_type", "block_t
 _LAYERS = "num_hidden_layers"
 _MOST, _EXPERTS = 100_000, 1 << 24
 """Layers, and experts of a layer; who states more states nonsense."""
+_NAMED = {"dense": False, "sparse": True, "moe": True, "hash_moe": True}
+"""What layers are called, and whether such a one has experts."""
 _HARMLESS = ("layer_types", "use_dense", "dense_bias")
 """Words with such parts that say something else."""
 
@@ -216,7 +218,7 @@ def _wanted(config: Mapping[str, Any], count: int) -> set[int] | None:
         return None
     try:
         return set([layer for layer in range(count) if all(_says(how, value, layer) for how, value in rules)][::step])
-    except (TypeError, IndexError, ZeroDivisionError):
+    except (TypeError, LookupError, ZeroDivisionError):
         return None
 
 
@@ -224,7 +226,7 @@ def _says(how: str, value: Any, layer: int) -> bool:
     """Whether a word of this kind and value says that a layer has experts.
 
     Raises:
-        TypeError, IndexError, ZeroDivisionError: it is not of its kind.
+        TypeError, LookupError, ZeroDivisionError: it is not of its kind.
     """
     if type(value) not in ((int, list) if how == "first of" else (int,) if how in ("from", "last of") else (list,)):
         raise TypeError(value)
@@ -235,5 +237,5 @@ def _says(how: str, value: Any, layer: int) -> bool:
     if how == "last of":
         return bool((layer + 1) % value == 0)
     if how == "named":
-        return bool(value[layer] == "sparse")
+        return _NAMED[value[layer]]
     return bool(value[layer] if isinstance(value, list) else layer % value == 0)

@@ -51,25 +51,38 @@ Source: MaxText `configs/base.yml` (`logical_axis_rules`), and the `kernel_axes`
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """MaxText has the values of a tensor over the root of the size of `axis`, or `times` it; `said` says so."""
+    """What MaxText has otherwise than a checkpoint: `said` says it. `word` is the user's, who has to want it.
 
-    axis: str
+    It has the values of a tensor over the root of the size of `axis`, or `times` it. Or it has them in the second of two
+    element `types`, where only values that both have are converted. Or it has `ones` that no checkpoint has: the table calls
+    such a tensor by the name of one that there is, with `ONES` behind it, and it is as long as the last dimension of that one
+    and of its type.
+    """
+
     said: str
+    word: str
+    axis: str = ""
     times: bool = False
+    types: tuple[str, str] | None = None
+    ones: bool = False
 
     def factor(self, size: int, *, to_maxtext: bool) -> float:
         """By what values are multiplied on the way there, or back, where the axis has this size."""
         return math.sqrt(size) if self.times == to_maxtext else 1 / math.sqrt(size)
 
 
+ONES, EXACT = ".ones", "exact-values"
 RULES: Mapping[str, Rule] = {
-    "query-scale": Rule("d", "the queries divided by the root of the head width"),
-    "embedding-scale": Rule("k", "the embedding times the root of the embed width", times=True),
+    "query-scale": Rule("the queries divided by the root of the head width", "query-scale", axis="d"),
+    "embedding-scale": Rule("the embedding times the root of the embed width", "embedding-scale", axis="k", times=True),
+    "float-table": Rule("the table of experts by token (tid2eid) as float32", EXACT, types=("I64", "F32")),
+    "unit-scale": Rule("scales of mhc_norm, which are ones that no checkpoint has", EXACT, ones=True),
 }
-"""What is computed on the way to MaxText, by the user's word for it (`--compute`).
+"""What is computed on the way to MaxText; the user's word for it is that of `--compute`.
 
 Source: MaxText `param_mapping.py`, `scale_query_layer`, and of Gemma 4 `pad_hf_embedding_layer`. Its `layers/attentions.py`
-multiplies queries by nothing afterwards, nor its decoder the embedding of a token, which is also the head.
+multiplies queries by nothing afterwards, nor its decoder the embedding of a token, which is also the head. Of DeepSeek-V4
+`mhc_dummy_norm` there, and `Tid2EidVar` in `layers/moe.py`, which makes integers of the table again.
 """
 
 
@@ -78,12 +91,13 @@ class Row:
     """A tensor: key and pattern in Hugging Face, key and pattern in MaxText. An `optional` one may be absent.
 
     A `twin` is in Hugging Face only: it holds once more what `maxtext` is, which stands outside the layers. The values of a
-    `computed` one are others in MaxText, by this one of `RULES`. With `sections`, Hugging Face has several tensors of what
-    MaxText has as one: `{t:qkv,z}` in its key, `u` on both sides (see `layouts.language.sections`).
+    `computed` one are others in MaxText, by this one of `RULES`. With `sections`, one side has several tensors of what the
+    other has as one: `{t:qkv,z}` in its key, `u` on both sides (see `layouts.language.sections`). `a | a | b` are patterns of
+    MaxText's tensors, one for each, where these differ.
 
     A `grid` is one of scales, a number for each block of a quantised weight: there if `config.json` says how large blocks are.
     Of its axes, these letters are widths that `config.json` has, counted in blocks here.
-    One `aside` is a variable that MaxText does not train: `Tree.aside` says where it lies.
+    One `aside` is a variable of this kind, which MaxText does not train: `Tree.aside` says where it lies.
     """
 
     hf: str
@@ -95,17 +109,26 @@ class Row:
     computed: str = ""
     sections: Sections | None = None
     grid: str | None = None
-    aside: bool = False
+    aside: str = ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The patterns of MaxText's tensors, where it has several that differ in them."""
+        several = self.maxtext_axes.split(" | ")
+        return tuple(several) if len(several) > 1 else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """Layers with the same tensors: `first`, `first + step`, ... up to `last` (before it), by the words of `config.json`.
+    """Of the layers from `first` up to `last` (before it) every `step`-th from `slot` on, by the words of `config.json`.
 
     `hf` is where Hugging Face has layers, `scanned` the subtree of all of them, `single` that of layer `{l}`, counted within
-    the stack. MaxText never stacks layers without `scanned`. With `run`, each step is of so many layers in a row, which are
-    stacked once more, on an axis `p` behind `l`. The stack is there if the word `when` has one of these values. Where a word is
-    a list in `config.json`, its length counts.
+    the stack, or `{n}`, as Hugging Face counts. MaxText never stacks layers without `scanned`. With `run`, each step is of so
+    many layers in a row, which are stacked once more, on an axis `p` behind `l`. Where a word is a list in `config.json`, its
+    length counts, or of `a=b` how often `b` is in the list `a`.
+
+    The stack is there if the word `when` has one of these values. If that is a list, it says for each layer what kind it is:
+    all of the stack should be of these, and of layers that are not stacked, it has those that are.
 
     With `copies`, a word of `config.json`, there are so many layers from `first` on, each with a subtree of its own: `{m}` in
     MaxText's names counts them from 1. Each is there as a whole, or not at all (transformers leaves MTP blocks out).
@@ -116,10 +139,11 @@ class Stack:
     experts: str | None
     rows: tuple[Row, ...]
     first: int | str = 0
+    slot: int = 0
     step: int = 1
     run: int = 1
     last: str = "num_hidden_layers"
-    when: tuple[str, tuple[int, ...]] | None = None
+    when: tuple[str, tuple[object, ...]] | None = None
     copies: str | None = None
     hf: str = "model.layers"
 
@@ -136,11 +160,12 @@ class Tree:
     begin with the second, and those of its `encoders` under the words given here, all of it in the part `within`, if that is
     there. `heads` are the axes whose sizes `config.json` has to give, because a shape does not tell a head from its width;
     the last word that says one counts, and `a.*.b` is the word `b` of all that is under `a`.
-    Below `aside` are variables that MaxText does not train, their layers stacked along the first axis, whatever its
-    `param_scan_axis` is; with `aside_along`, along that one.
+    Below `aside`, where `{}` is their kind, are variables that MaxText does not train, their layers stacked along the first
+    axis, whatever its `param_scan_axis` is; with `aside_along`, along that one.
     `mtp` are places of blocks that predict further tokens, which `--drop-mtp` leaves out besides those of stacks with `copies`.
     `only` are words of `config.json`, their values in models that MaxText has, and what these models have; where the word is
-    absent, it is one of these. With `scales`, those of quantised experts have a place, too.
+    absent, it is one of these. With `scales`, those of quantised experts have a place, too. `names` is what records call the
+    names that it has in Hugging Face, if models of this family come with others as well.
     """
 
     stacks: tuple[Stack, ...]
@@ -159,9 +184,4 @@ class Tree:
     mtp: tuple[str, ...] = ()
     only: tuple[tuple[str, tuple[object, ...], str], ...] = ()
     scales: bool = False
-
-
-def numbered(first: int, step: int, run: int = 1) -> str:
-    """The slot of the layers `first`, `first + step`, ...: `{l}`, `{l*4+1}` for 1, 5, 9, or `{l*4+p}` with runs of several."""
-    offset = "p" if run > 1 else first or ""
-    return f"{{l{f'*{step}' if step > 1 else ''}{f'+{offset}' if offset else ''}}}"
+    names: str = ""

@@ -14,8 +14,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from layouts.tables.maxtext import HEADS, MTP, Row, Stack, Tree, numbered
-from layouts.tables.maxtext_gemma import GEMMA4
+from layouts.tables.maxtext import HEADS, MTP, Row, Stack, Tree
+from layouts.tables.maxtext_blocks import DEEPSEEK_V4, GEMMA4
 from layouts.tables.maxtext_rows import APART, DELTA_NET, JOINED, LATENT, QK_NORM, attention, gated, hybrid, norms, scaled
 from layouts.tables.maxtext_vision import LLAMA4_VISION, QWEN3_5, QWEN3_OMNI, QWEN3_VL
 
@@ -25,7 +25,7 @@ _DEEPSEEK_ROWS = (
     *LATENT,
     *gated("mlp.shared_experts", "DeepSeekMoeBlock_0.shared_experts"),
     Row("mlp.gate.weight", "e k", f"{_DEEPSEEK_MOE}.gate.kernel", "k e"),
-    Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True, aside=True),
+    Row("mlp.gate.e_score_correction_bias", "e", f"{_DEEPSEEK_MOE}.gate.bias", "e", optional=True, aside="MoEBiasVar"),
 )
 _BLOCK = "mtp_{m}_transformer_layer."
 _DEEPSEEK_MTP = Stack(
@@ -68,7 +68,7 @@ _DEEPSEEK = Tree(
 )
 _DEEPSEEK_V3 = (
     _DEEPSEEK,
-    replace(_DEEPSEEK, aside="params.MoEBiasVar."),
+    replace(_DEEPSEEK, aside="params.{}."),
     replace(_DEEPSEEK, aside="nnx_aux.model."),
     replace(_DEEPSEEK, aside_along=True),
 )
@@ -120,19 +120,19 @@ _GPT_OSS_ROWS = (
 
 def _turn(slot: int, step: int, experts: str | None, rows: tuple[Row, ...], *, word: str = "layers") -> Stack:
     """One of the stacks of a model whose layers take turns: every `step`-th layer from `slot` on."""
-    single = f"decoder.layers_{numbered(slot, step)}"
-    return Stack(scanned=f"decoder.layers.{word}_{slot}", single=single, experts=experts, first=slot, step=step, rows=rows)
+    scanned = f"decoder.layers.{word}_{slot}"
+    return Stack(scanned=scanned, single="decoder.layers_{n}", experts=experts, slot=slot, step=step, rows=rows)
 
 
 def _next_stacks() -> Iterator[Stack]:
     """Three layers in a row, stacked twice, and every fourth."""
-    for place, first, run in (("local_layers", 0, 3), ("global_layer", 3, 1)):
+    for place, slot, run in (("local_layers", 0, 3), ("global_layer", 3, 1)):
         yield Stack(
             scanned=f"decoder.layers.{place}",
-            single=f"decoder.layers_{numbered(first, 4, run)}",
+            single="decoder.layers_{n}",
             experts="mlp.routed_experts",
-            rows=hybrid(full=first == 3),
-            first=first,
+            rows=hybrid(full=slot == 3),
+            slot=slot,
             step=4,
             run=run,
         )
@@ -165,6 +165,7 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     "gemma4": (GEMMA4,),
     "deepseek_v2": (_DEEPSEEK,),
     "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v4": DEEPSEEK_V4,
     "gpt_oss": (Tree(stacks=tuple(_turn(slot, 2, "GptOssMlp", _GPT_OSS_ROWS) for slot in range(2))),),
     "qwen3_next": (
         Tree(stacks=tuple(_next_stacks()), only=_ALL_SPARSE, mtp=("mtp.",)),
@@ -195,11 +196,3 @@ TREES: Mapping[str, tuple[Tree, ...]] = {
     ),
 }
 """By the name of the family: the tree that MaxText has now, which is written, and those that it had before, read only."""
-INEXACT: Mapping[str, str] = {
-    "deepseek_v4": "its scales of mhc_norm are ones that no checkpoint has, the table of experts by token (tid2eid) is float32 "
-    "there and int64 in a checkpoint, and what a checkpoint has as one tensor (hc_attn_base) is three there, one a matrix",
-}
-"""Models of MaxText that no re-layout makes, and why.
-
-Source: `DEEPSEEK_V4_*` in its `param_mapping.py`, `layers/mhc.py`, `layers/moe.py`.
-"""

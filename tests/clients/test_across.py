@@ -14,10 +14,25 @@ pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
 PARTLY = {"qwen3_omni_moe": "252 tensors have no place on the other side, first code2wav"}
 """Models of which MaxText has a part alone, and what is said of the rest."""
-SPECIAL = ("qwen3_moe-sparse", "qwen3_next-cycles", "qwen3_5_moe-cycles", "gemma4-cycles", "gemma4_text-cycles")
-"""MaxText's Qwen3 has experts in every layer, its Qwen3-Next and Qwen3.5 whole cycles of four, its Gemma 4 of six."""
+SPECIAL = (
+    "qwen3_moe-sparse",
+    "qwen3_next-cycles",
+    "qwen3_5_moe-cycles",
+    "gemma4-cycles",
+    "gemma4_text-cycles",
+    "deepseek_v4-cycles",
+)
+"""MaxText's Qwen3 has experts in every layer, its Qwen3-Next and Qwen3.5 whole cycles of four, its Gemma 4 of six.
+
+Of its DeepSeek-V4, layers behind the first ones take turns.
+"""
 CASES = [*SPECIAL, *sorted(TREES.keys() - {case.partition("-")[0] for case in SPECIAL} - PARTLY.keys()), "llama4_text"]
-COMPUTED = {"mixtral": "query-scale", "gemma4-cycles": "embedding-scale", "gemma4_text-cycles": "embedding-scale"}
+COMPUTED = {
+    "mixtral": "query-scale",
+    "gemma4-cycles": "embedding-scale",
+    "gemma4_text-cycles": "embedding-scale",
+    "deepseek_v4-cycles": "exact-values",
+}
 
 
 def test_every_tree_is_here():

@@ -73,6 +73,9 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "indexer_n_heads": ("index_n_heads",),
     "indexer_head_dim": ("index_head_dim",),
     "indexer_topk": ("index_topk",),
+    "o_groups": ("o_groups",),
+    "o_lora_rank": ("o_lora_rank",),
+    "compressed_rope_max_timescale": ("compress_rope_theta",),
 }
 """MaxText's words, each with those of `config.json` that say the same."""
 
@@ -84,6 +87,10 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "deepseek_v2": ("deepseek2-16b", {**YARN, "mscale": 1.0}),
     "deepseek_v3": ("deepseek3-671b", YARN),
     "deepseek_v32-heads": ("deepseek3.2-671b", YARN),
+    "deepseek_v4-cycles": (
+        "deepseek4-284b",
+        {"sliding_window_size": 16, "compress_ratios": [0, 0, 4, 128, 4, 128, 4], "partial_rotary_factor": 1.0},
+    ),
     "gpt_oss": ("gpt-oss-20b", {"sliding_window_size": 16}),
     "qwen3_next-cycles": ("qwen3-next-80b-a3b", {"gdn_chunk_size": 4}),
     "qwen3_5_moe_text-cycles": ("qwen3.5-35b-a3b", {"gdn_chunk_size": 4, "use_mrope": False}),
@@ -95,8 +102,14 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """The tiny model of transformers, MaxText's name of its kind, and what that has otherwise than the tiny one."""
 
-COMPUTED = {"mixtral-heads": "query-scale", "gemma4_text-cycles": "embedding-scale"}
+COMPUTED = {
+    "mixtral-heads": "query-scale",
+    "gemma4_text-cycles": "embedding-scale",
+    "deepseek_v4-cycles": "exact-values",
+}
 """Saved in float32: of bfloat16, queries would be rounded, as MaxText's own converter does it, and logits be 0.003 apart."""
+LENGTHS = {"deepseek_v4-cycles": 160}
+"""More tokens than become one in any layer."""
 
 TEXT: Mapping[str, Any] = {"use_multimodal": False, "use_mrope": False, "n_routing_groups": -1, "topk_routing_group": -1}
 ALONE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -123,10 +136,11 @@ def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None
         word: next((getattr(stated, name) for name in names if hasattr(stated, name)), None) for word, names in WORDS.items()
     }
     rope = stated.rope_parameters
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention", rope.get("main", rope))
     words: dict[str, Any] = {
         **RUN,
         **{word: value for word, value in own.items() if value is not None},
+        "max_target_length": ids.shape[1],
         "head_dim": getattr(stated, "head_dim", None) or stated.hidden_size // stated.num_attention_heads,
         "rope_max_timescale": int(rope["rope_theta"]),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
@@ -146,7 +160,7 @@ def logits(case: str, stated: Any, tree: Path, ids: np.ndarray, axis: int | None
     with jax.set_mesh(mesh):
         found = model(
             decoder_input_tokens=tokens,
-            decoder_positions=jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape),
+            decoder_positions=jnp.broadcast_to(jnp.arange(ids.shape[1]), tokens.shape),
             decoder_segment_ids=jnp.ones_like(tokens),
             enable_dropout=False,
             decoder_target_tokens=tokens,
@@ -166,8 +180,10 @@ def make(case: str, where: Path) -> tuple[Any, np.ndarray, np.ndarray]:
     for name, buffer in built.named_buffers():
         if name.endswith("correction_bias"):  # zeros are right wherever they go
             buffer.normal_(std=0.3)
+        if name.endswith("tid2eid"):
+            buffer.random_(tiny_models.EXPERTS)
     built.save_pretrained(where / "in")
-    ids = torch.randint(3, 160, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 160, (2, LENGTHS.get(case, LENGTH)), generator=torch.Generator().manual_seed(1))
     stated = built.config.get_text_config()
     stated.allow_global_per_layer_attribute_access = True  # of Gemma 4, whose layers differ
     return stated, ids.numpy(), tiny_models.forward(built.float(), ids).numpy()

@@ -53,6 +53,19 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     # 2N == K: a forgotten transpose shows in the values only
     "qwen3_moe-square-tied": {"moe_intermediate_size": 32, "tie_word_embeddings": True, "num_experts": 11},
     "deepseek_v3": {"n_group": 2},
+    # as published: two layers that do not compress, then two kinds in turn; HCA compresses 128 tokens
+    "deepseek_v4-cycles": {
+        "num_hidden_layers": 7,
+        "num_key_value_heads": 1,
+        "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 0],
+        "num_hash_layers": 3,
+        "partial_rotary_factor": 0.5,
+        "o_groups": 2,
+        "o_lora_rank": 12,
+        "max_position_embeddings": 512,
+        "moe_intermediate_size": 48,
+        "index_n_heads": 16,
+    },
     "mixtral-heads": {"head_dim": 24, "sliding_window": None},  # as published; 24 is no power of four
     "deepseek_v32-heads": {"index_n_heads": 16},  # with few, many tokens have the score 0, and any of them is chosen
     "qwen3_omni_moe": {

@@ -203,6 +203,7 @@ def test_what_nobody_has_counted_is_said(said, remark):
         ({"num_dense_layers": 2}, {2, 3}),
         ({"moe_layer_freq": [0, 1, 1, 0]}, {1, 2}),
         ({"mlp_layer_types": ["dense", "sparse", "sparse", "dense"]}, {1, 2}),
+        ({"mlp_layer_types": ["dense", "moe", "hash_moe", "sparse"]}, {1, 2, 3}),
     ],
 )
 def test_words_for_layers(said, wanted):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.planning import gemma
+from tests.planning import deepseek4, gemma
 from tests.tiny import MemoryReader
 
 K, H, J, D, V, N, E, F, X = 8, 4, 2, 3, 11, 5, 12, 7, 2
@@ -240,16 +240,18 @@ MODELS = {
     "qwen3_next": (qwen3_next, 8),
     "qwen3_5_moe": (qwen3_5_moe, 8),
     "llama4": (llama4, 8),
+    "deepseek_v4": (lambda _: deepseek4.arrays(RNG), deepseek4.LAYERS),
     "gemma4": (lambda _: {name: random(*shape) for name, shape in gemma.shapes().items()}, gemma.LAYERS),
 }
+CONFIGS = {"gemma4": gemma.CONFIG, "deepseek_v4": deepseek4.CONFIG}
 COUNT = {"deepseek_v3": "n_routed_experts", "deepseek_v32": "n_routed_experts", "kimi_k25": "n_routed_experts"}
 COUNT |= {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts", "llama4": "num_local_experts"}
 
 
 def reader(name: str) -> MemoryReader:
     make, layers = MODELS[name]
-    if name == "gemma4":
-        return MemoryReader(make(layers), config=gemma.CONFIG)
+    if name in CONFIGS:
+        return MemoryReader(make(layers), config=CONFIGS[name])
     config = {"model_type": name, "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": J}
     config |= {COUNT.get(name, "num_experts"): E, "first_k_dense_replace": 2}
     if name == "llama4":

@@ -21,7 +21,7 @@ from layouts.language.sections import Turns
 from layouts.language.template import Template
 from layouts.tables.families import Family
 from layouts.tables.maxtext import LAYERS, ROOT, Row, Tree
-from layouts.tables.maxtext_trees import INEXACT, TREES
+from layouts.tables.maxtext_trees import TREES
 from layouts.tables.natives import MAXTEXT_PART
 
 _BIAS, GRID, _TREES_GRID = (
@@ -35,8 +35,8 @@ class Pair:
     """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads.
 
     `real` are those of the source's axes that are stored with padding. Tensors of one `block` are there together, or none is. A
-    `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by the rule `computed`, or
-    has as one what Hugging Face has as several, in `turns`.
+    `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by the rule `computed`.
+    One side has as one what the other has as several, in `turns`; `parts` are the patterns of these, where they differ.
     """
 
     role: str
@@ -45,6 +45,7 @@ class Pair:
     twin: bool = False
     computed: str = ""
     turns: Turns | None = None
+    parts: tuple[Pattern, ...] = ()
     source: Placed
     target: Placed
     counts: Mapping[str, int]
@@ -80,8 +81,6 @@ def trees_of(family: Family, where: object) -> tuple[Tree, ...]:
             f"{where}: config.json names no model that is known; its experts are ({family.name}), but a MaxText tree holds a "
             f"whole model. If it is one of {', '.join(sorted(TREES))}, say so with --family"
         )
-    if why := INEXACT.get(family.name):
-        raise PlanError(f"{where}: {family.name}: MaxText has a model of it, but no exact tree: {why}")
     if family.name not in TREES:
         raise PlanError(f"{where}: no MaxText tree is known for family {family.name}; known: {', '.join(sorted(TREES))}")
     return TREES[family.name]
@@ -137,11 +136,12 @@ def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:
         counts = {**heads, "l": layers.count, **({"p": stack.run} if stack.run > 1 else {})}
         axes = tuple(axis for axis in LAYERS if axis in counts) if scan else ()
         for row in (row for row in stack.rows if row.grid is None or part.block):
-            place = single.replace(ROOT, part.tree.aside, 1) if row.aside else single
+            place = single.replace(ROOT, part.tree.aside.format(row.aside), 1) if row.aside else single
             places = _of_row(row, layers.hf + row.hf, ROOT if row.twin else place)
-            first = row.aside and not part.tree.aside_along
+            first = bool(row.aside) and not part.tree.aside_along
             pair = _pair(sides, places, scan=axes, first=first, optional=row.optional, counts=counts, block=block)
-            yield replace(pair, twin=row.twin, computed=row.computed, turns=_turns(part, row))
+            parts = tuple(_scanned(Pattern(text), axes, sides.tree.scan_axis) for text in row.parts)
+            yield replace(pair, twin=row.twin, computed=row.computed, turns=_turns(part, row), parts=parts)
         if stack.experts:
             at = layers.hf + part.tree.hf_experts, single + stack.experts
             experts = _experts(sides, at, axes, {**counts, "e": expert_count(part.config), "g": 2})
@@ -173,7 +173,7 @@ def _turns(part: Part, row: Row) -> Turns | None:
 def _of_row(row: Row, hf: str, maxtext: str) -> tuple[Placed, Placed]:
     return (
         Placed(Template(hf), Pattern(row.hf_axes)),
-        Placed(Template(maxtext + row.maxtext), Pattern(row.maxtext_axes)),
+        Placed(Template(maxtext + row.maxtext), Pattern((row.parts or (row.maxtext_axes,))[0])),
     )
 
 

@@ -15,11 +15,12 @@ from convert.planning.across.computed import computed_in
 from convert.planning.across.pairs import Sides, trees_of
 from convert.planning.across.stacks import mtp_places
 from convert.planning.across.tensors import cross_targets, twins_of
-from convert.planning.across.which import is_aside, tree_in
+from convert.planning.across.which import is_aside, named_in, tree_in, written_as
 from convert.planning.forms import Targets
 from convert.planning.planner import Action, Plan
 from convert.planning.record import family_record, make_record, with_origin
 from convert.planning.targets import Target
+from layouts.computing import computing
 from layouts.disk.files import CONFIG, RECORD
 from layouts.errors import InputError, PlanError
 from layouts.language.layout import ROLES, Layout, Layouts
@@ -62,8 +63,9 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
     computed = computed_in(reader, tree, sides, config, choices.compute)
-    origin = replace(origin, computed=choices.compute if computed.factors else None)
-    targets = sorted(cross_targets(reader, tree, sides, config, left_out), key=lambda target: target.spec.name)
+    origin = replace(origin, computed=choices.compute if computed.values else None, names=tree.names or None)
+    seen = computing(reader, computed.values)
+    targets = sorted(cross_targets(seen, tree, sides, config, left_out), key=lambda target: target.spec.name)
     if to_maxtext and sides.scan and any(is_aside(tree, target.spec.name) for target in targets):
         origin = replace(origin, aside=FIRST)
     return Plan(
@@ -83,7 +85,8 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         scanned=sides.scan if to_maxtext else None,
         computed=computed.rule,
         computed_kinds=computed.kinds,
-        factors=computed.factors,
+        exact=computed.exact,
+        values=computed.values,
     )
 
 
@@ -104,7 +107,7 @@ _Made = tuple[Tree, Sides, Layouts]
 
 
 def _into_maxtext(reader: Reader, family: Family, _: Origin, choices: Choices, fused: bool) -> _Made:
-    tree, where = trees_of(family, reader.path)[0], maxtext(choices.scan_axis)
+    tree, where = written_as(reader, trees_of(family, reader.path))[0], maxtext(choices.scan_axis)
     if fused and choices.layout not in IN_MAXTEXT:
         known = ", ".join(name for name in TARGETS if name in IN_MAXTEXT)
         raise PlanError(f"{reader.path}: MaxText's tree has no place for layout {choices.layout!r}; it can take {known}")
@@ -121,7 +124,7 @@ def _into_maxtext(reader: Reader, family: Family, _: Origin, choices: Choices, f
 
 
 def _out_of_maxtext(reader: Reader, family: Family, origin: Origin, choices: Choices, fused: bool) -> _Made:
-    tree, scan = tree_in(reader, trees_of(family, reader.path))
+    tree, scan = tree_in(reader, named_in(reader, trees_of(family, reader.path)))
     where = stacked_along(reader, choices.scan_axis)
     stored, real = fused_in(reader, where, choices.source_layout)
     came = SOURCES[origin.layout] if origin.layout else family.native[0]

@@ -12,10 +12,10 @@ from typing import Any
 
 from layouts.errors import PlanError
 from layouts.quantisation import block_of
-from layouts.tables.maxtext import Stack, Tree, numbered
+from layouts.tables.maxtext import Stack, Tree
 
 _MOST = 64
-"""Blocks of one kind that have a subtree each; published models have one."""
+"""Blocks or layers of one kind that have a subtree each; published models have one, or three."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +81,20 @@ def layers_of(part: Part) -> Iterator[Layers]:
     for stack in part.tree.stacks:
         if stack.copies:
             yield from _copies(part, stack, stack.copies)
-        elif count := _count(stack, part.config):
-            first = _number(part.config, stack.first)
-            hf = part.named(f"{stack.hf}.{numbered(first or 0, stack.step, stack.run)}.")
-            yield Layers(stack=stack, count=count, total=_number(part.config, stack.last) or 0, hf=hf)
+            continue
+        first, last = _number(part.config, stack.first), _number(part.config, stack.last)
+        if first is None or last is None:
+            words = " and ".join(word for word in (stack.first, stack.last) if isinstance(word, str))
+            raise PlanError(f"config.json does not say {words} in numbers, and so not how many layers there are")
+        layers, total = range(first + stack.slot, last, stack.step), last - first
+        if stack.run > 1 and total % stack.step:
+            raise PlanError(
+                f"{total} layers ({stack.last}) do not make whole cycles of {stack.step}, and MaxText has only such"
+            )
+        for each in _of_kind(stack, layers, part.config):
+            slot = _numbered(each.start, stack)
+            one = replace(stack, single=stack.single.replace("{n}", slot))
+            yield Layers(stack=one, count=len(each), total=total, hf=part.named(f"{stack.hf}.{slot}."))
 
 
 def mtp_places(tree: Tree, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -111,9 +121,9 @@ def _copies(part: Part, stack: Stack, word: str) -> Iterator[Layers]:
     if type(count) is not int or not 0 <= count <= _MOST:
         raise PlanError(f"{word} is {str(count)[:80]} in config.json; it should be a number up to {_MOST}")
     for m in range(1, count + 1):
-        rows = tuple(replace(row, maxtext=_numbered(row.maxtext, m)) for row in stack.rows)
+        rows = tuple(replace(row, maxtext=_copy(row.maxtext, m)) for row in stack.rows)
         one = replace(
-            stack, single=_numbered(stack.single, m), rows=rows, experts=_numbered(stack.experts, m) if stack.experts else None
+            stack, single=_copy(stack.single, m), rows=rows, experts=_copy(stack.experts, m) if stack.experts else None
         )
         hf = part.named(f"{stack.hf}.{(first or 0) + m - 1}.")
         yield Layers(stack=one, count=1, hf=hf, block=one.single)
@@ -128,27 +138,44 @@ def _stated(config: Mapping[str, Any], word: str) -> int | None:
     return found[0] if found and type(found[0]) is int and found.count(found[0]) == len(found) else None
 
 
-def _numbered(text: str, m: int) -> str:
+def _copy(text: str, m: int) -> str:
     return text.replace("{m}", str(m))
 
 
+def _numbered(first: int, stack: Stack) -> str:
+    """The slot of the layers from `first` on: `{l}`, `{l*4+1}` for 1, 5, 9, or `{l*4+p}` with runs of several."""
+    offset = "p" if stack.run > 1 else first or ""
+    return f"{{l{f'*{stack.step}' if stack.step > 1 else ''}{f'+{offset}' if offset else ''}}}"
+
+
 def _number(config: Mapping[str, Any], word: int | str) -> int | None:
-    found = config.get(word) if isinstance(word, str) else word
-    found = len(found) if isinstance(found, list) else found
-    return found if type(found) is int else None
+    name, counts, value = word.partition("=") if isinstance(word, str) else ("", "", "")
+    found = config.get(name) if name else word
+    if isinstance(found, list):
+        found = found.count(value) if counts else len(found)
+    return found if type(found) is int and found >= 0 else None
 
 
-def _count(stack: Stack, config: Mapping[str, Any]) -> int:
-    """How many layers a stack has; none if it is one for models of another kind."""
-    first, last = _number(config, stack.first), _number(config, stack.last)
-    if first is None or last is None:
-        raise PlanError(f"config.json does not say {stack.first} and {stack.last}, which say how many layers there are")
-    if stack.when:
-        word, values = stack.when
-        if type(config.get(word)) is not int:
-            raise PlanError(f"config.json does not say {word}, which says what kind of layers there are")
-        if config[word] not in values:
-            return 0
-    if stack.run > 1 and last % stack.step:
-        raise PlanError(f"{last} layers ({stack.last}) do not make whole cycles of {stack.step}, and MaxText has only such")
-    return max(0, -(-(last - first) // stack.step))
+def _of_kind(stack: Stack, layers: range, config: Mapping[str, Any]) -> Iterator[range]:
+    """Those of these layers that the stack has: all, or none, or one by one, each of which is then a stack of its own.
+
+    Raises:
+        PlanError: `config.json` does not say of what kind they are, or that they are of several.
+    """
+    word, values = stack.when or ("", ())
+    kinds = config.get(word)
+    if isinstance(kinds, list) and len(kinds) >= layers.stop:
+        if stack.scanned is None:
+            if len(layers) > _MOST:
+                raise PlanError(f"config.json says {stack.last} {len(layers)}; it should be a number up to {_MOST}")
+            yield from (range(at, at + 1) for at in layers if kinds[at] in values)
+            return
+        if (odd := next((at for at in layers if kinds[at] not in values), None)) is not None:
+            found = str(kinds[odd])[:80]
+            raise PlanError(f"{word} of layer {odd} is {found} in config.json, and MaxText stacks {values[0]} there")
+    elif stack.when and type(kinds) is not int:
+        raise PlanError(f"config.json does not say {word}, which says what kind of layers there are")
+    elif stack.when and kinds not in values:
+        return
+    if layers:
+        yield layers

@@ -16,11 +16,12 @@ from convert.planning.across.stacks import mtp_places, parts_of
 from convert.planning.targets import OTHER, Target, Way
 from layouts.errors import InputError, PlanError
 from layouts.language.cuts import CUT, cut
+from layouts.language.layout import Placed
 from layouts.language.parts import PARTS
 from layouts.language.sections import ROWS, TENSOR
 from layouts.quantisation import block_of
 from layouts.reader import Reader
-from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, Tree
+from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, RULES, Tree
 from layouts.tables.natives import MAXTEXT_PART
 from layouts.tensors import TensorSpec
 
@@ -56,8 +57,13 @@ def cross_targets(
         raise InputError(f"{reader.path}: {lost} is missing; {count} of {len(names)} such tensors are there")
     if tree.scales:
         _check_scales(reader, have, [pair for pair, _ in pairs], config)
-    moved = (item for item in pairs if not (item[0].twin and sides.to_maxtext))
+    moved = (item for item in pairs if not (item[0].twin if sides.to_maxtext else _is_ones(item[0])))
     return [target for pair, names in moved for target in _targets(reader, pair, names)]
+
+
+def _is_ones(pair: Pair) -> bool:
+    """Whether it is what only MaxText has."""
+    return bool(pair.computed) and RULES[pair.computed].ones
 
 
 def twins_of(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -140,7 +146,7 @@ def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Targe
     except (KeyError, ValueError) as error:
         raise PlanError(f"{reader.path}: {first.name} (in {reader.where(first.name)}): {error}") from None
     for name in names:
-        spec, like = reader.tensors[name], _shape_like(pair, name, first.shape)
+        spec, like = reader.tensors[name], _shape_like(pair, name, ways[0], first.shape)
         if (spec.shape, spec.dtype) != (like, first.dtype):
             wanted = "" if like == first.shape else f", and config.json wants {like}"
             raise InputError(
@@ -154,10 +160,11 @@ def _targets(reader: Reader, pair: Pair, names: Sequence[str]) -> Iterator[Targe
         yield Target(spec=spec, index=index, way=way)
 
 
-def _shape_like(pair: Pair, name: str, first: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_like(pair: Pair, name: str, way: Way, first: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that a tensor should have if the first of its kind has this one."""
     tensor = int((pair.source.key.parse(name) or {}).get(TENSOR, 0)) if pair.turns else 0
-    return (pair.turns.size(tensor), *first[1:]) if pair.turns and tensor else first
+    pattern, sizes = way.stored[tensor]
+    return pattern.shape(sizes) if tensor else first
 
 
 def _ways(pair: Pair, first: TensorSpec) -> list[Way]:
@@ -167,16 +174,17 @@ def _ways(pair: Pair, first: TensorSpec) -> list[Way]:
         KeyError, ValueError: the shape does not fit the table.
     """
     stored = {**pair.counts, **pair.source.pattern.sizes(first.shape, {**pair.counts, **pair.real})}
-    sizes = [stored if pair.role == OTHER else cut(stored, pair.target.pattern)]
+    sizes, targets = [stored if pair.role == OTHER else cut(stored, pair.target.pattern)], [pair.target]
     if turns := pair.turns:
         joins = TENSOR in pair.source.key.slots
         if stored[ROWS] != (wanted := turns.size(0) if joins else turns.total):
             raise ValueError(f"it has {stored[ROWS]} rows ({ROWS}), and {wanted} by config.json ({turns.text})")
         each = [turns.total] if joins else map(turns.size, range(len(turns.parts)))
         sizes = [{**stored, ROWS: size} for size in each]
+        targets = [pair.target] if joins or not pair.parts else [Placed(pair.target.key, part) for part in pair.parts]
     return [
         Way(
             role=pair.role, part=pair.part, dims="out" if pair.part == "bias" else "out in",
-            sizes=own, source_sizes=stored, source=pair.source, target=pair.target, turns=pair.turns,
-        ) for own in sizes
+            sizes=own, source_sizes=stored, source=pair.source, target=target, turns=pair.turns, parts=pair.parts,
+        ) for own, target in zip(sizes, itertools.cycle(targets))
     ]  # fmt: skip

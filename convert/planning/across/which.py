@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from layouts.errors import PlanError
-from layouts.matching.candidates import record_of
+from layouts.matching.candidates import ORIGIN, record_of
 from layouts.matching.origin import FIRST, origin_of
 from layouts.reader import Reader
 from layouts.tables.families import maxtext
@@ -31,10 +31,28 @@ def tree_in(reader: Reader, trees: Sequence[Tree]) -> tuple[Tree, bool]:
     return next(elsewhere, None) or _by_axis(reader, [tree for tree in alike if tree.aside == ROOT]), found is not None
 
 
+def written_as(hf: Reader, trees: Sequence[Tree]) -> list[Tree]:
+    """Those of a family by whose names a checkpoint of Hugging Face calls its embedding; all of them if none does."""
+    return [tree for tree in trees if tree.outside[0].hf in hf.tensors] or list(trees)
+
+
+def named_in(reader: Reader, trees: Sequence[Tree]) -> list[Tree]:
+    """Those of a family by whose names a checkpoint was called of which this tree was made; the record says it.
+
+    Where it does not, `config.json` does: who saves names of another kind has other words there.
+    """
+    names = origin_of(reader).names
+    if names is None and record_of(reader).get(ORIGIN) is None:
+        said = [tree for tree in trees if all(stack.when is None or stack.when[0] in reader.config for stack in tree.stacks)]
+        return said or list(trees)
+    return [tree for tree in trees if tree.names == (names or "")]
+
+
 def is_aside(tree: Tree, name: str) -> bool:
     """Whether a tensor is a variable that MaxText does not train."""
     rows = (row for stack in tree.stacks if not stack.copies for row in stack.rows)
-    return name.startswith(tree.aside) and any(row.aside and name.endswith(f".{row.maxtext}") for row in rows)
+    own = (row for row in rows if row.aside and name.endswith(f".{row.maxtext}"))
+    return any(name.startswith(tree.aside.format(row.aside)) for row in own)
 
 
 def _by_axis(reader: Reader, trees: Sequence[Tree]) -> Tree:

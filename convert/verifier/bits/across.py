@@ -17,7 +17,7 @@ from convert.errors import PlanError
 from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there, trees_of
 from convert.planning.across.plan import config_of, fused_in, stacked_along
 from convert.planning.across.stacks import mtp_places
-from convert.planning.across.which import tree_in
+from convert.planning.across.which import tree_in, written_as
 from convert.verifier.bits.counts import Counts, expert_words, layer_words, nbytes_of, skipped_words
 from convert.verifier.bits.logical import Block, Scope, blocks, key_of
 from convert.verifier.bits.logical import pair as pair_of
@@ -66,7 +66,7 @@ def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said
     named = None if said[0].family in trees else said[0].family
     named = named or record_of(hf).get("family") or origin.family
     found = find_family(config, list(hf.tensors), where=hf.path, format="hf", override=named)
-    rows, scan = tree_in(tree, trees_of(found, hf.path))
+    rows, scan = tree_in(tree, written_as(hf, trees_of(found, hf.path)))
     where = stacked_along(tree, _axis_said(tree, said[1].family) if scan_axis is None else scan_axis)
     stated = None if record_of(tree).get("layout") and not said[1].own else said[1].layout
     stored, real = fused_in(tree, where, stated)

@@ -1,12 +1,13 @@
 """Whether two tensors are each other's by a rule that MaxText computes by: Mixtral's queries over the root of the head width.
 
-In: bits of both, in one shape, and the size whose root it is. Out: whether they agree. It never uses the code that converts.
+In: bits of both, in one shape, and the size whose root it is; a tree that has ones. Out: whether they agree. It never uses the
+code that converts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from convert.planning.across.pairs import Pair, names_of
 from layouts.language.pattern import strips
 from layouts.reader import Reader
-from layouts.tables.maxtext import RULES
+from layouts.tables.maxtext import RULES, Rule
 from layouts.tensors import numpy_dtype
 
 _LOSS = ", which makes one of some neighbours"
@@ -39,10 +40,38 @@ def agree(hf: NDArray[Any], tree: NDArray[Any], code: str, pair: Pair, size: int
     return np.array_equal(times(hf, there), tree) or np.array_equal(hf, times(tree, back))
 
 
+def is_ones(pair: Pair) -> bool:
+    """Whether MaxText alone has it, and it is all ones."""
+    return bool(pair.computed) and RULES[pair.computed].ones
+
+
+def type_there(pair: Pair, code: str) -> str:
+    """The element type that MaxText has of one in Hugging Face."""
+    types = RULES[pair.computed].types if pair.computed else None
+    return types[1] if types and code == types[0] else code
+
+
+def same_numbers(hf: NDArray[Any], tree: NDArray[Any]) -> bool:
+    """Whether float32 holds the same numbers as int64, each of them an integer, and zeros none below it; both as bits."""
+    numbers = np.ascontiguousarray(tree).view(np.float32).astype(np.float64)
+    whole = np.isfinite(numbers) & (np.abs(numbers) < 2.0**63) & ~(np.signbit(numbers) & (numbers == 0))
+    return bool(whole.all()) and np.array_equal(numbers.astype(np.int64), hf.view(np.int64)) and bool((numbers % 1 == 0).all())
+
+
+def not_ones(tree: Reader, pair: Pair) -> Iterator[str]:
+    """What of this kind is not there or not all ones, if MaxText alone has it."""
+    for name in names_of(pair) if is_ones(pair) else ():
+        spec = tree.tensors.get(name)
+        if spec is None:
+            yield f"{name} is not in {tree.path}"
+        elif any((tree.read(name, cut).view(numpy_dtype(spec.dtype)) != 1).any() for cut in strips(spec.shape, _STRIP)):
+            yield f"{name} is not all ones"
+
+
 def fitting(tree: Reader, kept: Reader, pairs: Iterable[Pair]) -> frozenset[str]:
     """The computed arrays of a tree all of whose values are, by their rule, those of the originals that it keeps."""
     found = set[str]()
-    for pair in (pair for pair in pairs if pair.computed):
+    for pair in (pair for pair in pairs if pair.computed and RULES[pair.computed].axis):
         for name in (name for name in names_of(pair) if name in kept.tensors):
             spec = kept.tensors[name]
             size = {**pair.counts, **pair.source.pattern.sizes(spec.shape, pair.counts)}[RULES[pair.computed].axis]
@@ -59,13 +88,15 @@ def words(pairs: Iterable[Pair], fitting: Collection[str]) -> str:
         if pair.computed:
             arrays.setdefault(pair.computed, set()).update(names_of(pair))
     return "".join(
-        f"; {RULES[name].said} ({name}) were compared by that rule{_how(len(every.intersection(fitting)), len(every))}"
+        f"; {RULES[name].said} ({name}) {_how(RULES[name], len(every.intersection(fitting)), len(every))}"
         for name, every in sorted(arrays.items())
     )
 
 
-def _how(kept: int, total: int) -> str:
+def _how(rule: Rule, kept: int, total: int) -> str:
+    if not rule.axis:
+        return "was compared number by number" if rule.types else "were looked at"
     if kept == total:
-        return ", and with the originals that the tree keeps, bit for bit"
+        return "were compared by that rule, and with the originals that the tree keeps, bit for bit"
     some = f", {kept} of {total} with the originals that the tree keeps, the rest by that rule alone"
-    return f"{some if kept else ''}{_LOSS}"
+    return f"were compared by that rule{some if kept else ''}{_LOSS}"

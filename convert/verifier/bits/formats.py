@@ -25,11 +25,12 @@ from convert.progress import Progress, begin
 from convert.verifier.bits import computed
 from convert.verifier.bits.across import Formats
 from convert.verifier.bits.order import by_place, hold, place_of
-from convert.verifier.bits.stored import positions
+from convert.verifier.bits.stored import rows_of
 from convert.verifier.share import joined
 from convert.verifier.verdict import Level
 from layouts.computing import open_originals
 from layouts.language.layout import ROLES
+from layouts.language.pattern import Pattern
 from layouts.language.sections import ROWS, TENSOR
 from layouts.reader import Reader
 from layouts.tables.maxtext import LAYERS, ROOT, RULES
@@ -46,9 +47,9 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     Several processes compare a part of them each, and all of them get the level of all.
     """
     hf, tree = both.hf, both.tree
-    others = [pair for pair in both.pairs if pair.role not in ROLES]
+    others = [pair for pair in both.pairs if pair.role not in ROLES and not computed.is_ones(pair)]
     every = [(pair, *item) for pair in others for item in _hf_names(pair)]
-    sizes = [_nbytes(hf, pair, name) for pair, _, name in every]
+    sizes = [_nbytes(hf, pair, index, name) for pair, index, name in every]
     found: list[str] = []
     looked = 0
     kept = open_originals(tree) if any(pair.computed for pair in others) else None
@@ -65,9 +66,10 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
             for index, name in _in_order(both, pair, [(index, name) for _, index, name in items], memory):
                 originals = kept if pair.source.key.render(index) in fitting else None
                 found += _compare(hf, (tree, originals), pair, index, name, progress)
-                looked += _nbytes(hf, pair, name)
+                looked += _nbytes(hf, pair, index, name)
     differences, (nbytes,) = joined(processes, found, looked)
-    differences += [line for pair in both.pairs for line in _stacks_of_another_size(tree, pair)]
+    looks = computed.not_ones, _stacks_of_another_size
+    differences += [line for look in looks for pair in both.pairs for line in look(tree, pair)]
     lonely = [name for name in hf.tensors if name not in seen]
     differences += [f"{name} is only in {hf.path}" for name in lonely if not both.lacks(name)]
     dropped = sum(map(both.lacks, hf.tensors))
@@ -77,7 +79,7 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
     return Level(
         name="others",
         covered=f"attention, norms, routers, embeddings; {rest} tensors of training state have no counterpart{words}"
-        f"{computed.words(others, fitting)}",
+        f"{computed.words(both.pairs, fitting)}",
         compared=nbytes,
         differences=tuple(differences),
     )
@@ -94,7 +96,7 @@ def _stacks_of_another_size(tree: Reader, pair: Pair) -> Iterator[str]:
 def _hf_names(pair: Pair) -> Iterator[tuple[dict[str, int], str]]:
     """Each tensor of Hugging Face, as often as MaxText has an array for a part of it."""
     key = pair.target.key
-    slots = (*key.slots, *_cut(pair))
+    slots = (*key.slots, *_cut(pair), *([TENSOR] if _is_one(pair) else []))
     for point in itertools.product(*(range(pair.counts[slot]) for slot in slots)):
         index = dict(zip(slots, point, strict=True))
         yield index, key.render(index)
@@ -105,9 +107,22 @@ def _cut(pair: Pair) -> list[str]:
     return [axis for axis in pair.source.key.slots if axis in pair.target.pattern.axes]
 
 
-def _nbytes(hf: Reader, pair: Pair, name: str) -> int:
-    parts = math.prod(pair.counts[axis] for axis in _cut(pair))
-    return hf.tensors[name].nbytes // parts if name in hf.tensors else 0
+def _is_one(pair: Pair) -> bool:
+    """Whether Hugging Face has one tensor of what MaxText has as several."""
+    return TENSOR in pair.source.key.slots
+
+
+def _stored(pair: Pair, index: Mapping[str, int]) -> Pattern:
+    """How MaxText stores what is at this index."""
+    return pair.parts[index[TENSOR]] if pair.parts else pair.source.pattern
+
+
+def _nbytes(hf: Reader, pair: Pair, index: Mapping[str, int], name: str) -> int:
+    if name not in hf.tensors:
+        return 0
+    if pair.turns and _is_one(pair):
+        return hf.tensors[name].nbytes * pair.turns.size(index[TENSOR]) // pair.turns.total
+    return hf.tensors[name].nbytes // math.prod(pair.counts[axis] for axis in _cut(pair))
 
 
 def _in_order(
@@ -128,8 +143,8 @@ def _in_order(
 
 def _strips(pair: Pair, spec: TensorSpec) -> list[dict[str, range]]:
     """The parts of a tensor of Hugging Face along its first axis, or second; none of one that is small, or has axes within."""
-    at = 1 if pair.turns else 0  # rows in turns lie elsewhere, columns do not
-    first, rows = pair.target.pattern.tokens[at], spec.shape[at] if len(spec.shape) > at else 1
+    at, tokens = 1 if pair.turns else 0, pair.target.pattern.tokens  # rows in turns lie elsewhere, columns do not
+    first, rows = (tokens[at], spec.shape[at]) if at < min(len(tokens), len(spec.shape)) else ("", 1)
     if spec.nbytes <= _LARGE or not first.isalpha() or first in ("e", "d"):
         return [{}]
     step = max(1, rows * _LARGE // spec.nbytes)
@@ -137,12 +152,7 @@ def _strips(pair: Pair, spec: TensorSpec) -> list[dict[str, range]]:
 
 
 def _compare(
-    hf: Reader,
-    trees: tuple[Reader, Reader | None],
-    pair: Pair,
-    index: Mapping[str, int],
-    name: str,
-    progress: Progress,
+    hf: Reader, trees: tuple[Reader, Reader | None], pair: Pair, index: Mapping[str, int], name: str, progress: Progress
 ) -> Iterator[str]:
     """One tensor of Hugging Face against its part of an array, in strips of its first axis where it is large.
 
@@ -153,10 +163,10 @@ def _compare(
         yield f"{name} is not in {hf.path}"
         return
     spec, axes = hf.tensors[name], pair.target.pattern
-    kept = [axis for axis in pair.source.pattern.axes if axis not in index]
+    kept = [axis for axis in _stored(pair, index).axes if axis not in index]
     known = {axis: size for axis, size in pair.counts.items() if axis in axes.axes}
     array = tree.tensors.get(pair.source.key.render(index))
-    if array is None or array.dtype != spec.dtype:
+    if array is None or array.dtype != computed.type_there(pair, spec.dtype):
         yield f"{name} is {spec.dtype}, and {pair.source.key.render(index)} is {array.dtype if array else 'not there'}"
         return
     if len(spec.shape) != len(axes.groups):
@@ -171,7 +181,8 @@ def _compare(
             yield f"{name} has the shape {spec.shape}, which is not of the form '{axes.text}' with {known}"
             return
         one, other = one[tuple(index[axis] for axis in _cut(pair))], _other(tree, pair, index, strip)
-        other = _own_rows(pair, kept, index, other) if pair.turns and other is not None else other
+        if pair.turns and other is not None:
+            one, other = _own_rows(pair, kept, index, one, other)
         original = _other(originals, pair, index, strip) if originals else None
         if other is None or not _alike(pair, kept, spec.dtype, one, other, original):
             yield f"{name} differs from {pair.source.key.render({'l': 0, **index})}"
@@ -179,17 +190,24 @@ def _compare(
         progress(one.nbytes)
 
 
-def _own_rows(pair: Pair, axes: list[str], index: Mapping[str, int], tree: NDArray[Any]) -> NDArray[Any] | None:
-    """What MaxText's array has of this tensor, which is a part of it."""
+def _own_rows(
+    pair: Pair, axes: list[str], index: Mapping[str, int], hf: NDArray[Any], tree: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """What is one tensor on either side, of both: the other side has the rows of all in one, or does not."""
     assert pair.turns
-    at = axes.index(ROWS)
-    return tree.take(positions(pair.turns, index[TENSOR]), at) if tree.shape[at] == pair.turns.total else None
+    own = rows_of(hf if _is_one(pair) else tree, pair.turns, index[TENSOR], axes.index(ROWS))
+    if own is None or not _is_one(pair):
+        return hf, own
+    stored = " ".join(token for token in _stored(pair, index).tokens if token not in index)
+    return rearrange(own, f"{' '.join(axes)} -> {stored}"), tree
 
 
 def _alike(pair: Pair, axes: list[str], code: str, hf: NDArray[Any], tree: NDArray[Any], original: NDArray[Any] | None) -> bool:
     """Whether both hold the same, bit for bit, or by the rule that MaxText computes by, unless the tree keeps an original."""
     if not pair.computed or hf.shape != tree.shape:
         return np.array_equal(hf, tree)
+    if not RULES[pair.computed].axis:
+        return computed.same_numbers(hf, tree)
     if original is not None:
         return np.array_equal(hf, original)
     return computed.agree(hf, tree, code, pair, hf.shape[axes.index(RULES[pair.computed].axis)])
@@ -205,7 +223,7 @@ class _Part(NamedTuple):
 
 def _located(tree: Reader, pair: Pair, index: Mapping[str, int], strips: Mapping[str, range]) -> _Part | None:
     """The part of MaxText's array at this index, if there is one."""
-    name, groups = pair.source.key.render(index), pair.source.pattern.groups
+    name, groups = pair.source.key.render(index), _stored(pair, index).groups
     if name not in tree.tensors or len(tree.tensors[name].shape) != len(groups):
         return None
     slices, dropped = [], []

@@ -145,6 +145,11 @@ def positions(turns: Turns, tensor: int) -> NDArray[Any]:
     return np.concatenate(own[tensor])
 
 
+def rows_of(whole: NDArray[Any], turns: Turns, tensor: int, at: int) -> NDArray[Any] | None:
+    """The rows of one tensor, of the joined one, whose dimension `at` has those of all; None if it has not so many."""
+    return whole.take(positions(turns, tensor), at) if whole.shape[at] == turns.total else None
+
+
 def stretches(turns: Turns, tensor: int) -> list[range]:
     """The same, as ranges that follow one another in the tensor."""
     places = positions(turns, tensor)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from convert.options import Verification
 from convert.planning.across.pairs import Pair, Sides, names_of, pairs_of, there, trees_of
 from convert.planning.across.plan import config_of, fused_in, stacked_along
-from convert.planning.across.which import tree_in
+from convert.planning.across.which import named_in, tree_in
 from convert.verifier.bits.across import group_of
 from convert.verifier.bits.logical import Block
 from convert.verifier.bits.order import STRIP
@@ -47,13 +47,14 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
     """
     config, named = config_of(tree), options.family or origin_of(tree).family
     found = find_family(config, list(tree.tensors), where=tree.path, format="hf", override=named)
-    rows, scan = tree_in(tree, trees_of(found, tree.path))
+    rows, scan = tree_in(tree, named_in(tree, trees_of(found, tree.path)))
     where = stacked_along(tree, options.scan_axis)
     stored, real = fused_in(tree, where, options.source_layout)
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
-    pairs = [pair for pair in there(pairs_of(rows, sides, config), tree.tensors) if _is_there(tree, pair)]
-    if rules := sorted({pair.computed for pair in pairs if pair.computed}):
+    wanted = there(pairs_of(rows, sides, config), tree.tensors)
+    if rules := sorted({pair.computed for pair in wanted if pair.computed}):
         raise PlanError(f"MaxText holds other values than Hugging Face does ({', '.join(rules)})")
+    pairs = [pair for pair in wanted if _is_there(tree, pair)]
     known = {name for pair in pairs for name in names_of(pair)}
     if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} - known | known - tree.tensors.keys()):
         raise PlanError(f"{lonely[0]} {'is missing' if lonely[0] in known else 'has no place in Hugging Face'}")
