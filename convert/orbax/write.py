@@ -10,6 +10,7 @@ run continues behind it, and removes what an interrupted run left of a batch, so
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from convert.progress import Progress
 from layouts.card import CARD
 from layouts.computing import uncomputed
 from layouts.disk.faults import writing
+from layouts.disk.files import CONFIG, read_object
 from layouts.disk.places import is_remote
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
@@ -186,7 +188,9 @@ class OrbaxWriter:
             stage.folder.write_text(_name(self.origin.place.parent / STEP), render_step(plan.scanned))
         notes = write_card(plan, self.reader, stage.folder)
         for name in plan.side_files:
-            if name not in (manifest.NAME, CARD) and not (is_remote(stage.path) and name.endswith(COMMITTED)):
+            if name == CONFIG and self.reader.config != read_object(plan.source / CONFIG):  # what is computed is not quantised
+                stage.folder.write_text(name, json.dumps(self.reader.config, indent=2, ensure_ascii=False) + "\n")
+            elif name not in (manifest.NAME, CARD) and not (is_remote(stage.path) and name.endswith(COMMITTED)):
                 stage.folder.copy_in(plan.source / name, name)
         original = manifest.original_of(plan, self.reader)
         files = files_of_item(stage.path, plan, self.origin, {METADATA: texts[METADATA]})

@@ -172,6 +172,9 @@ def test_dequantised_it_is_the_tree_without_scales(tmp_path):
     convert.prefuse(source, out, to="orbax", dequantize="bf16")
     tree = convert.load(out, names=lambda name: name.removeprefix("params.params.decoder.layers."))
     assert not [name for name in tree if name.endswith("_scale")]
+    convert.split(out, tmp_path / "again", to="hf")
+    for where in (out, tmp_path / "again"):
+        assert "quantization_config" not in json.loads((where / "config.json").read_text()), "it would be computed once more"
     weight, scale = (
         published()[f"model.language_model.layers.4.mlp.experts.1.up_proj.weight{word}"] for word in ("", "_scale_inv")
     )
