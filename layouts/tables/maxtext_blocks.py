@@ -50,8 +50,8 @@ _VISION = Tree(
             f"{_SEEN}.vision_entry.pos_emb_param",
             "p q k",
         ),
-        Row(f"{_TOWER}.std_scale", "k", f"{_SEEN}.std_scale", "k", optional=True),
-        Row(f"{_TOWER}.std_bias", "k", f"{_SEEN}.std_bias", "k", optional=True),
+        Row(f"{_TOWER}.std_scale", "k", f"{_SEEN}.std_scale", "k"),
+        Row(f"{_TOWER}.std_bias", "k", f"{_SEEN}.std_bias", "k"),
         Row(
             "model.embed_vision.embedding_projection.weight",
             "o k",
@@ -76,6 +76,7 @@ _VISION = Tree(
             ),
         ),
     ),
+    only=(("standardize", (True,), "scales and biases of what it has seen"),),
 )
 _MOE = "mlp.moe_block"
 _LAYER = (

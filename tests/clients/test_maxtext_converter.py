@@ -15,7 +15,10 @@ pytest.importorskip("torch")
 maxtext = pytest.importorskip("maxtext")
 
 import ml_dtypes  # noqa: E402
+import psutil  # noqa: E402
+from flax.traverse_util import flatten_dict  # noqa: E402
 from maxtext.checkpoint_conversion import to_maxtext  # noqa: E402
+from maxtext.checkpoint_conversion.standalone_scripts import llama4_ckpt_unscanned  # noqa: E402
 from maxtext.checkpoint_conversion.utils import param_mapping  # noqa: E402
 from maxtext.configs import pyconfig  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -38,6 +41,14 @@ SEEN: Mapping[str, tuple[str, ...]] = {
     "out_hidden_size_for_vit": ("out_hidden_size",),
     "num_position_embeddings_for_vit": ("num_position_embeddings", "position_embedding_size"),
     "deepstack_visual_indexes_for_vit": ("deepstack_visual_indexes",),
+    # of Llama 4
+    "image_size_for_vit": ("image_size",),
+    "tile_size_for_vit": ("image_size",),
+    "num_channels_for_vit": ("num_channels",),
+    "vision_output_dim_for_vit": ("vision_output_dim",),
+    "projector_input_dim_for_vit": ("projector_input_dim",),
+    "projector_output_dim_for_vit": ("projector_output_dim",),
+    "pixel_shuffle_ratio_for_vit": ("pixel_shuffle_ratio",),
 }
 HEARD: Mapping[str, tuple[str, ...]] = {
     f"{word}_for_audio": (word,)
@@ -49,7 +60,11 @@ HEARD: Mapping[str, tuple[str, ...]] = {
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3_vl_moe": ("qwen3-vl-30b-a3b", {}),
     "qwen3_omni_moe": ("qwen3-omni-30b-a3b", {"use_audio": True}),
+    "qwen3_5_moe-cycles": ("qwen3.5-35b-a3b", {}),
+    "gemma4-seen": ("gemma4-26b", {}),
 }
+
+COMPUTED = {"gemma4-seen": "embedding-scale"}
 
 
 def words(names: Mapping[str, tuple[str, ...]], stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,19 +77,23 @@ def values(tensor: Any) -> np.ndarray:
     return to_maxtext._convert_tensor_to_numpy(tensor)
 
 
-def theirs(case: str, stated: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What MaxText's converter makes of what sees and hears, by the names that leaves have in a tree."""
-    kind, special = CASES[case]
-    whole = stated.get("thinker_config", stated)
+def config_of(kind: str, stated: Mapping[str, Any], special: Mapping[str, Any]) -> Any:
+    """MaxText's config of a model of this kind and these sizes."""
     options = {
         **{word: value for word, value in models.RUN.items() if word != "weight_dtype"},
-        **words(models.WORDS, whole["text_config"]),
-        **words(SEEN, whole["vision_config"]),
-        **words(HEARD, whole.get("audio_config") or {}),
+        **words(models.WORDS, stated["text_config"]),
+        **words(SEEN, stated["vision_config"]),
+        **words(HEARD, stated.get("audio_config") or {}),
         **special, "model_name": kind, "scan_layers": False, "use_multimodal": True, "use_mrope": False, "head_dim": 16,
     }  # fmt: skip
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
-    config = pyconfig.initialize(["", str(base), *(f"{word}={models._text(value)}" for word, value in options.items())])
+    return pyconfig.initialize(["", str(base), *(f"{word}={models._text(value)}" for word, value in options.items())])
+
+
+def theirs(case: str, stated: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What MaxText's converter makes of what sees and hears, by the names that leaves have in a tree."""
+    kind, special = CASES[case]
+    config = config_of(kind, stated.get("thinker_config", stated), special)
     shapes, _ = to_maxtext.get_maxtext_model_info(config)
     names = param_mapping.PARAM_MAPPING[kind](stated, config, False)
     hooks = param_mapping.HOOK_FNS[kind](stated, config, False, saving_to_hf=False)
@@ -99,11 +118,42 @@ def test_encoders_are_what_maxtext_makes_of_them(case, tmp_path, monkeypatch):
     if case in models.EDITED:
         models.EDITED[case](tmp_path / "in")
     stated = json.loads((tmp_path / "in" / "config.json").read_text())
-    convert.reformat(tmp_path / "in", tmp_path / "tree", to="orbax", scan=False)
+    convert.reformat(tmp_path / "in", tmp_path / "tree", to="orbax", scan=False, compute=COMPUTED.get(case))
     wanted = theirs(case, stated, load_file(tmp_path / "in" / "model.safetensors"))
-    tree = open_checkpoint(tmp_path / "tree")
-    assert {name for name in tree.tensors if "_encoder." in name} == set(wanted)
+    assert_same(tmp_path / "tree", wanted, "_encoder.")
+    assert len(wanted) > 20
+
+
+def assert_same(path: Path, wanted: Mapping[str, np.ndarray], word: str = "") -> None:
+    """That the arrays of a tree whose names have this word are these, bit for bit."""
+    tree = open_checkpoint(path)
+    assert {name for name in tree.tensors if word in name} == set(wanted)
     for name, array in wanted.items():
         ours = tree.read(name, (slice(None),) * array.ndim)
         assert np.array_equal(ours.view(bits("BF16")), np.asarray(array, ml_dtypes.bfloat16).view(bits("BF16"))), name
-    assert len(wanted) > 20
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_llama_4_is_what_maxtexts_script_makes_of_it(step, tmp_path):
+    """All of it, text too; names and shapes are those of MaxText's model."""
+    built = models.tiny_models.config("llama4-seen")
+    built.text_config.interleave_moe_layer_step = step
+    built.text_config.moe_layers = list(range(step - 1, 4, step))
+    models.tiny_models.built(built).save_pretrained(tmp_path / "in")
+    stated = json.loads((tmp_path / "in" / "config.json").read_text())
+    convert.reformat(tmp_path / "in", tmp_path / "tree", to="orbax", scan=False)
+    text, seen = stated["text_config"], stated["vision_config"]
+    sizes = {
+        "num_layers": text["num_hidden_layers"], "num_heads": text["num_attention_heads"], "dims_per_head": text["head_dim"],
+        "num_kv_heads": text["num_key_value_heads"], "vocab": text["vocab_size"], "interleave_moe_layer_step": step,
+        "rope_type": "llama3.1", "scale_query": False, "num_layers_vit": seen["num_hidden_layers"],
+        "num_att_head_vit": seen["num_attention_heads"], "hidden_size_vit": seen["hidden_size"],
+    }  # fmt: skip
+    made = llama4_ckpt_unscanned._convert_huggingface_to_jax_weights(
+        str(tmp_path / "in"), "llama4-17b-16e", sizes, psutil.Process()
+    )
+    wanted = {f"params.params.{'.'.join(place)}": array for place, array in flatten_dict(made).items()}
+    assert_same(tmp_path / "tree", wanted)
+    shapes, _ = to_maxtext.get_maxtext_model_info(config_of("llama4-17b-16e", stated, {}))
+    shapes = {f"params.{key.replace('-', '.')}": tuple(shape) for key, (_, shape) in shapes.items()}
+    assert shapes == {name: array.shape for name, array in wanted.items()}

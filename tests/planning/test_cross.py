@@ -507,6 +507,40 @@ def test_a_block_that_predicts_further_tokens_is_there_as_a_whole_or_not_at_all(
         across(MemoryReader(arrays, config=source.config), to_maxtext=True)
 
 
+ENCODERS = [
+    ("qwen3_vl_moe", "model.visual.pos_embed.weight"),
+    ("qwen3_omni_moe", "thinker.audio_tower.conv_out.weight"),
+    ("qwen3_5_moe", "model.visual.patch_embed.proj.bias"),
+    ("llama4", "vision_model.class_embedding"),
+    ("gemma4", "model.vision_tower.std_scale"),
+]
+
+
+@pytest.mark.parametrize(("name", "gone"), ENCODERS)
+def test_an_encoder_is_there_as_a_whole_or_not_at_all(name, gone):
+    """MaxText's model of what sees and hears has all of it; that of text alone has none."""
+    source = reader(name)
+    arrays = {key: array for key, array in source.arrays.items() if key != gone}
+    with pytest.raises(InputError, match=gone.replace(".", r"\.") + " is missing"):
+        across(MemoryReader(arrays, config=source.config), to_maxtext=True)
+    whole = across(source, to_maxtext=True).arrays
+    text = {key: array for key, array in whole.items() if "_encoder." not in key}
+    bare = MemoryReader(text, config=source.config, format="orbax")
+    assert same(across(across(bare, to_maxtext=False), to_maxtext=True).arrays, text)
+    lost = next(key for key in whole if "_encoder." in key)
+    tree = {key: array for key, array in whole.items() if key != lost}
+    with pytest.raises(InputError, match="is missing"):
+        across(MemoryReader(tree, config=source.config, format="orbax"), to_maxtext=False)
+
+
+def test_an_encoder_of_another_kind_is_no_broken_one():
+    source = reader("gemma4")
+    config = {**source.config, "vision_config": {**source.config["vision_config"], "standardize": False}}
+    arrays = {key: array for key, array in source.arrays.items() if ".std_" not in key}
+    with pytest.raises(PlanError, match=r"standardize is False .* its own has scales"):
+        across(MemoryReader(arrays, config=config), to_maxtext=True)
+
+
 @pytest.mark.parametrize("count", [-1, 65, "1", [1]])
 def test_a_number_of_blocks_that_is_none_is_refused(count):
     source = reader("deepseek_v32")

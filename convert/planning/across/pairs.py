@@ -34,9 +34,10 @@ _BIAS, GRID, _TREES_GRID = (
 class Pair:
     """The two places of one kind of tensor. `counts` are the sizes of axes that no shape tells: names hold them, or heads.
 
-    `real` are those of the source's axes that are stored with padding. Tensors of one `block` are there together, or none is. A
-    `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by the rule `computed`.
-    One side has as one what the other has as several, in `turns`; `parts` are the patterns of these, where they differ.
+    `real` are those of the source's axes that are stored with padding. Tensors of one `block`, say an encoder, are there
+    together, or none is. A `twin` is in Hugging Face only, and holds what stands elsewhere as well. MaxText has other values by
+    the rule `computed`. One side has as one what the other has as several, in `turns`; `parts` are the patterns of these, where
+    they differ.
     """
 
     role: str
@@ -94,7 +95,7 @@ def pairs_of(tree: Tree, sides: Sides, config: Mapping[str, Any]) -> Iterator[Pa
     """
     for part in parts_of(tree, config):
         for pair in _pairs(part, sides):
-            yield replace(pair, optional=True) if part.optional else pair
+            yield replace(pair, block=part.encoder) if part.encoder else pair
 
 
 def there(pairs: Iterable[Pair], names: Collection[str]) -> list[Pair]:
@@ -105,18 +106,25 @@ def there(pairs: Iterable[Pair], names: Collection[str]) -> list[Pair]:
     """
     found = [(pair, _has_some(pair, names)) for pair in pairs]
     blocks = {pair.block for pair, has in found if has and not pair.twin}
-    return [pair for pair, has in found if (has or not pair.optional) and (not pair.block or pair.block in blocks)]
+    kept = [pair for pair, has in found if (has or not pair.optional) and (not pair.block or pair.block in blocks)]
+    for pair in kept:
+        if (count := _count(pair)) > len(names):
+            such = f"{count:,} tensors such as {_first(pair)}"
+            raise InputError(f"config.json says that there are {such}; {len(names):,} are there in all")
+    return kept
 
 
 def _has_some(pair: Pair, names: Collection[str]) -> bool:
     """Whether there is one of a kind, which is compared before it is counted out: a small file may say a billion."""
-    key = pair.source.key
-    if (count := math.prod(pair.counts[slot] for slot in key.slots)) <= len(names):
-        return any(name in names for name in names_of(pair))
-    first = key.render(dict.fromkeys(key.slots, 0))
-    if first in names or not pair.optional:
-        raise InputError(f"config.json says that there are {count:,} tensors such as {first}; {len(names):,} are there in all")
-    return False
+    return any(name in names for name in (names_of(pair) if _count(pair) <= len(names) else [_first(pair)]))
+
+
+def _first(pair: Pair) -> str:
+    return pair.source.key.render(dict.fromkeys(pair.source.key.slots, 0))
+
+
+def _count(pair: Pair) -> int:
+    return math.prod(pair.counts[slot] for slot in pair.source.key.slots)
 
 
 def _pairs(part: Part, sides: Sides) -> Iterator[Pair]:

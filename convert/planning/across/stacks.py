@@ -20,7 +20,7 @@ _MOST = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The text of a model, or an encoder: its tree and its words. MaxText can leave an encoder out (`optional`).
+    """The text of a model, or an `encoder` by its word: its tree and its words. MaxText can leave an encoder out, as a whole.
 
     `block` are the rows of weights, and the columns, that have one scale, if `config.json` says that they are quantised so.
     """
@@ -28,7 +28,7 @@ class Part:
     tree: Tree
     config: Mapping[str, Any]
     wrapped: tuple[str, str] = ("", "")
-    optional: bool = False
+    encoder: str = ""
     block: tuple[int, int] | None = None
 
     def named(self, name: str) -> str:
@@ -69,7 +69,7 @@ def parts_of(tree: Tree, config: Mapping[str, Any]) -> Iterator[Part]:
     yield Part(tree=tree, config=text, wrapped=tree.wrapped, block=block)
     for word, encoder in tree.encoders:
         if isinstance(stated := config.get(word), Mapping):
-            yield Part(tree=encoder, config=stated, optional=True)
+            yield Part(tree=encoder, config=stated, encoder=word)
 
 
 def layers_of(part: Part) -> Iterator[Layers]:

@@ -96,9 +96,9 @@ def _hint(sides: Sides, tree: Tree, config: Mapping[str, Any], left: Collection[
 
 def _check_kind(reader: Reader, tree: Tree, config: Mapping[str, Any]) -> None:
     """Say why tensors do not fit the tree, where `config.json` tells that it is of another kind of model."""
-    text = next(parts_of(tree, config)).config
-    for word, values, kind in tree.only:
-        if (stated := text.get(word)) is not None and stated not in values:
+    words = [(each.config, *only) for each in parts_of(tree, config) for only in each.tree.only]
+    for said, word, values, kind in words:
+        if (stated := said.get(word)) is not None and stated not in values:
             raise PlanError(
                 f"{reader.path}: {word} is {str(stated)[:80]} in config.json, and MaxText has no such model: its own has {kind}"
             )

@@ -31,7 +31,7 @@ from layouts.matching.lookup import find_family
 from layouts.matching.origin import hf_name, origin_of
 from layouts.reader import Reader
 from layouts.tables.families import families_of
-from layouts.tables.maxtext import LAYERS
+from layouts.tables.maxtext import LAYERS, MTP
 from layouts.tensors import TensorSpec
 
 
@@ -74,7 +74,7 @@ def formats_of(hf: Reader, tree: Reader, said: tuple[Said, Said] = (Said(), Said
     # Of the Hugging Face side only places are asked here, which are the same in all of its layouts.
     sides = Sides(family=found, tree=where, hf=found.native[0], maxtext=stored, scan=scan, to_maxtext=False, real=real)
     pairs = tuple(there(pairs_of(rows, sides, config), tree.tensors))
-    left_out = mtp_places(rows, config) if origin.without and not any(pair.block for pair in pairs) else ()
+    left_out = mtp_places(rows, config) if origin.without and not any(pair.block.startswith(MTP) for pair in pairs) else ()
     return Formats(hf=hf, tree=tree, config=config, sides=sides, pairs=pairs, described=described, left_out=left_out)
 
 
