@@ -49,8 +49,9 @@ def train(where: Path, run: str, *options: str) -> Path:
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
     own = [f"run_name={run}", f"base_output_directory={where}"]
     command = [sys.executable, "-m", "maxtext.trainers.pre_train.train", str(base), *own, *OPTIONS.split(), *options]
-    devices = "--xla_force_host_platform_device_count=4" if ON_FOUR.split()[0] in options else ""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}"}
+    devices = ["--xla_force_host_platform_device_count=4"] if ON_FOUR.split()[0] in options else []
+    flags = [*os.environ.get("XLA_FLAGS", "").split(), *devices]  # XLA ends where there are none but a space
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return where / run / "checkpoints"
