@@ -1,16 +1,22 @@
-"""Which files lie beside the arrays of an item.
+"""Which files lie beside the arrays of an item, and which other items.
 
-In: a checkpoint's directory, its item, where arrays have directories of their own. Out: the other files. It opens none.
+In: a checkpoint's directory, its item, where arrays have directories of their own. Out: the other files, and of each other item
+with arrays of experts the first of these. It opens only what names the arrays of an item.
+
+A step may have weights in one item and the optimizer's state in another, as `training_engine/checkpointing.py` of MaxText 0.2.5
+saves them. Copied as they are, such arrays would not fit weights that are fused.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from layouts.disk.files import read_object
 from layouts.disk.places import is_remote, names_of
-from layouts.orbax.tree import OWN, PROCESS, UNFINISHED
+from layouts.orbax.tree import METADATA, OWN, PROCESS, UNFINISHED, read_leaves
 from layouts.side_files import WEIGHT_FOLDERS, SideFiles, sort_files
 
 
@@ -19,6 +25,7 @@ def files_beside(path: Path, item: Path, arrays: Iterable[str]) -> SideFiles:
 
     Raises:
         OSError: a directory cannot be listed.
+        InputError: another item is damaged.
     """
     own, steps = {*OWN, *(name.split("/")[0] for name in arrays)}, item.relative_to(path).parts
 
@@ -30,4 +37,22 @@ def files_beside(path: Path, item: Path, arrays: Iterable[str]) -> SideFiles:
     def size(name: str) -> int:
         return 0 if is_remote(path) else os.stat(path / name).st_size
 
-    return sort_files(filter(is_other, names_of(path)), size, WEIGHT_FOLDERS.difference(steps))
+    found = sort_files(filter(is_other, names_of(path)), size, WEIGHT_FOLDERS.difference(steps))
+    apart = tuple(f"{name}/" for name, _ in items_beside(path, item))
+    other = {name: nbytes for name, nbytes in found.plain.items() if apart and name.startswith(apart)}
+    plain = {name: nbytes for name, nbytes in found.plain.items() if name not in other}
+    return replace(found, plain=plain, weights={**found.weights, **other})
+
+
+def items_beside(path: Path, item: Path) -> Iterator[tuple[str, str]]:
+    """The other items of the step, by their names from the checkpoint's directory, that have arrays of experts: the first each.
+
+    Raises:
+        InputError: one is damaged.
+    """
+    for other in sorted(item.parent.iterdir()) if path != item else ():
+        if other != item and UNFINISHED not in other.name and (other / METADATA).is_file():
+            leaves = read_leaves(other, read_object(other / METADATA))
+            first = next((name for name in leaves if f"{name.rpartition('.')[2]}_".startswith("wi_")), None)
+            if first:
+                yield str(other.relative_to(path)), first

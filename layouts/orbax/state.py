@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from layouts.errors import PlanError
+from layouts.orbax.beside import items_beside
 from layouts.orbax.reader import OrbaxReader
 from layouts.orbax.tree import Leaf
 from layouts.reader import Reader
@@ -41,6 +42,23 @@ def with_optimizer(reader: Reader, *, drop: bool) -> Reader:
     return reader
 
 
+def check_items(reader: Reader) -> None:
+    """Refuse a checkpoint whose step has arrays of experts in another item, which would stay as they are.
+
+    Raises:
+        PlanError: it has; the message names the item.
+        InputError: another item is damaged.
+    """
+    if not isinstance(reader, OrbaxReader):
+        return
+    for name, array in items_beside(reader.path, reader.item):
+        raise PlanError(
+            f"{reader.path / name}: another item of this step, with {array}, which would not fit what becomes of "
+            f"{reader.item.name}. Leave such items out with --drop-optimizer, take them as they are with --copy-all, or "
+            f"convert each by its own path"
+        )
+
+
 def check_optimizer(reader: OrbaxReader) -> None:
     """Refuse a checkpoint whose optimizer state would not fit the fused weights.
 
@@ -62,10 +80,11 @@ def _problems(reader: OrbaxReader) -> Iterator[str]:
         if not _is_state(name):
             continue
         owner = next((weight for tail, weight in weights.items() if f".{tail}." in f"{name}."), None)
-        if owner is None:
-            continue
-        if _MUON in name.split("."):
+        *places, last = name.split(".")
+        if _MUON in places and (owner or last in _FUSED):  # the weights may be in another item
             yield f"{name} is muon's, which turns each matrix as a whole: gate and up together are another matrix"
+        elif owner is None:
+            continue
         elif not name.endswith(f".{_tail(owner)}"):
             yield f"{name} is a state of several parts for one weight, which cannot be joined as the weights are"
         elif name in reader.tensors and reader.tensors[name].shape != reader.tensors[owner].shape:

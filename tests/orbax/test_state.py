@@ -73,8 +73,10 @@ def test_muon_is_refused_although_its_momentum_has_the_shape_of_the_weights(tmp_
     moments = {"opt_state": {"inner_states": {"muon": {"mu": params()}}}}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "in", args=ocp.args.PyTreeSave({"params": params(), **moments}))
-    with closing(open_checkpoint(tmp_path / "in")) as reader, pytest.raises(PlanError, match=r"muon's.*--drop-optimizer"):
-        check_optimizer(reader)
+        checkpointer.save(tmp_path / "alone", args=ocp.args.PyTreeSave(moments))  # an item of its own
+    for name in ("in", "alone"):
+        with closing(open_checkpoint(tmp_path / name)) as reader, pytest.raises(PlanError, match=r"muon's.*--drop-optimizer"):
+            check_optimizer(reader)
 
 
 def test_an_optimizer_that_is_left_out_is_empty_in_the_tree(tmp_path):

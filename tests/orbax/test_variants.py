@@ -155,6 +155,25 @@ def test_items_of_steps_are_found(item, tmp_path):
     assert (tmp_path / "out" / "other" / "metadata").read_bytes() == (tmp_path / "in/1000/other/metadata").read_bytes()
 
 
+def test_experts_in_another_item_are_not_taken_for_side_files(tmp_path):
+    """MaxText's training engine saves its optimizer's state beside the weights: separate there, it would not fit a fused wi."""
+    tree = TREES["Linen"]()
+    with ocp.CheckpointManager(tmp_path / "in", item_names=("model_params", "optimizer_state", "means")) as manager:
+        state, means = {"opt_state": {"mu": tree["params"]}}, {"loss": np.ones(3)}
+        items = {"model_params": tree, "optimizer_state": state, "means": means}
+        manager.save(7, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(each) for item, each in items.items()}))
+        manager.wait_until_finished()
+    with pytest.raises(PlanError, match=r"7/optimizer_state: another item .*moe_block\.wi_0.*drop_optimizer=True"):
+        convert.prefuse(tmp_path / "in", tmp_path / "out")
+    report = convert.prefuse(tmp_path / "in", tmp_path / "out", drop_optimizer=True)
+    assert {name.split("/")[1] for name in report.plan.left_out_files} == {"optimizer_state"}
+    assert "7/means/_METADATA" in report.plan.side_files
+    assert not (tmp_path / "out" / "7" / "optimizer_state").exists()
+    assert convert.verify(tmp_path / "in", tmp_path / "out", gemm=False).equal
+    convert.prefuse(tmp_path / "in" / "7" / "optimizer_state", tmp_path / "state")
+    assert "wi" in restore(tmp_path / "state")["opt_state"]["mu"]["params"]["decoder"]["layers"]["moe_block"]
+
+
 def test_v1_saves_are_read_and_what_is_written_v1_loads(tmp_path):
     v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
     write = getattr(v1, "save", None) or v1.save_pytree
