@@ -28,6 +28,7 @@ from convert.errors import InputError, UsageError, readable
 from convert.options import Choices, Running, Verification
 from convert.options.option import workers
 from convert.planning.across.computed import kept_bytes
+from convert.planning.across.rooted import rooted
 from convert.planning.choices import check, check_formats
 from convert.planning.planner import Action, Plan, make_plan
 from convert.progress import Progress, announce, begin, ignore
@@ -72,6 +73,7 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         if choices.to is not None and choices.to != reader.format:
             from convert.planning.across.plan import make_cross_plan
 
+            reader = rooted(reader)
             plan = make_cross_plan(reader, place(out), action, choices)
         elif between := "--drop-mtp" if choices.drop_mtp else "--compute" if choices.compute else "":
             raise UsageError(f"{source} is {reader.format} already; {between} is for conversions between formats (--to)")

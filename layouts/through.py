@@ -1,18 +1,24 @@
 """A checkpoint that is read as another one: what any reader says that shows another reader with something changed.
 
-In: an open checkpoint. Out: what it says, unchanged. Who derives from it says what is different, and nothing else.
+In: an open checkpoint. Out: what it says, unchanged. Who derives from it says what is different, and nothing else; here
+that is the names of tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from layouts.disk.pread import Extent
+import numpy as np
+from numpy.typing import NDArray
+
+from layouts.disk.pread import Empty, Extent
 from layouts.reader import Reader, ReadLimits, ReadUnit, held_by, remarks_of
 from layouts.side_files import SideFiles
+from layouts.tensors import TensorSpec
 from layouts.windows import Windows
 
 
@@ -99,3 +105,28 @@ class Through:
     def close(self) -> None:
         """Close the checkpoint."""
         self.inner.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenamedReader(Through):
+    """See `layouts.reader.Reader`; `names` are those in the checkpoint, by those that tensors have here."""
+
+    names: Mapping[str, str]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """All of them, by their names here."""
+        return {name: replace(self.inner.tensors[stored], name=name) for name, stored in self.names.items()}
+
+    def where(self, name: str) -> str:
+        """Where it is, and what it is called there."""
+        stored = self.names[name]
+        return f"{self.inner.where(stored)}{'' if stored == name else f' as {stored}'}"
+
+    def unit(self, name: str) -> ReadUnit | None:
+        """As it is."""
+        return self.inner.unit(self.names[name])
+
+    def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
+        """As it is."""
+        return self.inner.read(self.names[name], slices, empty)

@@ -14,6 +14,7 @@ from typing import Any
 
 from convert.errors import PlanError, UsageError, readable
 from convert.options import Verification
+from convert.planning.across.rooted import rooted
 from convert.planning.choices import check_source
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.candidates import ORIGIN, record_of
@@ -43,10 +44,10 @@ def said_of(options: Verification) -> tuple[Said, Said]:
 
 @contextmanager
 def opened(*paths: Path) -> Iterator[tuple[Reader, Reader]]:
-    """Two checkpoints, open."""
+    """Two checkpoints, open; of two formats, in the names that the tables have."""
     a, b = paths
     with closing(_opened(a)) as one, closing(_opened(b)) as other:
-        yield one, other
+        yield (one, other) if one.format == other.format else (rooted(one), rooted(other))
 
 
 def _opened(path: Path) -> Reader:

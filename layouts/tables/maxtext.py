@@ -26,6 +26,8 @@ ROOT = "params.params."
 """Where a training checkpoint of MaxText has its weights."""
 MTP = "mtp_block"
 """And below it, its blocks that predict further tokens."""
+PLACES = ("decoder.", "token_embedder.", f"{MTP}.", "vision_encoder.", "audio_encoder.")
+"""And all that a model consists of."""
 
 LORA_APART, LORA_FUSED = Template("{path}.wi_{g:0,1}_lora_{s:a,b}"), Template("{path}.wi_lora_{s:a,b}")
 LORA_DOWN = Template("{path}.wo_lora_{s:a,b}")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -81,6 +82,29 @@ def test_a_tree_says_along_which_axis_layers_are_that_maxtext_does_not_train(tmp
     assert convert.verify(source, tmp_path / "fused", gemm=False).equal
     convert.split(tmp_path / "fused", tmp_path / "again", to="hf")
     assert tree(source).items() <= tree(tmp_path / "again").items()
+
+
+@pytest.mark.parametrize(("name", "root"), [("deepseek_v3", ()), ("qwen3_moe", ("model",))])
+def test_a_model_below_another_root_is_one(name, root, tmp_path):
+    """As MaxText's training engine saves it: the state of an NNX module, with that of its random numbers."""
+    source = save(name, tmp_path / "in")
+    convert.reformat(source, tmp_path / "tree", to="orbax")
+    checkpointer = ocp.PyTreeCheckpointer()
+    model = checkpointer.restore(tmp_path / "tree" / "0" / "items")["params"]["params"]
+    model["decoder"]["rngs"] = {"dropout": {"key": np.ones(2, "u4")}}
+    for word in reversed(root):
+        model = {word: model}
+    step = tmp_path / "engine"
+    checkpointer.save(step / "model_params", model)
+    shutil.copy(source / "config.json", step)
+    with pytest.raises(PlanError, match=rf"first {'.'.join((*root, 'decoder.rngs'))}"):
+        convert.reformat(step, tmp_path / "out", to="hf")
+    convert.prefuse(step, tmp_path / "fused")
+    for tree_of in (step, tmp_path / "fused"):
+        assert convert.verify(source, tree_of, gemm=False).equal
+        out = tmp_path / f"{tree_of.name}-hf"
+        (convert.split if tree_of.name == "fused" else convert.reformat)(tree_of, out, to="hf", params_only=True)
+        assert convert.verify(source, out, gemm=False).equal
 
 
 BITS = [
