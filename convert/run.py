@@ -67,7 +67,8 @@ def _open_and_plan(source: str | Path, out: str | Path, action: Action, choices:
         if is_chunked(reader):
             from layouts.orbax.state import check_items, with_optimizer
 
-            reader = with_optimizer(reader, drop=choices.drop_optimizer)
+            if not choices.params_only:
+                reader = with_optimizer(reader, drop=choices.drop_optimizer)
             if not (choices.drop_optimizer or choices.params_only or choices.copy_all):
                 check_items(reader)
         if choices.to is not None and choices.to != reader.format:

@@ -104,7 +104,8 @@ def _plan(reader: Reader, layout: str | None, kind: str, choices: Choices) -> Pl
         raise UsageError(f"{reader.path} has these names already; --compute={choices.compute} is for those of the other format")
     if layout is None and kind == reader.format:
         return plan_as_stored(reader, choices)
-    _with_optimizer(reader, drop=False)
+    if not choices.params_only:
+        _with_optimizer(reader, drop=False)
     if kind != reader.format:
         action: Action = "prefuse" if fused else "convert"
         return make_cross_plan(reader, Path(), action, choices)

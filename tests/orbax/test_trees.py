@@ -107,6 +107,21 @@ def test_a_model_below_another_root_is_one(name, root, tmp_path):
         assert convert.verify(source, out, gemm=False).equal
 
 
+def test_an_optimizer_that_is_left_out_need_not_be_fused(tmp_path):
+    source = save("qwen3_moe", tmp_path / "in")
+    convert.reformat(source, tmp_path / "tree", to="orbax")
+    checkpointer = ocp.PyTreeCheckpointer()
+    found = checkpointer.restore(tmp_path / "tree" / "0" / "items")
+    checkpointer.save(tmp_path / "run" / "items", found | {"opt_state": {"muon": {"mu": found["params"]}}})
+    shutil.copy(source / "config.json", tmp_path / "run")
+    with pytest.raises(PlanError, match="muon's"):
+        convert.reformat(tmp_path / "run", tmp_path / "out", to="hf")
+    convert.reformat(tmp_path / "run", tmp_path / "out", to="hf", params_only=True)
+    assert convert.verify(source, tmp_path / "out", gemm=False).equal
+    leaf = "model.layers.0.mlp.gate.weight"
+    assert leaf in convert.load(tmp_path / "run", layout="concat", names="hf", params_only=True)
+
+
 BITS = [
     ("deepseek_v32", "model.layers.3.eh_proj.weight"),
     ("deepseek_v32", "model.layers.3.mlp.experts.7.down_proj.weight"),
