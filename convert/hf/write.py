@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from convert.card import write_card
@@ -226,16 +226,13 @@ def _index(plan: Plan, files: Sequence[File], original: manifest.Original | None
 
     Original files have the index that they had, or none as before, unless that would say something else here.
     """
-    own, old = {file.name for file in files}, None
+    own, text = {file.name for file in files}, partial(index_text, plan.nbytes, files)
     others = {name for name in plan.side_files if "/" not in name and name.endswith(".safetensors")}
     if original is None or own != set(original.headers):
-        needed = len(own) > 1 or bool(others)
-    else:
-        old = original.texts.get(INDEX)
-        needed = old is not None or set(unindexed(own | others)) != own
-    if old is not None and _agree(old, files):
-        return old
-    return index_text(plan.nbytes, files) if needed else None
+        return text() if len(own) > 1 or others else None
+    if (old := original.texts.get(INDEX)) is None:
+        return None if set(unindexed(own | others)) == own else text()
+    return old if _agree(old, files) else text()
 
 
 def _agree(old: str, files: Sequence[File]) -> bool:
