@@ -58,7 +58,7 @@ def test_what_writing_raises_is_our_bug(tmp_path, monkeypatch, capsys):
 
     source = checkpoint(tmp_path / "in", tensors(QWEN), config(QWEN))
     monkeypatch.setattr(write, "index_text", fail)
-    assert cli.main(["--prefuse", "--quiet", str(source), str(tmp_path / "out")]) == 70
+    assert cli.main(["--prefuse", "--quiet", "--max-shard-size", "1kB", str(source), str(tmp_path / "out")]) == 70
     assert "this is a bug" in capsys.readouterr().err
 
 

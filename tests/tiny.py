@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ class MemoryReader:
 
     def read(self, name: str, slices: tuple[slice, ...], empty: Any = np.empty) -> np.ndarray:
         return self.arrays[name][(*slices, ...)]
+
+    def extents(self, names: Sequence[str]) -> None:
+        pass
 
     def close(self) -> None:
         pass
