@@ -9,20 +9,19 @@ In: `config.json` and names. Out: a family, or an error that names the nearest. 
 from __future__ import annotations
 
 import heapq
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from layouts.errors import PlanError
+from layouts.language.alike import alike
 from layouts.language.layout import Layout, Layouts
 from layouts.tables.families import NOT_GATED, Family, families_of
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import TARGETS
 
 _ALL: Mapping[str, Layouts] = {**TARGETS, **SOURCES}
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _KINDS = 1_000
 """Kinds of names that a hint looks at: a model has dozens, and a header of 50,000 odd names must not cost seconds."""
 EXPERT_COUNTS = (
@@ -183,9 +182,9 @@ def _known(kinds: Iterable[str], table: Layouts, family: Family) -> set[str]:
 
 
 def _kinds(names: Iterable[str]) -> list[str]:
-    """One name of each kind, those of experts first, and no more than a model has."""
-    kinds = {_NUMBER.sub("0", name) for name in names}
-    return heapq.nsmallest(_KINDS, kinds, key=_experts_first)
+    """The first name of each form, those of experts first, and no more than a model has."""
+    every = list(names)
+    return heapq.nsmallest(_KINDS, (every[each.rows[0]] for each in alike(every)), key=_experts_first)
 
 
 def _experts_first(name: str) -> tuple[bool, str]:
