@@ -51,14 +51,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     named = choices.family or origin.family or (record_of(reader).get("family") if to_maxtext else None)
     found = find_family(config, list(reader.tensors), where=reader.path, format="hf", override=named)
     tree, sides, came = (_into_maxtext if to_maxtext else _out_of_maxtext)(reader, found, origin, choices, fused)
-    # What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
-    beside = reader.side_files
-    copied, left_out_files = beside.chosen(copy_all=choices.copy_all)
-    side_files = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
-    side_files = {name: nbytes for name, nbytes in side_files.items() if to_maxtext or name != ORIGINALS}
-    own = ORIGINALS.partition("/")[0]
-    if to_maxtext and (taken := next((name for name in side_files if name.partition("/")[0] == own), None)):
-        raise PlanError(f"{reader.path / taken}: no place for it, because a tree keeps its own originals in {own}/; remove it")
+    side_files, left_out_files = _beside(reader, choices, to_maxtext=to_maxtext)
     left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
@@ -79,7 +72,7 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         targets=Targets(targets),
         side_files=side_files,
         left_out_files=left_out_files,
-        never_copied=beside.never,
+        never_copied=reader.side_files.never,
         left_out=left_out,
         twins=() if choices.drop_mtp else twins_of(reader, tree, sides, config),
         scanned=sides.scan if to_maxtext else None,
@@ -88,6 +81,19 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         exact=computed.exact,
         values=computed.values,
     )
+
+
+def _beside(reader: Reader, choices: Choices, *, to_maxtext: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """The side files that come along, and those that do not.
+
+    What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
+    """
+    copied, left_out = reader.side_files.chosen(copy_all=choices.copy_all)
+    found = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
+    own = ORIGINALS.partition("/")[0]
+    if to_maxtext and (taken := next((name for name in found if name.partition("/")[0] == own), None)):
+        raise PlanError(f"{reader.path / taken}: no place for it, because a tree keeps its own originals in {own}/; remove it")
+    return {name: nbytes for name, nbytes in found.items() if name != ORIGINALS}, left_out
 
 
 def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Choices, *, to_maxtext: bool) -> dict[str, str]:
