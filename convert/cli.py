@@ -21,15 +21,18 @@ from convert.actions import act, action_of
 from convert.answers.envelope import envelope
 from convert.answers.words import EXAMPLES
 from convert.arguments import ACTIONS, parser
-from convert.errors import ConvertError, no_memory, one_line, printable, to_do
-from convert.terminal import columns, fitted
+from convert.errors import ConvertError, StorageError, no_memory, one_line, printable, to_do
+from convert.terminal import columns, fitted, mention, open_streams, say
 
 
 def command() -> int:
     """`main` in a process of its own: at its end Python would look through all objects for garbage, a sixth of a short run."""
+    open_streams()
     try:
         return main()
     finally:
+        for stream in (sys.stdout, sys.stderr):  # argparse prints by itself
+            mention("", stream)
         gc.freeze()
 
 
@@ -44,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Stopped as stopped:
         text = f"interrupted; run the same command again to go on (signal {stopped.signal})"
         return _failed(arguments, text, 128 + stopped.signal, debug=False)
-    except BrokenPipeError:
-        return _reader_left()
+    except BrokenPipeError:  # whoever read our text has seen enough (`| head`)
+        return 128 + signal.SIGPIPE
     except Exception as error:
         return _failed(arguments, *_told(error), debug=arguments.debug)
 
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(arguments: argparse.Namespace, text: str, code: int, *, debug: bool) -> int:
     """Say why there is no answer, to programs on stdout, too."""
     if arguments.json:
-        print(envelope(action_of(arguments), code, None, text))
+        mention(envelope(action_of(arguments), code, None, text), sys.stdout)
     return _complain(text, code, debug)
 
 
@@ -64,7 +67,8 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
         return _completed(found).parse_intermixed_args(words)
     except SystemExit:
         if found.said and any(word.partition("=")[0] == "--json" for word in words):
-            print(envelope(next((word[2:] for word in words if word in ACTIONS), "none"), 2, None, found.said))
+            action = next((word[2:] for word in words if word in ACTIONS), "none")
+            mention(envelope(action, 2, None, found.said), sys.stdout)
         raise
 
 
@@ -85,15 +89,24 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.paths and action_of(arguments) == "none":
         _failed(arguments, "say what to do; convert --help shows all", 2, debug=False)
-        print(f"\n{EXAMPLES}", end="", file=sys.stderr)
+        mention(f"\n{EXAMPLES.rstrip()}", sys.stderr)
         return 2
     answer = act(arguments)
     shown = answer.document if arguments.json else fitted(printable(answer.text), columns(sys.stdout))
     if shown:
-        print(shown)
+        _answer(shown)
     if answer.problem:
         _complain(str(answer.problem), answer.exit_code, debug=False)
     return answer.exit_code
+
+
+def _answer(text: str) -> None:
+    try:
+        say(text, sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(f"what there is to say cannot be written to stdout: {error.strerror}{to_do(error)}") from error
 
 
 class _Stopped(BaseException):
@@ -115,12 +128,6 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _reader_left() -> int:
-    """Whoever read our text has seen enough (`| head`); closing stdout must not complain again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
 
 
 def _told(error: Exception) -> tuple[str, int]:
@@ -150,6 +157,6 @@ def _wanted(package: str) -> str:
 
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    print(fitted(f"convert: {one_line(message)}", columns(sys.stderr)), file=sys.stderr)
+        mention(traceback.format_exc().rstrip(), sys.stderr)
+    mention(fitted(f"convert: {one_line(message)}", columns(sys.stderr)), sys.stderr)
     return code

@@ -157,7 +157,7 @@ class Lines:
     def tell(self, text: str) -> None:
         """See `Telling`; programs have the same numbers from `--dry-run --json`."""
         if not self._json:
-            print(f"convert: {text}", file=self._file, flush=True)
+            self._print(f"convert: {text}")
 
     def beat(self) -> None:
         """Say where it is, if it is time."""
@@ -182,7 +182,16 @@ class Lines:
             ahead = f", {left:.0f} s left" if left is not None else ""
             where = ": ".join(filter(None, ("convert", self._name, self._what)))
             line = f"{where}: {in_units(self._done)}{of}, {in_units(rate)}/s{ahead}"
-        print(line, file=self._file, flush=True)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        """A log whose disk is full, or whose terminal has gone, ends no hours of work; a reader who leaves does."""
+        try:
+            print(line, file=self._file, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
 
 def watching(kind: str, name: str = "", total: int | None = None) -> AbstractContextManager[Progress | None]:

@@ -1,12 +1,14 @@
-"""Text as wide as the terminal that shows it: no word and no pattern of axes is cut at its edge.
+"""Text as wide as the terminal that shows it, and streams that are closed, full or whose terminal has gone.
 
-In: text, and where it is printed. Out: text. Files, pipes and programs have every line as it is.
+In: text, and where it is printed. Out: text in which no word and no pattern of axes is cut; files, pipes and programs have
+every line as it is. What cannot be printed changes no exit code but that of the answer itself.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import textwrap
 from contextlib import suppress
 from typing import TextIO
@@ -20,6 +22,39 @@ _WHOLE = re.compile(r"(?<!\w)'[^']{1,40}'(?!\w)|\d [kMGT]?i?B\b|convert --help")
 _PASTED = re.compile(r"convert --(?!help)|hf download |pip ")
 """How commands begin; a line with one stays whole, so that it can be copied."""
 _TIED = "\u00a0"
+
+
+def open_streams() -> None:
+    """Have all three streams, also where a process is started without one (`2>&-`).
+
+    Else a file of a checkpoint would get the number of stderr, and what a library in C has to say would be written into it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print it now: what is left over would be tried again at the end of Python, which then gives an exit code of its own.
+
+    Raises:
+        OSError: the stream is full, or nobody reads it; from now on it leads nowhere.
+    """
+    try:
+        print(text, file=stream, end="\n" if text else "", flush=True)
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
+
+
+def mention(text: str, stream: TextIO) -> None:
+    """Print what is no answer, if that is possible."""
+    with suppress(OSError):
+        say(text, stream)
 
 
 def columns(stream: TextIO) -> int | None:

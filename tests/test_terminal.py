@@ -6,12 +6,14 @@ import pty
 import subprocess
 import sys
 import termios
+from contextlib import ExitStack
 
 import pytest
 
 from convert.answers.tables import families_text, layouts_text
 from convert.arguments import ACTIONS, _made
 from convert.cli import main
+from convert.progress import Lines
 from convert.terminal import at_most, columns, fitted
 from scripts.make_checkpoint import make_checkpoint
 
@@ -48,6 +50,27 @@ def test_a_line_goes_on_below_its_text(line):
     assert fitted(line, 50).split("\n") == LINES[line]
     assert fitted(f"a\n{line}\n", 50).split("\n") == ["a", *LINES[line], ""]
     assert fitted(line, None) == fitted(line, 20) == fitted(line, 100) == line
+
+
+@pytest.mark.parametrize(("words", "code"), {"--version": 6, "--version --json": 6, "--inspect nope --json": 3}.items())
+def test_a_stream_that_is_full_changes_no_exit_code_but_that_of_an_answer(words, code, monkeypatch):
+    for full in (["stdout"], ["stderr"], ["stdout", "stderr"]):
+        with monkeypatch.context() as patch, ExitStack() as opened:
+            for name in full:
+                patch.setattr(sys, name, opened.enter_context(open("/dev/full", "w")))
+            assert main(words.split()) == (0 if code == 6 and "stdout" not in full else code)
+
+
+def test_a_log_that_is_full_ends_no_work():
+    with open("/dev/full", "wb", buffering=0) as full:
+        lines = Lines("", None, json=True, file=io.TextIOWrapper(full, write_through=True))
+        lines.close()
+
+
+def test_streams_that_are_closed_are_opened(forks):
+    code = "import os, sys; from convert.cli import command; [os.close(n) for n in range(3)]; sys.stdout = sys.stderr = None; "
+    code += "code = command(); os._exit(code if os.open('/', os.O_RDONLY) > 2 else 1)"
+    assert [forks.run(code, *words.split()).returncode for words in ("--version", "--nope", "--inspect nope")] == [0, 2, 3]
 
 
 def test_a_file_has_no_width():
