@@ -16,7 +16,7 @@ from convert.card import explained
 from convert.commit import manifest
 from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
-from convert.commit.publish import check_output, destination, is_finished
+from convert.commit.publish import check_characters, check_output, destination, is_finished
 from convert.commit.stage import staging
 from convert.commit.store import forget_notes
 from convert.engine.budget import Budget, make_budget
@@ -228,6 +228,7 @@ def _writer_of(plan: Plan, reader: Reader, memory: int, running: Running, like: 
 
         if running.max_shard_size != Running().max_shard_size:
             raise UsageError(f"--max-shard-size is for safetensors, and {plan.out} will be Orbax")
+        check_characters(plan.out)
         return OrbaxWriter.make(plan, reader, memory, jobs, partial(keep_originals, plan, reader), like)
     from convert.hf.write import HFWriter
 

@@ -230,6 +230,19 @@ def test_an_output_is_not_made_where_nobody_means_it(said, tmp_path, out, action
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_whose_name_is_no_text_may_hold_safetensors_and_no_tree(said, tmp_path):
+    make_checkpoint(tmp_path / "in", family="qwen3_moe", experts=2, embed=8, mlp=8, layers=1)
+    (folder := tmp_path / "x\udcff").mkdir()
+    assert said("--prefuse", "in", f"{folder}/out", "--quiet")[0] == 0
+    why = "it holds bytes that are no characters, and TensorStore opens no such path; rename it"
+    for words in ((), ("--dry-run",)):
+        assert said("--to", "orbax", "in", f"{folder}/tree", *words) == (2, f"convert: {printable(str(folder))}/tree: {why}")
+    assert said("--to", "orbax", "in", "tree", "--quiet")[0] == 0
+    (tmp_path / "tree").rename(folder / "tree")
+    assert said("--inspect", f"{folder}/tree") == (3, f"convert: {printable(str(folder))}/tree/0/items: {why}")
+    assert sorted(each.name for each in folder.iterdir()) == ["out", "tree"]
+
+
 @pytest.mark.parametrize("name", ["out.gguf", "out.safetensors", "out.bin", "out.Json"])
 def test_an_output_is_not_called_like_a_file(said, name):
     why = f"the output is a directory, and this is the name of a file; leave out .{name.partition('.')[2]}"

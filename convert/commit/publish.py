@@ -20,7 +20,7 @@ from convert.errors import ConvertError, InputError, OutputError, StorageError, 
 from layouts.disk.addresses import foreign, is_file_name, of_the_hub, otherwise
 from layouts.disk.buckets import DRIVERS
 from layouts.disk.mistaken import meant, mistyped
-from layouts.disk.places import RemotePath, is_remote, place
+from layouts.disk.places import RemotePath, is_remote, kvstore_of, place
 from layouts.hf import is_checkpoint
 from layouts.orbax.tree import find_item
 
@@ -69,7 +69,7 @@ def _check_name(path: Path) -> None:
     if is_file_name(path.name):
         raise UsageError(f"{path}: the output is a directory, and this is the name of a file; leave out {path.suffix}")
     try:
-        os.fsencode(path).decode()
+        path.name.encode()
         os.lstat(f"{path}{_STAGED}")
     except UnicodeError:
         raise UsageError(f"{path}: its name holds bytes that are no characters; {OTHER}") from None
@@ -82,6 +82,18 @@ def _check_rights(path: Path, above: Iterable[Path], *, makes: bool) -> None:
     folder = next((each for each in above if os.path.isdir(each)), path)
     if makes and not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path}: nothing may be made in {folder}; ask its owner for the right, or {OTHER}")
+
+
+def check_characters(out: Path) -> None:
+    """See that TensorStore can open what is made there.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        kvstore_of(out)
+    except InputError as error:
+        raise UsageError(str(error)) from None
 
 
 def is_finished(out: Path) -> bool:

@@ -89,11 +89,16 @@ def files_of(path: Path, but: Collection[str] = ()) -> Iterator[tuple[str, int, 
 
 
 def kvstore_of(path: Path) -> dict[str, Any]:
-    """TensorStore's spec of a directory."""
+    """TensorStore's spec of a directory.
+
+    Raises:
+        InputError: its path is none that TensorStore takes.
+    """
     if isinstance(path, RemotePath):
-        inside = f"{path.key}/" if path.key else ""
-        return {**path.root.spec, "path": path.root.spec["path"] + inside}
-    return {"driver": "file", "path": f"{path.resolve()}/"}
+        return {**path.root.spec, "path": f"{path.root.spec['path']}{path.key}/" if path.key else path.root.spec["path"]}
+    if (whole := str(path.resolve())) != whole.encode(errors="replace").decode():
+        raise InputError(f"{whole}: it holds bytes that are no characters, and TensorStore opens no such path; rename it")
+    return {"driver": "file", "path": f"{whole}/"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
