@@ -18,6 +18,8 @@ from typing import Any
 from xxhash import xxh3_128
 
 from convert.commit.manifest import SOURCE, Digest
+from convert.errors import UsageError
+from convert.options import Choices
 from convert.planning.planner import Plan
 from convert.planning.targets import OTHER, Target
 from layouts.disk.written import quoted
@@ -136,3 +138,13 @@ def _text(found: Any) -> str:
 def _is_plain(target: Target, pattern: str) -> bool:
     """Whether a slice is stored as it is hashed: (out, in), or with at most one axis."""
     return pattern == _OUT_IN[target.role] or (bool(target.part) and len(pattern.split()) <= 1 and "(" not in pattern)
+
+
+def check_content(plan: Plan, choices: Choices) -> None:
+    """See that the output is to hold what the input holds, if the digest of that is asked for.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if why := f"values are computed ({plan.computed})" if plan.computed else "--drop-mtp leaves out tensors" * choices.drop_mtp:
+        raise UsageError(f"--content: {why}, so the output holds another content than the input")

@@ -19,6 +19,7 @@ from convert.commit.processes import Processes
 from convert.commit.publish import check_characters, check_output, destination, is_finished
 from convert.commit.stage import staging
 from convert.commit.store import forget_notes
+from convert.content import check_content
 from convert.engine.budget import Budget, make_budget
 from convert.engine.done import prove
 from convert.engine.outlook import outlook
@@ -169,12 +170,7 @@ def _with_content(plan: Plan, reader: Reader, choices: Choices, running: Running
     """With the digest of what the input holds; of a tree, without the state that is left out."""
     from convert.verifier.content.sides import contents
 
-    if plan.computed:
-        raise UsageError(
-            f"--content: values are computed ({plan.computed}), so the output holds another content than the input"
-        )
-    if choices.drop_mtp:
-        raise UsageError("--content: --drop-mtp leaves out tensors, so the output holds another content than the input")
+    check_content(plan, choices)
     options = Verification(
         family=choices.family, source_layout=choices.source_layout, scan_axis=choices.scan_axis, memory=running.memory
     )

@@ -165,7 +165,11 @@ def test_the_same_command_again_finds_its_work_done(source, tmp_path, capsys):
     assert run("--prefuse", source, tmp_path / "fused") == 0
     assert "made by this plan from this input" in capsys.readouterr().out
     assert (tree(tmp_path), times(tmp_path)) == before
-    assert run("--prefuse", source, tmp_path / "fused", "--layout", "vllm") == 5
+    assert run("--prefuse", source, tmp_path / "fused", "--dry-run") == 0
+    assert "fused is there, and what can be seen without reading tensors is as planned" in capsys.readouterr().out
+    for words in ((), ("--dry-run",)):
+        assert run("--prefuse", source, tmp_path / "fused", "--layout", "vllm", *words) == 5
+        assert "was not made by this plan: its layout is another one; remove it" in capsys.readouterr().err
     os.utime(source / "config.json")
     assert run("--prefuse", source, tmp_path / "fused") == 0, "what it says is the same"
     (source / "config.json").write_text((source / "config.json").read_text() + "\n")

@@ -20,7 +20,10 @@ from convert.options.option import complete, named
 from convert.progress import watching
 
 if TYPE_CHECKING:
-    from convert.planning.planner import Action
+    from convert.adapters.plan import AdapterPlan
+    from convert.commit.processes import Processes
+    from convert.planning.planner import Action, Plan
+    from layouts.reader import Reader
 
 _ACTIONS: Mapping[str, Action] = {"prefuse": "prefuse", "split": "split", "merge": "merge", "to": "convert"}
 """What a plan calls that which the option asks for."""
@@ -47,33 +50,64 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
 
 
 def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: str, given: Mapping[str, Any]) -> Answer:
+    """What a conversion would do, or the error that it would end with, as far as no tensor is read for that."""
     from convert.commit.processes import Processes
-    from convert.commit.publish import check_output, is_finished
+    from convert.commit.publish import check_output, destination, is_finished
     from convert.conversions import opened_plan
     from convert.engine.outlook import outlook
     from convert.planning.planner import Plan
+    from layouts.disk.places import place
+
+    choices = complete(Choices, {each.name: given[each.name] for each in named(Choices) if each.name in given})
+    running, processes = complete(Running, given), Processes(count=arguments.num_processes or 1)
+    origin, where = place(source), destination(out)
+    if not (finished := is_finished(where) and not running.overwrite):
+        check_output(origin, where, overwrite=running.overwrite)
+    reader, planned = opened_plan(origin, where, action, choices)
+    with readable(source), closing(reader):
+        if not finished:
+            check_output(planned.source, where, overwrite=running.overwrite)
+        if isinstance(planned, Plan):
+            text, found, division = _rehearsed(planned, reader, choices, running, processes, finished)
+        else:
+            text, found, division = _rehearsed_adapter(planned, reader, running, finished), {}, ""
+        ahead = outlook(planned, reader)
+        if not finished:
+            ahead.check()
+    text += f"\ndisk: {ahead}{division}"
+    if finished:
+        text += (
+            f"\n{where} is there, and what can be seen without reading tensors is as planned; the run compares the tensors, too"
+        )
+    document = {"plan": planned.to_dict(), "peak_bytes": None, "workers": None, **ahead_json(ahead), **found}
+    return Answer(text=text, document=envelope("dry-run", 0, document))
+
+
+def _rehearsed(
+    plan: Plan, reader: Reader, choices: Choices, running: Running, processes: Processes, finished: bool
+) -> tuple[str, dict[str, int], str]:
+    from convert.content import check_content
+    from convert.engine.done import look
     from convert.report import describe_division, describe_plan
     from convert.run import writer_of
 
-    choices = {each.name for each in named(Choices)}
-    chosen = {name: value for name, value in given.items() if name in choices}
-    reader, planned = opened_plan(source, out, action, complete(Choices, chosen))
-    with readable(source), closing(reader):
-        if given.get("overwrite") or not is_finished(planned.out):
-            check_output(planned.source, planned.out, overwrite=bool(given.get("overwrite")))
-        ahead = outlook(planned, reader)
-        ahead.check()
-        found = {"plan": planned.to_dict(), "peak_bytes": None, "workers": None, **ahead_json(ahead)}
-        if not isinstance(planned, Plan):
-            from convert.adapters.report import describe_plan as describe_adapter
-
-            text = f"{describe_adapter(planned)}\ndisk: {ahead}"
-            return Answer(text=text, document=envelope("dry-run", 0, found))
-        processes = Processes(count=arguments.num_processes or 1)
-        writer = writer_of(planned, reader, complete(Running, given), processes)
-        pieces = writer.pieces()
+    if running.content:
+        check_content(plan, choices)
+    writer = writer_of(plan, reader, running, processes)
+    pieces = writer.pieces()  # which plans the files
+    if finished:
+        look(plan, reader, writer)
     peak, jobs = writer.budget.peak + processes.held, writer.budget.jobs
-    text = f"{describe_plan(planned, peak, jobs)}\ndisk: {ahead}"
-    if arguments.num_processes:
-        text += f"\n{describe_division(pieces, arguments.num_processes)}"
-    return Answer(text=text, document=envelope("dry-run", 0, found | {"peak_bytes": peak, "workers": jobs}))
+    division = f"\n{describe_division(pieces, processes.count)}" if processes.count > 1 else ""
+    return describe_plan(plan, peak, jobs), {"peak_bytes": peak, "workers": jobs}, division
+
+
+def _rehearsed_adapter(plan: AdapterPlan, reader: Reader, running: Running, finished: bool) -> str:
+    from convert.adapters.again import look
+    from convert.adapters.report import describe_plan
+    from convert.adapters.write import check_memory
+
+    check_memory(plan, running)
+    if finished:
+        look(plan, reader)
+    return describe_plan(plan)

@@ -18,12 +18,13 @@ from convert.adapters.stream import digests, parts
 from convert.commit import manifest
 from convert.commit.identity import input_digest
 from convert.commit.inventory import differences, entry_of, read_card, read_in_pieces
-from convert.commit.recorded import load
+from convert.commit.recorded import Manifest, load
 from convert.errors import InputError, OutputError
 from convert.progress import Progress
 from layouts.adapters.opening import MODEL, open_adapter
 from layouts.card import CARD, alike
 from layouts.hf import HFReader
+from layouts.reader import Reader
 
 
 def made_of(plan: AdapterPlan) -> dict[str, Any]:
@@ -38,23 +39,38 @@ def prove(plan: AdapterPlan, reader: HFReader, progress: Progress) -> str:
     Raises:
         OutputError: something is not as this plan makes it from this input.
     """
-    for why in _unlike(plan, reader, progress):
-        raise OutputError(f"{plan.out} exists already and {why}; remove it, choose another output, or pass --overwrite")
+    found = look(plan, reader)
+    for why in _changed(plan, reader, found, progress):
+        raise _refused(plan, why)
     return (
         f"{plan.out} has been made by this plan from this input: {len(plan.specs)} tensors were made again and "
         "compared with those there; nothing to do"
     )
 
 
-def _unlike(plan: AdapterPlan, reader: HFReader, progress: Progress) -> Iterator[str]:
+def look(plan: AdapterPlan, reader: Reader) -> Manifest:
+    """See what can be seen without reading a tensor, as `--dry-run` does.
+
+    Raises:
+        OutputError: something is not as this plan makes it from this input.
+    """
     try:
         found = load(plan.out)
     except InputError as error:
-        yield f"was not made by this plan ({error})"
-        return
+        raise _refused(plan, f"was not made by this plan ({error})") from None
     if found is None or found.made != json.loads(json.dumps(made_of(plan))) or found.tensors.keys() != plan.specs.keys():
-        yield "was not made by this plan"
-    elif found.input != input_digest(reader) or found.headers != {MODEL: manifest.hashed_text(plan.file.head[8:].decode())}:
+        raise _refused(plan, "was not made by this plan")
+    for why in _unlike(plan, reader, found):
+        raise _refused(plan, why)
+    return found
+
+
+def _refused(plan: AdapterPlan, why: str) -> OutputError:
+    return OutputError(f"{plan.out} exists already and {why}; remove it, choose another output, or pass --overwrite")
+
+
+def _unlike(plan: AdapterPlan, reader: Reader, found: Manifest) -> Iterator[str]:
+    if found.input != input_digest(reader) or found.headers != {MODEL: manifest.hashed_text(plan.file.head[8:].decode())}:
         yield "was made from another input"
     else:
         for difference in differences(plan.out, manifest.NAME, found.files):
@@ -67,15 +83,18 @@ def _unlike(plan: AdapterPlan, reader: HFReader, progress: Progress) -> Iterator
         for name, text in plan.texts.items():
             if found.files.get(name) != entry_of(iter([text.encode()])):
                 yield f"was made from another input: {name} differs"
-        with closing(open_adapter(plan.out)) as there:
-            for made in digests(plan, reader, {}, lambda *_: None, progress):
-                for name, digest in made.items():
-                    if found.tensors[name].digest != digest:
-                        yield f"was made from another input: {name} differs"
-                    if _stored(there, name) != digest:
-                        yield f"is not what was written: {name} differs"
-        if not found.intact:
-            yield f"is not what was written: {manifest.NAME} has been changed since"
+
+
+def _changed(plan: AdapterPlan, reader: HFReader, found: Manifest, progress: Progress) -> Iterator[str]:
+    with closing(open_adapter(plan.out)) as there:
+        for made in digests(plan, reader, {}, lambda *_: None, progress):
+            for name, digest in made.items():
+                if found.tensors[name].digest != digest:
+                    yield f"was made from another input: {name} differs"
+                if _stored(there, name) != digest:
+                    yield f"is not what was written: {name} differs"
+    if not found.intact:
+        yield f"is not what was written: {manifest.NAME} has been changed since"
 
 
 def _stored(reader: HFReader, name: str) -> str:

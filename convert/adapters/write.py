@@ -84,8 +84,7 @@ def convert_adapter(
     reader, plan = open_and_plan(source, out, action, choices)
     begin(progress or ignore, "", plan.nbytes)
     with closing(reader), readable(source):
-        if plan.peak > running.memory:
-            raise UsageError(f"{source}: a block of experts takes {plan.peak:,} bytes; raise --memory above that")
+        check_memory(plan, running)
         if finished and not running.overwrite:
             return AdapterReport(plan=plan, seconds=time.monotonic() - started, proof=prove(plan, reader, progress or ignore))
         check_output(source, out, overwrite=running.overwrite)
@@ -100,6 +99,16 @@ def convert_adapter(
             if state_of(source, plan.never_copied).content != state.content:
                 raise InputError(f"{source}: the input has changed while it was read; run again once it is at rest")
     return AdapterReport(plan=plan, seconds=time.monotonic() - started, resumed=len(done), notes=notes)
+
+
+def check_memory(plan: AdapterPlan, running: Running) -> None:
+    """See that a block of experts has room.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if plan.peak > running.memory:
+        raise UsageError(f"{plan.source}: a block of experts takes {plan.peak:,} bytes; raise --memory above that")
 
 
 def _card(plan: AdapterPlan, choices: Choices, running: Running) -> str:

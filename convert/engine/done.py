@@ -44,9 +44,7 @@ def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, prog
         OutputError: something is not as this plan makes it from this input.
         InputError: data of the input cannot be read.
     """
-    found = _manifest(plan)
-    for why in (*_unlike(plan, reader, writer, found), *_changed(plan, found)):
-        raise _refused(plan, why)
+    found = look(plan, reader, writer)
     targets = [plan.targets[number] for number in processes.mine([target.spec.nbytes for target in plan.targets])]
     for name, rows, digest, wanted in writer.again(targets, found, progress):
         if digest != wanted:
@@ -65,6 +63,18 @@ def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, prog
         f"{manifest.NAME}, {files} files are there with their sizes, whose tensors a verification reads; nothing to do"
     )
     return Proof(said, content)
+
+
+def look(plan: Plan, reader: Reader, writer: Writer) -> Manifest:
+    """See what can be seen without reading a tensor, as `--dry-run` does.
+
+    Raises:
+        OutputError: something is not as this plan makes it from this input.
+    """
+    found = _manifest(plan)
+    for why in (*_unlike(plan, reader, writer, found), *_changed(plan, found)):
+        raise _refused(plan, why)
+    return found
 
 
 def _content(plan: Plan, found: Manifest) -> dict[str, Any] | None:

@@ -173,7 +173,8 @@ def test_names_of_dumps_are_those_of_peft(infix, tmp_path):
 @pytest.mark.parametrize("left", ["all", "no file"])
 def test_a_full_memory_is_said_and_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch, left):
     given = adapter(tmp_path / "in", whole("per-expert"))
-    assert run("--prefuse", given, tmp_path / "out", "--memory", "1k") == 2
+    for words in ((), ("--dry-run",)):
+        assert run("--prefuse", given, tmp_path / "out", "--memory", "1k", *words) == 2
     assert "a block of experts takes" in capsys.readouterr().err
     real, calls = os.fsync, []
 
