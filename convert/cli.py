@@ -41,16 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     arguments = _parsed(words)
     arguments.command = shlex.join(["convert", *words])
+    got: list[int] = []
     try:
-        with _signals():
+        with _signals(got):
             return _run(arguments)
-    except _Stopped as stopped:
-        text = f"interrupted; run the same command again to go on (signal {stopped.signal})"
-        return _failed(arguments, text, 128 + stopped.signal, debug=False)
+    except _Stopped:
+        return _interrupted(arguments, got[0])
     except BrokenPipeError:  # whoever read our text has seen enough (`| head`)
         return 128 + signal.SIGPIPE
     except Exception as error:
+        if got:  # while a library in C was imported, which makes another error of it
+            return _interrupted(arguments, got[0])
         return _failed(arguments, *_told(error), debug=arguments.debug)
+
+
+def _interrupted(arguments: argparse.Namespace, number: int) -> int:
+    text = f"interrupted; run the same command again to go on (signal {number})"
+    return _failed(arguments, text, 128 + number, debug=False)
 
 
 def _failed(arguments: argparse.Namespace, text: str, code: int, *, debug: bool) -> int:
@@ -110,16 +117,15 @@ def _answer(text: str) -> None:
 
 
 class _Stopped(BaseException):
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = number
+    pass
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into one exception, so that workers stop tidily and the run can be resumed."""
+def _signals(got: list[int]) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into one exception, so that workers stop tidily and the run can be resumed; note what came."""
 
     def stop(number: int, _: FrameType | None) -> None:
+        got.append(number)
         raise _Stopped(number)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

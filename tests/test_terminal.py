@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -17,6 +18,18 @@ from convert.progress import Lines
 from convert.terminal import at_most, columns, fitted
 from scripts.make_checkpoint import make_checkpoint
 
+INTERRUPTED = """
+import builtins, os, runpy, signal, sys
+def imported(name, *rest, **more):
+    if name == "convert.cli":
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest, **more)
+real, builtins.__import__ = builtins.__import__, imported
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.append("convert/entry")
+runpy.run_module("convert", run_name="__main__") if sys.argv[1] == "convert" else real("moe_convert").main()
+"""
+"""A command that is interrupted while it starts."""
 LINES = {
     "short": ["short"],
     "exact     equal      3 MoE layers x 12 experts, gate, up and down": [
@@ -126,3 +139,21 @@ def _in_a_terminal(width: int, folder, *words: str) -> list[str]:
                 break
     os.close(ours)
     return [line.rpartition("\r")[2] for line in found.decode().replace("\r\n", "\n").split("\n")]
+
+
+@pytest.mark.parametrize("module", ["convert", "moe_convert"])
+def test_ctrl_c_before_there_is_anything_to_tidy_up_shows_no_traceback(module, forks):
+    ended = forks.run(INTERRUPTED, module)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_what_a_library_in_c_makes_of_an_interruption_is_no_bug(monkeypatch, capsys):
+    def act(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("convert.cli.act", act)
+    assert main(["--version"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "convert: interrupted; run the same command again to go on (signal 15)\n"

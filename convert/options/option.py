@@ -40,7 +40,7 @@ class Option:
 
 _OF = {
     1: "{flag} is for one checkpoint: where two are compared, every chunk is decoded",
-    2: "{name}: the digests of one checkpoint are compared as a whole; name a second one for this",
+    2: "{flag} is for two checkpoints: the digests of one are compared as a whole; name a second one",
 }
 """Why an option is for so many checkpoints: what is said to who gives it for another number."""
 
@@ -115,7 +115,7 @@ def complete(kind: type[_Options], given: Mapping[str, Any], *, of: int | None =
     for each in named(kind):
         if each.name in given:
             if of and each.option.of not in (None, of) and given[each.name] not in (None, False):
-                raise UsageError(_OF[each.option.of].format(flag=each.flag, name=each.name))
+                raise UsageError(_OF[each.option.of].format(flag=each.flag))
             try:
                 found[each.name] = each.value(given[each.name])
             except ValueError as error:

@@ -6,6 +6,7 @@ whichever is installed last overwrites the files of the other one, or shadows th
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +31,15 @@ def shadowed() -> str | None:
     return None
 
 
+def interruptible() -> None:
+    """Let Ctrl-C end what has nothing to tidy up yet, or no longer, as it ends others: without a traceback and exit code 1."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def main() -> int:
     """The command `convert`, also called `moe-convert`; see `convert.cli`."""
+    interruptible()
     if problem := shadowed():
         sys.stderr.write(f"convert: {problem}\n")
         return 2
