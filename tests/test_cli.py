@@ -170,6 +170,8 @@ def test_the_same_command_again_finds_its_work_done(source, tmp_path, capsys):
     for words in ((), ("--dry-run",)):
         assert run("--prefuse", source, tmp_path / "fused", "--layout", "vllm", *words) == 5
         assert "was not made by this plan: its layout is another one; remove it" in capsys.readouterr().err
+        assert run("--prefuse", source, tmp_path / "fused", "--content", *words) == 5
+        assert "its manifest has another content digest than --content gives now, or none; remove it" in capsys.readouterr().err
     os.utime(source / "config.json")
     assert run("--prefuse", source, tmp_path / "fused") == 0, "what it says is the same"
     (source / "config.json").write_text((source / "config.json").read_text() + "\n")

@@ -96,7 +96,7 @@ def _rehearsed(
     writer = writer_of(plan, reader, running, processes)
     pieces = writer.pieces()  # which plans the files
     if finished:
-        look(plan, reader, writer)
+        look(plan, reader, writer, content=running.content)
     peak, jobs = writer.budget.peak + processes.held, writer.budget.jobs
     division = f"\n{describe_division(pieces, processes.count)}" if processes.count > 1 else ""
     return describe_plan(plan, peak, jobs), {"peak_bytes": peak, "workers": jobs}, division

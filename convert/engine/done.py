@@ -28,6 +28,7 @@ from layouts.reader import Reader
 
 _REWRITTEN = (CONFIG, INDEX, manifest.NAME)
 """Files that may be made anew; the digest of the input has what they are made from."""
+_OTHER_CONTENT = "its manifest has another content digest than --content gives now, or none"
 
 
 class Proof(NamedTuple):
@@ -65,8 +66,8 @@ def prove(plan: Plan, reader: Reader, writer: Writer, processes: Processes, prog
     return Proof(said, content)
 
 
-def look(plan: Plan, reader: Reader, writer: Writer) -> Manifest:
-    """See what can be seen without reading a tensor, as `--dry-run` does.
+def look(plan: Plan, reader: Reader, writer: Writer, *, content: bool = False) -> Manifest:
+    """See what can be seen without reading a tensor, as `--dry-run` does; with `content`, that there is a digest to compare.
 
     Raises:
         OutputError: something is not as this plan makes it from this input.
@@ -74,6 +75,8 @@ def look(plan: Plan, reader: Reader, writer: Writer) -> Manifest:
     found = _manifest(plan)
     for why in (*_unlike(plan, reader, writer, found), *_changed(plan, found)):
         raise _refused(plan, why)
+    if content and not (found.content and found.content["model"].get("sha256")):
+        raise _refused(plan, _OTHER_CONTENT)
     return found
 
 
@@ -114,7 +117,7 @@ def _unlike(plan: Plan, reader: Reader, writer: Writer, found: Manifest) -> Iter
         yield why
     yield from _other_files(plan, found)
     if plan.content and _by_sha256(plan.content) != _by_sha256(found.content):
-        yield "its manifest has another content digest than --content gives now, or none"
+        yield _OTHER_CONTENT
     if found.input != input_digest(reader):
         yield "was made from another input: headers, config or metadata differ"
 
