@@ -146,5 +146,6 @@ def check_content(plan: Plan, choices: Choices) -> None:
     Raises:
         UsageError: it is not.
     """
-    if why := f"values are computed ({plan.computed})" if plan.computed else "--drop-mtp leaves out tensors" * choices.drop_mtp:
+    if plan.computed or choices.drop_mtp:
+        why = f"values are computed ({plan.computed})" if plan.computed else "--drop-mtp leaves out tensors"
         raise UsageError(f"--content: {why}, so the output holds another content than the input")
