@@ -131,10 +131,12 @@ class Refusal:
         Raises:
             PlanError: it is.
         """
-        if not (_is_like_an_expert(name) or any(part.endswith("_exps") for part in name.split("."))):
+        like = _is_like_an_expert(name)
+        if not (like or any(part.endswith("_exps") for part in name.split("."))):
             return
         module = name.rpartition(".")[0] + "."
-        for each in (name, *(other for other in self.reader.tensors if other.startswith(module))):
+        every = self.reader.tensors if like else ()  # looked through once: such a name is refused in any case
+        for each in (name, *(other for other in every if other.startswith(module))):
             if found := next((WORDS[part] for part in _SEPARATORS.split(each) if part in WORDS), None):
                 raise PlanError(
                     f"{self.reader.path}: {each} (in {self.reader.where(each)}) belongs to {found[0]}, which no layout of "
