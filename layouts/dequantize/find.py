@@ -25,9 +25,10 @@ _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 
 class _Said(NamedTuple):
-    """What `config.json` says: the columns of groups, of any module, and rows and columns of a block."""
+    """What `config.json` says: the columns of groups and the bits of values, of any module, and rows and columns of a block."""
 
     groups: tuple[int, ...]
+    bits: tuple[int, ...]
     block: tuple[int, int] | None
 
 
@@ -39,9 +40,7 @@ def recipes(reader: Reader) -> dict[str, Recipe]:
         PlanError: something is quantised in another way.
     """
     found: dict[str, Recipe] = {}
-    stated = [weights.get("group_size") for weights in weights_of(reader.config)]
-    sizes = {size for size in stated if type(size) is int and size > 0}  # config.json may say anything
-    said = _Said(tuple(sorted(sizes)), block_of(reader.config))
+    said = _Said(*(_stated(reader, word) for word in ("group_size", "num_bits")), block_of(reader.config))
     for name in reader.tensors:
         end = next((end for end in _ENDS if name.endswith(end)), None)
         if end and (recipe := _recipe(reader, said, name, name.removesuffix(end), end)):
@@ -59,6 +58,12 @@ def hidden(reader: Reader, found: Mapping[str, Recipe]) -> frozenset[str]:
         stem = recipe.data.removesuffix(recipe.format.data)
         names |= {stem + end for end in (*BESIDE, recipe.format.shape) if end and stem + end in reader.tensors}
     return frozenset(names)
+
+
+def _stated(reader: Reader, word: str) -> tuple[int, ...]:
+    """What is said of weights by this word, where it is a size: `config.json` may say anything."""
+    stated = (weights.get(word) for weights in weights_of(reader.config))
+    return tuple(sorted({size for size in stated if type(size) is int and size > 0}))
 
 
 def _recipe(reader: Reader, said: _Said, scale: str, stem: str, end: str) -> Recipe | None:
@@ -113,9 +118,9 @@ def _fitted(reader: Reader, said: _Said, row: Format, stem: str, scale: str) -> 
     *lead, rows, stored = shape
     held = KINDS[row.values].per * itemsize(reader.tensors[data].dtype)
     columns = stored * held
-    if row.shape:
-        told = _told(reader, stem + row.shape)
-        if told[0] != rows or -(-told[1] // held) != stored:
+    if row.shape:  # a few columns are one word, however many values that holds
+        told, wide = _told(reader, stem + row.shape), 8 // KINDS[row.values].per
+        if told[0] != rows or -(-told[1] // held) != stored or (said.bits and wide not in said.bits):
             return None
         columns = told[1]
     if second and reader.tensors[second].shape not in ((), (1,), tuple(lead), (*lead, 1)):

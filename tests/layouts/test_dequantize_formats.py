@@ -21,6 +21,7 @@ N, K = 6, 64
 FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 WORDS = {"F32": "f4", "BF16": BF16, "F16": "f2", "F8_E4M3": E4M3, "F8_E8M0": E8M0, "U8": E8M0}
 INT4 = {"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}}
+INT8 = {"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": 8, "group_size": 32}}}}}
 BLOCKS = {"text_config": {"quantization_config": {"weight_block_size": [4, 32]}}}
 
 
@@ -53,7 +54,7 @@ CASES = {
     "fp4 of deepseek-v4": ("e2m1", "I8", K // 2, "scale", "F8_E8M0", (N, K // 32), (1, 32), {}, "", 0),
     "int4": ("q4", "I32", K // 2, "weight_scale", "BF16", (N, K // 32), (1, 32), INT4, "", 0),
     "int4 of channels": ("q4", "I32", K // 2, "weight_scale", "F32", (N, 1), (1, K), {}, "", 0),
-    "int8 in words": ("u1", "I32", K, "weight_scale", "F16", (N, K // 32), (1, 32), INT4, "", 0),
+    "int8 in words": ("u1", "I32", K, "weight_scale", "F16", (N, K // 32), (1, 32), INT8, "", 0),
 }  # fmt: skip
 
 
@@ -202,6 +203,15 @@ def test_a_size_of_groups_is_not_guessed():
         dequantized(reader(tensors, config))
     groups["48"]["weights"]["group_size"] = [48]
     equal(dequantized(reader(tensors, config)).read("x.weight", (slice(None), slice(None))), wanted)
+
+
+def test_values_of_one_word_are_as_wide_as_config_json_says():
+    """Four columns are one word of eight bits each, as of four bits."""
+    tensors, config, _ = made("int8 in words", k=4)
+    tensors["x.weight_packed"] = ("I32", np.full((N, 1), 0x7F8081FF, "u4"))
+    tensors["x.weight_scale"] = ("F16", np.full((N, 1), 0x3C00, "u2"))
+    found = dequantized(reader(tensors, config)).read("x.weight", (slice(None), slice(None)))
+    assert np.array_equal(found.view(BF16).astype("f4"), np.tile(np.array([127, 1, 0, -1], "f4"), (N, 1)))
 
 
 def test_packing_hides_sizes_that_are_told():
