@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from layouts.errors import PlanError
 from layouts.language.parts import AXES, PARTS
+from layouts.matching.lookup import expert_counts
 from layouts.reader import Reader
 from layouts.tensors import itemsize
 
@@ -73,9 +74,13 @@ def _is_packed(reader: Reader, group: Group, other: Group | None) -> bool:
 
 
 def hidden_sizes(config: Mapping[str, Any], words: Sequence[str] = HIDDEN) -> Iterator[int]:
-    """What `config.json` says of the size of the model, at any depth."""
+    """What `config.json` says of the size of the model, at any depth: not of a part without experts beside one that has some.
+
+    The width of a vision tower tells nothing of experts in a text model, whose own may be left out as the usual one.
+    """
+    told = bool(expert_counts(config))
     for key, value in config.items():
         if key in words and type(value) is int:
             yield value
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and (not told or expert_counts(value)):
             yield from hidden_sizes(value, words)

@@ -124,6 +124,15 @@ def test_both_sizes_of_config_json_speak_louder_than_a_table(width):
         make_plan(MemoryReader(plain(turned), config={"model_type": "qwen3_moe", **said}), OUT, "prefuse", Choices())
 
 
+@pytest.mark.parametrize("more", [{}, {"source_layout": "per-expert"}])
+def test_sizes_of_a_part_without_experts_say_nothing_of_experts(more):
+    """A text model may leave out its usual width; that of CLIP is 1024, with mlps of 4096."""
+    tower = {"vision_config": {"hidden_size": 4, "intermediate_size": 6}}
+    for stated in ({"num_experts": 12, **tower}, {"text_config": {"model_type": "qwen3_moe", "num_experts": 12}, **tower}):
+        found = MemoryReader(plain(projections(AT, *W)), config={"model_type": "qwen3_moe", **stated})
+        make_plan(found, OUT, "prefuse", Choices(**more))
+
+
 def test_names_alone_are_checked_against_the_sizes_of_the_model():
     """Single matrices that are [in, out]: no table has them, and names do not say it."""
     turned = {name: array.T for name, array in projections(AT, *W).items()}
