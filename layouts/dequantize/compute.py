@@ -88,7 +88,7 @@ class Block:
 def load(reader: Reader, recipe: Recipe, point: Sequence[int], rows: range, columns: range, empty: Empty = np.empty) -> Block:
     """Read a block of one of its matrices; its bytes, into what `empty` gives."""
     per = KINDS[recipe.format.values].per
-    held = per * itemsize(reader.tensors[recipe.data].dtype)
+    held = per * (GROUP if recipe.format.folded else itemsize(reader.tensors[recipe.data].dtype))
     unit, wide = math.lcm(held, recipe.group), recipe.block[1]
     first = columns.start // unit * unit
     stop = min(-(-columns.stop // unit) * unit, -(-recipe.columns // held) * held)

@@ -40,7 +40,7 @@ def recipes(reader: Reader) -> dict[str, Recipe]:
         PlanError: something is quantised in another way.
     """
     found: dict[str, Recipe] = {}
-    said = _Said(*(_stated(reader, word) for word in ("group_size", "num_bits")), block_of(reader.config))
+    said = _Said(_stated(reader, "group_size"), _stated(reader, "num_bits"), block_of(reader.config))
     for name in reader.tensors:
         end = next((end for end in _ENDS if name.endswith(end)), None)
         if end and (recipe := _recipe(reader, said, name, name.removesuffix(end), end)):

@@ -94,6 +94,10 @@ def test_mxfp4_pairs_are_turned_into_columns():
     assert np.array_equal(plain.read("x.gate_up_proj", (slice(None),) * 3), wanted.view("u2"))
     cut = (slice(1, 3), slice(33, 70), slice(2, 9))
     assert np.array_equal(plain.read("x.gate_up_proj", cut), wanted.view("u2")[cut])
+    narrow = {"x.down_proj_blocks": ("U8", pairs[:, :, :1]), "x.down_proj_scales": ("U8", scales[:, :, :1])}
+    plain = dequantized(reader(narrow, {"model_type": "gpt_oss"}))
+    for cut in ((slice(0, 3), slice(9, 32), slice(2, 9)), (slice(0, 1), slice(0, 5), slice(0, 1))):  # of one group
+        assert np.array_equal(plain.read("x.down_proj", cut), wanted[:, :32].view("u2")[cut])
 
 
 @pytest.mark.parametrize(
