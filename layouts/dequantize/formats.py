@@ -3,7 +3,8 @@
 In: nothing. Out: `FORMATS`. It never looks at a checkpoint.
 
 Sources: DeepSeek-V3 `fp8_cast_bf16.py`, DeepSeek-V4 `convert.py`; OCP Microscaling Formats v1.0; transformers
-`convert_moe_packed_tensors`; compressed-tensors `compressors/`; ModelOpt `qtensor/nvfp4_tensor.py`; Mistral `qscale_weight`.
+`convert_moe_packed_tensors` and `finegrained_fp8.py`; compressed-tensors `compressors/`; ModelOpt `qtensor/nvfp4_tensor.py`;
+Mistral `qscale_weight`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ FORMATS: tuple[Format, ...] = (
     _row("FP8 blocks", ".weight", _FP8, "e4m3", _ANY, (*FLOATS, *_POWERS), "block"),
     _row("MXFP8", ".weight", _FP8, "e4m3", _ANY, _POWERS, 32),
     _row("FP8", ".weight", _FP8, "e4m3", _ONE, FLOATS, "channel", "tensor"),
+    _row("FP8", ".weight", _FP8, "e4m3", (".weight_scale_inv",), FLOATS, "tensor"),  # transformers, where no block is stated
     _row("INT8", ".weight", ("I8",), "int8", _WS, FLOATS, "channel", "tensor", "group", zeros="I8"),
     _row("NVFP4", ".weight", ("U8",), "e2m1", _WS, _FP8, 16, second=".weight_scale_2"),
     _row("NVFP4", ".weight_packed", ("U8",), "e2m1", _WS, _FP8, 16, second=".weight_global_scale", divides=True),
@@ -72,7 +74,7 @@ FORMATS: tuple[Format, ...] = (
 )
 ZERO = ".weight_zero_point"
 """How the names of zero points end."""
-BESIDE = (".input_scale", ".input_global_scale", ".qscale_act", ".weight_g_idx", ".input_zero_point")
+BESIDE = (".input_scale", ".input_global_scale", ".activation_scale", ".qscale_act", ".weight_g_idx", ".input_zero_point")
 """What goes with the quantisation of a matrix, and has no meaning without it."""
 LEFT = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_packed", "weight_zero_point",

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused(change, error, words):
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {}}, {"quantization_config": {"weight_block_size": [128]}}])
 def test_a_block_size_that_nobody_states_is_not_guessed(config):
     with pytest.raises(PlanError, match=r"states no quantization_config\.weight_block_size"):
-        dequantized(reader(fp8(128, 128)[0], config))
+        dequantized(reader(fp8(256, 128)[0], config))
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ CASES = {
     "fp8 channels in a row": ("e4m3", "F8_E4M3", K, "weight_scale", "F32", (N,), (1, K), {}, "", 0),
     "fp8 tensor": ("e4m3", "F8_E4M3", K, "weight_scale", "F32", (), (N, K), {}, "", 0),
     "fp8 tensor in brackets": ("e4m3", "F8_E4M3", K, "weight_scale", "BF16", (1,), (N, K), {}, "", 0),
+    "fp8 tensor of transformers": ("e4m3", "F8_E4M3", K, "weight_scale_inv", "F32", (), (N, K), {}, "", 0),
     "mistral": ("e4m3", "F8_E4M3", K, "qscale_weight", "F32", (), (N, K), {}, "", 0),
     "fp8 blocks of modelopt": ("e4m3", "F8_E4M3", K, "weight_scale", "F32", (2, 1, 2, 1), (4, 32), BLOCKS, "", 0),
     "fp8 blocks beside .scale": ("e4m3", "F8_E4M3", K, "scale", "F8_E8M0", (2, 2), (4, 32), BLOCKS, "", 0),
@@ -90,7 +91,7 @@ def made(case, lead=(), k=K):
         tensors[f"x.{second}"] = ("F32", np.full((1,) if divides else (), 37.3, "f4").view("u4"))
     if code == "I32":
         tensors["x.weight_shape"] = ("I64", np.array([N, k], "u8"))
-    return tensors | {"x.input_scale": ("F32", np.zeros((), "u4"))}, config, wanted
+    return tensors | {f"x.{act}_scale": ("F32", np.zeros((), "u4")) for act in ("input", "activation")}, config, wanted
 
 
 def equal(found, wanted):
@@ -148,7 +149,7 @@ def test_bit_for_bit_whole_and_in_parts(case):
     for _ in range(30):
         cut = tuple(slice(*map(int, sorted(rng.integers(0, size + 1, 2)))) for size in (N, K))
         equal(plain.read("x.weight", cut), wanted[cut])
-    assert any("left out  x.input_scale" in line for line in plain.computed)
+    assert all(any(f"left out  x.{act}_scale" in line for line in plain.computed) for act in ("input", "activation"))
 
 
 @pytest.mark.parametrize(("case", "zeros"), [*((case, False) for case in CASES), *((case, True) for case in ZEROS)])
