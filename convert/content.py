@@ -146,6 +146,7 @@ def check_content(plan: Plan, choices: Choices) -> None:
     Raises:
         UsageError: it is not.
     """
-    if plan.computed or choices.drop_mtp:
-        why = f"values are computed ({plan.computed})" if plan.computed else "--drop-mtp leaves out tensors"
+    rule = plan.computed or choices.compute  # also where originals, or what is exact, come back as they were
+    if rule or choices.drop_mtp:
+        why = f"values are computed ({rule})" if rule else "--drop-mtp leaves out tensors"
         raise UsageError(f"--content: {why}, so the output holds another content than the input")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import convert
-from convert.errors import InputError, PlanError
+from convert.errors import InputError, PlanError, UsageError
 from tests.planning.deepseek4 import by_transformers, published
 from tests.tiny import MemoryReader
 
@@ -68,6 +68,8 @@ def test_it_needs_the_word_and_comes_back_as_it_was(pair, tmp_path):
         convert.prefuse(source, tmp_path / "out", to="orbax")
     verdict = str(convert.verify(source, tree, gemm=False))
     assert "(float-table) was compared number by number; scales of mhc_norm, which are ones" in verdict
+    with pytest.raises(UsageError, match=r"content=True: values are computed \(exact-values\)"):
+        convert.split(tree, tmp_path / "again", to="hf", compute=WORD, content=True)
     report = convert.split(tree, tmp_path / "again", to="hf", compute=WORD)
     assert report.plan.computed is None
     assert "values are what they were before they were computed, bit for bit" in report.plan.remarks[-1]
