@@ -10,7 +10,7 @@ A product is taken in float32 and rounded once to the type of the tensor, to nea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from layouts.disk.pread import Empty, Extent
 from layouts.errors import InputError
 from layouts.hf import HFReader
 from layouts.hf.header import read_shard
-from layouts.reader import Reader, ReadUnit
+from layouts.reader import Reader, ReadUnit, scattered_of
 from layouts.side_files import ORIGINALS
 from layouts.tensors import TensorSpec, bits, numpy_dtype
 from layouts.through import Through
@@ -58,6 +58,11 @@ class ComputingReader(Through):
     values: Values
     tensors: Mapping[str, TensorSpec]
     made: Mapping[str, TensorSpec]
+
+    @property
+    def scattered(self) -> Collection[str]:
+        """Those of the checkpoint: what is multiplied goes where it is wanted, too, and what gets another type is small."""
+        return scattered_of(self.inner)
 
     def where(self, name: str) -> str:
         """As it is; nowhere for what the checkpoint does not have."""

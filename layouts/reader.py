@@ -7,7 +7,7 @@ In: nothing; `layouts.checkpoint` opens readers. Out: the words in which every r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,9 +130,10 @@ def remarks_of(reader: Reader) -> tuple[str, ...]:
     return tuple(getattr(reader, "remarks", ()))
 
 
-def is_scattered(reader: Reader, name: str) -> bool:
-    """Whether a tensor is computed into what `empty` gives, whatever its strides: nobody needs to copy it from there."""
-    return name in getattr(reader, "scattered", ())
+def scattered_of(reader: Reader) -> Collection[str]:
+    """The tensors that are computed into what `empty` gives, whatever its strides: nobody needs to copy them from there."""
+    found: Collection[str] = getattr(reader, "scattered", ())
+    return found
 
 
 def held_by(reader: Reader) -> int:

@@ -22,7 +22,7 @@ from layouts.disk.pread import Empty
 from layouts.errors import InputError
 from layouts.language.cuts import with_padding
 from layouts.language.pattern import Box, Pattern
-from layouts.reader import Reader, is_scattered
+from layouts.reader import Reader, scattered_of
 from layouts.tensors import bits
 
 SLAB = 32 << 20
@@ -47,7 +47,7 @@ def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty,
     for piece in pieces:
         for part in _slabs(target, piece, out.itemsize):
             into = out[_inside(target, part, box)]
-            direct = is_scattered(reader, part.source) and not target.source.pattern.padding
+            direct = part.source in scattered_of(reader) and not target.source.pattern.padding
             block = _read(target, part, reader, partial(_there, target, into, slab) if direct else slab)
             if not (direct and np.may_share_memory(block, into)):
                 copy_block(into, block)

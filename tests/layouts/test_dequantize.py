@@ -14,10 +14,12 @@ import convert
 from convert.cli import main
 from convert.errors import InputError, PlanError
 from layouts.checkpoint import open_checkpoint
+from layouts.computing import Values, computing
 from layouts.dequantize import dequantized
 from layouts.dequantize.compute import compute
 from layouts.dequantize.values import FP4
 from layouts.disk.pread import InputFile
+from layouts.reader import scattered_of
 from layouts.tensors import TensorSpec
 from tests.tiny import MemoryReader
 
@@ -68,6 +70,17 @@ def test_fp8_blocks(shape, code):
         rows, columns = (sorted(rng.integers(0, size + 1, 2)) for size in shape)
         cut = (slice(*map(int, rows)), slice(*map(int, columns)))
         assert np.array_equal(plain.read("x.weight", cut), wanted[cut])
+
+
+def test_what_is_computed_besides_goes_where_it_is_wanted_as_well():
+    tensors, wanted = fp8(130, 129)
+    both = computing(dequantized(reader(tensors)), Values(factors={"x.weight": 1.0}))
+    place = np.empty((129, 130), "u2").T
+    assert "x.weight" in scattered_of(both)
+    with np.errstate(all="ignore"):
+        found = both.read("x.weight", (slice(None), slice(None)), lambda *_: place)
+    assert found is place
+    assert np.array_equal(np.isnan(found.view(BF16)), np.isnan(wanted.view(BF16)))
 
 
 def test_large_reads_are_computed_in_parts(monkeypatch):
