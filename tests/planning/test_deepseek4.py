@@ -1,5 +1,7 @@
 """DeepSeek-V4 against MaxText's own rule for each tensor (`DEEPSEEK_V4_MAXTEXT_TO_HF_PARAM_HOOK_FN`), and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -140,6 +142,17 @@ def test_what_only_maxtext_has_or_has_otherwise_is_not_taken_from_a_checkpoint()
     arrays = source.arrays | {table: source.arrays[table].astype("u4")}
     with pytest.raises(PlanError, match=r"tid2eid .*is F32; float-table is computed of I64"):
         plan(MemoryReader(arrays, config=source.config))
+
+
+MISSHAPEN = [("layers_0", (9,)), ("layers_0", (W * K, 1)), ("scanned_blocks.layers_1", (W * K, 3))]
+
+
+@pytest.mark.parametrize(("place", "shape"), MISSHAPEN)
+def test_ones_of_another_shape_are_not_passed_over(place, shape):
+    tree, name = across(published(), to_maxtext=True), f"{P}decoder.{place}.mhc_mlp.mhc_norm.scale"
+    arrays = tree.arrays | {name: np.full(shape, np.float32(1).view("u4"))}
+    with pytest.raises((InputError, PlanError), match=rf"{re.escape(name)} .*(and \({W * K},\) fits|is not of the form)"):
+        across(MemoryReader(arrays, config=tree.config, format="orbax"), to_maxtext=False)
 
 
 LACKED = [(np.float32(each), "I64") for each in (0.5, -0.0, np.nan, np.inf, 2.0**63, -(2.0**64))]

@@ -21,7 +21,7 @@ from layouts.language.parts import PARTS
 from layouts.language.sections import ROWS, TENSOR
 from layouts.quantisation import block_of
 from layouts.reader import Reader
-from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, RULES, Tree
+from layouts.tables.maxtext import LORA_APART, LORA_DOWN, LORA_FUSED, ONES, RULES, Tree
 from layouts.tables.natives import MAXTEXT_PART
 from layouts.tensors import TensorSpec
 
@@ -57,13 +57,27 @@ def cross_targets(
         raise InputError(f"{reader.path}: {lost} is missing; {count} of {len(names)} such tensors are there")
     if tree.scales:
         _check_scales(reader, have, [pair for pair, _ in pairs], config)
-    moved = (item for item in pairs if not (item[0].twin if sides.to_maxtext else _is_ones(item[0])))
-    return [target for pair, names in moved for target in _targets(reader, pair, names)]
+    moved = (item for item in pairs if not (item[0].twin and sides.to_maxtext))
+    targets = [target for pair, names in moved for target in _targets(reader, pair, names)]
+    return targets if sides.to_maxtext else _without_ones(reader, [pair for pair, _ in pairs], targets)
 
 
-def _is_ones(pair: Pair) -> bool:
-    """Whether it is what only MaxText has."""
-    return bool(pair.computed) and RULES[pair.computed].ones
+def _without_ones(reader: Reader, pairs: Sequence[Pair], targets: list[Target]) -> list[Target]:
+    """What Hugging Face has, without what only MaxText has: that has to be as long as what it is named after.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not (keys := {pair.target.key for pair in pairs if pair.computed and RULES[pair.computed].ones}):
+        return targets
+    specs = {target.spec.name: target.spec for target in targets}
+    for target in (target for target in targets if target.target.key in keys):
+        name, have = target.first_source, target.spec.shape
+        if have != (wanted := specs[target.spec.name.removesuffix(ONES)].shape[-1:]):
+            raise InputError(
+                f"{reader.path}: {name} (in {reader.where(name)}) is {have} for a layer, and {wanted} fits what is beside it"
+            )
+    return [target for target in targets if target.target.key not in keys]
 
 
 def twins_of(reader: Reader, tree: Tree, sides: Sides, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

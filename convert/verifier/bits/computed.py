@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from convert.planning.across.pairs import Pair, names_of
 from layouts.language.pattern import strips
 from layouts.reader import Reader
-from layouts.tables.maxtext import RULES, Rule
+from layouts.tables.maxtext import ONES, RULES, Rule
 from layouts.tensors import numpy_dtype
 
 _LOSS = ", which makes one of some neighbours"
@@ -58,12 +58,20 @@ def same_numbers(hf: NDArray[Any], tree: NDArray[Any]) -> bool:
     return bool(whole.all()) and np.array_equal(numbers.astype(np.int64), hf.view(np.int64)) and bool((numbers % 1 == 0).all())
 
 
-def not_ones(tree: Reader, pair: Pair) -> Iterator[str]:
-    """What of this kind is not there or not all ones, if MaxText alone has it."""
-    for name in names_of(pair) if is_ones(pair) else ():
+def not_ones(hf: Reader, tree: Reader, pair: Pair) -> Iterator[str]:
+    """What of this kind is not there, not all ones or of another shape than what it is named after in Hugging Face."""
+    if not is_ones(pair):
+        return
+    key, (axis,) = pair.target.key, pair.target.pattern.axes
+    like = hf.tensors.get(key.render(dict.fromkeys(key.slots, 0)).removesuffix(ONES))
+    for name in names_of(pair):
         spec = tree.tensors.get(name)
         if spec is None:
             yield f"{name} is not in {tree.path}"
+            continue
+        sizes = {**pair.counts, axis: like.shape[-1]} if like and like.shape else {}
+        if sizes and spec.shape != (wanted := tuple(sizes[each] for each in pair.source.pattern.axes)):
+            yield f"{name} is {spec.shape}, and should be {wanted}"
         elif any((tree.read(name, cut).view(numpy_dtype(spec.dtype)) != 1).any() for cut in strips(spec.shape, _STRIP)):
             yield f"{name} is not all ones"
 

@@ -68,8 +68,8 @@ def compare_others_across(both: Formats, memory: int, progress: Progress, proces
                 found += _compare(hf, (tree, originals), pair, index, name, progress)
                 looked += _nbytes(hf, pair, index, name)
     differences, (nbytes,) = joined(processes, found, looked)
-    looks = computed.not_ones, _stacks_of_another_size
-    differences += [line for look in looks for pair in both.pairs for line in look(tree, pair)]
+    for pair in both.pairs:
+        differences += [*computed.not_ones(hf, tree, pair), *_stacks_of_another_size(tree, pair)]
     lonely = [name for name in hf.tensors if name not in seen]
     differences += [f"{name} is only in {hf.path}" for name in lonely if not both.lacks(name)]
     dropped = sum(map(both.lacks, hf.tensors))
