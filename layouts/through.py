@@ -130,3 +130,8 @@ class RenamedReader(Through):
     def read(self, name: str, slices: tuple[slice, ...], empty: Empty = np.empty) -> NDArray[Any]:
         """As it is."""
         return self.inner.read(self.names[name], slices, empty)
+
+    def hold(self, limits: ReadLimits, windows: Windows) -> None:
+        """As the checkpoint does, in whose names it reads; windows keep the names that they have here."""
+        called = {stored: name for name, stored in self.names.items()}
+        self.inner.hold(limits, replace(windows, called=called))

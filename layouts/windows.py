@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -59,10 +59,14 @@ class _Held(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Windows:
-    """The windows of some arrays, by `shapes`; of what they hold, `limit` bytes stay, those that were used last."""
+    """The windows of some arrays, by `shapes`; of what they hold, `limit` bytes stay, those that were used last.
+
+    Who asks for windows may have other names for arrays than what is read has: `called` has them by those.
+    """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     limit: int = 0
+    called: Mapping[str, str] = field(default_factory=dict)
     _held: dict[_Key, _Held] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -72,9 +76,10 @@ class Windows:
 
     def read(self, name: str, slices: Slices, width: int, load: Load) -> NDArray[Any] | None:
         """A block, which must not be written to; nothing if it is in no single window. `width` is the size of an element."""
-        if (shape := self.shapes.get(name)) is None:
+        called = self.called.get(name, name)
+        if (shape := self.shapes.get(called)) is None:
             return None
-        at = self.number(name, slices)
+        at = self.number(called, slices)
         starts = [i * length for i, length in zip(at, shape, strict=True)]
         if any(part.stop > start + length for part, start, length in zip(slices, starts, shape, strict=True)):
             return None

@@ -18,7 +18,7 @@ from convert.options import Choices, Running
 from convert.pipeline.kinds import kinds_of
 from convert.pipeline.lazy import Lazy
 from convert.pipeline.load import Loader
-from convert.pipeline.request import Names, held, opened, request
+from convert.pipeline.request import Names, held, named_for, opened, request
 from convert.progress import Progress, begin
 
 
@@ -38,6 +38,7 @@ def read(
     with ExitStack() as until:
         reader = opened(path, choices)
         until.callback(reader.close)
+        reader = named_for(names, reader)
         asked = request(reader, layout, names, choices)
         with readable(reader.path):
             compare_twins(asked.plan.twins, reader)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from convert.errors import UsageError, did_you_mean, readable
 from convert.options import Choices
 from convert.planning.across.plan import make_cross_plan
+from convert.planning.across.rooted import rooted
 from convert.planning.choices import check
 from convert.planning.forms import Targets
 from convert.planning.planner import Action, Plan, make_plan, plan_as_stored
@@ -53,6 +54,11 @@ def opened(path: str | Path, choices: Choices) -> Reader:
         if choices.dequantize:
             reader = dequantized(reader)
         return _with_optimizer(reader, drop=True) if choices.drop_optimizer else reader
+
+
+def named_for(names: Names, reader: Reader) -> Reader:
+    """The checkpoint in the names that the tables have, where those of the other format are wanted of it."""
+    return rooted(reader) if _whose(names)[0] == "hf" else reader
 
 
 def _with_optimizer(reader: Reader, *, drop: bool) -> Reader:

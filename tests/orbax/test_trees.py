@@ -99,6 +99,8 @@ def test_a_model_below_another_root_is_one(name, root, tmp_path):
     shutil.copy(source / "config.json", step)
     with pytest.raises(PlanError, match=rf"first {'.'.join((*root, 'decoder.rngs'))}"):
         convert.reformat(step, tmp_path / "out", to="hf")
+    loaded = convert.load(step, layout="native", names="hf", params_only=True)
+    assert loaded.keys() == load_file(source / "model.safetensors").keys()
     convert.prefuse(step, tmp_path / "fused")
     for tree_of in (step, tmp_path / "fused"):
         assert convert.verify(source, tree_of, gemm=False).equal

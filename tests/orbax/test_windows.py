@@ -5,6 +5,7 @@ import math
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import tensorstore as ts
 
 import convert
 from layouts.orbax.reader import OrbaxReader
+from layouts.reader import ReadLimits
+from layouts.through import RenamedReader
 from layouts.windows import Windows, window_shape
 from scripts.make_checkpoint import make_checkpoint
 from tests.tiny import cut, store_again
@@ -68,6 +71,18 @@ def test_every_read_lies_in_one_window(chunk, limit):
     assert len(loads) == len(set(map(str, loads))), "in their order, each is loaded once"
     assert windows.read("x", (slice(0, 8), slice(0, 6), slice(0, 20), slice(0, 12)), 2, load) is None or shape == SHAPE
     assert windows.read("y", slices, 2, load) is None
+
+
+def test_arrays_under_other_names_are_read_through_windows_as_well():
+    array, loads, inner = np.arange(64), [], SimpleNamespace()
+    inner.hold = lambda _, windows: setattr(inner, "windows", windows)
+    reader = RenamedReader(inner=inner, names={"here": "stored"})
+    reader.hold(ReadLimits(), Windows(shapes={"here": (16,)}, limit=1 << 20))
+    for start in (0, 4, 8):
+        part = inner.windows.read("stored", (slice(start, start + 4),), 8, lambda name, cut: loads.append(name) or array[cut])
+        assert np.array_equal(part, array[start : start + 4])
+    assert loads == ["stored"]
+    assert reader.windows.number("here", (slice(20, 24),)) == (1,)
 
 
 def test_threads_wait_for_the_one_that_loads():
