@@ -101,6 +101,10 @@ def test_a_model_below_another_root_is_one(name, root, tmp_path):
         convert.reformat(step, tmp_path / "out", to="hf")
     loaded = convert.load(step, layout="native", names="hf", params_only=True)
     assert loaded.keys() == load_file(source / "model.safetensors").keys()
+    assert convert.digest(step).model == convert.digest(source).model
+    checkpointer.save(tmp_path / "two", {"ema": model, "now": model})  # which of them is the model?
+    shutil.copy(source / "config.json", tmp_path / "two")
+    assert "nothing of the model is below params.params" in convert.digest(tmp_path / "two").why
     convert.prefuse(step, tmp_path / "fused")
     for tree_of in (step, tmp_path / "fused"):
         assert convert.verify(source, tree_of, gemm=False).equal

@@ -15,6 +15,7 @@ from typing import Any
 from convert.commit.processes import ALONE, Processes
 from convert.errors import InputError, PlanError, readable
 from convert.options import Verification
+from convert.planning.across.rooted import rooted
 from convert.progress import Progress, ignore
 from convert.verifier.bits.logical import blocks
 from convert.verifier.content.hashing import HUGGING_FACE, OWN, Content, Digest, Unit, digest_of, hashed
@@ -58,7 +59,8 @@ def lines_of(reader: Reader, other: Reader, wanted: Callable[[Unit], bool], opti
 
 
 def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]) -> _Side:
-    description, units, why = described(reader, options, beside), None, ""
+    stored, reader, units, why = reader, rooted(reader), None, ""
+    description = described(reader, options, beside)
     if description.loras:
         why = f"{reader.path}: {description.loras[0]} is LoRA, for which Hugging Face has no names"
     elif description.family.by_structure:
@@ -66,6 +68,8 @@ def _side(reader: Reader, options: Verification, beside: list[Mapping[str, Any]]
             units = model_units(reader, options)
         except (InputError, PlanError) as error:
             why = str(error)
+    if why and reader is not stored:  # by its own names
+        reader, description = stored, described(stored, options, beside)
     return _Side(reader=reader, description=description, units=units, why=why, beside=beside)
 
 

@@ -54,7 +54,8 @@ def model_units(tree: Reader, options: Verification) -> list[Unit]:
     wanted = there(pairs_of(rows, sides, config), tree.tensors)
     if rules := sorted({pair.computed for pair in wanted if pair.computed}):
         raise PlanError(f"MaxText holds other values than Hugging Face does ({', '.join(rules)})")
-    pairs = [pair for pair in wanted if _is_there(tree, pair)]
+    if not (pairs := [pair for pair in wanted if _is_there(tree, pair)]):
+        raise PlanError(f"nothing of the model is below {ROOT.rstrip('.')}, nor below one other place")
     known = {name for pair in pairs for name in names_of(pair)}
     if lonely := sorted({n for n in tree.tensors if n.startswith(ROOT)} - known | known - tree.tensors.keys()):
         raise PlanError(f"{lonely[0]} {'is missing' if lonely[0] in known else 'has no place in Hugging Face'}")
