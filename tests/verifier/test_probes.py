@@ -11,6 +11,7 @@ import pytest
 import convert
 from convert.cli import main
 from convert.verifier.bits.logical import blocks
+from convert.verifier.control.choice import of_expert
 from convert.verifier.gemms.backends import BACKENDS, keeps_apart
 from convert.verifier.gemms.layer import Arrays, Form, jitted_read
 from convert.verifier.gemms.operands import Weights, load
@@ -19,6 +20,7 @@ from convert.verifier.gemms.rows import ask, most_of, rows_of
 from layouts.checkpoint import open_checkpoint
 from layouts.matching.describe import describe
 from scripts.make_checkpoint import make_checkpoint
+from tests.planning.models import reader as tiny_model
 
 LAYOUTS = {
     "concat": {},
@@ -203,3 +205,13 @@ def test_xla_gives_what_we_say_of_it():
         gate, up = np.split(row @ wi[e], 2)
         wanted.append((gate / (1 + np.exp(-gate)) * up) @ wo[e])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bit_to_flip_is_chosen_among_the_largest_numbers_without_a_warning():
+    reader = tiny_model("qwen3_moe")
+    reader.unit = lambda _: None
+    for array in reader.arrays.values():
+        array[...] = np.float32(3e38).view("u4")
+    block = next(iter(blocks(reader, describe(reader)).values()))
+    flip, _ = of_expert(block, 0, np.arange(4))
+    assert flip.name.endswith("experts.0.down_proj.weight")

@@ -34,8 +34,10 @@ def of_expert(block: Block, e: int, rows: NDArray[Any] | None) -> tuple[Flip, bo
         name = located(block, kind, {"e": e, "g": 0}, range(e, e + 1))
         return Flip(name=name.name, at=tuple(part.start for part in name.slices), bit=0), False
     gate, up = (_values(each[:, rows], block, "wi") for each in expert(block, ("wi", ""), e))
-    n = int(np.argmax(np.abs(gate).max(axis=0) * np.abs(up).max(axis=0)))
-    alive = bool(np.abs(gate[:, n]).max() * np.abs(up[:, n]).max() > 0)
+    with np.errstate(all="ignore"):  # of the largest numbers, the product is none
+        products = np.abs(gate).max(axis=0) * np.abs(up).max(axis=0)
+    n = int(np.argmax(products))
+    alive = bool(products[n] > 0)
     k, bit, grows = _loudest(part(block, kind, e)[rows[n]], block)
     return Flip(name=_name(block, e), at=_stored_at(block, e, {"n": int(rows[n]), "k": k}), bit=bit), alive and grows
 
@@ -55,8 +57,8 @@ def _loudest(row: NDArray[Any], block: Block) -> tuple[int, int, bool]:
     with np.errstate(all="ignore"):
         new, old = (each.view(dtype).astype(np.float32) for each in (flipped, np.ascontiguousarray(row)))
         change = np.abs(new - old)
-    largest = np.abs(np.where(np.isfinite(old), old, 0)).max()
-    change[~np.isfinite(change) | (np.abs(new) > GROWS * largest)] = -1
+        largest = np.abs(np.where(np.isfinite(old), old, 0)).max()
+        change[~np.isfinite(change) | (np.abs(new) > GROWS * largest)] = -1
     bit, k = np.unravel_index(np.argmax(change), change.shape)
     return int(k), int(bit), bool(change[bit, k] > largest)
 
