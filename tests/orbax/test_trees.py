@@ -105,6 +105,8 @@ def test_a_model_below_another_root_is_one(name, root, tmp_path):
     checkpointer.save(tmp_path / "two", {"ema": model, "now": model})  # which of them is the model?
     shutil.copy(source / "config.json", tmp_path / "two")
     assert "nothing of the model is below params.params" in convert.digest(tmp_path / "two").why
+    with pytest.raises(PlanError, match=r"nothing of the model is below params\.params, .*params_only=True should"):
+        convert.reformat(tmp_path / "two", tmp_path / "out", to="hf", params_only=True)
     convert.prefuse(step, tmp_path / "fused")
     for tree_of in (step, tmp_path / "fused"):
         assert convert.verify(source, tree_of, gemm=False).equal

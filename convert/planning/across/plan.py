@@ -100,6 +100,11 @@ def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Ch
     """The tensors that the user does not want, and the option that says so."""
     found = dict[str, str]()
     if choices.params_only and not to_maxtext:
+        if not any(name.startswith(ROOT) for name in reader.tensors):
+            raise PlanError(
+                f"{reader.path}: nothing of the model is below {ROOT.rstrip('.')}, nor below one other place, so that nothing "
+                f"tells what --params-only should leave out; found {next(iter(reader.tensors), 'nothing')}"
+            )
         state = (name for name in reader.tensors if not name.startswith(ROOT))
         found |= {name: "--params-only" for name in state if not is_aside(tree, name)}
     if choices.drop_mtp:
