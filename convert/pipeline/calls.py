@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from convert.errors import UsageError
+from convert.errors import PlanError, UsageError
 from convert.options import Choices, Running
 from convert.options.calls import documented
 from convert.options.keywords import Loading, Saving, Syncing
@@ -75,7 +75,8 @@ def save(
     if one of them has changed, and become what `like` has if none has.
 
     Raises:
-        PlanError: a leaf is missing, is one too many, or has another shape or type than it had.
+        PlanError: a leaf is missing, is one too many, or has another shape or type than it had; or `like` is a tree below
+            a root of its own, and names are those of Hugging Face.
         InputError: `like` is missing or corrupt, or what should be padding holds something else than zeros.
         OutputError, StorageError: see `convert.errors`; the output is absent or complete in any case.
         UsageError: as `load`; or leaves lie on devices of other processes.
@@ -83,12 +84,18 @@ def save(
     from contextlib import closing
 
     from convert.commit.publish import destination
-    from convert.pipeline.request import opened, request
+    from convert.pipeline.request import named_for, opened, request
     from convert.pipeline.save import write
     from convert.progress import ignore
+    from layouts.tables.maxtext import ROOT
 
     choices, running = complete(Choices, options), complete(Running, options)
     with closing(opened(like, choices)) as reader:
+        if named_for(names, reader) is not reader:
+            raise PlanError(
+                f"{like}: its model is below another root than {ROOT.rstrip('.')}, and names of Hugging Face do not lead back "
+                f"there; save like a checkpoint of Hugging Face that was made of it (--to=hf)"
+            )
         asked = request(reader, layout, names, choices)
         return write(params, asked, reader, destination(path), running, progress or ignore)
 

@@ -101,6 +101,8 @@ def test_a_model_below_another_root_is_one(name, root, tmp_path):
         convert.reformat(step, tmp_path / "out", to="hf")
     loaded = convert.load(step, layout="native", names="hf", params_only=True)
     assert loaded.keys() == load_file(source / "model.safetensors").keys()
+    with pytest.raises(PlanError, match=r"below another root than params\.params"):
+        convert.save(loaded, tmp_path / "out", like=step, layout="native", names="hf")
     assert convert.digest(step).model == convert.digest(source).model
     checkpointer.save(tmp_path / "two", {"ema": model, "now": model})  # which of them is the model?
     shutil.copy(source / "config.json", tmp_path / "two")
