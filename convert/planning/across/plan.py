@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.options import Choices
+from convert.planning.across.beside import beside, left_out_of
 from convert.planning.across.computed import computed_in
 from convert.planning.across.pairs import Sides, trees_of
-from convert.planning.across.stacks import mtp_places
 from convert.planning.across.tensors import cross_targets, twins_of
 from convert.planning.across.which import is_aside, named_in, tree_in, written_as
 from convert.planning.forms import Targets
@@ -29,11 +29,9 @@ from layouts.matching.candidates import candidates, record_of
 from layouts.matching.describe import Description, describe
 from layouts.matching.lookup import find_family
 from layouts.matching.origin import FIRST, Origin, origin_of
-from layouts.orbax.tree import COMMITTED, STEP
 from layouts.reader import Reader
-from layouts.side_files import ORIGINALS
 from layouts.tables.families import Family, maxtext, name_of
-from layouts.tables.maxtext import MTP, ROOT, Tree
+from layouts.tables.maxtext import ROOT, Tree
 from layouts.tables.natives import SOURCES
 from layouts.tables.targets import IN_MAXTEXT, TARGETS, target
 
@@ -51,8 +49,8 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
     named = choices.family or origin.family or (record_of(reader).get("family") if to_maxtext else None)
     found = find_family(config, list(reader.tensors), where=reader.path, format="hf", override=named)
     tree, sides, came = (_into_maxtext if to_maxtext else _out_of_maxtext)(reader, found, origin, choices, fused)
-    side_files, left_out_files = _beside(reader, choices, to_maxtext=to_maxtext)
-    left_out = _left_out(reader, tree, config, choices, to_maxtext=to_maxtext)
+    side_files, left_out_files = beside(reader, choices, to_maxtext=to_maxtext)
+    left_out = left_out_of(reader, tree, config, choices, to_maxtext=to_maxtext)
     if choices.drop_mtp and to_maxtext:
         origin = replace(origin, without="mtp")
     computed = computed_in(reader, tree, sides, config, choices.compute)
@@ -81,36 +79,6 @@ def make_cross_plan(reader: Reader, out: Path, action: Action, choices: Choices)
         exact=computed.exact,
         values=computed.values,
     )
-
-
-def _beside(reader: Reader, choices: Choices, *, to_maxtext: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """The side files that come along, and those that do not.
-
-    What Orbax keeps of a step is said anew for a tree, and says nothing of a Hugging Face checkpoint.
-    """
-    copied, left_out = reader.side_files.chosen(copy_all=choices.copy_all)
-    found = {name: nbytes for name, nbytes in copied.items() if name.rpartition("/")[2] not in (STEP, COMMITTED)}
-    own = ORIGINALS.partition("/")[0]
-    if to_maxtext and (taken := next((name for name in found if name.partition("/")[0] == own), None)):
-        raise PlanError(f"{reader.path / taken}: no place for it, because a tree keeps its own originals in {own}/; remove it")
-    return {name: nbytes for name, nbytes in found.items() if name != ORIGINALS}, left_out
-
-
-def _left_out(reader: Reader, tree: Tree, config: Mapping[str, Any], choices: Choices, *, to_maxtext: bool) -> dict[str, str]:
-    """The tensors that the user does not want, and the option that says so."""
-    found = dict[str, str]()
-    if choices.params_only and not to_maxtext:
-        if not any(name.startswith(ROOT) for name in reader.tensors):
-            raise PlanError(
-                f"{reader.path}: nothing of the model is below {ROOT.rstrip('.')}, nor below one other place, so that nothing "
-                f"tells what --params-only should leave out; found {next(iter(reader.tensors), 'nothing')}"
-            )
-        state = (name for name in reader.tensors if not name.startswith(ROOT))
-        found |= {name: "--params-only" for name in state if not is_aside(tree, name)}
-    if choices.drop_mtp:
-        places = mtp_places(tree, config) if to_maxtext else (f"{ROOT}{MTP}.",)
-        found |= {name: "--drop-mtp" for name in reader.tensors if places and name.startswith(places)}
-    return found
 
 
 _Made = tuple[Tree, Sides, Layouts]
