@@ -190,7 +190,7 @@ def test_usage(root, capsys):
     assert main(["--verify", *two, "--trust-digests", "--self-test"]) == 2
     assert "has none to flip" in capsys.readouterr().err
     assert main(["--verify", two[1], "--trust-digests", "--quiet"]) == 2
-    assert "name a second one for this" in capsys.readouterr().err
+    assert "name a second one" in capsys.readouterr().err
 
 
 def test_a_manifest_is_read_once_for_all_levels(root, monkeypatch):
