@@ -174,6 +174,7 @@ def test_defaults_are_what_the_options_take():
         ({"memory": -1}, "memory: -1 is no size above zero"),
         ({"scan_axis": 2}, "scan_axis: 2 is neither 0 nor 1"),
         ({"jobs": 1.5}, "jobs: 1.5 is not a positive whole number"),
+        ({"memory": None}, "memory: None is not a size such as 512MiB or 5GB"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_argument(given, words):

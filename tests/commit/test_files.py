@@ -23,6 +23,16 @@ from tests.orbax.test_names import save, tree_of
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_line_of_a_journal_counts_once_its_end_is_there(tmp_path):
+    with Folder.at(tmp_path) as home:
+        journal.append(home, "lines", {"a": "1"})
+        (tmp_path / "lines").write_bytes((tmp_path / "lines").read_bytes() + b'{"b": "2"}')
+        assert journal.digests(home, "lines") == {"a": "1"}
+        journal.cut(home, "lines")
+        journal.append(home, "lines", {"c": "3"})
+        assert journal.digests(home, "lines") == {"a": "1", "c": "3"}
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("source") / "in", family="qwen3_moe", experts=3, layers=2, shard=60_000)
