@@ -1,15 +1,3 @@
 """Safetensors are written past the page cache of a disk."""
 
-from pathlib import Path
-
-import pytest
-
-
-@pytest.fixture(scope="session")
-def tmp_path_factory(disks):
-    return disks
-
-
-@pytest.fixture
-def tmp_path(disk: Path) -> Path:
-    return disk
+from tests.on_disk import tmp_path, tmp_path_factory  # noqa: F401
