@@ -37,6 +37,7 @@ from layouts.checkpoint import growing
 from layouts.disk.files import CONFIG, INDEX, RECORD
 from layouts.disk.places import RemotePath, is_remote, listed_anew
 from layouts.disk.upload import CLIENT, held, held_by_pieces
+from layouts.disk.written import config_text
 from layouts.hf.header import metadata_of
 from layouts.orbax.tree import COMMITTED
 from layouts.reader import Reader, is_chunked
@@ -215,7 +216,7 @@ def _texts(plan: Plan, reader: Reader, files: Sequence[File], original: manifest
     if CONFIG in old and _parsed(old[CONFIG]) == config:
         texts[CONFIG] = old[CONFIG]
     elif config:
-        texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        texts[CONFIG] = config_text(config)
     if index := _index(plan, files, original):
         texts[INDEX] = index
     return texts

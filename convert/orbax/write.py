@@ -10,7 +10,6 @@ run continues behind it, and removes what an interrupted run left of a batch, so
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +50,7 @@ from layouts.computing import uncomputed
 from layouts.disk.faults import writing
 from layouts.disk.files import CONFIG, read_object
 from layouts.disk.places import is_remote
+from layouts.disk.written import config_text
 from layouts.orbax.malloc import keep_below
 from layouts.orbax.tree import COMMITTED, METADATA, STEP
 from layouts.reader import Reader
@@ -189,7 +189,7 @@ class OrbaxWriter:
         notes = write_card(plan, self.reader, stage.folder)
         for name in plan.side_files:
             if name == CONFIG and self.reader.config != read_object(plan.source / CONFIG):  # what is computed is not quantised
-                stage.folder.write_text(name, json.dumps(self.reader.config, indent=2, ensure_ascii=False) + "\n")
+                stage.folder.write_text(name, config_text(self.reader.config))
             elif name not in (manifest.NAME, CARD) and not (is_remote(stage.path) and name.endswith(COMMITTED)):
                 stage.folder.copy_in(plan.source / name, name)
         original = manifest.original_of(plan, self.reader)

@@ -57,6 +57,11 @@ def compact(found: Mapping[str, Any]) -> str:
     return f"{{{', '.join(f'{quoted(key)}: {value}' for key, value in zip(found, values, strict=True))}}}"
 
 
+def config_text(config: Mapping[str, Any]) -> str:
+    """`config.json` as transformers writes it, but for the order of its keys, which stays."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
 def indented(found: Any, step: int) -> str:
     """The text of `json.dumps(found, indent=step)`; the keys of objects have to be texts, and values may be `Entries`."""
     return _text(found, "\n", " " * step)
