@@ -16,7 +16,7 @@ from convert.card import explained
 from convert.commit import manifest
 from convert.commit.identity import State, fingerprint, state_of
 from convert.commit.processes import Processes
-from convert.commit.publish import check_characters, check_output, destination, is_finished
+from convert.commit.publish import check_characters, check_output, destination, stands
 from convert.commit.stage import staging
 from convert.commit.store import forget_notes
 from convert.content import check_content
@@ -142,19 +142,18 @@ def convert_checkpoint(
     started = time.monotonic()
     with processes.together():
         origin, target = place(source), destination(out, makes=processes.first)
-        if not (finished := is_finished(target)):
-            check_output(origin, target, overwrite=running.overwrite, makes=processes.first)
+        finished = stands(origin, target, overwrite=running.overwrite, makes=processes.first)
         reader, plan = open_and_plan(origin, target, action, choices)
         hashed = total_bytes(reader.tensors) if running.content and processes.first else 0
         begin(progress or ignore, "", hashed + (plan.nbytes + kept_bytes(plan)) // processes.count)
         told = processes.watched(progress or ignore)
         with closing(reader):
-            if not finished or running.overwrite:
+            if not finished:
                 announce(progress or ignore, lambda: str(outlook(plan, reader)))
             if running.content and processes.first:
                 plan = _with_content(plan, reader, choices, running, told)
             plan = explained(plan, reader.format, choices, running)
-            if finished and not running.overwrite:
+            if finished:
                 proof = prove(plan, reader, writer_of(plan, reader, running, processes), processes, told)
                 forget_notes(target)
                 plan, seconds = replace(plan, content=proof.content), time.monotonic() - started

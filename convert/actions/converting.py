@@ -52,7 +52,7 @@ def convert_with(arguments: argparse.Namespace, action: str) -> Answer:
 def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: str, given: Mapping[str, Any]) -> Answer:
     """What a conversion would do, or the error that it would end with, as far as no tensor is read for that."""
     from convert.commit.processes import Processes
-    from convert.commit.publish import check_output, destination, is_finished
+    from convert.commit.publish import check_output, destination, stands
     from convert.conversions import opened_plan
     from convert.engine.outlook import outlook
     from convert.planning.planner import Plan
@@ -61,8 +61,7 @@ def _dry_run(arguments: argparse.Namespace, action: Action, source: str, out: st
     choices = complete(Choices, {each.name: given[each.name] for each in named(Choices) if each.name in given})
     running, processes = complete(Running, given), Processes(count=arguments.num_processes or 1)
     origin, where = place(source), destination(out)
-    if not (finished := is_finished(where) and not running.overwrite):
-        check_output(origin, where, overwrite=running.overwrite)
+    finished = stands(origin, where, overwrite=running.overwrite)
     reader, planned = opened_plan(origin, where, action, choices)
     with readable(source), closing(reader):
         if not finished:

@@ -25,7 +25,7 @@ from convert.commit.files import write_all
 from convert.commit.identity import State, input_digest, state_of
 from convert.commit.inventory import check_copied, inventory
 from convert.commit.processes import Processes
-from convert.commit.publish import check_output, is_finished
+from convert.commit.publish import check_output, stands
 from convert.commit.stage import Stage, staging
 from convert.engine.outlook import outlook
 from convert.errors import InputError, UsageError, readable
@@ -79,13 +79,12 @@ def convert_adapter(
         raise UsageError(f"{source} is an adapter, which one process converts; call it without others")
     if is_remote(out):
         raise UsageError(f"{out}: an adapter is written to a disk; write it there and copy it")
-    if not (finished := is_finished(out)):
-        check_output(source, out, overwrite=running.overwrite)
+    finished = stands(source, out, overwrite=running.overwrite)
     reader, plan = open_and_plan(source, out, action, choices)
     begin(progress or ignore, "", plan.nbytes)
     with closing(reader), readable(source):
         check_memory(plan, running)
-        if finished and not running.overwrite:
+        if finished:
             return AdapterReport(plan=plan, seconds=time.monotonic() - started, proof=prove(plan, reader, progress or ignore))
         check_output(source, out, overwrite=running.overwrite)
         announce(progress or ignore, lambda: str(outlook(plan, reader)))

@@ -96,9 +96,16 @@ def check_characters(out: Path) -> None:
         raise UsageError(str(error)) from None
 
 
-def is_finished(out: Path) -> bool:
-    """Whether an earlier conversion is complete there."""
-    return (out / manifest.NAME).exists() and (not is_remote(out) or bool(mark_of(out)))
+def stands(source: Path, out: Path, *, overwrite: bool, makes: bool = True) -> bool:
+    """Whether an earlier conversion is complete there, which is not to be replaced; if not, one may be made there.
+
+    Raises:
+        OutputError, UsageError, StorageError: see `check_output`.
+    """
+    finished = (out / manifest.NAME).exists() and (not is_remote(out) or bool(mark_of(out)))
+    if not finished or overwrite:
+        check_output(source, out, overwrite=overwrite, makes=makes)
+    return finished and not overwrite
 
 
 def check_output(source: Path, out: Path, *, overwrite: bool, makes: bool = True) -> None:
