@@ -44,19 +44,22 @@ def assembled(target: Target, box: Box, reader: Reader, empty: Empty = np.empty,
     out = empty([len(box[axis]) for axis in target.target.pattern.axes], bits(target.spec.dtype))
     if target.target.pattern.padding or HALF in target.target.pattern.axes:
         out[...] = 0
+    computed, axes = scattered_of(reader), target.target.pattern.axes
     for piece in pieces:
+        source = target.way.stored[piece.number][0]
+        direct = piece.source in computed and not source.padding
         for part in _slabs(target, piece, out.itemsize):
             into = out[_inside(target, part, box)]
-            direct = part.source in scattered_of(reader) and not target.source.pattern.padding
-            block = _read(target, part, reader, partial(_there, target, into, slab) if direct else slab)
+            block = _read(target, part, reader, partial(_there, source.axes, axes, into, slab) if direct else slab)
             if not (direct and np.may_share_memory(block, into)):
                 copy_block(into, block)
     return out
 
 
-def _there(target: Target, into: NDArray[Any], slab: Empty, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _there(
+    source: Sequence[str], wanted: Sequence[str], into: NDArray[Any], slab: Empty, shape: Sequence[int], dtype: np.dtype[Any]
+) -> NDArray[Any]:
     """Where a block of a source goes, ordered as the source; a slab if more is read than goes there, or in other dimensions."""
-    source, wanted = target.source.pattern.axes, target.target.pattern.axes
     turned = into.transpose([wanted.index(axis) for axis in source if axis in wanted] + [
         at for at, axis in enumerate(wanted) if axis not in source
     ])  # fmt: skip
